@@ -1,0 +1,31 @@
+"""prudent: a pessimistic reward engine for RLHF. Names handed on, nothing defined.
+
+The ops need torch alone; the engine and the jobs, which need transformers, are imported when first named.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .kernels import Aggregation, EnsembleOutput, ensemble_reward
+
+if TYPE_CHECKING:
+    from .engine import EnsembleHead, EnsembleRewardConfig, EnsembleRewardModel, Scorer
+
+__version__ = "0.1.0"
+__all__ = [
+    "Aggregation",
+    "EnsembleHead",
+    "EnsembleOutput",
+    "EnsembleRewardConfig",
+    "EnsembleRewardModel",
+    "Scorer",
+    "ensemble_reward",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module(".engine", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,8 @@
+"""The op everything stands on: hidden states to a pessimistic reward. Maths, contract and limits: README.md here."""
+
+from .contract import EnsembleOutput
+from .op import STD_FLOOR, ensemble_reward
+from .reference import aggregate, nominal_reward, philox_normal
+from .spec import Aggregation
+
+__all__ = ["STD_FLOOR", "Aggregation", "EnsembleOutput", "aggregate", "ensemble_reward", "nominal_reward", "philox_normal"]

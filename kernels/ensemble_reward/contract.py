@@ -1,0 +1,165 @@
+"""What crosses between the public op and its executions, and every refusal, in one place.
+
+`Inputs` is the schema of the registered op in order; each backend offers
+    forward(inputs) -> (reward [N], mean [N, K], std [N, K], reward_sum [])
+    backward(grads, inputs, needs) -> (grad_hidden, grad_weight, grad_bias, grad_norm_weight), None where not needed
+with grads = gradients of the four outputs (None = zero) and needs = four bools.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .spec import Aggregation
+
+_STORAGE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class EnsembleOutput(NamedTuple):
+    """What `ensemble_reward` returns. N rows, K heads; fp32, or fp64 when `hidden` is fp64.
+
+    reward      [N]     aggregated, centred if asked
+    mean        [N, K]  the heads' means, calibrated
+    std         [N, K]  the heads' standard deviations, > 0, calibrated
+    reward_sum  []      sum of the aggregated rewards before centring (what BSR squares)
+    """
+
+    reward: Tensor
+    mean: Tensor
+    std: Tensor
+    reward_sum: Tensor
+
+
+class Inputs(NamedTuple):
+    """Arguments of `prudent::ensemble_reward`, in schema order. `group_size` 0 = not given by size."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    rows: Tensor | None
+    norm_weight: Tensor | None
+    seed: Tensor | None
+    shift: Tensor | None
+    scale: Tensor | None
+    std_ref: Tensor | None
+    group: Tensor | None
+    group_size: int
+    norm_eps: float
+    std_floor: float
+    aggregation: str
+
+    @property
+    def spec(self) -> Aggregation:
+        return Aggregation.parse(self.aggregation)
+
+    @property
+    def num_rows(self) -> int:
+        """N: the rows scored, not the rows stored."""
+        return self.hidden.shape[0] if self.rows is None else self.rows.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.weight.shape[0] // 2
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+
+def require(ok: bool, argument: str, expected: str, got: object) -> None:
+    """Raise the op's one form of error: `ensemble_reward: <argument>: expected <expected>, got <got>`."""
+    if not ok:
+        raise ValueError(f"ensemble_reward: {argument}: expected {expected}, got {got}")
+
+
+def check_inputs(inputs: Inputs) -> None:
+    """Refuse every shape, dtype, device and option outside the contract; reads no tensor's values, so it serves fakes too."""
+    hidden, weight = inputs.hidden, inputs.weight
+    for name in ("hidden", "weight"):
+        value = getattr(inputs, name)
+        require(isinstance(value, Tensor), name, "a tensor", type(value).__name__)
+        require(value.dtype in _STORAGE, name, "dtype bfloat16, float16, float32 or float64", value.dtype)
+        require(value.dim() == 2, name, "2 dimensions after flattening", tuple(value.shape))
+    dim = hidden.shape[1]
+    require(dim > 0, "hidden", "a last dimension above 0", tuple(hidden.shape))
+    require(hidden.stride(1) == 1 or dim == 1, "hidden", "a contiguous last dimension (stride 1)", f"stride {hidden.stride(1)}")
+    shape = f"[2K, {dim}] with K >= 1 (rows 0..K-1 mean, K..2K-1 raw std)"
+    require(weight.shape[1] == dim and weight.shape[0] >= 2 and weight.shape[0] % 2 == 0, "weight", shape, list(weight.shape))
+    heads = inputs.num_heads
+    require((weight.dtype == torch.float64) <= (hidden.dtype == torch.float64), "weight", "float64 only beside float64 hidden",
+            weight.dtype)
+    _check_vector(inputs.bias, "bias", 2 * heads, hidden)
+    _check_vector(inputs.norm_weight, "norm_weight", dim, hidden, storage=True)
+    for name in ("shift", "scale", "std_ref"):
+        _check_vector(getattr(inputs, name), name, heads, hidden)
+    _check_seed_and_indices(inputs)
+    _check_group(inputs)
+    _check_options(inputs, heads)
+
+
+def _check_vector(value: Tensor | None, name: str, length: int, hidden: Tensor, storage: bool = False) -> None:
+    if value is None:
+        return
+    require(isinstance(value, Tensor), name, "a tensor or None", type(value).__name__)
+    require(tuple(value.shape) == (length,), name, f"shape [{length}]", list(value.shape))
+    allowed = _STORAGE if storage else (torch.float32, torch.float64)
+    require(value.dtype in allowed, name, "a floating dtype" if storage else "dtype float32", value.dtype)
+    require(value.dtype != torch.float64 or hidden.dtype == torch.float64, name, "float64 only beside float64 hidden", value.dtype)
+
+
+def _check_seed_and_indices(inputs: Inputs) -> None:
+    for name, shape in (("seed", (1,)), ("rows", None), ("group", (inputs.num_rows,))):
+        value = getattr(inputs, name)
+        if value is None:
+            continue
+        require(isinstance(value, Tensor), name, "a tensor or None", type(value).__name__)
+        require(value.dtype == torch.int64, name, "dtype int64", value.dtype)
+        expected = "1 dimension" if shape is None else f"shape {list(shape)}"
+        require(value.dim() == 1 if shape is None else tuple(value.shape) == shape, name, expected, list(value.shape))
+    for name in Inputs._fields[1:10]:
+        value = getattr(inputs, name)
+        if value is not None:
+            require(value.device == inputs.hidden.device, name, f"device {inputs.hidden.device} (hidden's)", value.device)
+
+
+def _check_group(inputs: Inputs) -> None:
+    centre, size = inputs.spec.centre, inputs.group_size
+    require(size >= 0, "group", "a group size above 0 or an int64 tensor of labels", size)
+    given = inputs.group is not None or size > 0
+    require(given or centre != "group", "group", "labels [N] or a group size with centre='group'", None)
+    require(not given or centre == "group", "group", "centre='group' beside it (it has no other use)", f"centre={centre!r}")
+    if size > 0:
+        require(inputs.num_rows % size == 0, "group", f"a size that divides the {inputs.num_rows} rows", size)
+
+
+def _check_options(inputs: Inputs, heads: int) -> None:
+    require(math.isfinite(inputs.norm_eps) and inputs.norm_eps >= 0, "norm_eps", "a finite number >= 0", inputs.norm_eps)
+    require(math.isfinite(inputs.std_floor) and inputs.std_floor >= 0, "std_floor", "a finite number >= 0", inputs.std_floor)
+    inputs.spec.check_heads(heads)
+    if inputs.spec.nominal == "relative_std":
+        require(inputs.std_ref is not None, "std_ref", "each head's own typical std [K] with nominal=relative_std", None)
+
+
+def check_values(inputs: Inputs) -> None:
+    """Refuse indices, labels and scales out of range: on CPU tensors, elsewhere with PRUDENT_DEBUG=1 (it stalls the stream)."""
+    if inputs.hidden.device.type != "cpu" and os.environ.get("PRUDENT_DEBUG") != "1":
+        return
+
+    def inside(name: str, value: Tensor, bound: int, of: str) -> None:
+        if value.numel():
+            low, high = (int(v) for v in torch.aminmax(value))
+            require(low >= 0 and high < bound, name, f"values in [0, {bound}) ({of})", low if low < 0 else high)
+
+    if inputs.rows is not None:
+        inside("rows", inputs.rows, inputs.hidden.shape[0], "rows of hidden")
+    if inputs.group is not None:
+        inside("group", inputs.group, inputs.num_rows, "labels, dense or not, below N")
+    for name in ("scale", "std_ref"):
+        value = getattr(inputs, name)
+        if value is not None:
+            require(bool((value > 0).all()), name, "values above 0", value.tolist())

@@ -1,0 +1,244 @@
+"""`ensemble_reward` in plain torch: the oracle of the other executions, and the CPU's when the native library is not built.
+
+Written to be checked against the formulas in README.md line by line, not to be fast. fp32 arithmetic, or fp64 when
+`hidden` is fp64. The backward is explicit rather than autograd's, because a registered op runs below autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .contract import Inputs
+from .spec import Aggregation
+
+PHILOX_ROUNDS = 7  # Crush-resistant (Salmon et al. 2011, table 2) and what flash-attention uses; 10 would cost 40 % more
+_MASK = 0xFFFFFFFF
+
+
+def philox_4x32(seed: Tensor, counter: Tensor, rounds: int = PHILOX_ROUNDS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32 (Salmon et al. 2011): key = the seed's two halves, counter = (low, high, 0, 0).
+
+    seed [1] int64, counter [...] int64 -> four words in [0, 2^32), each [...] int64. The same bits as
+    `triton.language.randint4x(seed, counter, rounds)` and as the C++ kernels.
+    """
+    c0, c1 = counter & _MASK, (counter >> 32) & _MASK
+    c2 = c3 = torch.zeros_like(counter)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(rounds):
+        # int64 products wrap modulo 2^64, which leaves both 32-bit halves right
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((b >> 32) & _MASK) ^ c1 ^ k0, b & _MASK
+        c2, c3 = ((a >> 32) & _MASK) ^ c3 ^ k1, a & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def philox_normal(seed: Tensor, num_rows: int, num_heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The op's noise a ~ N(0, 1), [num_rows, num_heads]: Box-Muller on words 0 and 1 at counter row * num_heads + head.
+
+    The uniforms are (word >> 9) * 2^-23 + 2^-24: 24 bits, exact in fp32, never 0 or 1; |a| <= 5.77.
+    """
+    counter = torch.arange(num_rows * num_heads, dtype=torch.int64, device=seed.device).view(num_rows, num_heads)
+    w0, w1, _, _ = philox_4x32(seed, counter)
+    u0, u1 = (((w >> 9).to(dtype) * 2.0**-23 + 2.0**-24) for w in (w0, w1))
+    return torch.sqrt(-2.0 * torch.log(u0)) * torch.cos(2.0 * math.pi * u1)
+
+
+class Heads(NamedTuple):
+    """Everything between the features and the reward, for N rows; kept for the backward's formulas."""
+
+    x: Tensor  # [N, D] gathered rows
+    rstd: Tensor | None  # [N, 1] of the RMSNorm; None without one
+    folded: Tensor  # [2K, D] norm_weight * weight
+    product: Tensor  # [N, 2K] before the bias
+    raw_std: Tensor  # [N, K]
+    mean: Tensor  # [N, K] calibrated
+    std: Tensor  # [N, K] calibrated
+    noise: Tensor | None  # [N, K]
+    values: Tensor  # [N, K] what the aggregation sees: samples or means
+
+
+def heads(inputs: Inputs) -> Heads:
+    """Gather, norm, both products, softplus, calibration and sampling."""
+    dtype, k = inputs.output_dtype, inputs.num_heads
+    x = inputs.hidden if inputs.rows is None else inputs.hidden.index_select(0, inputs.rows)
+    x = x.to(dtype)
+    folded = inputs.weight.to(dtype)
+    rstd = None
+    if inputs.norm_weight is not None:
+        folded = folded * inputs.norm_weight.to(dtype)
+        rstd = torch.rsqrt(x.square().mean(dim=1, keepdim=True) + inputs.norm_eps)
+    product = x @ folded.T
+    if rstd is not None:
+        product = product * rstd
+    z = product if inputs.bias is None else product + inputs.bias.to(dtype)
+    mean, raw_std = z[:, :k], z[:, k:]
+    std = F.softplus(raw_std) + inputs.std_floor
+    if inputs.shift is not None:
+        mean = mean - inputs.shift.to(dtype)
+    if inputs.scale is not None:
+        mean, std = mean / inputs.scale.to(dtype), std / inputs.scale.to(dtype)
+    noise = None if inputs.seed is None else philox_normal(inputs.seed, inputs.num_rows, k, dtype)
+    values = mean if noise is None or inputs.spec.source == "mean" else mean + std * noise
+    return Heads(x, rstd, folded, product, raw_std, mean, std, noise, values)
+
+
+def nominal_index(std: Tensor, spec: Aggregation, std_ref: Tensor | None = None) -> Tensor:
+    """[N] int64: the head whose mean is the nominal reward (not for nominal='mean'). BRME 5.1: the least std."""
+    if spec.nominal.startswith("head:"):
+        return torch.full(std.shape[:1], spec.nominal_head, dtype=torch.int64, device=std.device)
+    if spec.nominal == "relative_std":
+        assert std_ref is not None
+        std = std / std_ref.to(std.dtype)
+    return std.argmin(dim=1)
+
+
+def nominal_reward(mean: Tensor, std: Tensor, spec: Aggregation, std_ref: Tensor | None = None) -> Tensor:
+    """[N]: the nominal reward of BRME 5.1, or what `spec.nominal` puts in its place. mean, std [N, K]."""
+    if spec.nominal == "mean":
+        return mean.mean(dim=1)
+    return mean.gather(1, nominal_index(std, spec, std_ref)[:, None])[:, 0]
+
+
+def aggregate(mean: Tensor, std: Tensor, values: Tensor, spec: Aggregation, std_ref: Tensor | None = None) -> Tensor:
+    """[N, K] heads -> [N] rewards, before centring. `values`: the samples, or the means again."""
+    if spec.kind in ("tradeoff", "nominal"):
+        nominal = nominal_reward(mean, std, spec, std_ref)
+        if spec.kind == "nominal":
+            return nominal
+        return spec.coefficient * nominal + (1.0 - spec.coefficient) * values.min(dim=1).values
+    if spec.kind == "softmin":
+        b = spec.coefficient
+        return -b * (torch.logsumexp(-values / b, dim=1) - math.log(values.shape[1]))
+    if spec.kind in ("lcb", "uwo"):
+        variance = values.var(dim=1, correction=0)
+        spread = variance.sqrt() if spec.kind == "lcb" else variance
+        return values.mean(dim=1) - spec.coefficient * spread
+    return (values * _order_weights(values, spec)).sum(dim=1)
+
+
+def _order_weights(values: Tensor, spec: Aggregation) -> Tensor:
+    """[N, K] weights of the aggregations that are a fixed combination of the sorted heads (or of the heads by index)."""
+    k = values.shape[1]
+    by_rank = torch.zeros(k, dtype=values.dtype, device=values.device)
+    if spec.kind == "mean":
+        by_rank += 1.0 / k
+    elif spec.kind == "median":
+        by_rank[(k - 1) // 2] += 0.5
+        by_rank[k // 2] += 0.5
+    elif spec.kind == "cvar":
+        tail = cvar_tail(spec.coefficient, k)
+        by_rank[:tail] = 1.0 / tail
+    else:
+        by_rank[{"min": 0, "max": k - 1, "head": int(spec.coefficient)}[spec.kind]] = 1.0
+    if spec.kind in ("mean", "head"):
+        return by_rank.expand_as(values)
+    # A stable sort gives ties to the lowest index; max wants the lowest index too, so it does not go by rank.
+    if spec.kind == "max":
+        return F.one_hot(values.argmax(dim=1), k).to(values.dtype)
+    order = values.sort(dim=1, stable=True).indices
+    return torch.zeros_like(values).scatter(1, order, by_rank.expand_as(values))
+
+
+def cvar_tail(q: float, num_heads: int) -> int:
+    """How many of the lowest heads `cvar:q` averages: ceil(q * K), forgiving one rounding error of the product."""
+    return max(1, math.ceil(q * num_heads - 1e-9))
+
+
+def aggregate_gradient(h: Heads, spec: Aggregation, std_ref: Tensor | None) -> tuple[Tensor, Tensor]:
+    """d reward / d mean (through the nominal head alone) and d reward / d values, each [N, K]."""
+    values, k = h.values, h.values.shape[1]
+    to_mean = torch.zeros_like(values)
+    if spec.kind in ("tradeoff", "nominal"):
+        lam = spec.coefficient if spec.kind == "tradeoff" else 1.0
+        if spec.nominal == "mean":
+            to_mean += lam / k
+        else:
+            to_mean.scatter_(1, nominal_index(h.std, spec, std_ref)[:, None], lam)
+        return to_mean, F.one_hot(values.argmin(dim=1), k).to(values.dtype) * (1.0 - lam)
+    if spec.kind == "softmin":
+        return to_mean, torch.softmax(-values / spec.coefficient, dim=1)
+    if spec.kind in ("lcb", "uwo"):
+        gap = values - values.mean(dim=1, keepdim=True)
+        if spec.kind == "uwo":
+            return to_mean, 1.0 / k - 2.0 * spec.coefficient * gap / k
+        spread = gap.square().mean(dim=1, keepdim=True).sqrt()
+        # where all heads agree the std has a kink; its subgradient 0 is the one that leaves heads equal
+        slope = torch.where(spread == 0, torch.zeros_like(gap), gap / (k * spread))
+        return to_mean, 1.0 / k - spec.coefficient * slope
+    return to_mean, _order_weights(values, spec)
+
+
+def group_mean(values: Tensor, inputs: Inputs) -> Tensor:
+    """[N] -> [N]: each row's mean over its batch or group; zeros without centring."""
+    centre = inputs.spec.centre
+    if centre == "none" or values.numel() == 0:
+        return torch.zeros_like(values)
+    if centre == "batch":
+        return values.mean().expand_as(values)
+    if inputs.group is None:
+        return values.view(-1, inputs.group_size).mean(dim=1).repeat_interleave(inputs.group_size)
+    sums = torch.zeros_like(values).index_add_(0, inputs.group, values)
+    counts = torch.zeros_like(values).index_add_(0, inputs.group, torch.ones_like(values))
+    return (sums / counts)[inputs.group]
+
+
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(reward [N], mean [N, K], std [N, K], reward_sum []). Differentiable by autograd, which the tests use."""
+    h = heads(inputs)
+    reward = aggregate(h.mean, h.std, h.values, inputs.spec, inputs.std_ref)
+    return reward - group_mean(reward, inputs), h.mean.contiguous(), h.std.contiguous(), reward.sum()
+
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def backward(grads: Grads, inputs: Inputs, needs: tuple[bool, bool, bool, bool]) -> Grads:
+    """Gradients of hidden, weight, bias and norm_weight from those of the four outputs, recomputing the forward."""
+    h = heads(inputs)
+    d_product = _product_gradient(grads, h, inputs)
+    bias = d_product.sum(dim=0) if needs[2] else None
+    scaled = d_product if h.rstd is None else d_product * h.rstd
+    hidden = weight = norm_weight = None
+    if needs[0]:
+        dx = scaled @ h.folded
+        if h.rstd is not None:
+            # d rstd / dx = -rstd^3 x / D, and sum_n c_n (x . W'_n) rstd = sum_n c_n product_n: no further pass over D
+            dx = dx - h.x * h.rstd.square() * (d_product * h.product).sum(dim=1, keepdim=True) / h.x.shape[1]
+        hidden = dx if inputs.rows is None else dx.new_zeros(inputs.hidden.shape).index_add_(0, inputs.rows, dx)
+        hidden = hidden.to(inputs.hidden.dtype)
+    if needs[1] or needs[3]:
+        d_folded = scaled.T @ h.x
+        if inputs.norm_weight is not None:
+            norm_weight = (d_folded * inputs.weight.to(d_folded.dtype)).sum(dim=0).to(inputs.norm_weight.dtype)
+            d_folded = d_folded * inputs.norm_weight.to(d_folded.dtype)
+        weight = d_folded.to(inputs.weight.dtype)
+    return hidden, weight if needs[1] else None, bias, norm_weight if needs[3] else None
+
+
+def _product_gradient(grads: Grads, h: Heads, inputs: Inputs) -> Tensor:
+    """[N, 2K]: the gradient at the matrix product (equally at the bias)."""
+    d_reward, d_mean, d_std, d_sum = grads
+    spec, dtype = inputs.spec, inputs.output_dtype
+    g = torch.zeros_like(h.mean[:, 0])
+    if d_reward is not None:
+        g = d_reward.to(dtype) - group_mean(d_reward.to(dtype), inputs)
+    if d_sum is not None:
+        g = g + d_sum.to(dtype)
+    to_mean, to_values = aggregate_gradient(h, spec, inputs.std_ref)
+    mean = (to_mean + to_values) * g[:, None]
+    std = torch.zeros_like(mean)
+    if h.noise is not None and spec.source == "sample":
+        std = to_values * g[:, None] * h.noise
+    if d_mean is not None:
+        mean = mean + d_mean.to(dtype)
+    if d_std is not None:
+        std = std + d_std.to(dtype)
+    if inputs.scale is not None:
+        mean, std = mean / inputs.scale.to(dtype), std / inputs.scale.to(dtype)
+    return torch.cat([mean, std * torch.sigmoid(h.raw_std)], dim=1)
