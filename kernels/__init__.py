@@ -10,4 +10,12 @@ from .ensemble_reward import (
     philox_normal,
 )
 
-__all__ = ["STD_FLOOR", "Aggregation", "EnsembleOutput", "aggregate", "ensemble_reward", "nominal_reward", "philox_normal"]
+__all__ = [
+    "STD_FLOOR",
+    "Aggregation",
+    "EnsembleOutput",
+    "aggregate",
+    "ensemble_reward",
+    "nominal_reward",
+    "philox_normal",
+]

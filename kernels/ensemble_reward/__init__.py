@@ -5,4 +5,12 @@ from .op import STD_FLOOR, ensemble_reward
 from .reference import aggregate, nominal_reward, philox_normal
 from .spec import Aggregation
 
-__all__ = ["STD_FLOOR", "Aggregation", "EnsembleOutput", "aggregate", "ensemble_reward", "nominal_reward", "philox_normal"]
+__all__ = [
+    "STD_FLOOR",
+    "Aggregation",
+    "EnsembleOutput",
+    "aggregate",
+    "ensemble_reward",
+    "nominal_reward",
+    "philox_normal",
+]

@@ -78,7 +78,7 @@ def require(ok: bool, argument: str, expected: str, got: object) -> None:
 
 
 def check_inputs(inputs: Inputs) -> None:
-    """Refuse every shape, dtype, device and option outside the contract; reads no tensor's values, so it serves fakes too."""
+    """Refuse every shape, dtype, device and option outside the contract. Reads no values, so it serves fakes too."""
     hidden, weight = inputs.hidden, inputs.weight
     for name in ("hidden", "weight"):
         value = getattr(inputs, name)
@@ -87,12 +87,26 @@ def check_inputs(inputs: Inputs) -> None:
         require(value.dim() == 2, name, "2 dimensions after flattening", tuple(value.shape))
     dim = hidden.shape[1]
     require(dim > 0, "hidden", "a last dimension above 0", tuple(hidden.shape))
-    require(hidden.stride(1) == 1 or dim == 1, "hidden", "a contiguous last dimension (stride 1)", f"stride {hidden.stride(1)}")
+    require(
+        hidden.stride(1) == 1 or dim == 1,
+        "hidden",
+        "a contiguous last dimension (stride 1)",
+        f"stride {hidden.stride(1)}",
+    )
     shape = f"[2K, {dim}] with K >= 1 (rows 0..K-1 mean, K..2K-1 raw std)"
-    require(weight.shape[1] == dim and weight.shape[0] >= 2 and weight.shape[0] % 2 == 0, "weight", shape, list(weight.shape))
+    require(
+        weight.shape[1] == dim and weight.shape[0] >= 2 and weight.shape[0] % 2 == 0,
+        "weight",
+        shape,
+        list(weight.shape),
+    )
     heads = inputs.num_heads
-    require((weight.dtype == torch.float64) <= (hidden.dtype == torch.float64), "weight", "float64 only beside float64 hidden",
-            weight.dtype)
+    require(
+        (weight.dtype == torch.float64) <= (hidden.dtype == torch.float64),
+        "weight",
+        "float64 only beside float64 hidden",
+        weight.dtype,
+    )
     _check_vector(inputs.bias, "bias", 2 * heads, hidden)
     _check_vector(inputs.norm_weight, "norm_weight", dim, hidden, storage=True)
     for name in ("shift", "scale", "std_ref"):
@@ -109,7 +123,12 @@ def _check_vector(value: Tensor | None, name: str, length: int, hidden: Tensor, 
     require(tuple(value.shape) == (length,), name, f"shape [{length}]", list(value.shape))
     allowed = _STORAGE if storage else (torch.float32, torch.float64)
     require(value.dtype in allowed, name, "a floating dtype" if storage else "dtype float32", value.dtype)
-    require(value.dtype != torch.float64 or hidden.dtype == torch.float64, name, "float64 only beside float64 hidden", value.dtype)
+    require(
+        value.dtype != torch.float64 or hidden.dtype == torch.float64,
+        name,
+        "float64 only beside float64 hidden",
+        value.dtype,
+    )
 
 
 def _check_seed_and_indices(inputs: Inputs) -> None:
@@ -124,7 +143,9 @@ def _check_seed_and_indices(inputs: Inputs) -> None:
     for name in Inputs._fields[1:10]:
         value = getattr(inputs, name)
         if value is not None:
-            require(value.device == inputs.hidden.device, name, f"device {inputs.hidden.device} (hidden's)", value.device)
+            require(
+                value.device == inputs.hidden.device, name, f"device {inputs.hidden.device} (hidden's)", value.device
+            )
 
 
 def _check_group(inputs: Inputs) -> None:
@@ -132,21 +153,29 @@ def _check_group(inputs: Inputs) -> None:
     require(size >= 0, "group", "a group size above 0 or an int64 tensor of labels", size)
     given = inputs.group is not None or size > 0
     require(given or centre != "group", "group", "labels [N] or a group size with centre='group'", None)
-    require(not given or centre == "group", "group", "centre='group' beside it (it has no other use)", f"centre={centre!r}")
+    require(
+        not given or centre == "group", "group", "centre='group' beside it (it has no other use)", f"centre={centre!r}"
+    )
     if size > 0:
         require(inputs.num_rows % size == 0, "group", f"a size that divides the {inputs.num_rows} rows", size)
 
 
 def _check_options(inputs: Inputs, heads: int) -> None:
-    require(math.isfinite(inputs.norm_eps) and inputs.norm_eps >= 0, "norm_eps", "a finite number >= 0", inputs.norm_eps)
-    require(math.isfinite(inputs.std_floor) and inputs.std_floor >= 0, "std_floor", "a finite number >= 0", inputs.std_floor)
+    require(
+        math.isfinite(inputs.norm_eps) and inputs.norm_eps >= 0, "norm_eps", "a finite number >= 0", inputs.norm_eps
+    )
+    require(
+        math.isfinite(inputs.std_floor) and inputs.std_floor >= 0, "std_floor", "a finite number >= 0", inputs.std_floor
+    )
     inputs.spec.check_heads(heads)
     if inputs.spec.nominal == "relative_std":
-        require(inputs.std_ref is not None, "std_ref", "each head's own typical std [K] with nominal=relative_std", None)
+        require(
+            inputs.std_ref is not None, "std_ref", "each head's own typical std [K] with nominal=relative_std", None
+        )
 
 
 def check_values(inputs: Inputs) -> None:
-    """Refuse indices, labels and scales out of range: on CPU tensors, elsewhere with PRUDENT_DEBUG=1 (it stalls the stream)."""
+    """Refuse indices, labels and scales out of range: on CPU; elsewhere with PRUDENT_DEBUG=1 (it stalls the stream)."""
     if inputs.hidden.device.type != "cpu" and os.environ.get("PRUDENT_DEBUG") != "1":
         return
 

@@ -17,7 +17,9 @@ from .contract import EnsembleOutput, Inputs, check_inputs, check_values, requir
 from .reference import Grads
 from .spec import Aggregation
 
-STD_FLOOR = 1e-3  # keeps argmin-std and lcb away from 0; small beside the heads' spread, which eq. 8 sets at about alpha/2
+STD_FLOOR = (
+    1e-3  # keeps argmin-std and lcb away from 0; small beside the heads' spread, which eq. 8 sets at about alpha/2
+)
 
 _SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor? norm_weight, Tensor? seed, Tensor? shift, "
@@ -27,7 +29,8 @@ _library = torch.library.Library("prudent", "DEF")
 _library.define(f"ensemble_reward({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     "ensemble_reward_backward(Tensor? grad_reward, Tensor? grad_mean, Tensor? grad_std, Tensor? grad_sum, "
-    f"{_SCHEMA}, bool need_hidden, bool need_weight, bool need_bias, bool need_norm_weight) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"{_SCHEMA}, bool need_hidden, bool need_weight, bool need_bias, bool need_norm_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -131,17 +134,21 @@ class _EagerEnsembleReward(torch.autograd.Function):
 
 
 def _is_plain(inputs: Inputs) -> bool:
-    """True for ordinary eager tensors: no compile or export trace, no subclass, no functorch level."""
+    """True for ordinary eager tensors: no compile or export trace, no subclass, no functorch level.
+
+    What is no tensor at all passes here and is refused by name in `check_inputs`.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) for t in inputs[: len(_SAVED)] if t is not None)
+    return all(type(t) in (Tensor, torch.nn.Parameter) for t in inputs[: len(_SAVED)] if isinstance(t, Tensor))
 
 
-@torch.compiler.assume_constant_result
 def _spec_text(aggregation: str | Aggregation, centre: str | None) -> str:
-    """The spec in its one spelling; a constant to the compiler, which need not trace the parser."""
+    """The spec as the op's schema takes it. A string goes through unparsed: the compiler need not trace the parser."""
+    if isinstance(aggregation, str) and centre is None:
+        return aggregation
     return str(Aggregation.parse(aggregation).with_centre(centre))
 
 
@@ -192,15 +199,28 @@ def ensemble_reward(
     Raises:
         ValueError: naming the argument, what was expected and what came, before anything is computed.
     """
-    require(isinstance(hidden, Tensor) and hidden.dim() >= 1, "hidden", "a tensor [..., D]",
-            list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__)
+    require(
+        isinstance(hidden, Tensor) and hidden.dim() >= 1,
+        "hidden",
+        "a tensor [..., D]",
+        list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__,
+    )
     require(hidden.shape[-1] > 0, "hidden", "a last dimension above 0", list(hidden.shape))
     require(isinstance(weight, Tensor), "weight", "a tensor", type(weight).__name__)
     # refused before flattening, which would hide it behind a copy
-    require(hidden.stride(-1) == 1 or hidden.shape[-1] == 1, "hidden", "a contiguous last dimension (stride 1)",
-            f"stride {hidden.stride(-1)}")
+    require(
+        hidden.stride(-1) == 1 or hidden.shape[-1] == 1,
+        "hidden",
+        "a contiguous last dimension (stride 1)",
+        f"stride {hidden.stride(-1)}",
+    )
     by_size = isinstance(group, int) and not isinstance(group, bool)
-    require(group is None or by_size or isinstance(group, Tensor), "group", "a tensor of labels or a size", type(group).__name__)
+    require(
+        group is None or by_size or isinstance(group, Tensor),
+        "group",
+        "a tensor of labels or a size",
+        type(group).__name__,
+    )
     require(not by_size or int(group) > 0, "group", "a size above 0", group)  # type: ignore[arg-type]
     inputs = Inputs(
         hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1]),

@@ -1,4 +1,4 @@
-"""`ensemble_reward` in plain torch: the oracle of the other executions, and the CPU's when the native library is not built.
+"""`ensemble_reward` in plain torch: the oracle of the other executions, and the CPU's where the native one is not built.
 
 Written to be checked against the formulas in README.md line by line, not to be fast. fp32 arithmetic, or fp64 when
 `hidden` is fp64. The backward is explicit rather than autograd's, because a registered op runs below autograd.
@@ -16,7 +16,9 @@ from torch import Tensor
 from .contract import Inputs
 from .spec import Aggregation
 
-PHILOX_ROUNDS = 7  # Crush-resistant (Salmon et al. 2011, table 2) and what flash-attention uses; 10 would cost 40 % more
+PHILOX_ROUNDS = (
+    7  # Crush-resistant (Salmon et al. 2011, table 2) and what flash-attention uses; 10 would cost 40 % more
+)
 _MASK = 0xFFFFFFFF
 
 
@@ -123,7 +125,7 @@ def aggregate(mean: Tensor, std: Tensor, values: Tensor, spec: Aggregation, std_
 
 
 def _order_weights(values: Tensor, spec: Aggregation) -> Tensor:
-    """[N, K] weights of the aggregations that are a fixed combination of the sorted heads (or of the heads by index)."""
+    """[N, K] weights of the aggregations that combine the heads by rank, or by index, with fixed weights."""
     k = values.shape[1]
     by_rank = torch.zeros(k, dtype=values.dtype, device=values.device)
     if spec.kind == "mean":

@@ -1,8 +1,8 @@
 """The aggregation spec: how K Gaussian heads become one reward, written as one short string.
 
-`tradeoff:0.4`, `lcb:1`, `uwo:0.5,source=mean`, `tradeoff:0.4,nominal=relative_std,centre=group`: a config file, a command
-line flag, an HTTP query and a model card all say it alike. It lives beside the op, not in the engine, because the op
-itself takes it; `prudent.engine` hands the same name on.
+`tradeoff:0.4`, `lcb:1`, `uwo:0.5,source=mean`, `tradeoff:0.4,nominal=relative_std,centre=group`: a config file, a
+command line flag, an HTTP query and a model card all say it alike. It lives beside the op, not in the engine, because
+the op itself takes it; `prudent.engine` hands the same name on.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+
+import torch
 
 # The order is the integer that crosses into C++ and Triton: append, never reorder.
 KINDS = ("tradeoff", "nominal", "mean", "min", "max", "median", "lcb", "uwo", "softmin", "cvar", "head")
@@ -42,10 +44,10 @@ class Aggregation:
     cvar:q        mean of the lowest ceil(q * K) values
     head:i        value_i
 
-    source        `sample` (default): value_k = sample_k where the op is given a seed, else mean_k. `mean`: always mean_k.
-    nominal       what `nominal` means: `least_std` (lowest index on a tie), `relative_std` (std_k over head k's own typical
-                  std, the op's `std_ref`: a head that is sharp everywhere does not win every row), `mean` (of the heads'
-                  means), `head:i` (a fixed one).
+    source        `sample` (default): value_k = sample_k where the op is given a seed, else mean_k. `mean`: mean_k.
+    nominal       what `nominal` means: `least_std` (lowest index on a tie), `relative_std` (std_k over head k's own
+                  typical std, the op's `std_ref`: a head that is sharp everywhere does not win every row), `mean` (of
+                  the heads' means), `head:i` (a fixed one).
     centre        `none`, `batch`, `group`: the reward minus its mean over the batch or its prompt's group.
 
     Raises ValueError for any string or value outside this table.
@@ -66,7 +68,9 @@ class Aggregation:
         if (nominal == "head") != head.isdecimal():
             raise ValueError(f"aggregation: nominal: expected 'head:INDEX', got {self.nominal!r}")
         if self.nominal != "least_std" and self.kind not in _WITH_NOMINAL:
-            raise ValueError(f"aggregation: nominal={self.nominal} has no effect on {self.kind!r}, which uses no nominal head")
+            raise ValueError(
+                f"aggregation: nominal={self.nominal} has no effect on {self.kind!r}, which uses no nominal head"
+            )
         if self.kind != "head" and self.kind not in _COEFFICIENT:
             object.__setattr__(self, "coefficient", 0.0)  # so that Aggregation("mean") == Aggregation.parse("mean")
         _check_coefficient(self.kind, self.coefficient)
@@ -78,7 +82,8 @@ class Aggregation:
             return text
         if not isinstance(text, str):
             raise ValueError(f"aggregation: expected a string such as 'tradeoff:0.4', got {type(text).__name__}")
-        return _parse(text)
+        # Dynamo traces through a cached function with a warning; once per trace the cache has nothing to save anyway
+        return _parse(text) if torch.compiler.is_compiling() else _parse_cached(text)
 
     def with_centre(self, centre: str | None) -> Aggregation:
         """The same spec with another centring; None keeps it."""
@@ -103,7 +108,11 @@ class Aggregation:
         if self.kind == "head":
             text += f":{int(self.coefficient)}"
         elif self.kind in _COEFFICIENT:
-            text += f":{self.coefficient:g}" if float(f"{self.coefficient:g}") == self.coefficient else f":{self.coefficient!r}"
+            text += (
+                f":{self.coefficient:g}"
+                if float(f"{self.coefficient:g}") == self.coefficient
+                else f":{self.coefficient!r}"
+            )
         for name, default in (("source", "sample"), ("nominal", "least_std"), ("centre", "none")):
             value = getattr(self, name)
             if value != default:
@@ -128,7 +137,6 @@ def _check_coefficient(kind: str, value: float) -> None:
             raise ValueError(f"aggregation: {kind}: expected {name} in {bounds} ({meaning}), got {value!r}")
 
 
-@lru_cache(maxsize=256)
 def _parse(text: str) -> Aggregation:
     head, *options = (part.strip() for part in text.split(","))
     kind, colon, number = head.partition(":")
@@ -145,8 +153,13 @@ def _parse(text: str) -> Aggregation:
     for option in options:
         name, equals, value = option.partition("=")
         if not equals or name not in ("source", "nominal", "centre"):
-            raise ValueError(f"aggregation: expected source=, nominal= or centre= after the kind, got {option!r} in {text!r}")
+            raise ValueError(
+                f"aggregation: expected source=, nominal= or centre= after the kind, got {option!r} in {text!r}"
+            )
         if name in fields:
             raise ValueError(f"aggregation: {name} is given twice in {text!r}")
         fields[name] = value
     return Aggregation(**fields)  # type: ignore[arg-type]
+
+
+_parse_cached = lru_cache(maxsize=256)(_parse)
