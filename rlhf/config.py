@@ -1,0 +1,142 @@
+"""One typed config per job: a YAML file, then `--set key=value`, then arguments; every wrong key or type is named."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+Config = TypeVar("Config", bound="JobConfig")
+
+
+class JobConfig(BaseModel):
+    """Base of every job's config: unknown keys refused, immutable, no NaN or infinity.
+
+    A config made from Python (`TrainConfig(model=...)`) takes what pydantic takes; `load_config`, which reads what
+    people type, is strict: "3" is not 3, and 1 is not true.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def to_yaml(self) -> str:
+        """The resolved config, every key written out; `load_config` reads it back to an equal config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string (it wants 1.0e-3); people write 1e-3."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(cls: type[Config], file: Path | str | None = None, sets: Iterable[str] = (), **given: Any) -> Config:
+    """A `cls` from a YAML file, `sets` ("key=value", dotted keys) and keyword arguments, the last winning.
+
+    Raises ValueError naming the file, key, nearest right key, expected type and what came.
+    """
+    values: dict[str, Any] = {} if file is None else _read_yaml(Path(file))
+    for entry in sets:
+        key, equals, text = entry.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--set: expected key=value, got {entry!r}")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError:
+            value = text
+        _put(values, key.strip().split("."), value)
+    for key, value in given.items():
+        _put(values, [key], value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
+    try:
+        # JSON is where pydantic's strict mode still turns a string into a path and a list into a tuple
+        return cls.model_validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        where = f"{file}: " if file is not None else ""
+        raise ValueError(where + "; ".join(_explain(cls, detail) for detail in error.errors())) from None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ValueError(f"config {file}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {file}: expected YAML, got {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"config {file}: expected a mapping of keys to values, got {type(values).__name__}")
+    return values
+
+
+def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for depth, key in enumerate(path[:-1]):
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"{'.'.join(path)}: {'.'.join(path[: depth + 1])} is a value, not a group of keys")
+        values = inner
+    values[path[-1]] = value
+
+
+def config_keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of a config class, groups expanded."""
+    keys = []
+    for name, field in cls.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += config_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _nearest(cls: type[BaseModel], key: str) -> str:
+    keys = config_keys(cls)
+    groups = {k.rpartition(".")[0] for k in keys if "." in k}
+    near = difflib.get_close_matches(key, [*keys, *groups], n=1, cutoff=0.6)
+    if not near:  # `lr` for `bt.lr`: the right name in another group
+        last = key.rpartition(".")[2]
+        tails: dict[str, str] = {}
+        for known in keys:
+            tails.setdefault(known.rpartition(".")[2], known)
+        near = [tails[tail] for tail in difflib.get_close_matches(last, list(tails), n=1, cutoff=0.6)]
+    return f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(keys)}"
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a group of keys",
+    "path_type": "a path",
+}
+
+
+def _explain(cls: type[BaseModel], detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    kind, got = detail["type"], detail.get("input")
+    if kind == "extra_forbidden":
+        return f"unknown key {key!r}: {_nearest(cls, key)}"
+    if kind == "missing":
+        return f"{key}: a value is needed"
+    if kind in ("value_error", "assertion_error"):  # our own validators say what they expected
+        message = str(detail["msg"]).removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
+    expected = _EXPECTED.get(kind)
+    if expected is None:
+        expected = re.sub(r"^Input should be ", "", str(detail["msg"]))
+    shown = json.dumps(got, ensure_ascii=False, default=str)
+    return f"{key}: expected {expected}, got {shown} ({type(got).__name__})"
