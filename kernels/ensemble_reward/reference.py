@@ -1,4 +1,4 @@
-"""`ensemble_reward` in plain torch: the oracle of the other executions, and the CPU's where the native one is not built.
+"""`ensemble_reward` in plain torch: the oracle of the other executions, and the CPU's where nothing native is built.
 
 Written to be checked against the formulas in README.md line by line, not to be fast. fp32 arithmetic, or fp64 when
 `hidden` is fp64. The backward is explicit rather than autograd's, because a registered op runs below autograd.

