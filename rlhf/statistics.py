@@ -1,0 +1,394 @@
+"""What is measured on reward heads: pure functions of tensors, each with its formula and the paper it comes from.
+
+Computed in float64 on the CPU. What the data cannot give (the AUROC of one class, an interval from one prompt) is None,
+never NaN; the caller says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_CHUNK = 4_000_000  # elements of one block of resampling weights: 32 MB
+
+
+class Interval(NamedTuple):
+    """A value and its percentile bootstrap interval; None where the data cannot give it."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class Bin(NamedTuple):
+    """A bin of a reliability picture: `count` pairs whose signal lies in [low, high], and how often they are right."""
+
+    low: float
+    high: float
+    median: float
+    count: int
+    accuracy: Interval
+
+
+class BestOfN(NamedTuple):
+    """Best-of-n estimates for M values of n over P prompts.
+
+    n                [M] int64     kl  [M]  log n - (n - 1) / n, nats
+    proxy, gold      [M]           mean over prompts of the expected reward of the response that the proxy picks from n
+    proxy_se, gold_se  [M]         standard error over prompts (ddof 1); NaN where P is 1
+    gold_per_prompt  [P, M]        for paired comparisons of two proxies on the same samples
+    proxy_spread, gold_spread      standard deviation within prompts (root of the mean variance): the unit in which the
+                                   curves of different proxies compare
+    """
+
+    n: Tensor
+    kl: Tensor
+    proxy: Tensor
+    gold: Tensor
+    proxy_se: Tensor
+    gold_se: Tensor
+    gold_per_prompt: Tensor
+    proxy_spread: float
+    gold_spread: float
+
+
+def group_labels(keys: Iterable[Hashable]) -> Tensor:
+    """Any hashable keys (prompts, sources) -> [P] int64 labels 0..G-1 in order of first appearance."""
+    seen: dict[Hashable, int] = {}
+    return torch.tensor([seen.setdefault(key, len(seen)) for key in keys], dtype=torch.int64)
+
+
+# ---- intervals
+
+
+def _resampled(groups: Tensor, resamples: int, seed: int) -> Iterator[Tensor]:
+    """Blocks [r, P] of row weights: how often each row's group was drawn, G groups drawn with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    num_groups = int(groups.max()) + 1
+    step = max(1, _CHUNK // max(len(groups), num_groups))
+    for start in range(0, resamples, step):
+        size = (min(step, resamples - start), num_groups)
+        drawn = torch.randint(num_groups, size, generator=generator)
+        counts = torch.zeros(size, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(size, dtype=torch.float64))
+        yield counts[:, groups]
+
+
+def bootstrap(
+    statistic: Callable[[Tensor], Tensor],
+    num_rows: int,
+    groups: Tensor | None = None,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile bootstrap of a weighted statistic over whole groups (prompts): rows of one prompt are not independent.
+
+    Args:
+        statistic: row weights [R, P] float64 -> [R] values (NaN where a resample does not define one: left out).
+        num_rows: P.
+        groups: [P] int64 labels 0..G-1; None: every row is its own group.
+        resamples: number of bootstrap samples; seed: of their draw; level: coverage of the interval.
+
+    Returns:
+        Interval; low and high are None with fewer than 2 groups, all three None without rows or where undefined.
+    """
+    if num_rows == 0:
+        return Interval(None, None, None)
+    value = statistic(torch.ones(1, num_rows, dtype=torch.float64))[0].item()
+    groups = torch.arange(num_rows) if groups is None else groups
+    if math.isnan(value) or int(groups.max()) == 0:
+        return Interval(None if math.isnan(value) else value, None, None)
+    draws = torch.cat([statistic(weights) for weights in _resampled(groups, resamples, seed)])
+    draws = draws[~draws.isnan()]
+    tail = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.quantile(draws, tail).tolist()
+    return Interval(value, low, high)
+
+
+def mean_interval(values: Tensor, groups: Tensor | None = None, *, resamples: int = 1000, seed: int = 0) -> Interval:
+    """Mean of values [P] with its bootstrap interval over groups."""
+    rows = values.double()
+    return bootstrap(lambda w: w @ rows / w.sum(dim=1), len(rows), groups, resamples=resamples, seed=seed)
+
+
+# ---- pairs: who is right
+
+
+def pair_correct(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """[P], [P] -> [P] bool: chosen > rejected, strictly.
+
+    A tie is wrong, as in RewardBench: a scorer that cannot tell the two apart has not got the pair right.
+    """
+    return chosen > rejected
+
+
+def pair_accuracy(
+    chosen: Tensor, rejected: Tensor, groups: Tensor | None = None, *, resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """Share of pairs with chosen > rejected (ties are wrong), with its bootstrap interval over groups (prompts)."""
+    return mean_interval(pair_correct(chosen, rejected), groups, resamples=resamples, seed=seed)
+
+
+def accuracy_difference(
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    groups: Tensor | None = None,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Paired bootstrap: accuracy of `first` minus `second`'s, each (chosen [P], rejected [P]) on the same pairs."""
+    gap = pair_correct(*first).double() - pair_correct(*second).double()
+    return mean_interval(gap, groups, resamples=resamples, seed=seed)
+
+
+# ---- scale and spread
+
+
+def standardise(values: Tensor, sources: Tensor | None = None) -> Tensor:
+    """[N] or [N, K] -> z-scores per column (and per source label [N]), population std; 0 where a source is constant."""
+    values = values.double()
+    if sources is not None:
+        result = torch.empty_like(values)
+        for source in sources.unique():
+            rows = sources == source
+            result[rows] = standardise(values[rows])
+        return result
+    if len(values) == 0:
+        return values
+    centred = values - values.mean(dim=0)
+    std = centred.square().mean(dim=0).sqrt()
+    # a constant column leaves rounding residue of about 1e-16 of its size, which must not be blown up to z-scores
+    flat = std <= 1e-12 * values.abs().amax(dim=0)
+    return torch.where(flat, torch.zeros_like(centred), centred / torch.where(flat, torch.ones_like(std), std))
+
+
+def normalised_margin(chosen: Tensor, rejected: Tensor, sources: Tensor | None = None) -> Tensor:
+    """[P]: z(chosen) - z(rejected), z over chosen and rejected together (BRME Fig. 6; the z of RewardBench, ddof 0).
+
+    sources: [P] int64 data source of each pair; each source is then standardised alone.
+    """
+    both = None if sources is None else torch.cat([sources, sources])
+    z = standardise(torch.cat([chosen, rejected]), both)
+    return z[: len(chosen)] - z[len(chosen) :]
+
+
+def covariance(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """[2, 2] population covariance of (chosen, rejected) over pairs."""
+    return torch.cov(torch.stack([chosen.double(), rejected.double()]), correction=0)
+
+
+def ellipse_area(chosen: Tensor, rejected: Tensor) -> float:
+    """Coverage (BRME Fig. 7 as a number): pi * sqrt(det cov), the area of the one-std ellipse of (chosen, rejected).
+
+    In squared reward units: compare scorers after dividing each one's rewards by a common or by its own scale.
+    """
+    return math.pi * math.sqrt(max(0.0, torch.linalg.det(covariance(chosen, rejected)).item()))
+
+
+def scoring_gap(reward: Tensor, score: Tensor, sources: Tensor | None = None) -> Tensor:
+    """BRME Fig. 5b: z(reward) - z(score); negative is under-scoring. reward [N] or [N, K], score [N] the given ones."""
+    target = standardise(score, sources)
+    z = standardise(reward, sources)
+    return z - (target[:, None] if z.dim() == 2 else target)
+
+
+# ---- does a signal of uncertainty tell anything
+
+
+def ranks(values: Tensor) -> Tensor:
+    """[N] -> [N] ranks from 1, ties sharing their mean rank."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts.double() - 1) / 2)[inverse]
+
+
+def correlation(columns: Tensor) -> Tensor:
+    """[N, K] -> [K, K] Pearson correlation; NaN in the row and column of a constant head."""
+    z = standardise(columns)
+    matrix = (z.T @ z / len(z)).clamp(-1, 1)
+    flat = z.abs().amax(dim=0) == 0
+    matrix.fill_diagonal_(1.0)
+    matrix[flat] = math.nan
+    matrix[:, flat] = math.nan
+    return matrix
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> float | None:
+    """Spearman's rho of two [N] tensors; None for fewer than 2 rows or where either is constant."""
+    if len(first) < 2:
+        return None
+    rho = correlation(torch.stack([ranks(first), ranks(second)], dim=1))[0, 1].item()
+    return None if math.isnan(rho) else rho
+
+
+def auroc(signal: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
+    """P(signal of a positive > signal of a negative), ties a half; NaN where a class has no weight.
+
+    signal [P], positive [P] bool, weights [R, P] float64 -> [R]; without weights R = 1.
+    """
+    weights = torch.ones(1, len(signal), dtype=torch.float64) if weights is None else weights
+    order = signal.argsort(stable=True)
+    _, tie = signal[order].unique_consecutive(return_inverse=True)
+    w, is_positive = weights[:, order], positive[order]
+    negative = w * ~is_positive
+    per_tie = torch.zeros(len(w), int(tie[-1]) + 1 if len(tie) else 0, dtype=w.dtype)
+    per_tie.scatter_add_(1, tie.expand_as(w), negative)
+    below = per_tie.cumsum(dim=1) - per_tie / 2
+    hits = (w * is_positive * below[:, tie]).sum(dim=1)
+    return hits / (negative.sum(dim=1) * (w * is_positive).sum(dim=1))
+
+
+def auroc_interval(
+    signal: Tensor, positive: Tensor, groups: Tensor | None = None, *, resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """AUROC with its bootstrap interval over groups; all None where one class is empty."""
+    return bootstrap(lambda w: auroc(signal, positive, w), len(signal), groups, resamples=resamples, seed=seed)
+
+
+def reliability(
+    signal: Tensor,
+    correct: Tensor,
+    groups: Tensor | None = None,
+    *,
+    bins: int = 10,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[Bin]:
+    """Is a low signal more often right? Pairs in bins of about equal count by signal [P], and each bin's accuracy.
+
+    Equal signals share a bin, so a signal with few values gives fewer bins than asked.
+    """
+    if len(signal) == 0:
+        return []
+    signal = signal.double()
+    edges = torch.quantile(signal, torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]).unique()
+    where = torch.bucketize(signal, edges)
+    result = []
+    for index in where.unique().tolist():
+        rows = where == index
+        values = signal[rows]
+        inside = None if groups is None else groups[rows].unique(return_inverse=True)[1]
+        accuracy = mean_interval(correct[rows], inside, resamples=resamples, seed=seed)
+        result.append(Bin(values.min().item(), values.max().item(), values.median().item(), int(rows.sum()), accuracy))
+    return result
+
+
+# ---- features
+
+
+def effective_rank(features: Tensor) -> float | None:
+    """exp(entropy of the singular values' shares): 1 for a line, D for an isotropic cloud (BSR 2505.07271; not centred).
+
+    features [N, D]; None for no rows or all zeros. Costs a full SVD: give it a few thousand rows at most.
+    """
+    if len(features) == 0:
+        return None
+    values = torch.linalg.svdvals(features.double())
+    if values.sum() == 0:
+        return None
+    share = values / values.sum()
+    return math.exp(torch.special.entr(share).sum().item())
+
+
+def norm_dispersion(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
+    """How far hidden norms spread (BSR: over-optimisation comes from the dispersion of ||h||). chosen, rejected [P, D].
+
+    mean, std: of ||h|| over both sides (population); relative: std / mean; gap: mean of | ||h_w|| - ||h_l|| |;
+    distance: mean of ||h_w - h_l||.
+    """
+    c, r = chosen.double(), rejected.double()
+    norm_c, norm_r = c.norm(dim=1), r.norm(dim=1)
+    norms = torch.cat([norm_c, norm_r])
+    mean, std = norms.mean().item(), norms.std(correction=0).item()
+    return {
+        "mean": mean,
+        "std": std,
+        "relative": std / mean if mean else 0.0,
+        "gap": (norm_c - norm_r).abs().mean().item(),
+        "distance": (c - r).norm(dim=1).mean().item(),
+    }
+
+
+# ---- best of n
+
+
+def bon_kl(n: float) -> float:
+    """Upper bound of KL(best-of-n || policy) in nats, an equality without ties: log n - (n - 1) / n (2401.01879)."""
+    if n < 1:
+        raise ValueError(f"bon_kl: n: expected at least 1, got {n}")
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n_weights(num_samples: int, n: int) -> Tensor:
+    """[N] float64: the chance that the i-th smallest of N is the largest of n drawn without replacement (Coste)."""
+    i = torch.arange(1, num_samples + 1, dtype=torch.float64)
+    # C(i-1, n-1) / C(N, n) by logarithms; the constant goes with the final normalisation (the weights sum to 1)
+    log_weight = torch.lgamma(i) - torch.lgamma((i - n + 1).clamp_min(1))
+    log_weight = log_weight.masked_fill(i < n, -math.inf)
+    return torch.softmax(log_weight, dim=0)
+
+
+def _mean_over_ties(proxy: Tensor, gold: Tensor) -> Tensor:
+    """[N] sorted proxy, [N] gold -> gold, equal proxies sharing their mean: the expectation under random tie-breaks."""
+    _, tie, counts = proxy.unique_consecutive(return_inverse=True, return_counts=True)
+    if len(counts) == len(proxy):
+        return gold
+    return (gold.new_zeros(len(counts)).index_add_(0, tie, gold) / counts)[tie]
+
+
+def best_of_n_curve(proxy: Tensor, gold: Tensor, ns: Sequence[int]) -> BestOfN:
+    """Unbiased best-of-n from N scored samples a prompt: the mean over every subset of n (Coste et al. 2310.02743 eq. 7-8).
+
+    Samples with equal proxy share their mean gold reward, which is the expectation when a tie is broken at random.
+
+    Args:
+        proxy: [P, N] what picks; gold: [P, N] what judges the pick. Finite.
+        ns: values of n, each from 1 to N.
+
+    Raises:
+        ValueError: for shapes that differ, fewer than one prompt or sample, n out of range, or non-finite rewards.
+    """
+    if proxy.dim() != 2 or proxy.shape != gold.shape or proxy.numel() == 0:
+        raise ValueError(
+            f"best_of_n_curve: expected proxy and gold of one shape [P, N] with P, N >= 1, "
+            f"got {list(proxy.shape)} and {list(gold.shape)}"
+        )
+    num_prompts, num_samples = proxy.shape
+    for n in ns:
+        if not 1 <= n <= num_samples:
+            raise ValueError(f"best_of_n_curve: ns: expected values from 1 to {num_samples} (N), got {n}")
+    for name, values in (("proxy", proxy), ("gold", gold)):
+        if not values.isfinite().all():
+            raise ValueError(
+                f"best_of_n_curve: {name}: expected finite rewards, got {int((~values.isfinite()).sum())} that are not"
+            )
+    proxy, gold = proxy.double().cpu(), gold.double().cpu()
+    proxy, order = proxy.sort(dim=1)
+    gold = torch.stack([_mean_over_ties(*row) for row in zip(proxy, gold.gather(1, order), strict=True)])
+    weights = torch.stack([best_of_n_weights(num_samples, n) for n in ns])
+    picked_proxy, picked_gold = proxy @ weights.T, gold @ weights.T
+    root = math.sqrt(num_prompts)
+    se = [
+        v.std(dim=0) / root if num_prompts > 1 else torch.full_like(v[0], math.nan) for v in (picked_proxy, picked_gold)
+    ]
+    return BestOfN(
+        torch.tensor(list(ns)),
+        torch.tensor([bon_kl(n) for n in ns], dtype=torch.float64),
+        picked_proxy.mean(dim=0),
+        picked_gold.mean(dim=0),
+        se[0],
+        se[1],
+        picked_gold,
+        _spread(proxy),
+        _spread(gold),
+    )
+
+
+def _spread(values: Tensor) -> float:
+    return values.var(dim=1, correction=0).mean().sqrt().item()
