@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
-from .head import Aggregation, EnsembleHead
+from ..kernels import Aggregation
+from .config import EnsembleRewardConfig
+from .head import EnsembleHead
+from .model import EnsembleRewardModel, EnsembleRewardOutput
 
-__all__ = ["Aggregation", "EnsembleHead"]
+__all__ = [
+    "Aggregation",
+    "EnsembleHead",
+    "EnsembleRewardConfig",
+    "EnsembleRewardModel",
+    "EnsembleRewardOutput",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +18,27 @@ INITIAL_STD_SPREAD = 0.1  # of the std rows against the mean rows: heads differ 
 class EnsembleHead(nn.Module):
     """K Gaussian heads, hidden states [..., D] -> means and stds [N, K] -> one pessimistic reward [N].
 
-    BRME (arXiv 2409.15360) 5.1: every head has a mean and a standard deviation, one linear map D -> 2K. The paper leaves the
-    map from the raw output s to a std open. Here std = softplus(s) + std_floor, because
-    - it is positive: the sampled reward mean + a * std is symmetric in the sign of an unconstrained std, and the nominal
-      head, argmin std, would chase negative numbers;
-    - d std / d s > 0, so the sign argument of the paper's appendix B.1 (the loss of eq. 8 pulls every std down) holds for s;
-    - it is linear for large s and exponential only for small s: an outlying hidden state gives a large std, where exp gives inf;
-    - eq. 8 drives every std to 0 for ever: the floor keeps stds apart from rounding when they are compared or divided by.
+    BRME (arXiv 2409.15360) 5.1: every head has a mean and a standard deviation, one linear map D -> 2K. The paper
+    leaves the map from the raw output s to a std open. Here std = softplus(s) + std_floor, because
+    - it is positive: the sampled reward mean + a * std is symmetric in the sign of an unconstrained std, and the
+      nominal head, argmin std, would chase negative numbers;
+    - d std / d s > 0, so the argument of the paper's appendix B.1 (the loss of eq. 8 pulls every std down) holds for s;
+    - it is linear for large s and exponential only for small s: an outlying hidden state gives a large std, where exp
+      gives inf;
+    - eq. 8 pulls every std towards 0 for ever: the floor keeps apart from rounding what is compared and divided by.
 
     Initialisation (`reset_parameters`): mean rows N(0, 1/(D+1)) and bias 0 (BSR, arXiv 2505.07271, 3.1); std rows
     N(0, 0.01/(D+1)) and the bias that gives std = 0.5 where the features are 0. Every row is drawn on its own, so heads
     start different.
 
-    The arithmetic is fp32 with autocast off. Parameters and calibration stay fp32 when the model around them is cast to a
-    half precision (`.half()`, `.to(torch.bfloat16)`); `.double()` is obeyed. A single-head (Bradley-Terry) reward is
-    `EnsembleHead(D, 1, aggregation="mean")`.
+    The arithmetic is fp32 with autocast off. Parameters and calibration stay fp32 when the model around them is cast
+    to a half precision (`.half()`, `.to(torch.bfloat16)`); `.double()` is obeyed. A single-head (Bradley-Terry) reward
+    is `EnsembleHead(D, 1, aggregation="mean")`.
 
     Args:
         hidden_size: D, the trunk's width.
         num_heads: K.
-        aggregation: how K heads become one reward; an `Aggregation` or its string. Settable later: `head.aggregation = "min"`.
+        aggregation: how K heads become one reward, an `Aggregation` or its string; `head.aggregation = "min"` later.
         std_floor: least std before calibration, >= 0.
 
     Attributes:
@@ -46,7 +48,8 @@ class EnsembleHead(nn.Module):
         std_ref: persistent buffer [K] (1): each head's typical calibrated std, what `nominal=relative_std` divides by.
 
     Raises:
-        ValueError: for sizes below 1, a std_floor that is negative or not finite, or an aggregation that names a missing head.
+        ValueError: for sizes below 1, a std_floor that is negative or not finite, or an aggregation that names a head
+            beyond K.
     """
 
     shift: Tensor
@@ -73,7 +76,7 @@ class EnsembleHead(nn.Module):
         self.std_floor = float(std_floor)
         self.aggregation = aggregation
         # fp32 whatever torch's default dtype is: a trunk is often built under a half-precision default
-        options = {"dtype": torch.float32, "device": device}
+        options: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.weight = nn.Parameter(torch.empty(2 * num_heads, hidden_size, **options))
         self.bias = nn.Parameter(torch.empty(2 * num_heads, **options))
         self.register_buffer("shift", torch.zeros(num_heads, **options))
@@ -123,7 +126,7 @@ class EnsembleHead(nn.Module):
 
         Args:
             hidden: [..., D], any floating dtype, last dimension contiguous.
-            rows: [N] int64, which rows of hidden.view(-1, D) to score (the last tokens of [B, T, D]); None scores every row.
+            rows: [N] int64, which rows of hidden.view(-1, D) to score (the last tokens of [B, T, D]); None scores all.
             seed: [1] int64 on hidden's device; None: no sampling, the means stand for the samples.
             aggregation: this call's aggregation; None takes the head's own.
             group: [N] int64 labels or a group size, with centre="group".
@@ -166,5 +169,5 @@ class EnsembleHead(nn.Module):
                 return tensor.to(device=result.device, dtype=torch.float32)
             return result
 
-        super()._apply(keep_precision, recurse)
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
         return self

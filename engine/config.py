@@ -1,0 +1,106 @@
+"""The configuration of an ensemble reward model: one trunk, K heads, and how a sequence becomes one hidden state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from ..kernels import STD_FLOOR, Aggregation
+
+POOLINGS = ("last", "first", "pooler")
+
+
+class EnsembleRewardConfig(PreTrainedConfig):
+    """Configuration of `EnsembleRewardModel`.
+
+    Args:
+        text_config: the trunk's configuration, or its dictionary.
+        num_heads: K.
+        aggregation: how K heads become one reward, as `Aggregation` or its string; stored as the string.
+        std_floor: least std of a head before calibration.
+        pooling: which hidden state stands for the sequence: that of the `last` attended token (decoders), of the
+            `first` (encoders), or the trunk's own `pooler` output (BERT's tanh layer). None: `last`, or `first` where
+            the trunk is a bidirectional encoder.
+        append_eos: whether `Scorer` ends a complete plain-text response with the tokeniser's EOS token. A chat
+            template ends its own turns and is left alone, and so are token ids. None: yes for decoders, no for
+            encoders, whose tokeniser closes every sequence itself. Choose it once, when the heads are trained: reading
+            another last token is another reward. TRL's GRPO and RLOO strip the EOS token from plain-text rollouts
+            before a reward model sees them, so a model meant to sit there on plain text is trained with False.
+        kwargs: `PreTrainedConfig`'s. num_labels is 1 and nothing else: trainers read column 0 of the logits.
+
+    Raises:
+        ValueError: for an aggregation, pooling or num_labels outside the above.
+    """
+
+    model_type = "prudent_ensemble_reward"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  as transformers reads it
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        num_heads: int = 5,
+        aggregation: str | Aggregation = "tradeoff:0.4",
+        std_floor: float = STD_FLOOR,
+        pooling: str | None = None,
+        append_eos: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, dict):
+            fields = dict(text_config)
+            text_config = AutoConfig.for_model(fields.pop("model_type", ""), **fields)
+        if text_config is not None and text_config.is_encoder_decoder:
+            raise ValueError(
+                f"EnsembleRewardConfig: text_config: expected a decoder or an encoder, got {text_config.model_type!r}, "
+                "which is an encoder-decoder"
+            )
+        if pooling not in (None, *POOLINGS):
+            raise ValueError(f"EnsembleRewardConfig: pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+        spec = Aggregation.parse(aggregation)
+        spec.check_heads(num_heads)
+        encoder = text_config is not None and is_encoder(text_config)
+        self.text_config: Any = text_config
+        self.num_heads = num_heads
+        self.aggregation = str(spec)
+        self.std_floor = std_floor
+        self.pooling = pooling or ("first" if encoder else "last")
+        self.append_eos = (not encoder) if append_eos is None else append_eos
+        kwargs.setdefault("num_labels", 1)  # transformers' own default is 2
+        super().__init__(**kwargs)
+        if self.num_labels != 1:
+            raise ValueError(f"EnsembleRewardConfig: num_labels: expected 1 (one reward a row), got {self.num_labels}")
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the trunk's width; tools that size buffers look for it at the top."""
+        if self.text_config is None:
+            raise AttributeError("EnsembleRewardConfig has no hidden_size without a text_config")
+        return int(self.text_config.hidden_size)
+
+
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a trunk of this configuration attends in both directions, so that its first token sees the whole text."""
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """The longest sequence a trunk of this configuration takes, in tokens; None where it states no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    return positions - position_offset(config)
+
+
+def position_offset(config: PreTrainedConfig) -> int:
+    """The position id of the first token: 0, or one past the padding index in the RoBERTa family."""
+    if config.model_type in _POSITIONS_AFTER_PADDING:
+        return int(config.pad_token_id) + 1
+    return 0
+
+
+# RoBERTa and its descendants keep the rows of the position table up to the padding index for padding
+_POSITIONS_AFTER_PADDING = frozenset(
+    {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod"}
+)

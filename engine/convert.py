@@ -1,0 +1,139 @@
+"""Other people's models as trunks and as stage-1 reward models, with every check on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+
+from .config import is_encoder
+from .head import EnsembleHead
+
+if TYPE_CHECKING:
+    from .model import EnsembleRewardModel
+
+
+def refuse_missing(where: str, name: object, missing: Iterable[str]) -> None:
+    """Raise ValueError if a checkpoint lacked tensors, which transformers fills with random numbers and a warning."""
+    lost = sorted(missing)
+    if lost:
+        shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        raise ValueError(
+            f"{where}: {str(name)!r}: expected every tensor of the model in the checkpoint, got none for {shown}"
+        )
+
+
+def load_trunk(source: str | PreTrainedModel, kwargs: dict[str, Any]) -> Any:
+    """The base model of a folder or hub name, or of an instance (by reference); text only, encoder or decoder."""
+    if isinstance(source, PreTrainedModel):
+        if kwargs:
+            raise ValueError(
+                f"from_trunk: {', '.join(kwargs)}: expected only with a folder or name, got it beside a model"
+            )
+        trunk: Any = source.base_model
+    elif isinstance(source, nn.Module):
+        raise ValueError(
+            f"from_trunk: trunk: expected a folder, a hub name or a PreTrainedModel, got {type(source).__name__} "
+            "(of a PEFT model, give `get_base_model()`)"
+        )
+    else:
+        model, info = AutoModel.from_pretrained(source, output_loading_info=True, **kwargs)
+        trunk = model.base_model
+        # language-model checkpoints of the BERT family come without the pooler, which `first` pooling does not read
+        refuse_missing("from_trunk", source, (key for key in info["missing_keys"] if not key.startswith("pooler.")))
+    if not isinstance(getattr(trunk.config, "hidden_size", None), int):
+        raise ValueError(
+            f"from_trunk: trunk: expected a text model with config.hidden_size, got {type(trunk).__name__}, whose "
+            "configuration has none"
+        )
+    return trunk
+
+
+def model_of_sequence_classifier(
+    cls: type[EnsembleRewardModel], source: str | PreTrainedModel, kwargs: dict[str, Any]
+) -> EnsembleRewardModel:
+    """See `EnsembleRewardModel.from_sequence_classifier`."""
+    where = "from_sequence_classifier"
+    append_eos = kwargs.pop("append_eos", None)
+    if isinstance(source, PreTrainedModel):
+        original = source
+        _check_labels(original.config)
+    else:
+        _check_labels(AutoConfig.from_pretrained(source))
+        original, info = AutoModelForSequenceClassification.from_pretrained(source, output_loading_info=True, **kwargs)
+        refuse_missing(where, source, info["missing_keys"])
+    trunk: Any = original.base_model
+    linear = _linear_head(original, trunk.config.hidden_size)
+    head = EnsembleHead(trunk.config.hidden_size, 1, aggregation="mean")
+    with torch.no_grad():
+        head.weight[0] = linear.weight[0]
+        head.weight[1] = 0.0
+        head.bias[0] = 0.0 if linear.bias is None else linear.bias[0]
+    pooled = is_encoder(trunk.config) and getattr(trunk, "pooler", None) is not None
+    model = cls.from_trunk(trunk, head=head, pooling="pooler" if pooled else None, append_eos=append_eos)
+    _check_same_rewards(original, model)
+    return model
+
+
+def _check_labels(config: Any) -> None:
+    if config.num_labels != 1:
+        raise ValueError(
+            f"from_sequence_classifier: num_labels: expected 1 (a reward model), got {config.num_labels} in the "
+            f"{config.model_type!r} configuration"
+        )
+
+
+def _linear_head(model: PreTrainedModel, hidden_size: int) -> nn.Linear:
+    for name in ("score", "classifier"):
+        head = getattr(model, name, None)
+        if head is None:
+            continue
+        if not isinstance(head, nn.Linear):
+            break
+        if tuple(head.weight.shape) != (1, hidden_size):
+            raise ValueError(
+                f"from_sequence_classifier: {name}.weight: expected shape [1, {hidden_size}], "
+                f"got {list(head.weight.shape)}"
+            )
+        return head
+    else:
+        name, head = "score", None
+    raise ValueError(
+        f"from_sequence_classifier: {name}: expected one linear layer as the head of {type(model).__name__}, "
+        f"got {'none' if head is None else type(head).__name__}"
+    )
+
+
+@torch.no_grad()
+def _check_same_rewards(original: PreTrainedModel, model: EnsembleRewardModel) -> None:
+    """Refuse an architecture that does something between trunk and head: two random sequences must score alike."""
+    modes = [(module, module.training) for module in original.modules()]
+    original.eval()
+    generator = torch.Generator().manual_seed(0)
+    # the original finds its last token by the padding id, so the probe must not contain it
+    allowed = torch.ones(original.config.vocab_size)
+    padding = getattr(original.config, "pad_token_id", None)
+    if padding is not None:
+        allowed[padding] = 0.0
+    expected, got = [], []
+    for length in (5, 9):
+        ids = allowed.multinomial(length, replacement=True, generator=generator)[None].to(original.device)
+        mask = torch.ones_like(ids)
+        expected.append(original(input_ids=ids, attention_mask=mask).logits.float().view(()))
+        got.append(model(input_ids=ids, attention_mask=mask).logits.view(()))
+    for module, training in modes:
+        module.training = training
+    want, have = torch.stack(expected), torch.stack(got)
+    if not torch.allclose(have, want, rtol=0.0, atol=_tolerance(want, original.dtype)):
+        raise ValueError(
+            f"from_sequence_classifier: {type(original).__name__}: expected the reward to be one linear layer on the "
+            f"trunk's hidden state, got {have.tolist()} that way where the model itself says {want.tolist()}"
+        )
+
+
+def _tolerance(rewards: Tensor, dtype: torch.dtype) -> float:
+    """The original's head rounds to its own dtype; 16 units in the last place of the larger reward, or of 1."""
+    return 16 * torch.finfo(dtype).eps * max(1.0, float(rewards.abs().max()))
