@@ -1,0 +1,273 @@
+"""Triton device code that the forward and the backward of `ensemble_reward` share: product, heads, aggregation.
+
+Shapes in comments: M = rows of a program, KP = heads padded to a power of two >= 8, BN = 2 KP columns (>= 16, so that
+`tl.dot` takes them), BD = a block of D. Column 2k of a product is head k's mean and column 2k + 1 its raw std: one
+`tl.split` parts them where they lie, in registers. ACC is fp32, or fp64 for fp64 hidden states.
+
+Rules kept here, each for a measured reason: a bf16 value is cast to ACC right after its load (the interpreter computes on
+bf16 bit patterns, silently wrong); every masked load names its `other` (the interpreter reads 0 where a GPU reads
+anything); no libdevice call (the interpreter has none); scalars arrive as fp64 and are rounded to ACC here, so that the
+fp64 path sees the exact options.
+"""
+# mypy: ignore-errors
+# ruff: noqa: N803
+
+import triton
+import triton.language as tl
+
+PHILOX_ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def scalar(value, ACC: tl.constexpr):
+    """A kernel's fp64 argument (a Python float under the interpreter) as [1] of ACC."""
+    return tl.full((1,), value, ACC)
+
+
+@triton.jit
+def vector(pointer, index, inside, other: tl.constexpr, ACC: tl.constexpr):
+    return tl.load(pointer + index, mask=inside, other=other).to(ACC)
+
+
+@triton.jit
+def column_rows(K: tl.constexpr, BN: tl.constexpr):
+    """[BN] the row of `weight` behind each column, and whether there is one."""
+    column = tl.arange(0, BN)
+    return (column % 2) * K + column // 2, column // 2 < K
+
+
+@triton.jit
+def positions(block, num_rows, rows, M: tl.constexpr):
+    """[M] place n among the scored rows (int64), the row of `hidden` it reads (int64), and whether it exists."""
+    n = tl.cast(block, tl.int64) * M + tl.arange(0, M)
+    inside = n < num_rows
+    row = n
+    if rows is not None:
+        row = tl.load(rows + n, mask=inside, other=0)
+    return n, row, inside
+
+
+@triton.jit
+def folded_weight(weight, norm_weight, columns, d, K: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+    """[BD, BN] norm_weight * weight, in ACC; 0 in padding."""
+    source, real = column_rows(K, BN)
+    at = weight + (source.to(tl.int64) * d)[None, :] + columns[:, None]
+    tile = tl.load(at, mask=(columns < d)[:, None] & real[None, :], other=0.0).to(ACC)
+    if norm_weight is not None:
+        tile *= vector(norm_weight, columns, columns < d, 0.0, ACC)[:, None]
+    return tile
+
+
+@triton.jit
+def dot_halves(x, w, acc, UPCAST: tl.constexpr):
+    """acc + x @ w for bf16 x and fp32 w as two bf16 halves: w = hi + lo to 2^-17, at bf16 operand width."""
+    hi = w.to(tl.bfloat16)
+    lo = (w - hi.to(tl.float32)).to(tl.bfloat16)
+    if UPCAST:  # the interpreter's dot would multiply bf16 bit patterns
+        acc = tl.dot(x.to(tl.float32), lo.to(tl.float32), acc)
+        acc = tl.dot(x.to(tl.float32), hi.to(tl.float32), acc)
+    else:
+        acc = tl.dot(x, lo, acc)
+        acc = tl.dot(x, hi, acc)
+    return acc
+
+
+@triton.jit
+def product(
+    hidden, row_stride, weight, norm_weight, norm_eps, row, inside, d,
+    K: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    ACC: tl.constexpr, HALVES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """[M, BN] rmsnorm(x) @ weight.T before the bias, and [M] rstd (ones without a norm), from one read of x.
+
+    The norm's weight is folded into `weight`; its rstd scales the finished product (y = rstd * (x . (g W)^T)).
+    """
+    acc = tl.zeros((M, BN), ACC)
+    squares = tl.zeros((M,), ACC)
+    at = hidden + row * row_stride
+    for start in range(0, d, BD):
+        columns = start + tl.arange(0, BD)
+        x = tl.load(at[:, None] + columns[None, :], mask=inside[:, None] & (columns < d)[None, :], other=0.0)
+        w = folded_weight(weight, norm_weight, columns, d, K, BN, ACC)
+        if norm_weight is not None:
+            squares += tl.sum(x.to(ACC) * x.to(ACC), axis=1)
+        if HALVES:
+            acc = dot_halves(x, w, acc, UPCAST)
+        else:
+            acc = tl.dot(x.to(ACC), w, acc, input_precision=PRECISION, out_dtype=ACC)
+    rstd = tl.full((M,), 1.0, ACC)
+    if norm_weight is not None:
+        rstd = 1.0 / tl.sqrt(squares / d + scalar(norm_eps, ACC))
+        acc *= rstd[:, None]
+    return acc, rstd
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x), x itself above torch's threshold of 20."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    u = 1.0 + e
+    # log1p without libdevice: log(u) e / (u - 1) undoes the rounding of 1 + e (Kahan); u == 1 means e is below half an ulp
+    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.where(x > 20.0, x, tl.where(x != x, x, log1p))
+
+
+@triton.jit
+def uniform(word, ACC: tl.constexpr):
+    """(word >> 9) * 2^-23 + 2^-24 in (0, 1): exact in fp32."""
+    return (word.to(tl.uint32, bitcast=True) >> 9).to(ACC) * 1.1920928955078125e-07 + 5.9604644775390625e-08
+
+
+@triton.jit
+def noise(seed, n, heads, K: tl.constexpr, ACC: tl.constexpr):
+    """[M, KP] N(0, 1): Box-Muller on words 0 and 1 of Philox-4x32-7 at counter n * K + head."""
+    counter = n[:, None] * K + heads[None, :]
+    w0, w1, _, _ = tl.randint4x(tl.load(seed), counter, PHILOX_ROUNDS)
+    return tl.sqrt(-2.0 * tl.log(uniform(w0, ACC))) * tl.cos(6.283185307179586 * uniform(w1, ACC))
+
+
+@triton.jit
+def split_heads(
+    z, bias, shift, scale, std_floor,
+    K: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """[M, BN] product -> [M, KP] mean, std (both calibrated) and raw std."""
+    heads = tl.arange(0, BN // 2)
+    if bias is not None:
+        source, real = column_rows(K, BN)
+        z += vector(bias, source, real, 0.0, ACC)[None, :]
+    mean, raw = tl.split(tl.reshape(z, (M, BN // 2, 2)))
+    std = softplus(raw) + scalar(std_floor, ACC)
+    if shift is not None:
+        mean -= vector(shift, heads, heads < K, 0.0, ACC)[None, :]
+    if scale is not None:
+        by = vector(scale, heads, heads < K, 1.0, ACC)[None, :]
+        mean, std = mean / by, std / by
+    return mean, std, raw
+
+
+@triton.jit
+def over_heads(values, heads, K: tl.constexpr):
+    """[M] sum over the real heads."""
+    return tl.sum(tl.where((heads < K)[None, :], values, 0.0), axis=1)
+
+
+@triton.jit
+def least(values, heads, K: tl.constexpr, KP: tl.constexpr):
+    """[M, KP] marks the least value of each row as torch.argmin finds it: a NaN wins, a tie goes to the lowest head."""
+    real = (heads < K)[None, :]
+    nan = (values != values) & real
+    low = tl.min(tl.where(real & (values == values), values, float("inf")), axis=1)
+    has_nan = tl.max(nan.to(tl.int32), axis=1) > 0
+    found = (nan & has_nan[:, None]) | ((values == low[:, None]) & real & (has_nan[:, None] == 0))
+    first = tl.min(tl.where(found, heads[None, :], KP), axis=1)
+    return heads[None, :] == first[:, None]
+
+
+@triton.jit
+def nominal_weights(std, std_ref, pick, heads, K: tl.constexpr, KP: tl.constexpr, NOMINAL: tl.constexpr, ACC: tl.constexpr):
+    """[M, KP] with nominal = sum_k weight_k mean_k. BRME 5.1: the head of least std; or what NOMINAL puts in its place."""
+    if NOMINAL == "mean":
+        weights = tl.zeros_like(std) + 1.0 / K
+    elif NOMINAL == "head":
+        weights = tl.zeros_like(std) + (heads == pick)[None, :].to(ACC)
+    elif NOMINAL == "relative_std":
+        weights = least(std / vector(std_ref, heads, heads < K, 1.0, ACC)[None, :], heads, K, KP).to(ACC)
+    else:
+        weights = least(std, heads, K, KP).to(ACC)
+    return weights
+
+
+@triton.jit
+def ranks(values, heads, K: tl.constexpr):
+    """[M, KP] int32 place of each head in a stable ascending sort, NaN last, as torch.sort has it."""
+    rank = tl.zeros_like(values).to(tl.int32)
+    nan = values != values
+    for j in range(K):
+        other = tl.sum(tl.where((heads == j)[None, :], values, 0.0), axis=1)[:, None]
+        earlier = (heads > j)[None, :]
+        ahead = (other < values) | ((other == values) & earlier) | (nan & ((other == other) | earlier))
+        rank += ahead.to(tl.int32)
+    return rank
+
+
+@triton.jit
+def order_weights(values, pick, heads, K: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr):
+    """[M, KP] weights of the aggregations that are a fixed combination of the sorted heads, or of the heads by index."""
+    if KIND == "mean":
+        weights = tl.zeros_like(values) + 1.0 / K
+    elif KIND == "head":
+        weights = tl.zeros_like(values) + (heads == pick)[None, :].to(ACC)
+    elif KIND == "min":
+        weights = least(values, heads, K, KP).to(ACC)
+    elif KIND == "max":
+        weights = least(-values, heads, K, KP).to(ACC)
+    elif KIND == "median":
+        rank = ranks(values, heads, K)
+        weights = 0.5 * (rank == (K - 1) // 2).to(ACC) + 0.5 * (rank == K // 2).to(ACC)
+    else:
+        tl.static_assert(KIND == "cvar", "unknown aggregation")
+        weights = tl.where(ranks(values, heads, K) < pick, 1.0 / tl.full((1, 1), pick, ACC), 0.0)
+    return weights
+
+
+@triton.jit
+def aggregate(
+    mean, std, values, std_ref, coefficient, pick, heads,
+    K: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """[M] reward before centring. `pick`: the head of `head:i` or `nominal=head:i`, or cvar's number of heads."""
+    lam = scalar(coefficient, ACC)
+    if KIND == "tradeoff" or KIND == "nominal":  # noqa: PLR1714 - Triton's compiler has no `in`
+        chosen = nominal_weights(std, std_ref, pick, heads, K, KP, NOMINAL, ACC)
+        reward = over_heads(tl.where(chosen != 0.0, chosen * mean, 0.0), heads, K)
+        if KIND == "tradeoff":
+            worst = tl.sum(tl.where(least(values, heads, K, KP), values, 0.0), axis=1)
+            reward = lam * reward + (1.0 - lam) * worst
+    elif KIND == "softmin":
+        scaled = tl.where((heads < K)[None, :], -values / lam[:, None], float("-inf"))
+        top = tl.max(scaled, axis=1)
+        top = tl.where(tl.abs(top) == float("inf"), 0.0, top)
+        reward = -lam * (tl.log(over_heads(tl.exp(scaled - top[:, None]), heads, K) / K) + top)
+    elif KIND == "lcb" or KIND == "uwo":  # noqa: PLR1714
+        middle = over_heads(values, heads, K) / K
+        gap = values - middle[:, None]
+        spread = over_heads(gap * gap, heads, K) / K
+        if KIND == "lcb":
+            spread = tl.sqrt(spread)
+        reward = middle - lam * spread
+    else:
+        reward = over_heads(values * order_weights(values, pick, heads, K, KP, KIND, ACC), heads, K)
+    return reward
+
+
+@triton.jit
+def aggregate_gradient(
+    std, values, std_ref, coefficient, pick, heads,
+    K: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """[M, KP] d reward / d mean (through the nominal head alone) and d reward / d value."""
+    lam = scalar(coefficient, ACC)[:, None]
+    to_mean = tl.zeros_like(values)
+    to_value = tl.zeros_like(values)
+    if KIND == "tradeoff" or KIND == "nominal":  # noqa: PLR1714
+        to_mean = nominal_weights(std, std_ref, pick, heads, K, KP, NOMINAL, ACC)
+        if KIND == "tradeoff":
+            to_mean = lam * to_mean
+            to_value = (1.0 - lam) * least(values, heads, K, KP).to(ACC)
+    elif KIND == "softmin":
+        scaled = tl.where((heads < K)[None, :], -values / lam, float("-inf"))
+        share = tl.exp(scaled - tl.max(scaled, axis=1)[:, None])
+        to_value = share / over_heads(share, heads, K)[:, None]
+    elif KIND == "lcb" or KIND == "uwo":  # noqa: PLR1714
+        gap = values - (over_heads(values, heads, K) / K)[:, None]
+        if KIND == "uwo":
+            to_value = 1.0 / K - 2.0 * lam * gap / K
+        else:
+            spread = tl.sqrt(over_heads(gap * gap, heads, K) / K)[:, None]
+            # where all heads agree the std has a kink; its subgradient 0 is the one that leaves heads equal
+            slope = tl.where(spread == 0.0, 0.0, gap / tl.where(spread == 0.0, 1.0, K * spread))
+            to_value = 1.0 / K - lam * slope
+    else:
+        to_value = order_weights(values, pick, heads, K, KP, KIND, ACC)
+    return to_mean, to_value
