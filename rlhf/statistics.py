@@ -25,12 +25,12 @@ class Interval(NamedTuple):
 
 
 class Bin(NamedTuple):
-    """A bin of a reliability picture: `count` pairs whose signal lies in [low, high], and how often they are right."""
+    """A bin of a reliability picture: `size` pairs whose signal lies in [low, high], and how often they are right."""
 
     low: float
     high: float
     median: float
-    count: int
+    size: int
     accuracy: Interval
 
 
@@ -60,9 +60,6 @@ def group_labels(keys: Iterable[Hashable]) -> Tensor:
     """Any hashable keys (prompts, sources) -> [P] int64 labels 0..G-1 in order of first appearance."""
     seen: dict[Hashable, int] = {}
     return torch.tensor([seen.setdefault(key, len(seen)) for key in keys], dtype=torch.int64)
-
-
-# ---- intervals
 
 
 def _resampled(groups: Tensor, resamples: int, seed: int) -> Iterator[Tensor]:
@@ -116,9 +113,6 @@ def mean_interval(values: Tensor, groups: Tensor | None = None, *, resamples: in
     return bootstrap(lambda w: w @ rows / w.sum(dim=1), len(rows), groups, resamples=resamples, seed=seed)
 
 
-# ---- pairs: who is right
-
-
 def pair_correct(chosen: Tensor, rejected: Tensor) -> Tensor:
     """[P], [P] -> [P] bool: chosen > rejected, strictly.
 
@@ -145,9 +139,6 @@ def accuracy_difference(
     """Paired bootstrap: accuracy of `first` minus `second`'s, each (chosen [P], rejected [P]) on the same pairs."""
     gap = pair_correct(*first).double() - pair_correct(*second).double()
     return mean_interval(gap, groups, resamples=resamples, seed=seed)
-
-
-# ---- scale and spread
 
 
 def standardise(values: Tensor, sources: Tensor | None = None) -> Tensor:
@@ -198,14 +189,11 @@ def scoring_gap(reward: Tensor, score: Tensor, sources: Tensor | None = None) ->
     return z - (target[:, None] if z.dim() == 2 else target)
 
 
-# ---- does a signal of uncertainty tell anything
-
-
 def ranks(values: Tensor) -> Tensor:
     """[N] -> [N] ranks from 1, ties sharing their mean rank."""
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[inverse]
+    mean_rank: Tensor = counts.cumsum(0) - (counts.double() - 1) / 2
+    return mean_rank[inverse]
 
 
 def correlation(columns: Tensor) -> Tensor:
@@ -279,11 +267,8 @@ def reliability(
     return result
 
 
-# ---- features
-
-
 def effective_rank(features: Tensor) -> float | None:
-    """exp(entropy of the singular values' shares): 1 for a line, D for an isotropic cloud (BSR 2505.07271; not centred).
+    """exp(entropy of the singular values' shares): 1 for a line, D for an isotropic cloud (2505.07271; not centred).
 
     features [N, D]; None for no rows or all zeros. Costs a full SVD: give it a few thousand rows at most.
     """
@@ -315,9 +300,6 @@ def norm_dispersion(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
     }
 
 
-# ---- best of n
-
-
 def bon_kl(n: float) -> float:
     """Upper bound of KL(best-of-n || policy) in nats, an equality without ties: log n - (n - 1) / n (2401.01879)."""
     if n < 1:
@@ -339,11 +321,12 @@ def _mean_over_ties(proxy: Tensor, gold: Tensor) -> Tensor:
     _, tie, counts = proxy.unique_consecutive(return_inverse=True, return_counts=True)
     if len(counts) == len(proxy):
         return gold
-    return (gold.new_zeros(len(counts)).index_add_(0, tie, gold) / counts)[tie]
+    means: Tensor = gold.new_zeros(len(counts)).index_add_(0, tie, gold) / counts
+    return means[tie]
 
 
 def best_of_n_curve(proxy: Tensor, gold: Tensor, ns: Sequence[int]) -> BestOfN:
-    """Unbiased best-of-n from N scored samples a prompt: the mean over every subset of n (Coste et al. 2310.02743 eq. 7-8).
+    """Unbiased best-of-n from N scored samples a prompt: the mean over every subset of n (2310.02743 eq. 7-8).
 
     Samples with equal proxy share their mean gold reward, which is the expectation when a tie is broken at random.
 

@@ -16,9 +16,6 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# ---- pairs and intervals
-
-
 def test_a_tie_is_wrong():
     assert S.pair_correct(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 2.0, 4.0])).tolist() == [True, False, False]
 
@@ -76,9 +73,6 @@ def test_group_labels_number_keys_by_first_appearance():
     assert S.group_labels(["b", "a", "b", ("x", 1)]).tolist() == [0, 1, 0, 2]
 
 
-# ---- scale and spread
-
-
 def test_standardise_gives_mean_0_and_population_std_1_in_every_source():
     values, sources = normal(60, 3) * 7 + 5, torch.arange(60) % 2
     z = S.standardise(values, sources)
@@ -117,9 +111,6 @@ def test_the_worst_of_standardised_heads_underscores_and_one_head_does_not():
     # heads are exchangeable given the score: P(min gap < 0) = 1 - 2^-5 where their errors are independent and centred
     assert (gap.amin(1) < 0).double().mean() > 0.9
     torch.testing.assert_close(S.scoring_gap(heads[:, 0], score), gap[:, 0])
-
-
-# ---- signals
 
 
 def test_ranks_share_the_mean_rank_of_a_tie():
@@ -174,7 +165,7 @@ def test_the_auroc_interval_has_the_width_of_hanley_and_mcneil():
 def test_reliability_bins_hold_equal_counts_and_their_own_accuracy():
     signal = torch.arange(100.0)
     bins = S.reliability(signal, signal < 50, bins=4)
-    assert [b.count for b in bins] == [25, 25, 25, 25]
+    assert [b.size for b in bins] == [25, 25, 25, 25]
     assert [b.accuracy.value for b in bins] == [1.0, 1.0, 0.0, 0.0]
     assert (bins[1].low, bins[1].median, bins[1].high) == (25.0, 37.0, 49.0)
 
@@ -182,7 +173,7 @@ def test_reliability_bins_hold_equal_counts_and_their_own_accuracy():
 def test_reliability_keeps_equal_signals_together():
     signal = torch.tensor([0.0] * 70 + [1.0] * 30)
     bins = S.reliability(signal, torch.ones(100, dtype=torch.bool), bins=10)
-    assert [b.count for b in bins] == [70, 30]
+    assert [b.size for b in bins] == [70, 30]
     assert S.reliability(signal[:0], torch.ones(0, dtype=torch.bool)) == []
 
 
@@ -193,9 +184,6 @@ def test_correlation_marks_a_constant_head_and_keeps_the_others():
     assert matrix[0, 0].item() == 1
     assert matrix[2].isnan().all()
     assert matrix[:, 2].isnan().all()
-
-
-# ---- features
 
 
 def test_effective_rank_of_isotropic_collinear_and_uneven_features():
@@ -215,9 +203,6 @@ def test_norm_dispersion_by_hand():
     assert found == pytest.approx(
         {"mean": 3.0, "std": math.sqrt(2), "relative": math.sqrt(2) / 3, "gap": 2, "distance": 3}
     )
-
-
-# ---- best of n
 
 
 def test_best_of_n_is_the_mean_over_every_subset():
