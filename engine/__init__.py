@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from ..kernels import Aggregation
+from .calibration import calibrate
 from .config import EnsembleRewardConfig
 from .head import EnsembleHead
 from .model import EnsembleRewardModel, EnsembleRewardOutput
+from .scorer import Scorer, Scores
 
 __all__ = [
     "Aggregation",
@@ -13,4 +15,7 @@ __all__ = [
     "EnsembleRewardConfig",
     "EnsembleRewardModel",
     "EnsembleRewardOutput",
+    "Scorer",
+    "Scores",
+    "calibrate",
 ]

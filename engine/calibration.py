@@ -22,12 +22,12 @@ def calibrate(head: EnsembleHead, features: Tensor) -> None:
         std_ref_k = mean over n of std_nk / scale_k
 
     so that calibrated means have mean 0 and std 1 over the reference set (BRME, arXiv 2409.15360, appendix F, there for
-    whole models), and std_ref is in the same calibrated units as the std that the op compares: `nominal=relative_std`
-    picks argmin_k (std_nk / scale_k) / std_ref_k, which is argmin_k std_nk / (head k's own mean raw std), whatever scale_k.
+    whole models). std_ref is in the calibrated units of the std that the op compares: `nominal=relative_std` picks
+    argmin_k (std_nk / scale_k) / std_ref_k, which is argmin_k std_nk / (head k's own mean raw std), whatever scale_k.
 
     Args:
         head: changed in place; its weights are not.
-        features: [N, D] reference hidden states, any floating dtype, on any device; moved to the head's device in blocks.
+        features: [N, D] reference hidden states, any floating dtype, any device; they visit the head's in blocks.
 
     Raises:
         ValueError: for fewer than 2 rows, another width, a head output that is not finite, or a head whose mean is the
@@ -59,8 +59,8 @@ def calibrate(head: EnsembleHead, features: Tensor) -> None:
     flat = (scale <= noise).nonzero()
     if len(flat):
         raise ValueError(
-            f"calibrate: features: expected every head's mean to vary over the reference rows, got the same value on all "
-            f"{len(mean)} rows from head {int(flat[0])}"
+            f"calibrate: features: expected every head's mean to vary over the reference rows, got the same value on "
+            f"all {len(mean)} rows from head {int(flat[0])}"
         )
     head.shift.copy_(shift)
     head.scale.copy_(scale)

@@ -61,7 +61,6 @@ class EnsembleRewardConfig(PreTrainedConfig):
         spec = Aggregation.parse(aggregation)
         spec.check_heads(num_heads)
         encoder = text_config is not None and is_encoder(text_config)
-        self.text_config: Any = text_config
         self.num_heads = num_heads
         self.aggregation = str(spec)
         self.std_floor = std_floor
@@ -69,6 +68,11 @@ class EnsembleRewardConfig(PreTrainedConfig):
         self.append_eos = (not encoder) if append_eos is None else append_eos
         kwargs.setdefault("num_labels", 1)  # transformers' own default is 2
         super().__init__(**kwargs)
+        # after the parent, which would set the attention and experts implementations of a trunk in use back to None
+        self.text_config: Any = text_config
+        for name in ("attn_implementation", "experts_implementation"):
+            if kwargs.get(name) is not None:
+                setattr(self, f"_{name}", kwargs[name])
         if self.num_labels != 1:
             raise ValueError(f"EnsembleRewardConfig: num_labels: expected 1 (one reward a row), got {self.num_labels}")
 

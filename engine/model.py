@@ -53,7 +53,6 @@ class EnsembleRewardModel(PreTrainedModel):
     """
 
     config: EnsembleRewardConfig
-    _takes_positions: bool
     config_class = EnsembleRewardConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
@@ -75,7 +74,8 @@ class EnsembleRewardModel(PreTrainedModel):
         for given in (trunk, head):
             # post_init draws weights for every module without this mark, adapters inside a given trunk included
             for module in () if given is None else given.modules():
-                module._is_hf_initialized = True
+                module._is_hf_initialized = True  # type: ignore[assignment]
+        # a trunk without them (ALiBi) counts from the mask itself
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -224,7 +224,7 @@ class EnsembleRewardModel(PreTrainedModel):
         options: dict[str, Any] = {}
         if position_ids is None and attention_mask is not None:
             position_ids = attended_positions(attention_mask, position_offset(self.config.text_config))
-        if self._takes_positions and position_ids is not None:
+        if position_ids is not None and self._takes_positions:
             options["position_ids"] = position_ids
         if self.config.pooling == "last":
             options["use_cache"] = False

@@ -1,0 +1,240 @@
+"""`Scorer`: texts, chats or token ids in; rewards, means and stds out, the same whatever company an item came in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..kernels import Aggregation, aggregate, nominal_reward, philox_normal
+from .config import max_positions
+from .text import Item, ItemEncoder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """N items scored by K heads, in the order they came.
+
+    reward, nominal, worst  lists of N floats; None where the model gave a number that is not finite
+    mean, std               [N, K] fp32 on the CPU, calibrated, as the model gave them, not finite numbers included
+    num_nonfinite           how many items have None
+    num_truncated           how many items were longer than max_length and lost their beginning
+    """
+
+    reward: list[float | None]
+    nominal: list[float | None]
+    worst: list[float | None]
+    mean: Tensor
+    std: Tensor
+    num_nonfinite: int
+    num_truncated: int
+
+
+class Scorer:
+    """Scores whatever people have, on the model's own device, in its own eval mode and without gradients.
+
+    An item is one of
+    - a text: the whole sequence, prompt and response, tokenised with the tokeniser's special tokens;
+    - a list of token ids: taken as they are;
+    - a list of messages {"role", "content"}, or {"messages": [...]}: through the tokeniser's chat template;
+    - {"prompt", "response"}, each a text or a list of messages: with a chat template, texts become a user and an
+      assistant message; without one, two texts are joined as they are.
+    A mapping may say "complete": False of a response that was cut off: its turn or text is then left open.
+
+    How a sequence ends: a plain text gets the tokeniser's EOS token if the model's `config.append_eos` says so (and the
+    item is complete, and the tokeniser has not put it there); a chat template ends its own turns; token ids are left
+    alone.
+
+    Sequences are sorted by length and scored in micro-batches of at most `batch_tokens` padded tokens (a longer one
+    alone). Equal sequences are scored once. The micro-batches depend on which sequences are asked for and not on their
+    order, so an item's score is bit for bit the same in a shuffled list; in another list it is the same up to the
+    trunk's rounding.
+
+    Args:
+        model: `EnsembleRewardModel`, or one wrapped by peft.
+        tokenizer: a Hugging Face tokeniser; it needs no padding token.
+        batch_tokens: tokens in a micro-batch, padding included.
+        max_length: longer items lose their beginning, but for a BOS or CLS token; None: as many as the trunk has
+            positions.
+        progress: show a progress bar on stderr where it takes more than a second.
+
+    Raises:
+        ValueError: for sizes that make no sense; from every method, for an item of another form, an empty one, or
+            messages without a chat template, naming the item by its index.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch_tokens: int = 4096,
+        max_length: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        limit = max_positions(model.config.text_config)
+        if batch_tokens < 1:
+            raise ValueError(f"Scorer: batch_tokens: expected a number above 0, got {batch_tokens}")
+        if max_length is not None and (max_length < 1 or (limit is not None and max_length > limit)):
+            raise ValueError(
+                f"Scorer: max_length: expected 1 to {limit or 'any'} (the trunk's positions), got {max_length}"
+            )
+        self.model = model
+        self.batch_tokens = batch_tokens
+        self.progress = progress
+        self._encoder = ItemEncoder(
+            tokenizer,
+            append_eos=model.config.append_eos,
+            max_length=limit if max_length is None else max_length,
+            vocab_size=model.get_input_embeddings().num_embeddings,
+        )
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence that is scored whole; None: any."""
+        return self._encoder.max_length
+
+    def encode(self, item: Item) -> list[int]:
+        """The token ids that the model reads for this item, truncated if need be."""
+        return self._encoder.encode(item)[0]
+
+    def features(self, items: Sequence[Item]) -> Tensor:
+        """The hidden states the heads read: [N, D] on the CPU in the trunk's dtype, in the items' order."""
+        sequences, _ = self._encode_all(items)
+        return self._map(sequences, self.model.features, self.model.config.hidden_size, self.model.dtype)
+
+    def score(
+        self, items: Sequence[Item], *, aggregation: str | Aggregation | None = None, seed: int | None = None
+    ) -> Scores:
+        """Score items.
+
+        Args:
+            items: see the class.
+            aggregation: how the heads become one reward; None: the model's own. centre=batch centres over the finite
+                rewards of this call; centre=group is refused, there being no groups here.
+            seed: sample each head (mean + std * noise) before aggregating; the noise belongs to the item's place in the
+                list. None: the means stand for the samples.
+
+        Returns:
+            Scores. `nominal` is the aggregation's nominal reward (BRME 5.1: the mean of the head with the least std,
+            unless the aggregation says otherwise), `worst` the lowest head's.
+        """
+        head = self.model.score
+        spec = head.aggregation if aggregation is None else Aggregation.parse(aggregation)
+        k = head.num_heads
+        spec.check_heads(k)
+        if spec.centre == "group":
+            raise ValueError(f"Scorer: aggregation: expected centre=none or centre=batch, got {str(spec)!r}")
+        sequences, num_truncated = self._encode_all(items)
+
+        def heads(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            output = head(self.model.features(input_ids, attention_mask), aggregation="mean")
+            return torch.cat([output.mean, output.std], dim=1)
+
+        mean, std = self._map(sequences, heads, 2 * k, torch.float32).split(k, dim=1)
+        values = mean
+        if seed is not None and spec.source == "sample":
+            values = mean + std * philox_normal(torch.tensor([seed]), len(sequences), k)
+        std_ref = head.std_ref.detach().float().cpu()
+        reward = aggregate(mean, std, values, spec, std_ref)
+        finite = (mean.isfinite() & std.isfinite()).all(1) & reward.isfinite()
+        if spec.centre == "batch":
+            reward = reward - reward[finite].mean()
+
+        def listed(column: Tensor) -> list[float | None]:
+            return [x if good else None for x, good in zip(column.tolist(), finite.tolist(), strict=True)]
+
+        num_nonfinite = int((~finite).sum())
+        if num_nonfinite:
+            logger.warning("%d of %d items have a reward that is not finite", num_nonfinite, len(sequences))
+        return Scores(
+            reward=listed(reward),
+            nominal=listed(nominal_reward(mean, std, spec, std_ref)),
+            worst=listed(values.min(dim=1).values),
+            mean=mean.contiguous(),
+            std=std.contiguous(),
+            num_nonfinite=num_nonfinite,
+            num_truncated=num_truncated,
+        )
+
+    def _encode_all(self, items: Sequence[Item]) -> tuple[list[tuple[int, ...]], int]:
+        if isinstance(items, str) or not isinstance(items, Sequence):
+            raise ValueError(f"Scorer: items: expected a list of items, got {type(items).__name__}")
+        sequences, num_truncated = [], 0
+        for index, item in enumerate(tqdm(items, desc="tokenising", delay=1, disable=not self.progress, leave=False)):
+            ids, truncated = self._encoder.encode(item, f"item {index}")
+            sequences.append(tuple(ids))
+            num_truncated += truncated
+        if num_truncated:
+            logger.warning(
+                "%d of %d items are longer than %s tokens and lose their beginning",
+                num_truncated,
+                len(items),
+                self.max_length,
+            )
+        return sequences, num_truncated
+
+    def _map(
+        self, sequences: list[tuple[int, ...]], fn: Callable[[Tensor, Tensor], Tensor], width: int, dtype: torch.dtype
+    ) -> Tensor:
+        """fn(input_ids [B, T], mask [B, T]) -> [B, width] over micro-batches; [N, width] in the sequences' order."""
+        result = torch.empty(len(sequences), width, dtype=dtype)
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for row, sequence in enumerate(sequences):
+            rows.setdefault(sequence, []).append(row)
+        # the longest first: what does not fit in memory says so at once; the ids settle ties, whatever the order was
+        unique = sorted(rows, key=lambda ids: (-len(ids), ids))
+        device = self.model.get_input_embeddings().weight.device
+        bar = tqdm(total=len(unique), desc="scoring", unit="seq", delay=1, disable=not self.progress)
+        with bar, _evaluating(self.model):
+            for batch in micro_batches(unique, self.batch_tokens):
+                input_ids, mask = _right_padded(batch)
+                output = fn(input_ids.to(device), mask.to(device)).cpu()
+                for sequence, value in zip(batch, output, strict=True):
+                    result[rows[sequence]] = value
+                bar.update(len(batch))
+        return result
+
+
+def micro_batches(sequences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[Any]]:
+    """Cut sequences sorted by falling length into runs of at most `batch_tokens` padded tokens, at least one each."""
+    start = 0
+    while start < len(sequences):
+        count = max(1, batch_tokens // len(sequences[start]))
+        yield list(sequences[start : start + count])
+        start += count
+
+
+def _right_padded(batch: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """ids and mask [B, T] int64. Padding repeats id 0: the mask alone says what is a token, so any id will do."""
+    length = max(map(len, batch))
+    input_ids = torch.zeros(len(batch), length, dtype=torch.int64)
+    mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(batch):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        mask[row, : len(ids)] = 1
+    return input_ids, mask
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients; afterwards every module is in the mode it was in, which need not be one for all.
+
+    Not inference_mode: tensors that the trunk caches in it could not take part in autograd later.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
