@@ -1,0 +1,77 @@
+// The op's arguments out of LibTorch's stable tensors into plain pointers, and what forward and backward share.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "heads.h"
+#include "isa.h"
+
+namespace prudent {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// The schema's arguments in order, less the gradients and needs of the backward.
+struct Arguments {
+  Tensor hidden, weight;
+  MaybeTensor bias, rows, norm_weight, seed, shift, scale, std_ref, group;
+  int64_t group_size;
+  double norm_eps, std_floor;
+  int64_t kind;
+  double coefficient;
+  bool source_is_sample;
+  int64_t nominal, nominal_head, centre, isa;
+};
+
+// [n] values at a stride, read where they lie.
+template <class T>
+struct Strided {
+  const T* data = nullptr;
+  int64_t stride = 0;
+  T operator[](int64_t i) const { return data[i * stride]; }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+Strided<int64_t> indices(const MaybeTensor& t);
+Strided<float> floats(const MaybeTensor& t, int64_t dim);
+Type type_of(const Tensor& t);
+int64_t size_of(Type type);
+
+Tensor new_floats(std::vector<int64_t> shape);
+
+class Call {
+ public:
+  explicit Call(const Arguments& a);
+
+  // The weight in the order the loops want; dx needs it in fp32 whatever the products take.
+  Weights pack(bool for_dx);
+  const void* row(int64_t stored) const { return features_ + stored * row_bytes_; }
+  // values minus their mean over the batch or group, in place. Summed in fp64 in the order of the rows.
+  void centre(float* values) const;
+  // How many blocks of `rows` rows are worth a thread.
+  int64_t grain(int64_t rows) const;
+
+  const Arguments& a;
+  Options options;
+  const Isa& isa;
+  Type type;
+  int64_t num_rows, stored_rows, columns, dim;
+  Strided<int64_t> rows;
+
+ private:
+  const float* vector(const MaybeTensor& t);
+  void fill(const Weights& w) const;
+
+  const char* features_;
+  int64_t row_bytes_;
+  std::vector<std::vector<float>> copies_;  // of the short vectors that are not contiguous
+  std::vector<Tensor> owned_;
+};
+
+}  // namespace prudent

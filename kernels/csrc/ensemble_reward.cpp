@@ -1,0 +1,326 @@
+// prudent_native::ensemble_reward_forward and _backward: the work split over threads, and their registration through
+// LibTorch's stable ABI. No result depends on the number of threads.
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <numeric>
+#include <tuple>
+
+#include "call.h"
+#include "philox.h"
+
+namespace prudent {
+namespace {
+
+using torch::stable::parallel_for;
+
+float* data(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+// What a thread needs beside the rows themselves.
+struct Scratch {
+  explicit Scratch(const Call& call)
+      : heads(call.options), product(kRows * call.columns), sums(scratch_floats(call.columns)) {
+    block.product = product.data();
+    block.square = call.options.normed ? square.data() : nullptr;
+    block.scratch = sums.data();
+  }
+  Heads heads;
+  Block block;
+
+ private:
+  std::vector<float> product, sums;
+  std::array<float, kRows> square;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Arguments& a) {
+  Call call(a);
+  const int64_t n = call.num_rows, k = call.options.heads;
+  Tensor reward = new_floats({n}), mean = new_floats({n, k}), std = new_floats({n, k}), total = new_floats({});
+  if (n > 0) {
+    const Weights weights = call.pack(false);
+    const bool plenty = n >= int64_t(2 * kRows) * torch::stable::get_num_threads();
+    const int64_t rows = plenty ? kRows : 4;  // few rows: smaller blocks, so that every thread has some
+    parallel_for(0, (n + rows - 1) / rows, call.grain(rows), [&](int64_t begin, int64_t end) {
+      Scratch scratch(call);
+      Block& block = scratch.block;
+      Heads& heads = scratch.heads;
+      for (int64_t first = begin * rows; first < std::min(n, end * rows); first += rows) {
+        block.rows = int(std::min(rows, n - first));
+        for (int r = 0; r < block.rows; ++r) block.x[r] = call.row(call.rows ? call.rows[first + r] : first + r);
+        call.isa.product[call.type](weights, block);
+        for (int r = 0; r < block.rows; ++r) {
+          const float square = block.square == nullptr ? 0 : block.square[r];
+          heads.evaluate(first + r, block.product + r * 2 * k, square);
+          data(reward)[first + r] = heads.reward();
+          std::copy_n(heads.mean.data(), k, data(mean) + (first + r) * k);
+          std::copy_n(heads.std.data(), k, data(std) + (first + r) * k);
+        }
+      }
+    });
+  }
+  *data(total) = float(std::accumulate(data(reward), data(reward) + n, 0.0));
+  call.centre(data(reward));
+  return {reward, mean, std, total};
+}
+
+// The stored rows that are scored, each once and in order, with the positions that score them: repeats of a row share its
+// products, and their coefficients add up before the features are touched again.
+class Plan {
+ public:
+  explicit Plan(const Call& call) : call_(call), distinct_(call.num_rows) {
+    const Strided<int64_t> rows = call.rows;
+    bool increasing = true;
+    for (int64_t n = 1; rows && n < distinct_ && increasing; ++n) increasing = rows[n - 1] < rows[n];
+    if (increasing) return;
+    order_.resize(distinct_);
+    std::iota(order_.begin(), order_.end(), int64_t(0));
+    std::stable_sort(order_.begin(), order_.end(), [&](int64_t i, int64_t j) { return rows[i] < rows[j]; });
+    for (int64_t i = 0; i < distinct_; ++i) {
+      if (i == 0 || rows[order_[i - 1]] != rows[order_[i]]) first_.push_back(i);
+    }
+    distinct_ = int64_t(first_.size());
+    first_.push_back(int64_t(order_.size()));
+  }
+  int64_t distinct() const { return distinct_; }
+  int64_t begin(int64_t i) const { return order_.empty() ? i : first_[i]; }
+  int64_t end(int64_t i) const { return begin(i + 1); }
+  int64_t position(int64_t at) const { return order_.empty() ? at : order_[at]; }
+  int64_t row(int64_t i) const {
+    const int64_t position = this->position(begin(i));
+    return call_.rows ? call_.rows[position] : position;
+  }
+
+ private:
+  const Call& call_;
+  int64_t distinct_;
+  std::vector<int64_t> order_, first_;
+};
+
+struct Gradients {
+  MaybeTensor reward, mean, std, sum;
+};
+struct Needs {
+  bool hidden, weight, bias, norm_weight;
+};
+
+// Zeros for the rows of dx [stored, dim] that no position scores.
+void clear_unscored(const Call& call, const Plan& plan, char* dx, int64_t row_bytes) {
+  if (!call.rows) return;
+  const int64_t grain = std::max<int64_t>(1, (1 << 20) / row_bytes);
+  parallel_for(0, call.stored_rows, grain, [&](int64_t begin, int64_t end) {
+    int64_t low = 0, high = plan.distinct();
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      (plan.row(middle) < begin ? low : high) = plan.row(middle) < begin ? middle + 1 : middle;
+    }
+    for (int64_t at = begin; at < end; ++low) {
+      const int64_t next = low < plan.distinct() ? std::min(end, plan.row(low)) : end;
+      std::memset(dx + at * row_bytes, 0, size_t((next - at) * row_bytes));
+      at = next + 1;
+    }
+  });
+}
+
+// Rows to a chunk: from the shapes alone, so that the sums are. At most 64 chunks, and partial sums that stay small beside
+// the features.
+int64_t chunk_rows(int64_t distinct, int64_t heads) {
+  const int64_t least = std::max<int64_t>(64, 8 * heads), rows = std::max(least, (distinct + 63) / 64);
+  return (rows + kRows - 1) / kRows * kRows;
+}
+
+class Backward {
+ public:
+  Backward(Call& call, const Gradients& grads, const Needs& needs)
+      : call_(call),
+        needs_(needs),
+        plan_(call),
+        weights_(call.pack(needs.hidden)),
+        d_reward_(call.num_rows),
+        mean_(floats(grads.mean, 1)),
+        std_(floats(grads.std, 1)),
+        mean_row_(mean_ ? grads.mean->stride(0) : 0),
+        std_row_(std_ ? grads.std->stride(0) : 0),
+        chunk_(chunk_rows(plan_.distinct(), call.options.heads)),
+        chunks_(std::max<int64_t>(1, (plan_.distinct() + chunk_ - 1) / chunk_)) {
+    const Strided<float> reward = floats(grads.reward, 0), sum = floats(grads.sum, 0);
+    for (int64_t n = 0; reward && n < call.num_rows; ++n) d_reward_[n] = reward[n];
+    if (reward) call.centre(d_reward_.data());
+    for (int64_t n = 0; sum && n < call.num_rows; ++n) d_reward_[n] += sum[0];
+  }
+
+  std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> run() {
+    MaybeTensor hidden, weight, bias, norm_weight;
+    const Arguments& a = call_.a;
+    if (needs_.hidden) {
+      hidden = torch::stable::empty({call_.stored_rows, call_.dim}, a.hidden.scalar_type());
+      dx_ = static_cast<char*>(hidden->mutable_data_ptr());
+      clear_unscored(call_, plan_, dx_, call_.dim * size_of(call_.type));
+    }
+    const bool partial = needs_.weight || needs_.norm_weight;
+    Tensor partials = new_floats({partial ? chunks_ * call_.columns * padded(call_.dim) : 0});
+    Tensor biases = new_floats({chunks_, call_.columns});
+    parallel_for(0, chunks_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        chunk(i, partial ? data(partials) + i * call_.columns * padded(call_.dim) : nullptr,
+              data(biases) + i * call_.columns);
+      }
+    });
+    if (needs_.bias) {
+      bias = new_floats({call_.columns});
+      for (int64_t j = 0; j < call_.columns; ++j) {
+        double sum = 0;
+        for (int64_t i = 0; i < chunks_; ++i) sum += data(biases)[i * call_.columns + j];
+        data(*bias)[j] = float(sum);
+      }
+    }
+    if (needs_.weight) weight = torch::stable::empty({call_.columns, call_.dim}, a.weight.scalar_type());
+    if (needs_.norm_weight) norm_weight = torch::stable::empty({call_.dim}, a.norm_weight->scalar_type());
+    if (partial) finish(data(partials), weight, norm_weight);
+    return {hidden, weight, bias, norm_weight};
+  }
+
+ private:
+  void chunk(int64_t index, float* partial, float* bias) {
+    const int64_t columns = call_.columns, dim = call_.dim, last = std::min(plan_.distinct(), (index + 1) * chunk_);
+    if (partial != nullptr) std::memset(partial, 0, size_t(columns * padded(dim)) * sizeof(float));
+    std::fill_n(bias, columns, 0.0f);
+    Scratch scratch(call_);
+    Block& block = scratch.block;
+    std::vector<float> coefficient(kRows * columns), d_product(columns);
+    std::array<float, kRows> shrink;
+    GradientBlock gradient{};
+    gradient.coefficient = coefficient.data();
+    gradient.shrink = call_.options.normed ? shrink.data() : nullptr;
+    gradient.need_dx = needs_.hidden;
+    gradient.partial = partial;
+    for (int64_t first = index * chunk_; first < last; first += kRows) {
+      block.rows = gradient.rows = int(std::min<int64_t>(kRows, last - first));
+      for (int r = 0; r < block.rows; ++r) {
+        const int64_t row = plan_.row(first + r);
+        block.x[r] = gradient.x[r] = call_.row(row);
+        gradient.dx[r] = dx_ == nullptr ? nullptr : dx_ + row * dim * size_of(call_.type);
+      }
+      call_.isa.product[call_.type](weights_, block);
+      for (int r = 0; r < block.rows; ++r) {
+        const float square = block.square == nullptr ? 0 : block.square[r];
+        shrink[r] = add_positions(first + r, block.product + r * columns, square, scratch.heads, d_product.data(),
+                                  coefficient.data() + r * columns, bias);
+      }
+      if (needs_.hidden || partial != nullptr) call_.isa.gradient[call_.type](weights_, gradient);
+    }
+  }
+
+  // One stored row's coefficients, summed over the positions that score it, and what its norm takes off dx.
+  float add_positions(int64_t i, const float* product, float square, Heads& heads, float* d_product,
+                      float* coefficient, float* bias) const {
+    const int64_t columns = call_.columns;
+    float shrink = 0;
+    std::fill_n(coefficient, columns, 0.0f);
+    for (int64_t at = plan_.begin(i); at < plan_.end(i); ++at) {
+      const int64_t n = plan_.position(at);
+      heads.evaluate(n, product, square);
+      heads.product_gradient(d_reward_[n], mean_ ? mean_.data + n * mean_row_ : nullptr, mean_.stride,
+                             std_ ? std_.data + n * std_row_ : nullptr, std_.stride, d_product);
+      float dot = 0;
+      for (int64_t j = 0; j < columns; ++j) {
+        bias[j] += d_product[j];
+        coefficient[j] += d_product[j] * heads.rstd;
+        dot += d_product[j] * heads.product[j];
+      }
+      shrink += heads.rstd * heads.rstd * dot / float(call_.dim);
+    }
+    return shrink;
+  }
+
+  void finish(const float* partials, MaybeTensor& weight, MaybeTensor& norm_weight) const {
+    Finish f{};
+    f.source = weights_.source;
+    f.partials = partials;
+    f.chunks = chunks_;
+    f.weight = weight.has_value() ? weight->mutable_data_ptr() : nullptr;
+    f.norm = norm_weight.has_value() ? norm_weight->mutable_data_ptr() : nullptr;
+    f.norm_type = norm_weight.has_value() ? type_of(*norm_weight) : kFloat32;
+    const int64_t grain = std::max<int64_t>(1, (1 << 17) / (kSlab * call_.columns * chunks_));
+    parallel_for(0, padded(call_.dim) / kSlab, grain,
+                 [&](int64_t begin, int64_t end) { call_.isa.finish(f, begin, end); });
+  }
+
+  Call& call_;
+  const Needs needs_;
+  const Plan plan_;
+  const Weights weights_;
+  std::vector<float> d_reward_;
+  const Strided<float> mean_, std_;
+  const int64_t mean_row_, std_row_, chunk_, chunks_;
+  char* dx_ = nullptr;
+};
+
+}  // namespace
+
+#define PRUDENT_PARAMETERS                                                                                          \
+  Tensor hidden, Tensor weight, MaybeTensor bias, MaybeTensor rows, MaybeTensor norm_weight, MaybeTensor seed,      \
+      MaybeTensor shift, MaybeTensor scale, MaybeTensor std_ref, MaybeTensor group, int64_t group_size,             \
+      double norm_eps, double std_floor, int64_t kind, double coefficient, bool source_is_sample, int64_t nominal,  \
+      int64_t nominal_head, int64_t centre, int64_t isa
+#define PRUDENT_ARGUMENTS                                                                                          \
+  {hidden,     weight,   bias,      rows, norm_weight, seed,             shift,   scale,        std_ref, group,    \
+   group_size, norm_eps, std_floor, kind, coefficient, source_is_sample, nominal, nominal_head, centre,  isa}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ensemble_reward_forward(PRUDENT_PARAMETERS) {
+  return forward(PRUDENT_ARGUMENTS);
+}
+
+std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> ensemble_reward_backward(
+    MaybeTensor grad_reward, MaybeTensor grad_mean, MaybeTensor grad_std, MaybeTensor grad_sum, PRUDENT_PARAMETERS,
+    bool need_hidden, bool need_weight, bool need_bias, bool need_norm_weight) {
+  const Arguments arguments PRUDENT_ARGUMENTS;
+  Call call(arguments);
+  return Backward(call, {grad_reward, grad_mean, grad_std, grad_sum},
+                  {need_hidden, need_weight, need_bias, need_norm_weight})
+      .run();
+}
+
+int64_t supported_isas() {
+  int64_t bits = 0;
+  for (int i = 0; i < kIsas; ++i) bits |= int64_t(isa_at(i) != nullptr) << i;
+  return bits;
+}
+
+// The noise's integers at counters first .. first + count, for the tests: [count, 4].
+Tensor philox_words(Tensor seed, int64_t first, int64_t count) {
+  Tensor words = torch::stable::empty({count, 4}, ScalarType::Long);
+  int64_t* out = static_cast<int64_t*>(words.mutable_data_ptr());
+  for (int64_t i = 0; i < count; ++i) {
+    const Words w = philox(indices(seed)[0], first + i);
+    std::copy_n(w.w, 4, out + 4 * i);
+  }
+  return words;
+}
+
+#define PRUDENT_SCHEMA                                                                                                \
+  "Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor? norm_weight, Tensor? seed, Tensor? shift, "      \
+  "Tensor? scale, Tensor? std_ref, Tensor? group, int group_size, float norm_eps, float std_floor, int kind, "        \
+  "float coefficient, bool source_is_sample, int nominal, int nominal_head, int centre, int isa"
+
+STABLE_TORCH_LIBRARY(prudent_native, m) {
+  m.def("ensemble_reward_forward(" PRUDENT_SCHEMA ") -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "ensemble_reward_backward(Tensor? grad_reward, Tensor? grad_mean, Tensor? grad_std, Tensor? grad_sum, "
+      PRUDENT_SCHEMA
+      ", bool need_hidden, bool need_weight, bool need_bias, bool need_norm_weight) -> (Tensor?, Tensor?, Tensor?, "
+      "Tensor?)");
+  m.def("philox_words(Tensor seed, int first, int count) -> Tensor");
+  m.def("supported_isas() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(prudent_native, CPU, m) {
+  m.impl("ensemble_reward_forward", TORCH_BOX(&ensemble_reward_forward));
+  m.impl("ensemble_reward_backward", TORCH_BOX(&ensemble_reward_backward));
+  m.impl("philox_words", TORCH_BOX(&philox_words));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(prudent_native, CompositeExplicitAutograd, m) {
+  m.impl("supported_isas", TORCH_BOX(&supported_isas));
+}
+
+}  // namespace prudent

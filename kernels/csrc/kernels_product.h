@@ -1,0 +1,205 @@
+// Folding the weight and multiplying rows with it, in vectors of the instruction set whose vec_*.h was included before.
+// A row's bits depend on its own features alone: not on its neighbours, the block or the thread that computes it.
+#pragma once
+
+#include "kernels.h"
+
+namespace prudent {
+namespace {
+
+template <class T>
+inline F load_part(const T* p, int64_t stride, int64_t count) {
+  if (stride == 1 && count >= W) return load(p);
+  T part[W] = {};
+  for (int64_t i = 0; i < count && i < W; ++i) part[i] = p[i * stride];
+  return load(part);
+}
+
+template <class T>
+inline F folded(const Source& s, int64_t column, int64_t d) {
+  const T* row = static_cast<const T*>(s.data) + column * s.row_stride;
+  const F w = load_part(row + d * s.col_stride, s.col_stride, s.dim - d);
+  return s.norm == nullptr ? w : mul(w, load(s.norm + d));
+}
+
+template <class T>
+void pack_floats(const Weights& w, int64_t begin, int64_t end) {
+  const int64_t columns = w.source.columns;
+  for (int64_t d = begin; d < end; d += W) {
+    float* out = w.packed + d * columns;
+    for (int64_t j = 0; j < columns; ++j) {
+      const bool inside = d < w.source.dim;
+      store(out + j * W, inside ? folded<T>(w.source, j, d) : zero());
+    }
+  }
+}
+
+#ifdef PRUDENT_DOTS
+void pack_dots(const Weights& w, int64_t begin, int64_t end) {
+  const int64_t columns = w.source.columns;
+  for (int64_t d = begin; d < end; d += kSlab) {
+    for (int64_t j = 0; j < columns; ++j) {
+      BFloat* out = w.dots + d * columns + j * kSlab;
+      for (int64_t i = 0; i < kSlab; i += W) {
+        store(out + i, d + i < w.source.dim ? folded<BFloat>(w.source, j, d + i) : zero());
+      }
+    }
+  }
+}
+#endif
+
+void pack(const Weights& w, int64_t slab_begin, int64_t slab_end) {
+  const int64_t begin = slab_begin * kSlab, end = slab_end * kSlab;
+  if (w.packed != nullptr) {
+    if (w.source.type == kFloat32) pack_floats<float>(w, begin, end);
+    if (w.source.type == kFloat16) pack_floats<Half>(w, begin, end);
+    if (w.source.type == kBFloat16) pack_floats<BFloat>(w, begin, end);
+  }
+#ifdef PRUDENT_DOTS
+  if (w.dots != nullptr) pack_dots(w, begin, end);
+#endif
+}
+
+// Calls body(x, first, length) over stretches of features whose weights stay in the first-level cache; the last, partial
+// slab is copied out and padded with zeros, so that no loop below knows of tails.
+template <class T, class Body>
+inline void for_stretches(const void* const* x, int rows, int64_t dim, int64_t columns, const Body& body) {
+  constexpr int64_t kWeightBytes = 20 << 10;
+  int64_t stretch = kWeightBytes / (4 * columns) / kSlab * kSlab;
+  stretch = stretch < 2 * kSlab ? 2 * kSlab : stretch > 1024 ? 1024 : stretch;
+  const int64_t whole = dim / kSlab * kSlab;
+  const T* at[kRows];
+  for (int64_t d = 0; d < whole; d += stretch) {
+    for (int r = 0; r < rows; ++r) at[r] = static_cast<const T*>(x[r]) + d;
+    body(at, d, whole - d < stretch ? whole - d : stretch);
+  }
+  if (whole < dim) {
+    T last[kRows][kSlab];
+    memset(static_cast<void*>(last), 0, sizeof last);
+    for (int r = 0; r < rows; ++r) {
+      memcpy(static_cast<void*>(last[r]), static_cast<const T*>(x[r]) + whole, size_t(dim - whole) * sizeof(T));
+      at[r] = last[r];
+    }
+    body(at, whole, kSlab);
+  }
+}
+
+template <class T>
+struct Multiply {  // fp32 multiply-adds
+  using Element = T;
+  using Weight = float;
+  using Vector = F;
+  static constexpr int64_t kStep = W;
+  static constexpr int64_t kEach = W;
+  static const Weight* weights(const Weights& w) { return w.packed; }
+  static Vector read(const T* p) { return load(p); }
+  static F times(Vector x, const Weight* w, F a) { return fma(x, load(w), a); }
+  static F square(Vector x, F a) { return fma(x, x, a); }
+};
+
+#ifdef PRUDENT_DOTS
+// vdpbf16ps: two bf16 products a lane. Only for a weight that is bf16 as it stands. A weight of more bits would go in as
+// hi + lo, two dots where fp32 takes two multiply-adds: measured no faster, and ten times less exact. It also treats
+// subnormals as zeros, which shows nowhere without a norm.
+struct Dot {
+  using Element = BFloat;
+  using Weight = BFloat;
+  using Vector = __m512bh;
+  static constexpr int64_t kStep = kSlab;
+  static constexpr int64_t kEach = kSlab;
+  static const Weight* weights(const Weights& w) { return w.dots; }
+  static Vector read(const BFloat* p) { return (Vector)_mm512_loadu_si512(p); }
+  static F times(Vector x, const Weight* w, F a) { return _mm512_dpbf16_ps(a, x, read(w)); }
+  static F square(Vector x, F a) { return _mm512_dpbf16_ps(a, x, x); }
+};
+#endif
+
+// sums: [R][columns + 1][W], the square first
+template <class P, int R, int C, bool kSquare>
+inline void tile(const typename P::Element* const* x, int64_t length, const typename P::Weight* w, int64_t columns,
+                 float* sums, int64_t first) {
+  const int64_t row = (columns + 1) * W;
+  const typename P::Element* at[R];
+  F total[R][C], squares[R];
+  for (int r = 0; r < R; ++r) {
+    at[r] = x[r];
+    squares[r] = kSquare ? load(sums + r * row) : zero();
+    for (int c = 0; c < C; ++c) total[r][c] = load(sums + r * row + (1 + first + c) * W);
+  }
+  w += first * P::kEach;
+  for (int64_t d = 0; d < length; d += P::kStep, w += columns * P::kEach) {
+    typename P::Vector v[R];
+    for (int r = 0; r < R; ++r) v[r] = P::read(at[r] + d);
+    for (int r = 0; r < R && kSquare; ++r) squares[r] = P::square(v[r], squares[r]);
+    for (int c = 0; c < C; ++c) {
+      for (int r = 0; r < R; ++r) total[r][c] = P::times(v[r], w + c * P::kEach, total[r][c]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    if (kSquare) store(sums + r * row, squares[r]);
+    for (int c = 0; c < C; ++c) store(sums + r * row + (1 + first + c) * W, total[r][c]);
+  }
+}
+
+template <class P, int R, bool kSquare, class... Args>
+inline void tile_of(int64_t c, Args... args) {
+  static_assert(kTileColumns == 5 || kTileColumns == 6, "the cases below");
+  switch (c) {
+    case 1: return tile<P, R, 1, kSquare>(args...);
+    case 2: return tile<P, R, 2, kSquare>(args...);
+    case 3: return tile<P, R, 3, kSquare>(args...);
+    case 4: return tile<P, R, 4, kSquare>(args...);
+    case 5: return tile<P, R, 5, kSquare>(args...);
+    default: return tile<P, R, kTileColumns, kSquare>(args...);
+  }
+}
+
+template <class P, int R>
+inline int rows_of(int r, int rows, const typename P::Element* const* x, int64_t length, const typename P::Weight* w,
+                   int64_t columns, float* sums, int64_t first, int64_t count, bool square) {
+  for (; r + R <= rows; r += R) {
+    float* out = sums + r * (columns + 1) * W;
+    if (square) {
+      tile_of<P, R, true>(count, x + r, length, w, columns, out, first);
+    } else {
+      tile_of<P, R, false>(count, x + r, length, w, columns, out, first);
+    }
+  }
+  return r;
+}
+
+template <class P>
+void products(const Weights& w, const Block& b) {
+  const int64_t columns = w.source.columns;
+  const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns, size = columns / tiles, wider = columns % tiles;
+  float* sums = b.scratch;
+  memset(sums, 0, size_t(b.rows * (columns + 1) * W) * sizeof(float));
+  for_stretches<typename P::Element>(
+      b.x, b.rows, w.source.dim, columns, [&](const typename P::Element* const* x, int64_t d, int64_t length) {
+        const typename P::Weight* at = P::weights(w) + d / P::kStep * columns * P::kEach;
+        for (int64_t t = 0, first = 0; t < tiles; ++t) {
+          const int64_t count = size + (t < wider);
+          const bool square = t == 0 && b.square != nullptr;
+          int r = kTileRows == 4 ? rows_of<P, kTileRows>(0, b.rows, x, length, at, columns, sums, first, count, square) : 0;
+          r = rows_of<P, 2>(r, b.rows, x, length, at, columns, sums, first, count, square);
+          rows_of<P, 1>(r, b.rows, x, length, at, columns, sums, first, count, square);
+          first += count;
+        }
+      });
+  for (int r = 0; r < b.rows; ++r) {
+    const float* row = sums + r * (columns + 1) * W;
+    if (b.square != nullptr) b.square[r] = sum(load(row));
+    for (int64_t j = 0; j < columns; ++j) b.product[r * columns + j] = sum(load(row + (1 + j) * W));
+  }
+}
+
+#ifdef PRUDENT_DOTS
+void bfloat_products(const Weights& w, const Block& b) {
+  w.dots != nullptr ? products<Dot>(w, b) : products<Multiply<BFloat>>(w, b);
+}
+#else
+constexpr auto bfloat_products = products<Multiply<BFloat>>;
+#endif
+
+}  // namespace
+}  // namespace prudent

@@ -1,0 +1,50 @@
+// Sixteen floats: AVX-512 F, BW, VL and DQ.
+#pragma once
+
+#include <immintrin.h>
+#include <string.h>
+
+#include "kernels.h"
+
+namespace prudent {
+namespace {
+
+using F = __m512;
+constexpr int W = 16;
+constexpr int kTileRows = 4;  // 4 x 6 accumulators and 4 rows in 32 registers; the weight comes from memory
+constexpr int kTileColumns = 6;
+
+inline F zero() { return _mm512_setzero_ps(); }
+inline F set1(float x) { return _mm512_set1_ps(x); }
+inline __m256i load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline F load(const float* p) { return _mm512_loadu_ps(p); }
+inline F load(const BFloat* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_bits(p)), 16));
+}
+inline F load(const Half* p) { return _mm512_cvtph_ps(load_bits(p)); }
+inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+// To bf16, nearest even. Not vcvtneps2bf16 even where the machine has it: that one flushes subnormals.
+inline __m256i narrow(F v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(even, nan, quiet), 16));
+}
+inline void store(BFloat* p, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
+inline void store(Half* p, F v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline float sum(F v) {
+  const __m256 s = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+  return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+}
+
+}  // namespace
+}  // namespace prudent
