@@ -18,6 +18,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 NATIVE = os.environ.get("PRUDENT_NATIVE", "1") != "0"
@@ -85,6 +86,13 @@ class CMakeBuild(build_ext):
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
 
+class Modules(build_py):
+    """The root of the repository is a package, but this file is none of its modules."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        return [found for found in super().find_package_modules(package, package_dir) if found[1] != "setup"]
+
+
 class AnyPythonWheel(bdist_wheel):
     """One wheel for every Python 3 of a platform (py3-none-PLATFORM)."""
 
@@ -99,5 +107,5 @@ setup(
     include_package_data=False,
     package_data={"prudent": ["py.typed"], "prudent.rlhf": ["*.txt"]},
     ext_modules=[Extension("prudent._C", sources=[])] if NATIVE else [],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
+    cmdclass={"build_ext": CMakeBuild, "build_py": Modules, "bdist_wheel": AnyPythonWheel},
 )
