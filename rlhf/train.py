@@ -1,0 +1,369 @@
+"""The job behind `prudent train`: preference pairs to a pessimistic reward model, in two stages, as one run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from ..engine import EnsembleHead, EnsembleRewardModel, Scorer, calibrate
+from ..kernels import Aggregation
+from .config import JobConfig, load_config
+from .data import PreferencePair, load_pairs, split_by_prompt
+from .features import compute_features, hidden_norms
+from .files import atomic_folder, atomic_write_json, atomic_write_text
+from .fit import BradleyTerryConfig, BRMEConfig, FitConfig, PairFeatures, fit_heads
+from .losses import partition
+from .runlog import RunLog
+from .statistics import pair_correct
+from .trunk import TrunkConfig, train_trunk
+
+_CALIBRATION_PAIRS = 2000  # a mean and a std to about 1.6 %; where features must be computed anew for it
+
+
+class TrainConfig(JobConfig):
+    """Everything `prudent train` can be told."""
+
+    model: str  # folder or hub name of a language model
+    data: str  # file or dataset name, see load_pairs
+    output: Path  # the run folder
+    # head: the trunk frozen, its features cached; lora, full: the trunk trained too; auto: head on a CPU, lora on a GPU
+    mode: Literal["auto", "head", "lora", "full"] = "auto"
+    stage: Literal["bt", "brme"] = "brme"  # the last stage: bt stops after Bradley-Terry
+    aggregation: str = "tradeoff:0.4"  # what the saved model answers with
+    min_score_gap: float = Field(default=2.0, gt=0)
+    skip_bad_rows: bool = False
+    limit: int | None = Field(default=None, ge=1)  # rows of data
+    eval_fraction: float = Field(default=0.1, ge=0, lt=1)  # of the prompts
+    seed: int = Field(default=0, ge=0, lt=2**30)  # of everything; bt.seed and brme.seed are added to it
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the trunk; auto: the checkpoint's, float32 in mode full
+    append_eos: bool | None = None  # see EnsembleRewardConfig
+    batch_tokens: int = Field(default=4096, ge=1)
+    max_length: int | None = Field(default=None, ge=1)  # tokens; a longer text loses its beginning
+    features: Path | None = None  # a cache folder that several runs share; None: in the run folder
+    bt: BradleyTerryConfig = BradleyTerryConfig()
+    brme: BRMEConfig = BRMEConfig()
+    trunk: TrunkConfig = TrunkConfig()
+
+    @field_validator("aggregation")
+    @classmethod
+    def _known_aggregation(cls, value: str) -> str:
+        return str(Aggregation.parse(value))
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """folder: the run folder. metrics: what train.json holds. finished_before: nothing was left to do."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    finished_before: bool = False
+
+    def __str__(self) -> str:
+        m = self.metrics
+        head = "was finished before; nothing was done again" if self.finished_before else "finished"
+        lines = [f"{self.folder}: {head}", f"{m['train_pairs']} pairs trained on, {m['held_out_pairs']} held out"]
+        if m["accuracy"]:
+            width = max(map(len, m["accuracy"]))
+            lines.append("held-out accuracy")
+            lines += [f"  {name:<{width}}  {value:.3f}" for name, value in m["accuracy"].items()]
+        lines.append(f"model: {self.folder / 'model'}")
+        return "\n".join(lines)
+
+
+def run_train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> TrainResult:
+    """Train a reward model on preference pairs.
+
+    The run folder (`config.output`): config.yaml (resolved), data.json (counts), metrics.jsonl, tensorboard/,
+    features/, checkpoints/, stage1/ (the single-head model: its reward differences are Bradley-Terry logits), model/
+    (the final model, calibrated on training features, with its tokeniser), train.json (final metrics; written last).
+
+    Args:
+        config: see `TrainConfig`.
+        resume: go on where a killed run stopped; a run folder that is not there yet is begun.
+        progress: show progress bars on stderr.
+
+    Raises:
+        ValueError: for data or a config that cannot be used; for an output folder that holds another run or anything
+            else; for a loss that is not finite.
+    """
+    finished = _open_folder(config, resume)
+    if finished is not None:
+        return TrainResult(config.output, finished, finished_before=True)
+    with RunLog(config.output) as log:
+        run = _Run(config, log, resume, progress)
+        return TrainResult(config.output, run.go())
+
+
+def _open_folder(config: TrainConfig, resume: bool) -> dict[str, Any] | None:
+    """Claim the output folder. The final metrics if the run in it is finished, else None."""
+    folder, saved = config.output, config.output / "config.yaml"
+    if not saved.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"output: expected a new or empty folder or one of a run, got {folder} with other files")
+        atomic_write_text(saved, config.to_yaml())
+        return None
+    if not resume:
+        raise ValueError(f"output: {folder} holds a run already: go on with it by --resume, or choose another folder")
+    before, now = load_config(TrainConfig, saved).model_dump(), config.model_dump()
+    changed = [key for key in now if key != "output" and before[key] != now[key]]
+    if changed:
+        raise ValueError(f"output: {folder} holds a run with another {', '.join(changed)}: choose another folder")
+    done = folder / "train.json"
+    return dict(json.loads(done.read_text(encoding="utf-8"))) if done.exists() else None
+
+
+class _Run:
+    """One training run: data, model and folder; `go` does what is not done yet."""
+
+    def __init__(self, config: TrainConfig, log: RunLog, resume: bool, progress: bool) -> None:
+        self.config, self.log, self.resume, self.progress = config, log, resume, progress
+        self.folder = config.output
+        on_gpu = torch.cuda.is_available()
+        self.device = "cuda" if on_gpu else "cpu"
+        self.mode = ("lora" if on_gpu else "head") if config.mode == "auto" else config.mode
+        seeds = {"bt": config.seed + config.bt.seed, "brme": config.seed + config.brme.seed}
+        self.bt: FitConfig = config.bt.model_copy(update={"seed": seeds["bt"]})
+        self.brme: FitConfig = config.brme.model_copy(update={"seed": seeds["brme"]})
+        data = load_pairs(
+            config.data,
+            min_score_gap=config.min_score_gap,
+            skip_bad_rows=config.skip_bad_rows,
+            limit=config.limit,
+            progress=progress,
+        )
+        self.train, self.held_out = split_by_prompt(data.pairs, config.eval_fraction, config.seed)
+        if config.stage == "brme" and config.brme.num_heads > len(self.train):
+            raise ValueError(
+                f"brme.num_heads: expected at most the {len(self.train)} training pairs, got {config.brme.num_heads}"
+            )
+        self._write_counts(data.counts)
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model)
+
+    def _write_counts(self, counts: dict[str, int]) -> None:
+        digest = hashlib.sha256(repr((self.train, self.held_out)).encode()).hexdigest()[:16]
+        summary = {
+            "data": self.config.data,
+            "fingerprint": digest,
+            **counts,
+            "train_pairs": len(self.train),
+            "held_out_pairs": len(self.held_out),
+            "held_out_prompts": len({pair.prompt_key for pair in self.held_out}),
+        }
+        path = self.folder / "data.json"
+        if path.exists() and json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != digest:
+            raise ValueError(
+                f"data: {self.config.data} has changed since {self.folder} was begun: choose another folder"
+            )
+        atomic_write_json(path, summary)
+
+    def go(self) -> dict[str, Any]:
+        """Both stages, the saved models and the final metrics."""
+        single, final = self._frozen() if self.mode == "head" else self._trained()
+        metrics = {
+            "mode": self.mode,
+            "train_pairs": len(self.train),
+            "held_out_pairs": len(self.held_out),
+            "accuracy": self._accuracies(single, final) if self.held_out else {},
+        }
+        atomic_write_json(self.folder / "train.json", metrics)
+        return metrics
+
+    # mode head
+
+    def _frozen(self) -> tuple[_Scored, _Scored]:
+        """The trunk frozen: both stages on its features, each text computed once."""
+        model = self._load(1)
+        chosen, rejected = self._features(model, self.train)
+        held = self._features(model, self.held_out) if self.held_out else None
+        self.log.metrics(0, hidden_norms(chosen, rejected), prefix="features/train")
+        if held is not None:
+            self.log.metrics(0, hidden_norms(*held), prefix="features/eval")
+        margin = _margins(self.train)
+        stage1 = self._fit(self.bt, PairFeatures(chosen, rejected, None, margin), held, "mean")
+        self._save("stage1", model, stage1)
+        single = _Scored(stage1, held)
+        final, aggregation = stage1, "mean"
+        if self.config.stage == "brme":
+            aggregation = self.config.aggregation
+            evaluation = None if held is None else PairFeatures(*held, _p_hat(stage1, *held))
+            data = PairFeatures(chosen, rejected, _p_hat(stage1, chosen, rejected))
+            final = self._fit(self.brme, data, evaluation, aggregation)
+        final = _copy(final)
+        calibrate(final, torch.cat([chosen, rejected]))
+        self._save("model", model, final)
+        return single, _Scored(final, held)
+
+    def _fit(self, config: FitConfig, data: PairFeatures, evaluation: Any, aggregation: str) -> EnsembleHead:
+        fit = fit_heads(
+            data.chosen,
+            data.rejected,
+            config,
+            p_hat=data.p_hat,
+            margin=data.margin,
+            evaluation=evaluation,
+            aggregation=aggregation,
+            log=self.log,
+            progress=self.progress,
+            checkpoint=self.folder / "checkpoints" / f"{config.stage}.pt",
+        )
+        return fit.head
+
+    # modes lora and full
+
+    def _trained(self) -> tuple[_Scored, _Scored]:
+        """The trunk trained in each stage, both from the base model as in the paper ("we train a single-head RM and a
+        5-head BRME starting from" it): stage 1 stays a model of its own, and p_hat is the only thing handed over."""
+        stage1 = self._train_stage(self.bt, "stage1", None)
+        single = _Scored(stage1.score, self._features(stage1, self.held_out) if self.held_out else None)
+        if self.config.stage == "bt":
+            model = stage1
+        else:
+            p_hat = _p_hat(stage1.score, *self._features(stage1, self.train))
+            held_p = None if single.features is None else _p_hat(stage1.score, *single.features)
+            del stage1
+            model = self._train_stage(self.brme, "trained", (p_hat, held_p))
+        reference = self._features(model, self.train[:_CALIBRATION_PAIRS])
+        head = _copy(model.score)
+        calibrate(head, torch.cat(reference))
+        final = _Scored(head, self._features(model, self.held_out) if self.held_out else None)
+        self._save("model", model, head)
+        return single, final
+
+    def _train_stage(
+        self, losses: FitConfig, name: str, p_hat: tuple[Tensor, Tensor | None] | None
+    ) -> EnsembleRewardModel:
+        done = self.folder / name
+        if done.exists():
+            return EnsembleRewardModel.from_pretrained(done, dtype="auto").to(self.device).eval()  # type: ignore[no-any-return]
+        model = self._load(losses.num_heads, losses)
+        scorer = self._scorer(model)
+        heads = partition(len(self.train), losses.num_heads, losses.seed).tolist()
+        train_p, held_p = (None, None) if p_hat is None else p_hat
+        log_folder = self.folder / "checkpoints" / losses.stage
+        trained = train_trunk(
+            model,
+            _rows(scorer, self.train, heads, train_p),
+            _rows(scorer, self.held_out, [0] * len(self.held_out), held_p),
+            losses,
+            self.config.trunk,
+            "lora" if self.mode == "lora" else "full",
+            log_folder,
+            log=self.log,
+            resume=self.resume,
+            progress=self.progress,
+        )
+        self._save(name, trained, trained.score)
+        return trained
+
+    # both
+
+    def _load(self, num_heads: int, losses: FitConfig | None = None) -> EnsembleRewardModel:
+        config = self.config
+        dtype = "float32" if config.dtype == "auto" and self.mode == "full" else config.dtype
+        torch.manual_seed(config.seed if losses is None else losses.seed)
+        model = EnsembleRewardModel.from_trunk(
+            config.model,
+            num_heads=num_heads,
+            aggregation="mean" if num_heads == 1 else config.aggregation,
+            std_floor=None if losses is None else losses.std_floor,
+            append_eos=config.append_eos,
+            dtype=dtype,
+        )
+        return model.to(self.device).eval()
+
+    def _scorer(self, model: EnsembleRewardModel) -> Scorer:
+        config = self.config
+        return Scorer(
+            model, self.tokenizer, batch_tokens=config.batch_tokens, max_length=config.max_length, progress=False
+        )
+
+    def _features(self, model: EnsembleRewardModel, pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
+        """Features of chosen and of rejected, [P, D] each, on the model's device."""
+        items = [pair.items() for pair in pairs]
+        texts = [chosen for chosen, _ in items] + [rejected for _, rejected in items]
+        folder = self.config.features or self.folder / "features"
+        features = compute_features(self._scorer(model), texts, folder, self.progress).to(self.device)
+        return features[: len(pairs)], features[len(pairs) :]
+
+    def _save(self, name: str, model: EnsembleRewardModel, head: EnsembleHead) -> None:
+        target = self.folder / name
+        if target.exists():
+            return
+        whole = EnsembleRewardModel.from_trunk(
+            model.model,
+            head=head,
+            pooling=model.config.pooling,
+            append_eos=model.config.append_eos,
+        )
+        with atomic_folder(target) as folder:
+            whole.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+    def _accuracies(self, single: _Scored, final: _Scored) -> dict[str, float]:
+        result = {"single head (stage 1)": single.accuracy("mean")}
+        if self.config.stage == "brme":
+            for name in dict.fromkeys(("nominal", "mean", "min", self.config.aggregation)):
+                label = {"min": "worst", "mean": "mean of heads"}.get(name, name)
+                result[label] = final.accuracy(name)
+        return result
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A head and the features of the held-out pairs."""
+
+    head: EnsembleHead
+    features: tuple[Tensor, Tensor] | None
+
+    @torch.no_grad()
+    def accuracy(self, aggregation: str) -> float:
+        assert self.features is not None
+        chosen, rejected = (self.head(side, aggregation=aggregation).reward for side in self.features)
+        return float(pair_correct(chosen, rejected).double().mean())
+
+
+@torch.no_grad()
+def _p_hat(head: EnsembleHead, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """[P] fp64 in (0, 1): BRME eq. 2 of the frozen stage-1 head, kept off 0 and 1 where the logit saturates."""
+    difference = head(chosen, aggregation="mean").reward.double() - head(rejected, aggregation="mean").reward.double()
+    return torch.sigmoid(difference).clamp(1e-7, 1 - 1e-7)
+
+
+def _copy(head: EnsembleHead) -> EnsembleHead:
+    copy = EnsembleHead(head.hidden_size, head.num_heads, aggregation=head.aggregation, std_floor=head.std_floor)
+    copy.load_state_dict(head.state_dict())
+    return copy.to(head.weight.device).requires_grad_(False)
+
+
+def _margins(pairs: list[PreferencePair]) -> Tensor | None:
+    """[P] margins; a pair without one among pairs with has margin 0. None if no pair has one."""
+    if all(pair.margin is None for pair in pairs):
+        return None
+    return torch.tensor([pair.margin or 0.0 for pair in pairs])
+
+
+def _rows(scorer: Scorer, pairs: list[PreferencePair], heads: list[int], p_hat: Tensor | None) -> list[dict[str, Any]]:
+    """Tokenised pairs as `collate` takes them."""
+    margins = _margins(pairs)
+    rows = []
+    for i, (pair, head) in enumerate(zip(pairs, heads, strict=True)):
+        chosen, rejected = pair.items()
+        rows.append(
+            {
+                "chosen": scorer.encode(chosen),
+                "rejected": scorer.encode(rejected),
+                "head": head,
+                "p_hat": None if p_hat is None else float(p_hat[i]),
+                "margin": None if margins is None or p_hat is not None else float(margins[i]),
+            }
+        )
+    return rows
