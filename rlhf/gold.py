@@ -1,0 +1,37 @@
+"""Gold scorers: the definition of truth in an experiment, never a stand-in for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class GoldScorer(Protocol):
+    """A deterministic judge of responses. `name` and `meaning` go into the report."""
+
+    name: str
+    meaning: str
+
+    def __call__(self, responses: Sequence[str]) -> list[float]:
+        """One finite number a response, higher is better."""
+        ...
+
+
+class VaderGold:
+    """VADER's compound sentiment in [-1, 1] (Hutto & Gilbert 2014): a lexicon and rules, about 8,500 texts a second.
+
+    Raises ImportError naming the extra if vaderSentiment is not installed.
+    """
+
+    name = "VADER"
+    meaning = "how positive the words of a response are, from -1 to +1"
+
+    def __init__(self) -> None:
+        try:
+            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+        except ImportError as error:
+            raise ImportError("the gold scorer VADER needs vaderSentiment: pip install 'prudent[demo]'") from error
+        self._analyser = SentimentIntensityAnalyzer()
+
+    def __call__(self, responses: Sequence[str]) -> list[float]:
+        return [float(self._analyser.polarity_scores(text)["compound"]) for text in responses]

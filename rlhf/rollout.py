@@ -1,0 +1,191 @@
+"""Responses of a language model to many prompts, stored as they come: an interrupted run goes on where it was.
+
+A folder holds samples.jsonl, one line a prompt, and features/, one safetensors file a batch with the trunk's hidden
+states of the same responses. Which prompts share a batch follows from the prompts alone, and every prompt has random
+numbers of its own; so the same request gives the same file however often it was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ..engine.text import ItemEncoder
+from .decode import Sampled, Sampling, sample_batch
+from .files import atomic_file
+
+
+class Request(NamedTuple):
+    """One prompt and how many responses it gets."""
+
+    prompt: str
+    samples: int
+
+
+class Rollout(NamedTuple):
+    """The responses to one prompt: texts, whether each ended by itself, and features [S, D] in the trunk's dtype."""
+
+    prompt: str
+    responses: list[str]
+    stopped: list[bool]
+    features: Tensor
+
+
+class Turn:
+    """A prompt's token ids and what is read after its response, by the rules that `Scorer` reads whole sequences.
+
+    `closing` is what follows a complete response (the end of the assistant's turn, or EOS); a response that was cut off
+    is closed likewise, so that every reward is read at the same kind of token.
+    """
+
+    def __init__(self, tokenizer: Any, model: Any) -> None:
+        size = model.get_input_embeddings().num_embeddings
+        self._encoder = ItemEncoder(tokenizer, append_eos=True, max_length=None, vocab_size=size)
+        cut, whole = (self._ids({"prompt": "a", "response": "b", "complete": c}) for c in (False, True))
+        if whole[: len(cut)] != cut or len(whole) == len(cut):
+            raise ValueError("tokenizer: expected a chat template or EOS token that closes a response after its text")
+        self.closing = whole[len(cut) :]
+        eos = getattr(model.generation_config, "eos_token_id", None)
+        self.stop = {self.closing[0], tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+
+    def _ids(self, item: dict[str, Any]) -> list[int]:
+        return self._encoder.encode(item)[0]
+
+    def prompt(self, text: str) -> list[int]:
+        """The ids up to where the response begins."""
+        return self._ids({"prompt": text, "response": "", "complete": False})
+
+
+def plan(lengths: Sequence[int], samples: Sequence[int], batch_rows: int) -> list[list[int]]:
+    """Batches of request numbers: one prompt length and one number of samples each, about `batch_rows` rows at most."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, key in enumerate(zip(lengths, samples, strict=True)):
+        groups.setdefault(key, []).append(index)
+    batches = []
+    for (_, count), members in sorted(groups.items()):
+        step = max(1, batch_rows // count)
+        batches += [members[i : i + step] for i in range(0, len(members), step)]
+    return batches
+
+
+def uniforms(request: Request, sampling: Sampling, seed: int) -> Tensor:
+    """[S, max_new_tokens] numbers in [0, 1) that belong to this prompt and seed, whatever else is sampled."""
+    digest = hashlib.sha256(f"{seed}\n{request.prompt}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.rand(request.samples, sampling.max_new_tokens, generator=generator)
+
+
+def sample(
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[Request],
+    folder: Path | str,
+    sampling: Sampling,
+    *,
+    seed: int = 0,
+    batch_rows: int = 256,
+    progress: bool = True,
+) -> list[Rollout]:
+    """The responses to every request, sampled or read back from `folder`; in the requests' order.
+
+    Raises ValueError if `folder` holds other prompts' responses, or the two requests are for one prompt.
+    """
+    folder = Path(folder)
+    if len({request.prompt for request in requests}) != len(requests):
+        raise ValueError("prompts: expected different ones, got one twice")
+    turn = Turn(tokenizer, model)
+    prompts = [turn.prompt(request.prompt) for request in requests]
+    batches = plan([len(ids) for ids in prompts], [request.samples for request in requests], batch_rows)
+    store = _Store(folder, requests)
+    todo = [(number, batch) for number, batch in enumerate(batches) if not store.has(number, batch)]
+    total = sum(request.samples for request in requests)
+    done = total - sum(requests[i].samples for _, batch in todo for i in batch)
+    with tqdm(total=total, initial=done, desc="responses", unit="resp", disable=not progress) as bar:
+        tokens, start = 0, bar.format_dict["elapsed"]
+        for number, batch in todo:
+            uniform = torch.stack([uniforms(requests[i], sampling, seed) for i in batch])
+            ids = torch.tensor([prompts[i] for i in batch])
+            for drawn in sample_batch(model, ids, uniform, sampling, stop=turn.stop, closing=turn.closing):
+                if isinstance(drawn, Sampled):
+                    store.add(number, batch, drawn, tokenizer)
+                    continue
+                tokens += drawn
+                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'] - start, 1e-9):.0f} tokens/s")
+            bar.update(sum(requests[i].samples for i in batch))
+    return store.read(batches)
+
+
+class _Store:
+    """samples.jsonl and features/ of one folder."""
+
+    def __init__(self, folder: Path, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        self.file = folder / "samples.jsonl"
+        self.features = folder / "features"
+        self.features.mkdir(parents=True, exist_ok=True)
+        self.rows: dict[int, dict[str, Any]] = {}
+        for row in _whole_lines(self.file):
+            index = row["index"]
+            if index >= len(requests) or Request(row["prompt"], len(row["responses"])) != requests[index]:
+                raise ValueError(
+                    f"{self.file}: expected responses to the present prompts, got {row['prompt']!r} with "
+                    f"{len(row['responses'])} responses as number {index}; name another output folder"
+                )
+            self.rows[index] = row
+
+    def _features(self, number: int) -> Path:
+        return self.features / f"{number:05d}.safetensors"
+
+    def has(self, number: int, batch: list[int]) -> bool:
+        return all(i in self.rows for i in batch) and self._features(number).is_file()
+
+    def add(self, number: int, batch: list[int], drawn: Sampled, tokenizer: Any) -> None:
+        """The features first, whole, then the lines that are not there yet: a kill between leaves nothing wrong."""
+        count = len(drawn.tokens) // len(batch)
+        with atomic_file(self._features(number)) as temporary:
+            save_file({"features": drawn.features.view(len(batch), count, -1)}, temporary)
+        lines = []
+        for position, index in enumerate(batch):
+            if index in self.rows:
+                continue
+            rows = slice(position * count, (position + 1) * count)
+            self.rows[index] = {
+                "index": index,
+                "prompt": self.requests[index].prompt,
+                "responses": [tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn.tokens[rows]],
+                "stopped": drawn.stopped[rows],
+            }
+            lines.append(json.dumps(self.rows[index], ensure_ascii=False) + "\n")
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, batches: list[list[int]]) -> list[Rollout]:
+        found: dict[int, Rollout] = {}
+        for number, batch in enumerate(batches):
+            features = load_file(self._features(number))["features"]
+            for index, block in zip(batch, features, strict=True):
+                row = self.rows[index]
+                found[index] = Rollout(row["prompt"], row["responses"], row["stopped"], block)
+        return [found[index] for index in range(len(self.requests))]
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file; one cut short by a kill is taken off the file."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole != len(content):
+        os.truncate(path, whole)
+    return [json.loads(line) for line in content[:whole].splitlines()]
