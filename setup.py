@@ -32,7 +32,7 @@ prudent: the native CPU library was not built: {reason}.
     and              pip install cmake ninja torch
   To go on without it, run the same command with PRUDENT_NATIVE=0 before it, such as
     PRUDENT_NATIVE=0 pip install -e .
-  Then the CPU runs on the slower plain-PyTorch reference. Results and GPUs are not affected.
+  Then the CPU runs on the slower plain-PyTorch reference, with the same results to rounding. GPUs are not affected.
 """
 
 

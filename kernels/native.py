@@ -49,7 +49,7 @@ def supported_isas() -> tuple[str, ...]:
 def isa() -> str:
     """The instruction set that the CPU kernels run on: PRUDENT_CPU_ISA, else the fastest supported.
 
-    Raises ValueError if PRUDENT_CPU_ISA names one unknown or not supported here.
+    Raises ValueError if PRUDENT_CPU_ISA names one unknown or not supported here, RuntimeError without the library.
     """
     return ISAS[isa_index()]
 
@@ -60,11 +60,14 @@ def isa_index() -> int:
 
 @lru_cache(maxsize=1)
 def _default_index() -> int:
-    return _index(os.environ.get("PRUDENT_CPU_ISA") or supported_isas()[-1], "PRUDENT_CPU_ISA")
+    fastest = ("", *supported_isas())[-1]
+    return _index(os.environ.get("PRUDENT_CPU_ISA") or fastest, "PRUDENT_CPU_ISA")
 
 
 def _index(name: str, source: str) -> int:
     supported = supported_isas()
+    if not supported:
+        raise RuntimeError("prudent: the native CPU library is not loaded, so there is no instruction set to choose")
     if name not in supported:
         why = " (this machine lacks it)" if name in ISAS else ""
         raise ValueError(f"{source}: expected one of {', '.join(supported)}, got {name!r}{why}")

@@ -1,0 +1,348 @@
+"""The C++ execution on every instruction set of this machine, held against the fp64 reference.
+
+The rule for accuracy: our error against fp64 is at most what the plain low-precision composition (norm, linear, heads in
+torch, in the storage type) makes, and a small tolerance. Results that must not depend on something are compared bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prudent.kernels import native
+from prudent.kernels.ensemble_reward import cpu, reference
+from prudent.kernels.ensemble_reward.contract import Inputs
+
+if not native.load():
+    pytest.skip("the native CPU library is not built", allow_module_level=True)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SPECS = [
+    "tradeoff:0.4", "tradeoff:0", "tradeoff:1", "nominal", "mean", "min", "max", "median", "lcb:1", "uwo:0.5",
+    "softmin:0.3", "cvar:0.4", "cvar:1", "head:1", "tradeoff:0.3,nominal=relative_std", "tradeoff:0.3,nominal=mean",
+    "nominal,nominal=head:1", "tradeoff:0.4,source=mean", "lcb:2,source=mean",
+]  # fmt: skip
+ALL = (True, True, True, True)
+
+
+@pytest.fixture(params=native.supported_isas(), autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with native.force_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch fills what C++ allocates, outputs and workspace both, with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(
+    dtype: torch.dtype = torch.float32, *, n: int = 37, d: int = 577, k: int = 5, weight_dtype: Any = torch.float32,
+    **changes: Any,
+) -> Inputs:  # fmt: skip
+    g = torch.Generator().manual_seed(n * d + k)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    values: dict[str, Any] = {
+        "hidden": rand(n, d).to(dtype), "weight": (rand(2 * k, d) / d**0.5).to(weight_dtype), "bias": rand(2 * k),
+        "rows": None, "norm_weight": (1 + 0.1 * rand(d)).to(dtype), "seed": torch.tensor([2**62 + 12345]),
+        "shift": rand(k), "scale": rand(k).abs() + 0.5, "std_ref": rand(k).abs() + 0.5, "group": None, "group_size": 0,
+        "norm_eps": 1e-6, "std_floor": 1e-3, "aggregation": "tradeoff:0.4",
+    }  # fmt: skip
+    return Inputs(**(values | changes))
+
+
+def double(inputs: Inputs) -> Inputs:
+    return Inputs(*[v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in inputs])
+
+
+def plain(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What people run: the norm and the linear layer in the storage type, as transformers does, then fp32 heads."""
+    x = inputs.hidden if inputs.rows is None else inputs.hidden[inputs.rows]
+    if inputs.norm_weight is not None:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(dim=1, keepdim=True) + inputs.norm_eps)
+        x = inputs.norm_weight * y.to(x.dtype)
+    z = F.linear(x, inputs.weight.to(x.dtype)).float()
+    identity = torch.eye(z.shape[1])
+    return reference.forward(inputs._replace(hidden=z, weight=identity, norm_weight=None, rows=None))
+
+
+def some_grads(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(5)
+    n, k = inputs.num_rows, inputs.num_heads
+    return (torch.randn(n, generator=g), torch.randn(n, k, generator=g), torch.randn(n, k, generator=g),
+            torch.randn((), generator=g))  # fmt: skip
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact).abs().max()) if exact.numel() else 0.0
+
+
+def check_forward(inputs: Inputs) -> None:
+    got, exact, lowly = cpu.forward(inputs), reference.forward(double(inputs)), plain(inputs)
+    for name, a, b, c in zip(("reward", "mean", "std", "reward_sum"), got, exact, lowly, strict=True):
+        assert a.dtype == torch.float32
+        assert a.shape == b.shape
+        # reward_sum adds N rewards, and so their errors
+        tolerance = 2e-5 * (1 + (inputs.num_rows if name == "reward_sum" else 0))
+        assert error(a, b) <= error(c, b) + tolerance, name
+        assert error(a, b) <= 2 * tolerance, f"{name}: not fp32-grade"
+
+
+def check_backward(inputs: Inputs, grads: Any = None, needs: tuple[bool, ...] = ALL) -> None:
+    grads = some_grads(inputs) if grads is None else grads
+    needs = tuple(n and t is not None for n, t in zip(needs, targets(inputs), strict=True))
+    got = cpu.backward(grads, inputs, needs)
+    exact = reference.backward([g if g is None else g.double() for g in grads], double(inputs), needs)
+    lowly = plain_backward(inputs, grads)
+    for name, a, b, c, target in zip(("hidden", "weight", "bias", "norm_weight"), got, exact, lowly, targets(inputs),
+                                     strict=True):  # fmt: skip
+        assert (a is None) == (b is None), name
+        if a is None or b is None or b.numel() == 0:
+            continue
+        assert a.dtype == target.dtype
+        assert a.shape == b.shape
+        grain = max(torch.finfo(a.dtype).eps, 2e-5) * float(b.abs().max())  # one rounding to its type, or fp32's sums
+        assert error(a, b) <= grain, name
+        # autograd's own is NaN where a spread has its kink
+        assert c is None or c.isnan().any() or error(a, b) <= error(c, b) + grain, name
+
+
+def targets(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    return inputs.hidden, inputs.weight, inputs.bias, inputs.norm_weight
+
+
+def plain_backward(inputs: Inputs, grads: Any) -> list[Tensor | None]:
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in targets(inputs)]
+    hidden, weight, bias, norm_weight = leaves
+    outputs = plain(inputs._replace(hidden=hidden, weight=weight, bias=bias, norm_weight=norm_weight))
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+    return [None if leaf is None else next(found) for leaf in leaves]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "everything": {},
+    "no noise": {"seed": None},
+    "no norm": {"norm_weight": None},
+    "no bias": {"bias": None},
+    "bare": {"norm_weight": None, "bias": None, "seed": None, "shift": None, "scale": None, "std_ref": None},
+    "repeating rows": {"rows": torch.tensor([36, 0, 0, 7, 12, 0, 36, 1] * 5)},
+    "increasing rows": {"rows": torch.tensor([0, 3, 4, 20, 36])},
+    "strided rows": {"rows": torch.arange(37)[::3]},
+    "weight in bf16": {"weight_dtype": torch.bfloat16, "norm_weight": None},
+    "weight in bf16, norm in fp32": {"weight_dtype": torch.bfloat16, "norm_weight": torch.linspace(0.5, 2, 577)},
+    "weight in fp16": {"weight_dtype": torch.float16},
+    "strided vectors": {"bias": torch.randn(10, 2)[:, 0], "shift": torch.ones(1).expand(5), "scale": torch.ones(15)[::3]},
+    "batch centring": {"aggregation": "tradeoff:0.4,centre=batch"},
+    "centring by size": {"aggregation": "min,centre=group", "group_size": 5, "n": 35},
+    "centring by label": {"aggregation": "lcb:1,centre=group", "group": torch.tensor([0, 30, 2, 2, 0] * 7 + [36, 3])},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_no_less_exact_than_plain_torch_with_every_option(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    inputs = make(dtype, **options)
+    check_forward(inputs)
+    check_backward(inputs)
+
+
+@pytest.mark.parametrize("seed", [None, torch.tensor([3])], ids=["means", "samples"])
+@pytest.mark.parametrize("k", [1, 4, 5])
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_aggregation_is_the_reference_s(spec: str, k: int, seed: Tensor | None) -> None:
+    if "head:1" in spec and k == 1:
+        spec = spec.replace("head:1", "head:0")
+    inputs = make(n=50, d=33, k=k, aggregation=spec, seed=seed)
+    check_forward(inputs)
+    check_backward(inputs)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_ties_go_where_the_reference_s_go(spec: str) -> None:
+    hidden = torch.randint(-3, 4, (9, 4), generator=torch.Generator().manual_seed(2)).float()  # whole: sums are exact
+    weight = hidden[:1].repeat(10, 1)  # all heads alike, so every choice among them is a tie
+    inputs = make(hidden=hidden, weight=weight, bias=None, norm_weight=None, k=5, d=4, n=9, seed=None, aggregation=spec,
+                  shift=None, scale=None, std_ref=torch.ones(5))  # fmt: skip
+    for a, b in zip(cpu.forward(inputs), reference.forward(inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for a, b in zip(cpu.backward(some_grads(inputs), inputs, (True, True, False, False)),
+                    reference.backward(some_grads(inputs), inputs, (True, True, False, False)), strict=True):  # fmt: skip
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 17, 200])
+@pytest.mark.parametrize("d", [1, 7, 64, 129, 577])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_any_number_of_rows_and_features(dtype: torch.dtype, d: int, n: int) -> None:
+    # with one feature and no epsilon the norm leaves its sign alone, whose gradient is nothing but cancellation
+    inputs = make(dtype, n=n, d=d, norm_eps=0.5 if d == 1 else 1e-6)
+    check_forward(inputs)
+    check_backward(inputs)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 7, 33, 64])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_any_number_of_heads(dtype: torch.dtype, k: int) -> None:
+    inputs = make(dtype, n=21, d=129, k=k)
+    check_forward(inputs)
+    check_backward(inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_no_rows_of_some_give_empty_rewards_and_zero_gradients(dtype: torch.dtype) -> None:
+    inputs = make(dtype, rows=torch.empty(0, dtype=torch.int64), aggregation="min,centre=batch")
+    reward, mean, std, total = cpu.forward(inputs)
+    assert (reward.shape, mean.shape, std.shape, float(total)) == ((0,), (0, 5), (0, 5), 0.0)
+    for gradient in cpu.backward(some_grads(inputs), inputs, ALL):
+        assert gradient is not None
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_rows_at_any_stride_even_none(dtype: torch.dtype) -> None:
+    wide = torch.randn(40, 700).to(dtype)
+    for hidden in (wide[:37, 50:627], wide[:1, :577].expand(37, 577), wide.view(-1)[3 : 3 + 37 * 577].view(37, 577)):
+        inputs = make(dtype, hidden=hidden)
+        check_forward(inputs)
+        check_backward(inputs)
+        tight = inputs._replace(hidden=hidden.contiguous())
+        assert all(torch.equal(a, b) for a, b in zip(cpu.forward(inputs), cpu.forward(tight), strict=True))
+
+
+def test_weight_at_any_stride() -> None:
+    inputs = make()
+    turned = inputs._replace(weight=inputs.weight.T.contiguous().T)
+    assert all(torch.equal(a, b) for a, b in zip(cpu.forward(inputs), cpu.forward(turned), strict=True))
+    grads = some_grads(inputs)
+    pairs = zip(cpu.backward(grads, inputs, ALL), cpu.backward(grads, turned, ALL), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_gradients_at_any_stride_or_absent() -> None:
+    inputs = make()
+    one = torch.ones(())
+    given = some_grads(inputs)
+    for grads in [
+        (one.expand(37), None, None, None), (None, one.expand(37, 5), None, None), (None, None, one.expand(37, 5), None),
+        (None, None, None, one), (given[0], given[1].T.contiguous().T, given[2][:, :1].expand(37, 5), None),
+        (given[0].repeat_interleave(3)[::3], None, None, given[3]),
+    ]:  # fmt: skip
+        check_backward(inputs, grads)
+
+
+@pytest.mark.parametrize("needed", range(4))
+def test_what_is_not_needed_is_not_made_and_the_rest_has_the_same_bits(needed: int) -> None:
+    inputs = make(torch.bfloat16)
+    grads = some_grads(inputs)
+    needs = tuple(i == needed for i in range(4))
+    alone, together = cpu.backward(grads, inputs, needs), cpu.backward(grads, inputs, ALL)
+    assert [g is not None for g in alone] == list(needs)
+    assert torch.equal(alone[needed], together[needed])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_nan_and_infinite_features_come_out_as_in_the_reference(dtype: torch.dtype, norm: bool, spec: str) -> None:
+    inputs = make(dtype, n=8, d=45, aggregation=spec, weight_dtype=torch.bfloat16)
+    inputs = inputs if norm else inputs._replace(norm_weight=None)
+    for row, values in enumerate([(torch.nan,), (torch.inf,), (-torch.inf,), (torch.inf, -torch.inf), (torch.inf, 1.0)]):
+        for column, value in enumerate(values):
+            inputs.hidden[row + 1, 20 * column + row] = value
+    for a, b in zip(cpu.forward(inputs), reference.forward(inputs), strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-4)
+    grads, needs = (torch.ones(8), None, None, None), (True, True, True, norm)
+    got, want = cpu.backward(grads, inputs, needs), reference.backward(grads, inputs, needs)
+    for a, b in zip(got[:1] + got[2:], want[:1] + want[2:], strict=True):
+        assert (a is None) or torch.equal(a.isnan(), b.isnan())
+
+
+def test_noise_has_the_reference_s_bits() -> None:
+    for seed, first in [(0, 0), (1, 0), (2**62 + 987654321, 2**32 - 3), (-1, 2**40 + 7)]:
+        got = torch.ops.prudent_native.philox_words(torch.tensor([seed]), first, 100)
+        want = reference.philox_4x32(torch.tensor([seed]), torch.arange(first, first + 100))
+        assert torch.equal(got, torch.stack(want, dim=1))
+
+
+def test_noise_of_a_head_is_the_reference_s() -> None:
+    inputs = make(n=1000, d=1, hidden=torch.zeros(1000, 1), bias=None, shift=None, scale=None, std_floor=0.0,
+                  aggregation="head:2")  # fmt: skip
+    noise = cpu.forward(inputs)[0] / F.softplus(torch.zeros(()))
+    torch.testing.assert_close(noise, reference.philox_normal(inputs.seed, 1000, 5)[:, 2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [None, torch.randint(0, 2000, (2500,), generator=torch.Generator().manual_seed(0))],
+                         ids=["all rows", "rows"])  # fmt: skip
+@pytest.mark.parametrize("spec", ["tradeoff:0.4,centre=batch", "median,centre=group"])
+def test_same_bits_on_any_number_of_threads(spec: str, rows: Tensor | None) -> None:
+    inputs = make(torch.bfloat16, n=2000, d=700, rows=rows, aggregation=spec, group_size=50 if "group" in spec else 0)
+    grads = some_grads(inputs)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append([*cpu.forward(inputs), *cpu.backward(grads, inputs, ALL)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_row_s_bits_do_not_depend_on_its_company(dtype: torch.dtype) -> None:
+    inputs = make(dtype, n=39, seed=None)
+    _, mean, std, _ = cpu.forward(inputs)
+    for start, stop in [(0, 1), (5, 7), (16, 39), (38, 39)]:
+        part = cpu.forward(inputs._replace(hidden=inputs.hidden[start:stop]))
+        assert torch.equal(part[1], mean[start:stop])
+        assert torch.equal(part[2], std[start:stop])
+
+
+def test_a_repeated_row_s_gradient_is_the_sum_of_its_own() -> None:
+    inputs = make(rows=torch.tensor([4, 2, 4, 4]), seed=None)
+    once = inputs._replace(rows=torch.tensor([4]))
+    grads = (torch.tensor([1.0, 5.0, 2.0, 0.5]), None, None, None)
+    got = cpu.backward(grads, inputs, ALL)[0]
+    want = cpu.backward((torch.tensor([3.5]), None, None, None), once, ALL)[0]
+    torch.testing.assert_close(got[4], want[4])
+    assert not got[[0, 1, 3, *range(5, 37)]].any()
+
+
+def test_addresses_beyond_two_to_the_31_elements() -> None:
+    d, last = 4096, 2**31 // 4096 + 8
+    torch.use_deterministic_algorithms(False)  # which would write, and so claim, all 4 GiB
+    hidden = torch.empty(last + 1, d, dtype=torch.bfloat16)
+    small = make(torch.bfloat16, n=3, d=d)
+    hidden[last - 2 :] = small.hidden
+    assert (last - 2) * d > 2**31
+    large = small._replace(hidden=hidden, rows=torch.arange(last - 2, last + 1))
+    assert all(torch.equal(a, b) for a, b in zip(cpu.forward(small), cpu.forward(large), strict=True))
+    grads, needs = some_grads(small), (False, True, True, True)
+    pairs = zip(cpu.backward(grads, small, needs)[1:], cpu.backward(grads, large, needs)[1:], strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_out_of_range_indices_that_come_past_python_are_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"ensemble_reward: rows: 37 is out of range"):
+        cpu.forward(make(rows=torch.tensor([0, 37])))
+    labels = torch.zeros(37, dtype=torch.int64)
+    labels[3] = 99
+    with pytest.raises(RuntimeError, match=r"ensemble_reward: group: 99 is out of range"):
+        cpu.forward(make(group=labels, aggregation="mean,centre=group"))
