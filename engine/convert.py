@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from .config import is_encoder
@@ -74,7 +74,7 @@ def model_of_sequence_classifier(
         head.bias[0] = 0.0 if linear.bias is None else linear.bias[0]
     pooled = is_encoder(trunk.config) and getattr(trunk, "pooler", None) is not None
     model = cls.from_trunk(trunk, head=head, pooling="pooler" if pooled else None, append_eos=append_eos)
-    _check_same_rewards(original, model)
+    _check_same_rewards(original, model, linear)
     return model
 
 
@@ -108,7 +108,7 @@ def _linear_head(model: PreTrainedModel, hidden_size: int) -> nn.Linear:
 
 
 @torch.no_grad()
-def _check_same_rewards(original: PreTrainedModel, model: EnsembleRewardModel) -> None:
+def _check_same_rewards(original: PreTrainedModel, model: EnsembleRewardModel, linear: nn.Linear) -> None:
     """Refuse an architecture that does something between trunk and head: two random sequences must score alike."""
     modes = [(module, module.training) for module in original.modules()]
     original.eval()
@@ -118,22 +118,20 @@ def _check_same_rewards(original: PreTrainedModel, model: EnsembleRewardModel) -
     padding = getattr(original.config, "pad_token_id", None)
     if padding is not None:
         allowed[padding] = 0.0
-    expected, got = [], []
+    pairs = []
     for length in (5, 9):
         ids = allowed.multinomial(length, replacement=True, generator=generator)[None].to(original.device)
         mask = torch.ones_like(ids)
-        expected.append(original(input_ids=ids, attention_mask=mask).logits.float().view(()))
-        got.append(model(input_ids=ids, attention_mask=mask).logits.view(()))
+        want = original(input_ids=ids, attention_mask=mask).logits.float().view(())
+        hidden = model.features(ids, mask)
+        got = model.score(hidden).reward.view(())
+        # the original rounds its reward to its own dtype; both add up D products, in fp32 at least
+        terms = (hidden.float().abs() @ linear.weight.float().abs().T).view(())
+        pairs.append((float(got), float(want), float(8 * torch.finfo(original.dtype).eps * want.abs() + 1e-5 * terms)))
     for module, training in modes:
         module.training = training
-    want, have = torch.stack(expected), torch.stack(got)
-    if not torch.allclose(have, want, rtol=0.0, atol=_tolerance(want, original.dtype)):
+    if not all(abs(got - want) <= tolerance for got, want, tolerance in pairs):
         raise ValueError(
             f"from_sequence_classifier: {type(original).__name__}: expected the reward to be one linear layer on the "
-            f"trunk's hidden state, got {have.tolist()} that way where the model itself says {want.tolist()}"
+            f"trunk's hidden state, got {[p[0] for p in pairs]} that way where the model says {[p[1] for p in pairs]}"
         )
-
-
-def _tolerance(rewards: Tensor, dtype: torch.dtype) -> float:
-    """The original's head rounds to its own dtype; 16 units in the last place of the larger reward, or of 1."""
-    return 16 * torch.finfo(dtype).eps * max(1.0, float(rewards.abs().max()))

@@ -150,7 +150,7 @@ class EnsembleRewardModel(PreTrainedModel):
             pooling=pooling,
             append_eos=append_eos,
             # trainers look here for the tokeniser and for the name of the metric
-            name_or_path=body.config.name_or_path or EnsembleRewardConfig.model_type,
+            name_or_path=body.config.name_or_path,
             dtype=body.dtype,
         )
         model = cls(config, trunk=body, head=head.to(body.device))

@@ -1,0 +1,236 @@
+"""from_trunk and from_sequence_classifier: what is shared, what is carried over exactly, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from prudent.engine import EnsembleHead, EnsembleRewardModel
+
+CLASSIFIERS = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "gpt_neox", "gpt2", "bert"]
+
+
+def tokens(batch=3, length=8):
+    return torch.randint(3, 300, (batch, length), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def causal_lm(tiny_config):
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
+
+
+@pytest.fixture
+def make_classifier(tiny_config):
+    def build(family="llama", num_labels=1, **changes):
+        torch.manual_seed(0)
+        config = tiny_config(family, num_labels=num_labels, **changes)
+        model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+        for parameter in model.parameters():  # initial weights are so small that many a wrong reward would look right
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.2)
+        return model
+
+    return build
+
+
+def test_the_trunk_of_a_causal_lm_is_shared_not_copied(causal_lm):
+    model = EnsembleRewardModel.from_trunk(causal_lm, num_heads=2)
+    assert model.model is causal_lm.model
+    assert not hasattr(model, "lm_head")
+    with torch.no_grad():
+        before = model(tokens()).logits
+        causal_lm.model.embed_tokens.weight.mul_(2)
+        assert not torch.equal(model(tokens()).logits, before)
+
+
+def test_wrapping_a_trunk_changes_nothing_in_it(causal_lm, tiny_config):
+    config = tiny_config("llama", attn_implementation="eager")
+    trunk = transformers.AutoModel.from_config(config)
+    trunk.layers[0].mlp = nn.Sequential(trunk.layers[0].mlp, nn.Linear(32, 32))  # as an adapter would be put in
+    state = {name: value.clone() for name, value in trunk.state_dict().items()}
+    trunk.train()
+    trunk.layers[1].eval()
+    model = EnsembleRewardModel.from_trunk(trunk)
+    assert trunk.config._attn_implementation == "eager"
+    assert (trunk.training, trunk.layers[1].training, model.training) == (True, False, True)
+    for name, value in trunk.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_a_trunk_comes_from_a_folder_in_any_dtype(causal_lm, tmp_path):
+    causal_lm.save_pretrained(tmp_path)
+    model = EnsembleRewardModel.from_trunk(str(tmp_path), dtype=torch.bfloat16, attn_implementation="eager")
+    assert model.model.dtype == model.config.dtype == torch.bfloat16
+    assert model.model.config._attn_implementation == "eager"
+    assert (model.score.num_heads, str(model.score.aggregation)) == (5, "tradeoff:0.4")
+    assert model.config._name_or_path == str(tmp_path)
+    assert not model.training
+    same = causal_lm.model.embed_tokens.weight.bfloat16()
+    assert torch.equal(model.model.embed_tokens.weight, same)
+
+
+def test_an_ensemble_reward_model_gives_its_trunk(causal_lm, tmp_path):
+    first = EnsembleRewardModel.from_trunk(causal_lm)
+    assert EnsembleRewardModel.from_trunk(first).model is causal_lm.model
+    first.save_pretrained(tmp_path)
+    again = EnsembleRewardModel.from_trunk(str(tmp_path), num_heads=2)
+    assert torch.equal(again.model.embed_tokens.weight, causal_lm.model.embed_tokens.weight)
+    assert again.score.num_heads == 2
+
+
+def test_a_bert_language_model_lacks_only_the_pooler_and_serves_as_trunk(tiny_config, tmp_path):
+    transformers.AutoModelForMaskedLM.from_config(tiny_config("bert")).save_pretrained(tmp_path)
+    assert EnsembleRewardModel.from_trunk(str(tmp_path)).config.pooling == "first"
+
+
+def test_heads_follow_the_callers_numbers(causal_lm):
+    model = EnsembleRewardModel.from_trunk(
+        causal_lm, num_heads=3, aggregation="min", std_floor=0.1, pooling="first", append_eos=False
+    )
+    assert (model.score.num_heads, str(model.score.aggregation), model.score.std_floor) == (3, "min", 0.1)
+    assert (model.config.num_heads, model.config.aggregation, model.config.std_floor) == (3, "min", 0.1)
+    assert (model.config.pooling, model.config.append_eos) == ("first", False)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_of_the_trunk_is_refused(causal_lm, tmp_path):
+    causal_lm.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"from_trunk: .* got none for layers\.1\.mlp\.up_proj\.weight"):
+        EnsembleRewardModel.from_trunk(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head": EnsembleHead(31, 5)}, "head: expected hidden_size 32, got 31"),
+        ({"head": EnsembleHead(32, 5), "num_heads": 4}, "head: expected num_heads 4, got 5"),
+        ({"head": EnsembleHead(32, 5), "std_floor": 0.5}, "head: expected std_floor 0.5, got 0.001"),
+        ({"dtype": torch.bfloat16}, "dtype: expected only with a folder or name"),
+        ({"aggregation": "head:7"}, "head below 5"),
+    ],
+)
+def test_what_does_not_fit_the_trunk_is_refused(causal_lm, options, message):
+    with pytest.raises(ValueError, match=message):
+        EnsembleRewardModel.from_trunk(causal_lm, **options)
+
+
+def test_a_peft_model_and_other_modules_are_refused_with_what_to_give_instead(causal_lm):
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(causal_lm, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"got PeftModel \(of a PEFT model, give `get_base_model\(\)`\)"):
+        EnsembleRewardModel.from_trunk(wrapped)
+    assert EnsembleRewardModel.from_trunk(wrapped.get_base_model()).model is causal_lm.model
+
+
+def test_adapters_in_a_shared_trunk_keep_their_weights(causal_lm):
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(causal_lm, peft.LoraConfig(target_modules=["q_proj"]))
+    adapters = {name: value.clone() for name, value in wrapped.state_dict().items() if "lora_" in name}
+    EnsembleRewardModel.from_trunk(wrapped.get_base_model())
+    after = wrapped.state_dict()
+    assert adapters
+    assert all(torch.equal(value, after[name]) for name, value in adapters.items())
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+@torch.no_grad()
+def test_a_one_head_reward_model_keeps_its_rewards(make_classifier, family, tmp_path):
+    original = make_classifier(family)
+    original.save_pretrained(tmp_path)
+    ids = tokens()
+    want = original(ids, attention_mask=torch.ones_like(ids)).logits
+    model = EnsembleRewardModel.from_sequence_classifier(str(tmp_path))
+    assert (model.score.num_heads, str(model.score.aggregation)) == (1, "mean")
+    assert want.std() > 0.02
+    torch.testing.assert_close(model(ids).logits, want, rtol=1e-5, atol=1e-5)
+    # and left padded, which BERT's own pooler would read at the padding
+    left = torch.nn.functional.pad(ids, (3, 0), value=9)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
+    torch.testing.assert_close(model(left, mask).logits, want, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_converted_model_saves_and_loads_with_the_same_rewards(make_classifier, tmp_path):
+    for family in ("llama", "bert"):
+        folder = tmp_path / family
+        model = EnsembleRewardModel.from_sequence_classifier(make_classifier(family))
+        model.save_pretrained(folder)
+        loaded = EnsembleRewardModel.from_pretrained(folder)
+        assert loaded.config.pooling == ("pooler" if family == "bert" else "last")
+        torch.testing.assert_close(loaded(tokens()).logits, model(tokens()).logits, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_head_with_a_bias_is_carried_over(make_classifier):
+    original = make_classifier()
+    weight = original.score.weight
+    original.score = nn.Linear(32, 1)
+    original.score.weight.copy_(weight)
+    original.score.bias.fill_(2.5)
+    model = EnsembleRewardModel.from_sequence_classifier(original)
+    ids = tokens()
+    torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_instance_is_shared_and_left_in_the_mode_it_was_in(make_classifier):
+    original = make_classifier().train()
+    model = EnsembleRewardModel.from_sequence_classifier(original, append_eos=False)
+    assert model.model is original.model
+    assert original.training
+    assert original.model.layers[0].training
+    assert model.config.append_eos is False
+
+
+@torch.no_grad()
+def test_a_bf16_reward_model_agrees_to_its_own_rounding(make_classifier, tmp_path):
+    original = make_classifier().bfloat16()
+    original.save_pretrained(tmp_path)
+    model = EnsembleRewardModel.from_sequence_classifier(str(tmp_path))
+    assert model.model.dtype == torch.bfloat16
+    want = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)(tokens()).logits.float()
+    torch.testing.assert_close(model(tokens()).logits, want, rtol=0.02, atol=0.02)
+
+
+def test_several_labels_are_refused_before_anything_is_loaded(make_classifier, tmp_path):
+    make_classifier(num_labels=3).config.save_pretrained(tmp_path)  # a configuration alone
+    with pytest.raises(ValueError, match=r"num_labels: expected 1 .*, got 3 in the 'llama' configuration"):
+        EnsembleRewardModel.from_sequence_classifier(str(tmp_path))
+
+
+def test_a_language_model_called_a_classifier_is_refused_for_its_missing_head(causal_lm, tmp_path):
+    causal_lm.config.num_labels = 1
+    causal_lm.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"from_sequence_classifier: .* got none for score\.weight"):
+        EnsembleRewardModel.from_sequence_classifier(str(tmp_path))
+
+
+def test_a_head_with_a_hidden_layer_is_refused_by_name(make_classifier):
+    with pytest.raises(
+        ValueError, match=r"classifier: expected one linear layer .* RobertaForSequenceClassification, got RobertaClass"
+    ):
+        EnsembleRewardModel.from_sequence_classifier(make_classifier("roberta"))
+
+
+def test_an_architecture_with_a_layer_before_its_linear_head_is_refused_by_its_rewards(make_classifier):
+    with pytest.raises(ValueError, match="ModernBertForSequenceClassification: expected the reward to be"):
+        EnsembleRewardModel.from_sequence_classifier(make_classifier("modernbert"))
+
+
+def test_a_head_of_the_wrong_shape_is_refused(make_classifier):
+    original = make_classifier()
+    original.score = nn.Linear(32, 2)
+    with pytest.raises(ValueError, match=r"score\.weight: expected shape \[1, 32\], got \[2, 32\]"):
+        EnsembleRewardModel.from_sequence_classifier(original)
+
+
+def test_a_model_without_a_head_is_refused(causal_lm):
+    causal_lm.config.num_labels = 1
+    with pytest.raises(ValueError, match="score: expected one linear layer as the head of LlamaForCausalLM, got none"):
+        EnsembleRewardModel.from_sequence_classifier(causal_lm)
