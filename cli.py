@@ -1,0 +1,197 @@
+"""The `prudent` command: parse, call one job, show its result. What a job does is its module's business."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from . import __version__
+
+
+class Flag(NamedTuple):
+    """A command line flag that sets the config key `key`; of type bool it takes no value and means true."""
+
+    name: str
+    key: str
+    help: str
+    type: type = str
+
+
+class Job(NamedTuple):
+    """A subcommand: the module under `prudent.rlhf`, its config class and its function, and what --help teaches."""
+
+    module: str
+    config: str
+    run: str
+    summary: str
+    about: str
+    flags: tuple[Flag, ...]
+    options: tuple[str, ...] = ()  # switches of the call itself, which no config file can hold
+
+
+OPTIONS = {
+    "resume": "go on where an interrupted run of the same output stopped",
+    "overwrite": "replace the output of an earlier run",
+}
+SKIP_BAD_ROWS = "count broken lines and go on, instead of stopping at the first"
+AGGREGATION = "how K heads become one reward, e.g. tradeoff:0.4, min, mean, lcb:1, uwo:0.5 (default: the model's own)"
+BATCH_TOKENS = "tokens in one forward pass, padding included"
+
+JOBS = {
+    "demo": Job(
+        "demo",
+        "DemoConfig",
+        "run_demo",
+        "the whole path on an embedded model, with a report",
+        """Sample responses from a real model, make preference pairs with a quarter of the labels flipped, train a
+single Bradley-Terry head and a BRME ensemble on the trunk's features, let best-of-n exploit both, and write report.html.
+Interrupted, the same command goes on where it was; finished, it prints its table again.
+
+examples:
+  prudent demo
+  prudent demo --output runs/mine --prompts my_prompts.txt
+  prudent demo --model meta-llama/Llama-3.2-1B-Instruct --set samples_per_prompt=8""",
+        (
+            Flag("--output", "output", "run folder (default runs/demo)"),
+            Flag("--model", "model", "local folder or hub name (default: SmolLM2-135M-Instruct from its wheel)"),
+            Flag("--prompts", "prompts", "file with one prompt a line (default: ours, a few hundred)"),
+            Flag("--preferences", "preferences", "real preference pairs instead of the gold scorer's"),
+        ),
+    ),
+    "train": Job(
+        "train",
+        "TrainConfig",
+        "run_train",
+        "a reward ensemble from preference pairs",
+        """Stage 1, a Bradley-Terry head; stage 2, K Gaussian heads (BRME, arXiv 2409.15360 eq. 8). On the CPU the trunk
+stays frozen and its features are computed once; --set mode=lora or mode=full train it too.
+
+Data: JSON lines, Parquet or the name of a Hugging Face data set, with {prompt, chosen, rejected}; {chosen, rejected}
+that share their beginning; lists of messages; an optional margin; or several responses with scores.
+
+examples:
+  prudent train --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl --output runs/reward
+  prudent train --config train.yaml --set brme.num_heads=7 --set bt.bsr=0.001
+  prudent train --config train.yaml --resume""",
+        (
+            Flag("--model", "model", "trunk: local folder or hub name"),
+            Flag("--data", "data", "file or data set name of preference pairs"),
+            Flag("--output", "output", "run folder"),
+            Flag("--skip-bad-rows", "skip_bad_rows", SKIP_BAD_ROWS, bool),
+        ),
+        ("resume",),
+    ),
+    "score": Job(
+        "score",
+        "ScoreConfig",
+        "run_score",
+        "rewards for every line of a file",
+        """JSON lines in, the same lines out with reward, nominal, worst, and every head's mean and std. A line holds
+prompt and response, or messages, or a pair (chosen, rejected). Order is kept; memory does not grow with the file.
+
+examples:
+  prudent score --model runs/reward/model --data responses.jsonl --output scored.jsonl
+  prudent score --model runs/reward/model --data responses.jsonl --output scored.jsonl --aggregation lcb:1 --resume
+  cat responses.jsonl | prudent score --model runs/reward/model --data - --output - > scored.jsonl""",
+        (
+            Flag("--model", "model", "an EnsembleRewardModel: local folder or hub name"),
+            Flag("--data", "data", "JSON lines to score; - for standard input"),
+            Flag("--output", "output", "JSON lines to write; - for standard output"),
+            Flag("--aggregation", "aggregation", AGGREGATION),
+            Flag("--batch-tokens", "batch_tokens", BATCH_TOKENS, int),
+            Flag("--skip-bad-rows", "skip_bad_rows", SKIP_BAD_ROWS, bool),
+        ),
+        ("resume", "overwrite"),
+    ),
+    "eval": Job(
+        "evaluate",
+        "EvalConfig",
+        "run_eval",
+        "how good a reward model is on held-out pairs",
+        """Accuracy with a bootstrap interval for nominal, mean, worst, trade-off and each head; normalised margins,
+coverage, std against error, agreement of the heads, dispersion of the features. Writes eval.json and pictures.
+
+examples:
+  prudent eval --model runs/reward/model --data held_out.jsonl --output runs/reward/eval
+  prudent eval --model runs/reward/model --data pairs.jsonl --output runs/reward/eval \\
+      --set compare=runs/reward/stage1 --set eval_fraction=0.1      # the prompts that training held out""",
+        (
+            Flag("--model", "model", "an EnsembleRewardModel: local folder or hub name"),
+            Flag("--data", "data", "file or data set name of preference pairs"),
+            Flag("--output", "output", "folder for eval.json and the pictures"),
+            Flag("--aggregation", "aggregation", AGGREGATION),
+            Flag("--batch-tokens", "batch_tokens", BATCH_TOKENS, int),
+        ),
+    ),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser, with one subcommand a job."""
+    parser = argparse.ArgumentParser(
+        prog="prudent", description="A reward engine for RLHF that knows when it does not know."
+    )
+    parser.add_argument("--version", action="version", version=f"prudent {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, job in JOBS.items():
+        sub = commands.add_parser(
+            name, help=job.summary, description=job.about, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        for flag in job.flags:
+            if flag.type is bool:
+                sub.add_argument(flag.name, dest=flag.key, action="store_true", default=None, help=flag.help)
+            else:
+                sub.add_argument(flag.name, dest=flag.key, type=flag.type, metavar=flag.key.upper(), help=flag.help)
+        sub.add_argument("--config", metavar="FILE", help="YAML file of config keys")
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="one config key, repeatable; flags win over it, and it over --config",
+        )
+        for option in job.options:
+            sub.add_argument(f"--{option}", action="store_true", help=OPTIONS[option])
+        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> Any:
+    """Load the job's config from file, --set and flags (the last wins), and run the job."""
+    job = JOBS[arguments.command]
+    module = import_module(f".rlhf.{job.module}", __package__)
+    load_config = import_module(".rlhf.config", __package__).load_config
+    given = {flag.key: value for flag in job.flags if (value := getattr(arguments, flag.key)) is not None}
+    config = load_config(getattr(module, job.config), arguments.config, arguments.set, **given)
+    options = {option: getattr(arguments, option) for option in job.options}
+    return getattr(module, job.run)(config, progress=not arguments.quiet, **options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 a wrong argument, file or setting (one sentence on stderr), 130 interrupted.
+
+    PRUDENT_DEBUG=1 shows the traceback behind the sentence.
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        result = run(arguments)
+    except KeyboardInterrupt:
+        again = " --resume" if "resume" in JOBS[arguments.command].options else ""
+        print(f"\nprudent: interrupted; the same command{again} goes on where it was", file=sys.stderr)
+        return 130
+    except (ValueError, ImportError, OSError) as error:
+        if os.environ.get("PRUDENT_DEBUG") == "1":
+            raise
+        print(f"prudent: error: {error}", file=sys.stderr)
+        return 2
+    # where standard output carries the scores, the summary goes beside them
+    print(result, file=sys.stderr if getattr(arguments, "output", None) == "-" else sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
