@@ -23,8 +23,23 @@ from .reference import Grads, cvar_tail
 from .triton_backward import outer_kernel, product_gradient_kernel, scatter_kernel, weight_gradient_kernel
 from .triton_forward import centre_kernel, forward_kernel
 
-MAX_HEADS = 128  # beyond, a program's product no longer fits the registers; such calls run the reference on the device
+MAX_HEADS = 64  # beyond, a program's tiles spill registers; such calls run the reference on the device
 _SWEEP = 1024  # elements a lone program reads at a time where it totals or centres
+
+# How much of D a program holds, by storage type and padded 2K: the widest that spills no register on sm_80 to sm_100.
+# Only the bf16 halves of the forward multiply 16-bit operands; every other product has fp32 ones at twice the registers.
+_PRODUCT_DIM = {
+    torch.bfloat16: {16: 128, 32: 64, 64: 128, 128: 64},
+    torch.float16: {16: 64, 32: 64, 64: 32, 128: 16},
+    torch.float32: {16: 32, 32: 64, 64: 32, 128: 16},
+    torch.float64: {16: 32, 32: 32, 64: 16, 128: 16},
+}
+_OUTER_DIM = {
+    torch.bfloat16: {16: 128, 32: 64, 64: 32, 128: 16},
+    torch.float16: {16: 128, 32: 64, 64: 32, 128: 16},
+    torch.float32: {16: 64, 32: 64, 64: 32, 128: 16},
+    torch.float64: {16: 32, 32: 32, 64: 16, 128: 16},
+}
 
 
 class Platform(NamedTuple):
@@ -59,20 +74,17 @@ def padded_columns(num_heads: int) -> int:
     return int(max(16, 2 * triton.next_power_of_2(num_heads)))
 
 
-def product_config(num_rows: int, columns: int, itemsize: int) -> Config:
-    """Rows x D tiles of the kernels that hold a [rows, 2K] product. Few rows: small blocks, more programs."""
-    if itemsize == 8:
-        return Config(16, 32 if columns <= 64 else 16, 4, 2)
-    block_dim = min(128, 8192 // columns) // (2 if itemsize == 4 else 1)
-    block_rows = 16 if num_rows <= 4096 or columns > 64 else 32
-    return Config(block_rows, block_dim, 8 if columns >= 128 else 4, 3 if itemsize == 2 else 2)
+def product_config(num_rows: int, columns: int, dtype: torch.dtype) -> Config:
+    """Tiles of the kernels that hold a [rows, 2K] product. Few rows or many heads: small blocks, more programs."""
+    rows = 32 if num_rows > 4096 and columns == 16 and dtype.itemsize == 2 else 16
+    warps = 8 if columns == 128 or columns == 64 and dtype == torch.float64 else 4
+    return Config(rows, _PRODUCT_DIM[dtype][columns], warps, 3 if dtype.itemsize == 2 else 2)
 
 
-def outer_config(columns: int, itemsize: int) -> Config:
-    """Rows x D tiles of the kernels that hold a [2K, D-block] sum."""
-    if itemsize == 8:
-        return Config(16, 32 if columns <= 64 else 16, 4, 1)
-    return Config(16 if columns > 64 else 32, min(128, 8192 // columns), 8 if columns >= 128 else 4, 2)
+def outer_config(columns: int, dtype: torch.dtype) -> Config:
+    """Tiles of the kernels that hold a [2K, D-block] sum."""
+    rows = 32 if columns <= 64 and dtype.itemsize == 2 or columns <= 32 and dtype == torch.float32 else 16
+    return Config(rows, _OUTER_DIM[dtype][columns], 8 if columns == 128 else 4, 2)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, warps: int, stages: int, **arguments: Any) -> None:
@@ -105,7 +117,7 @@ def _common(inputs: Inputs) -> dict[str, Any]:
     """The arguments that the forward and the product's gradient share."""
     spec, num_heads, itemsize = inputs.spec, inputs.num_heads, inputs.hidden.element_size()
     columns = padded_columns(num_heads)
-    config = product_config(inputs.num_rows, columns, itemsize)
+    config = product_config(inputs.num_rows, columns, inputs.hidden.dtype)
     target = platform(inputs.hidden.device)
     pick = {"head": int(spec.coefficient), "cvar": cvar_tail(spec.coefficient, num_heads)}.get(spec.kind, spec.nominal_head)
     bf16 = inputs.hidden.dtype == torch.bfloat16
@@ -152,7 +164,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return reward, mean, std, inputs.hidden.new_zeros((), dtype=dtype)
     reward_sum = new((), dtype=dtype)
     columns = padded_columns(k)
-    config = product_config(n, columns, inputs.hidden.element_size())
+    config = product_config(n, columns, inputs.hidden.dtype)
     programs = triton.cdiv(n, config.block_rows)
     _launch(
         forward_kernel, (programs,), inputs.hidden.device, config.num_warps, config.num_stages,
@@ -208,7 +220,7 @@ def _product_gradient(
     """scaled [N, padded 2K], along [N] (hidden's gradient through a norm), bias partials [programs, 2K]."""
     n, k, dtype, new = inputs.num_rows, inputs.num_heads, inputs.output_dtype, inputs.hidden.new_empty
     columns = padded_columns(k)
-    config = product_config(n, columns, inputs.hidden.element_size())
+    config = product_config(n, columns, inputs.hidden.dtype)
     programs = triton.cdiv(n, config.block_rows)
     d_reward, d_mean, d_std, d_sum = grads
     if d_reward is not None and inputs.spec.centre != "none":
@@ -243,7 +255,7 @@ def _outer_products(
     n, d, k = inputs.num_rows, inputs.hidden.shape[1], inputs.num_heads
     dtype, new = inputs.output_dtype, inputs.hidden.new_empty
     columns = padded_columns(k)
-    config = outer_config(columns, inputs.hidden.element_size())
+    config = outer_config(columns, inputs.hidden.dtype)
     blocks = triton.cdiv(n, config.block_rows)
     blocks_each = triton.cdiv(blocks, 16)  # at most 16 shares of the rows: 16 partials a weight
     shares = triton.cdiv(blocks, blocks_each)
@@ -286,7 +298,7 @@ def _weight_gradient(
     d, columns = common["d"], common["BN"]
     weight = torch.empty_like(common["weight"]) if need_weight else None
     norm = torch.empty_like(common["norm_weight"]) if need_norm and inputs.norm_weight is not None else None
-    config = outer_config(columns, inputs.hidden.element_size())
+    config = outer_config(columns, inputs.hidden.dtype)
     names = ("weight", "norm_weight", "d", "K", "BN", "ACC")
     _launch(
         weight_gradient_kernel, (triton.cdiv(d, config.block_dim),), partials.device, config.num_warps, config.num_stages,

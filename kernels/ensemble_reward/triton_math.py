@@ -119,11 +119,26 @@ def uniform(word, ACC: tl.constexpr):
 
 
 @triton.jit
+def cos_turns(u, ACC: tl.constexpr):
+    """cos(2 pi u) for u in (0, 1): folded without rounding to sin(x), |x| <= pi / 2, and summed as its series.
+
+    tl.cos keeps a table in local memory, and registers beside it, for arguments that never come here.
+    """
+    x = (tl.abs(u - 0.5) - 0.25) * 6.283185307179586
+    square = x * x
+    series = tl.zeros_like(x) + 1.0
+    TERMS: tl.constexpr = 10 if ACC == tl.float64 else 6
+    for i in tl.static_range(TERMS, 0, -1):
+        series = 1.0 - square * (1.0 / ((2 * i) * (2 * i + 1))) * series
+    return x * series
+
+
+@triton.jit
 def noise(seed, n, heads, K: tl.constexpr, ACC: tl.constexpr):
     """[M, KP] N(0, 1): Box-Muller on words 0 and 1 of Philox-4x32-7 at counter n * K + head."""
     counter = n[:, None] * K + heads[None, :]
     w0, w1, _, _ = tl.randint4x(tl.load(seed), counter, PHILOX_ROUNDS)
-    return tl.sqrt(-2.0 * tl.log(uniform(w0, ACC))) * tl.cos(6.283185307179586 * uniform(w1, ACC))
+    return tl.sqrt(-2.0 * tl.log(uniform(w0, ACC))) * cos_turns(uniform(w1, ACC), ACC)
 
 
 @triton.jit
