@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from .config import is_encoder
 from .head import EnsembleHead
+from .mode import evaluating
 
 if TYPE_CHECKING:
     from .model import EnsembleRewardModel
@@ -107,11 +108,8 @@ def _linear_head(model: PreTrainedModel, hidden_size: int) -> nn.Linear:
     )
 
 
-@torch.no_grad()
 def _check_same_rewards(original: PreTrainedModel, model: EnsembleRewardModel, linear: nn.Linear) -> None:
     """Refuse an architecture that does something between trunk and head: two random sequences must score alike."""
-    modes = [(module, module.training) for module in original.modules()]
-    original.eval()
     generator = torch.Generator().manual_seed(0)
     # the original finds its last token by the padding id, so the probe must not contain it
     allowed = torch.ones(original.config.vocab_size)
@@ -119,17 +117,17 @@ def _check_same_rewards(original: PreTrainedModel, model: EnsembleRewardModel, l
     if padding is not None:
         allowed[padding] = 0.0
     pairs = []
-    for length in (5, 9):
-        ids = allowed.multinomial(length, replacement=True, generator=generator)[None].to(original.device)
-        mask = torch.ones_like(ids)
-        want = original(input_ids=ids, attention_mask=mask).logits.float().view(())
-        hidden = model.features(ids, mask)
-        got = model.score(hidden).reward.view(())
-        # the original rounds its reward to its own dtype; both add up D products, in fp32 at least
-        terms = (hidden.float().abs() @ linear.weight.float().abs().T).view(())
-        pairs.append((float(got), float(want), float(8 * torch.finfo(original.dtype).eps * want.abs() + 1e-5 * terms)))
-    for module, training in modes:
-        module.training = training
+    with evaluating(original):
+        for length in (5, 9):
+            ids = allowed.multinomial(length, replacement=True, generator=generator)[None].to(original.device)
+            mask = torch.ones_like(ids)
+            want = original(input_ids=ids, attention_mask=mask).logits.float().view(())
+            hidden = model.features(ids, mask)
+            got = model.score(hidden).reward.view(())
+            # the original rounds its reward to its own dtype; both add up D products, in fp32 at least
+            terms = (hidden.float().abs() @ linear.weight.float().abs().T).view(())
+            tolerance = 8 * torch.finfo(original.dtype).eps * want.abs() + 1e-5 * terms
+            pairs.append((float(got), float(want), float(tolerance)))
     if not all(abs(got - want) <= tolerance for got, want, tolerance in pairs):
         raise ValueError(
             f"from_sequence_classifier: {type(original).__name__}: expected the reward to be one linear layer on the "

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..kernels import Aggregation, aggregate, nominal_reward, philox_normal
 from .config import max_positions
+from .mode import evaluating
 from .text import Item, ItemEncoder
 
 logger = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ class Scorer:
         unique = sorted(rows, key=lambda ids: (-len(ids), ids))
         device = self.model.get_input_embeddings().weight.device
         bar = tqdm(total=len(unique), desc="scoring", unit="seq", delay=1, disable=not self.progress)
-        with bar, _evaluating(self.model):
+        with bar, evaluating(self.model):
             for batch in micro_batches(unique, self.batch_tokens):
                 input_ids, mask = _right_padded(batch)
                 output = fn(input_ids.to(device), mask.to(device)).cpu()
@@ -222,19 +222,3 @@ def _right_padded(batch: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         input_ids[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = 1
     return input_ids, mask
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; afterwards every module is in the mode it was in, which need not be one for all.
-
-    Not inference_mode: tensors that the trunk caches in it could not take part in autograd later.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

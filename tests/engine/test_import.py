@@ -28,11 +28,6 @@ def test_importing_prudent_brings_no_transformers_and_takes_under_two_seconds_be
     assert float(took) < 2.0
 
 
-def test_the_engine_is_imported_when_first_named(tmp_path):
-    code = "import sys, prudent; prudent.EnsembleHead; print('transformers' in sys.modules, prudent.Scorer.__module__)"
-    assert run(code, tmp_path) == "True prudent.engine.scorer"
-
-
 def test_a_name_that_does_not_exist_is_an_attribute_error():
     import prudent
 
@@ -40,8 +35,8 @@ def test_a_name_that_does_not_exist_is_an_attribute_error():
         prudent.EnsembleHeed  # noqa: B018
 
 
-@pytest.mark.parametrize("first", ["prudent.engine", "transformers.integrations.hub_kernels"])
+@pytest.mark.parametrize("first", ["prudent", "transformers.integrations.hub_kernels"])
 def test_python_in_the_root_of_the_checkout_registers_the_ops_once(first):
     """There `kernels` is found at the top level, and transformers imports what it finds of that name."""
-    code = f"import {first}, prudent.engine, kernels, prudent; print(kernels is prudent.kernels)"
+    code = f"import {first}, prudent; prudent.EnsembleRewardModel; import kernels; print(kernels is prudent.kernels)"
     assert run(code, REPOSITORY) == "True"
