@@ -64,11 +64,18 @@ _STYLE: Any = {
 }
 
 
-def _context() -> Any:
+def require_matplotlib() -> None:
+    """Raise ImportError, naming the extra, if pictures cannot be drawn."""
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError:
         raise ImportError("pictures need matplotlib: pip install 'prudent[report]'") from None
+
+
+def _context() -> Any:
+    require_matplotlib()
+    import matplotlib
+
     return matplotlib.rc_context(_STYLE)
 
 
