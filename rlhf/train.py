@@ -243,7 +243,7 @@ class _Run:
     ) -> EnsembleRewardModel:
         done = self.folder / name
         if done.exists():
-            return EnsembleRewardModel.from_pretrained(done, dtype="auto").to(self.device).eval()  # type: ignore[no-any-return]
+            return self._placed(EnsembleRewardModel.from_pretrained(done, dtype="auto"))
         model = self._load(losses.num_heads, losses)
         scorer = self._scorer(model)
         heads = partition(len(self.train), losses.num_heads, losses.seed).tolist()
@@ -278,7 +278,11 @@ class _Run:
             append_eos=config.append_eos,
             dtype=dtype,
         )
-        return model.to(self.device).eval()
+        return self._placed(model)
+
+    def _placed(self, model: Any) -> EnsembleRewardModel:
+        placed: EnsembleRewardModel = model.to(self.device).eval()
+        return placed
 
     def _scorer(self, model: EnsembleRewardModel) -> Scorer:
         config = self.config

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from prudent.rlhf.config import JobConfig, config_keys, load_config
 from pydantic import Field
+
+from prudent.rlhf.config import JobConfig, config_keys, load_config
 
 
 class Inner(JobConfig):

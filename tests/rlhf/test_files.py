@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from prudent.rlhf.files import atomic_folder, atomic_write_json, atomic_write_text
 
 
