@@ -14,6 +14,7 @@ from .statistics import Bin, Interval, normalised_margin
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FEW_PROMPTS = 20  # a percentile interval from fewer clusters is too narrow
 LONGER = "longer response"  # the rule that the longer response is better, which a reward model had better beat
 
 
@@ -22,15 +23,19 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
     m = metrics
     opening = f"{m['pairs']} pairs, {m['prompts']} prompts, {m['heads']} head{'s' if m['heads'] > 1 else ''}"
     if m["excluded"]:
-        opening += f"; {m['excluded']} pairs left out, whose rewards are not finite"
+        opening += f"; left out, for rewards that are not finite: {m['excluded']}"
     rows = [["", "accuracy", "95 % interval", "margin", "coverage"]]
     for name, found in m["accuracy"].items():
         margin = f"{m['margin'][name]['mean']:.2f} ± {m['margin'][name]['std']:.2f}"
-        rows.append([name, *_percent(found), margin, f"{m['coverage'][name]['area']:.3g}"])
+        area = "" if name == LONGER else f"{m['coverage'][name]['area']:.3g}"  # characters are no reward
+        rows.append([name, *_percent(found), margin, area])
+    if m["prompts"] < FEW_PROMPTS:
+        opening += f"\nintervals resample prompts, and {m['prompts']} are few: read them as rough"
     blocks = [opening, _aligned(rows)]
-    if m["difference"]:
+    differences = {name: found for name, found in m["difference"].items() if not name.endswith(f" - {LONGER}")}
+    if differences:
         rows = [["accuracy, paired", "points", "95 % interval"]]
-        rows += [[name, *_percent(found, sign=True)] for name, found in m["difference"].items()]
+        rows += [[name, *_percent(found, sign=True)] for name, found in differences.items()]
         blocks.append(_aligned(rows))
     blocks.append(_aligned(_signal_rows(m)))
     if m["scoring"] is not None:

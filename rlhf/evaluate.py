@@ -20,7 +20,7 @@ from .eval_report import LONGER, draw, format_metrics
 from .features import compute_features, model_fingerprint
 from .files import atomic_write_json
 from .head_metrics import evaluate_heads
-from .head_pairs import Pairs, finite_pairs, pairs_of
+from .head_pairs import SINGLE, Pairs, finite_pairs, pairs_of
 from .plot_style import require_matplotlib
 from .score import load_scorer
 
@@ -87,7 +87,7 @@ def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
     spec.check_heads(head.num_heads)
     features = _features(scorer, pairs, config, progress)
     chosen, rejected = _outputs(head, features)
-    compare = {} if config.compare is None else {"compared model": _compared(config, scorer, features, pairs, progress)}
+    compare = {} if config.compare is None else _compared(config, scorer, features, pairs, progress)
     foreign = None
     if config.foreign is not None:
         others, _ = _load(config, config.foreign, progress)
@@ -161,8 +161,8 @@ def _compared(
     features: tuple[Tensor, Tensor],
     pairs: Sequence[PreferencePair],
     progress: bool,
-) -> tuple[Tensor, Tensor]:
-    """The other model's own reward of both sides [P]. Heads on the same trunk read the features that are there."""
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name -> the other model's own reward of both sides [P]; heads on the same trunk read the features at hand."""
     other = load_scorer(str(config.compare), config.batch_tokens, config.max_length, progress)
     same_reading = other.model.config.append_eos == scorer.model.config.append_eos
     if not same_reading or model_fingerprint(other.model) != model_fingerprint(scorer.model):
@@ -171,7 +171,8 @@ def _compared(
     spec = head.aggregation.with_centre("none")
     std_ref = head.std_ref.detach().cpu()
     chosen, rejected = (aggregate(o.mean, o.std, o.mean, spec, std_ref) for o in _outputs(head, features))
-    return chosen, rejected
+    single = head.num_heads == 1 < scorer.model.score.num_heads
+    return {SINGLE if single else "compared model": (chosen, rejected)}
 
 
 def _given_scores(pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:

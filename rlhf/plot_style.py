@@ -96,8 +96,8 @@ def panels(
 
     if count == 0:
         raise ValueError("plots: expected at least one series to draw, got none")
-    columns = min(count, columns)
     rows = math.ceil(count / columns)
+    columns = math.ceil(count / rows)  # six panels in two rows of three, not of four and two
     figure = Figure(figsize=(max(4.6, width * columns), height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **shared)
     cells = list(axes.flat)

@@ -116,7 +116,7 @@ def margins(values: Mapping[str, Tensor]) -> Figure:
         for part, colour in ((margin[margin > 0], looks[name]["color"]), (margin[margin <= 0], "#bdbdbd")):
             axes.hist(part, bins=bins, weights=np.full(len(part), each), color=colour)
         axes.axvline(0, color="#444444", linewidth=1)
-        axes.set_title(f"{name}: {(margin <= 0).mean():.1%} wrong")
+        axes.set_title(f"{name}\n{100 * (margin <= 0).mean():.1f} % wrong")
         axes.set_xlabel("margin, std")
         axes.tick_params(labelbottom=True)
     label_left(cells, "share of pairs, %")
@@ -127,14 +127,12 @@ def margins(values: Mapping[str, Tensor]) -> Figure:
 def coverage(rewards: Mapping[str, tuple[Tensor, Tensor]], *, label: str = "reward") -> Figure:
     """BRME Fig. 7: chosen (x) against rejected (y), with the one-std ellipse and its area, one panel a scorer.
 
-    rewards: scorer name -> (chosen [P], rejected [P]); below the dashed diagonal a pair is ranked right.
+    rewards: scorer name -> (chosen [P], rejected [P]); below the dashed diagonal a pair is ranked right. Panels share a
+    scale, but for scorers whose rewards spread more than four times as far as others': their unit is another.
     """
     from matplotlib.patches import Ellipse
 
     figure, cells = panels(len(rewards), width=2.8, height=3.1, columns=4)
-    pooled = np.concatenate([array(side) for pair in rewards.values() for side in pair])
-    edge = 0.04 * (np.ptp(pooled) or 1.0)
-    limits = (pooled.min() - edge, pooled.max() + edge)
     looks = looks_of(rewards)
     for axes, (name, (chosen, rejected)) in zip(cells, rewards.items(), strict=True):
         x, y = array(chosen), array(rejected)
@@ -150,11 +148,23 @@ def coverage(rewards: Mapping[str, tuple[Tensor, Tensor]], *, label: str = "rewa
                 (x.mean(), y.mean()), width, height, angle=angle, fill=False, edgecolor=ink, linewidth=line
             )
             axes.add_patch(ellipse)
-        axes.set_title(f"{name}: area {ellipse_area(chosen, rejected):#.3g}")
+        axes.set_title(f"{name}\narea {ellipse_area(chosen, rejected):#.3g}")
+        limits = _limits([pair for pair in rewards.values() if _alike(pair, (chosen, rejected))])
         axes.set(xlim=limits, ylim=limits, aspect="equal")
         axes.set_xlabel(f"chosen {label}")
     label_left(cells, f"rejected {label}")
     return figure
+
+
+def _alike(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> bool:
+    spreads = [float(np.std(np.concatenate([array(side) for side in pair]))) for pair in (first, second)]
+    return max(spreads) <= 4 * min(spreads)
+
+
+def _limits(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    pooled = np.concatenate([array(side) for pair in pairs for side in pair])
+    edge = 0.04 * (np.ptp(pooled) or 1.0)
+    return float(pooled.min() - edge), float(pooled.max() + edge)
 
 
 @styled

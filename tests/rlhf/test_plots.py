@@ -90,6 +90,14 @@ def test_coverage_states_the_area_and_has_one_scale_on_all_axes():
     assert large == pytest.approx(3 * small)
 
 
+def test_a_scorer_in_another_unit_does_not_shrink_the_others():
+    pairs = {"mean": (normal(500), normal(500, seed=1)), "stage 1": (90 * normal(500), 90 * normal(500, seed=1))}
+    mean, other = plots.coverage(pairs).axes
+    assert mean.get_xlim()[1] < 6
+    assert other.get_xlim()[1] > 100
+    assert plots.coverage({"mean": (torch.ones(4), torch.ones(4))}).axes[0].get_xlim() == (0.96, 1.04)
+
+
 def test_the_ellipse_lies_along_the_principal_axis():
     x = normal(2000)
     (axes,) = plots.coverage({"mean": (2 * x, 2 * x + 0.1 * normal(2000, seed=1))}).axes
@@ -105,7 +113,7 @@ def test_margins_part_right_from_wrong_at_zero():
         p.get_height() for p in axes.patches if p.get_facecolor()[:3] != pytest.approx((0.741, 0.741, 0.741), abs=0.01)
     )
     assert right == pytest.approx(50)
-    assert "50.0% wrong" in axes.get_title(loc="left")
+    assert "50.0 % wrong" in axes.get_title(loc="left")
 
 
 def test_training_curves_pair_train_and_eval_and_leave_out_what_is_no_number():

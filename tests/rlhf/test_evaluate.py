@@ -1,0 +1,409 @@
+"""The evaluation of heads on rewards made so that the answers are known, and of a whole model, folder to pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from prudent import EnsembleRewardModel, Scorer
+from prudent.engine import EnsembleHead
+from prudent.kernels import aggregate
+from prudent.rlhf import statistics as S
+from prudent.rlhf.data import load_pairs, split_by_prompt
+from prudent.rlhf.eval_report import format_metrics
+from prudent.rlhf.evaluate import EvalConfig, evaluate_heads, run_eval
+from prudent.rlhf.score import load_scorer
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def heads(mean: torch.Tensor, std: torch.Tensor | float = 0.5) -> SimpleNamespace:
+    return SimpleNamespace(mean=mean, std=torch.as_tensor(std, dtype=mean.dtype).expand(mean.shape))
+
+
+def ensemble(pairs: int = 400, k: int = 5, noise: float = 1.0) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """Every head is the truth plus its own noise; chosen is better by about 1."""
+    sides = []
+    for side, shift in enumerate((1.0, 0.0)):
+        truth = normal(pairs, 1, seed=side) + shift
+        sides.append(
+            heads(truth + noise * normal(pairs, k, seed=10 + side), 0.2 + normal(pairs, k, seed=20 + side).abs())
+        )
+    return sides[0], sides[1]
+
+
+def test_the_result_is_json_and_has_every_part():
+    chosen, rejected = ensemble()
+    result = evaluate_heads(
+        chosen,
+        rejected,
+        prompts=[i // 4 for i in range(400)],
+        scores=(normal(400) + 1, normal(400, seed=1)),
+        compare={"single head": (normal(400) + 0.5, normal(400, seed=1))},
+        features=(normal(400, 8), normal(400, 8, seed=1)),
+        foreign=ensemble(50),
+        resamples=100,
+    )
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert (result["pairs"], result["prompts"], result["excluded"], result["heads"]) == (400, 100, 0, 5)
+    assert list(result["accuracy"]) == [
+        *("nominal", "mean", "worst", "tradeoff:0.4"),
+        *(f"head {k}" for k in range(5)),
+        "single head",
+    ]
+    assert set(result["accuracy"]) == set(result["margin"]) == set(result["coverage"])
+    assert set(result["difference"]) == {
+        *(f"{name} - mean" for name in ("nominal", "worst", "tradeoff:0.4")),
+        *(f"{name} - single head" for name in ("nominal", "mean", "worst", "tradeoff:0.4")),
+    }
+    assert result["features"]["width"] == 8
+    assert 6 < result["features"]["effective_rank"] <= 8
+    assert result["reasons"] == {}
+
+
+def test_accuracies_are_of_the_rewards_that_the_op_gives():
+    chosen, rejected = ensemble()
+    result = evaluate_heads(chosen, rejected, aggregation="lcb:1", resamples=100)
+    for name, spec in (
+        ("nominal", "nominal"),
+        ("mean", "mean"),
+        ("worst", "min"),
+        ("lcb:1", "lcb:1"),
+        ("head 3", "head:3"),
+    ):
+        from prudent import Aggregation
+
+        c, r = (aggregate(s.mean, s.std, s.mean, Aggregation.parse(spec)) for s in (chosen, rejected))
+        assert result["accuracy"][name]["value"] == pytest.approx((c > r).double().mean().item()), name
+    assert result["accuracy"]["mean"]["low"] < result["accuracy"]["mean"]["value"] < result["accuracy"]["mean"]["high"]
+
+
+def test_ties_are_wrong_and_counted():
+    side = heads(torch.ones(6, 2))
+    result = evaluate_heads(side, side, resamples=100)
+    assert result["accuracy"]["mean"]["value"] == 0
+    assert result["accuracy"]["mean"]["ties"] == 6
+
+
+def test_pairs_that_are_not_finite_are_left_out_and_counted():
+    chosen, rejected = ensemble(40)
+    clean = evaluate_heads(
+        heads(chosen.mean[3:], chosen.std[3:]), heads(rejected.mean[3:], rejected.std[3:]), resamples=100
+    )
+    chosen.mean[0, 2] = math.nan
+    rejected.std = rejected.std.clone()
+    rejected.std[1, 0] = math.inf
+    other = (normal(40), normal(40))
+    other[1][2] = math.nan
+    result = evaluate_heads(chosen, rejected, compare={"other": other}, resamples=100)
+    assert (result["pairs"], result["excluded"]) == (37, 3)
+    assert result["accuracy"]["nominal"] == clean["accuracy"]["nominal"]
+    assert "left out, for rewards that are not finite: 3\n" in format_metrics(result)
+
+
+def test_no_finite_pair_is_refused():
+    with pytest.raises(ValueError, match="none among 2"):
+        evaluate_heads(heads(torch.full((2, 3), math.nan)), heads(torch.ones(2, 3)))
+
+
+def test_a_std_that_knows_scores_above_a_half_and_one_that_does_not_about_a_half():
+    generator = torch.Generator().manual_seed(0)
+    unsure = torch.rand(2000, generator=generator)
+    # right with probability 1 - unsure / 2
+    right = torch.rand(2000, generator=generator) > unsure / 2
+    margin = torch.where(right, 1.0, -1.0)
+    zero = heads(torch.zeros(2000, 3), 0.1)
+    knowing = heads(margin[:, None].expand(-1, 3).clone(), unsure[:, None] + 0.01)
+    result = evaluate_heads(knowing, zero, resamples=200)
+    found = result["signals"]["right_or_wrong"]
+    assert found["std"]["nominal"]["low"] > 0.65
+    first, *_, last = result["reliability"]["std"]
+    assert first["accuracy"]["value"] > 0.9
+    assert last["accuracy"]["value"] < 0.65
+    ignorant = heads(knowing.mean, normal(2000, 3, seed=5).abs() + 0.1)
+    found = evaluate_heads(ignorant, zero, resamples=200)["signals"]["right_or_wrong"]["std"]["nominal"]
+    assert found["low"] < 0.5 < found["high"]
+
+
+def test_disagreement_tells_foreign_data_where_heads_part():
+    own, foreign = ensemble(300, noise=0.3), ensemble(200, noise=3.0)
+    found = evaluate_heads(*own, foreign=foreign, resamples=200)["signals"]["own_or_foreign"]
+    assert found["disagreement"]["low"] > 0.95
+    assert found["pairs"] == 200
+    same = evaluate_heads(*own, foreign=ensemble(200, noise=0.3), resamples=200)["signals"]["own_or_foreign"]
+    assert same["std"]["low"] < 0.5 < same["std"]["high"]
+
+
+def test_the_worst_head_underscores_and_one_head_is_about_even():
+    truth = (normal(3000) + 1, normal(3000, seed=1))
+    sides = [heads(t[:, None] + 0.5 * normal(3000, 5, seed=2 + i)) for i, t in enumerate(truth)]
+    found = evaluate_heads(*sides, scores=truth, resamples=100)["scoring"]
+    assert found["scorers"]["worst"]["under"] > 0.9
+    assert found["scorers"]["head 2"]["under"] == pytest.approx(0.5, abs=0.03)
+    assert found["scorers"]["mean"]["rank_correlation"] > found["scorers"]["head 0"]["rank_correlation"] > 0.8
+
+
+def test_scores_that_are_missing_leave_their_responses_out():
+    chosen, rejected = ensemble(50)
+    scores = (normal(50), normal(50, seed=1))
+    scores[0][:20] = math.nan
+    assert evaluate_heads(chosen, rejected, scores=scores, resamples=100)["scoring"]["responses"] == 80
+    none = evaluate_heads(chosen, rejected, scores=(scores[0] * math.nan, scores[1] * math.nan), resamples=100)
+    assert none["scoring"] is None
+    assert none["reasons"]["scoring"] == "no given scores"
+
+
+def test_one_head_is_one_scorer_and_what_it_cannot_say_has_a_reason():
+    chosen, rejected = ensemble(60, k=1)
+    result = evaluate_heads(chosen, heads(rejected.mean), aggregation="mean", resamples=100)
+    assert list(result["accuracy"]) == ["single head"]
+    assert result["signals"]["right_or_wrong"]["disagreement"]["single head"]["value"] is None
+    assert "one head" in result["reasons"]["signals.right_or_wrong.disagreement.single head"]
+    assert result["signals"]["own_or_foreign"] is None
+    assert result["reasons"]["signals.own_or_foreign"] == "no foreign data given"
+    assert "single head" in format_metrics(result)
+
+
+def test_all_right_and_one_prompt_give_none_with_a_reason():
+    result = evaluate_heads(
+        heads(torch.ones(5, 2) + normal(5, 2).abs()), heads(torch.zeros(5, 2)), prompts=["same"] * 5
+    )
+    assert result["accuracy"]["mean"] == {"value": 1.0, "low": None, "high": None, "ties": 0}
+    assert result["reasons"]["accuracy.*.low"] == "one prompt: nothing to resample"
+    assert "all pairs are right" in result["reasons"]["signals.right_or_wrong.small margin.nominal"]
+    assert format_metrics(result)
+
+
+def test_a_head_that_says_one_thing_has_no_correlation():
+    chosen, rejected = ensemble(30)
+    chosen.mean[:, 1] = rejected.mean[:, 1] = 3.0
+    result = evaluate_heads(chosen, rejected, resamples=100)
+    assert result["head_summary"]["correlation"]["reward"][1] == [None] * 5
+    assert "same reward everywhere" in result["reasons"]["head_summary.correlation"]
+
+
+def test_the_nominal_shares_say_which_head_is_the_surest():
+    chosen, rejected = ensemble(30, k=3)
+    sharp = torch.tensor([0.9, 0.1, 0.5])
+    result = evaluate_heads(heads(chosen.mean, sharp), heads(rejected.mean, sharp), resamples=100)
+    assert result["head_summary"]["nominal_share"] == [0.0, 1.0, 0.0]
+    assert result["accuracy"]["nominal"] == result["accuracy"]["head 1"]
+
+
+def test_relative_std_is_shown_beside_least_std_where_the_heads_have_typical_stds():
+    chosen, rejected = ensemble(100)
+    std_ref = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    result = evaluate_heads(chosen, rejected, std_ref=std_ref, resamples=100)
+    index = (chosen.std / std_ref).argmin(1), (rejected.std / std_ref).argmin(1)
+    c, r = (side.mean.gather(1, i[:, None])[:, 0] for side, i in zip((chosen, rejected), index, strict=True))
+    assert result["accuracy"]["nominal (relative std)"]["value"] == pytest.approx((c > r).double().mean().item())
+    spec = "tradeoff:0.4,nominal=relative_std"
+    same = evaluate_heads(chosen, rejected, aggregation=spec, std_ref=std_ref, resamples=100)
+    assert same["accuracy"]["nominal"]["value"] == result["accuracy"]["nominal (relative std)"]["value"]
+
+
+def test_sources_are_standardised_apart():
+    chosen, rejected = ensemble(200)
+    scale = torch.where(torch.arange(200) % 2 == 0, 1.0, 100.0)[:, None]
+    apart = evaluate_heads(
+        heads(chosen.mean * scale),
+        heads(rejected.mean * scale),
+        sources=["a", "b"] * 100,
+        resamples=100,
+    )
+    plain = evaluate_heads(heads(chosen.mean), heads(rejected.mean), sources=["a", "b"] * 100, resamples=100)
+    assert apart["margin"]["mean"] == pytest.approx(plain["margin"]["mean"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"aggregation": "tradeof"}, "aggregation: kind"),
+        ({"aggregation": "head:5"}, "below 5"),
+        ({"aggregation": "nominal,nominal=relative_std"}, "std_ref"),
+        ({"prompts": ["x"]}, "expected 9 prompts"),
+        ({"compare": {"other": (torch.zeros(8), torch.zeros(9))}}, "compare 'other'"),
+        ({"foreign": (heads(torch.full((2, 5), math.nan)), heads(torch.zeros(2, 5)))}, "foreign"),
+    ],
+)
+def test_what_does_not_fit_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_heads(*ensemble(9), **given)
+
+
+def test_sides_of_different_shape_are_refused():
+    with pytest.raises(ValueError, match="one shape"):
+        evaluate_heads(heads(torch.zeros(3, 2)), heads(torch.zeros(4, 2)))
+
+
+# a whole model
+
+WORDS = ["great", "happy", "lovely", "nice", "fine", "bad", "awful", "sad", "boring", "ugly"]
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_chat_folder, tmp_path_factory) -> SimpleNamespace:
+    """An ensemble and a single head on one random trunk, and pairs with scores, a broken row and a foreign set."""
+    root = tmp_path_factory.mktemp("evaluation")
+    torch.manual_seed(1)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_folder)
+    model = EnsembleRewardModel.from_trunk(str(tiny_chat_folder), num_heads=3)
+    single = EnsembleRewardModel.from_trunk(model.model, head=EnsembleHead(32, 1, aggregation="mean"))
+    for name, one in (("ensemble", model), ("single", single)):
+        one.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    rows = []
+    for i in range(48):
+        good, bad = WORDS[i % 5], WORDS[5 + (i * 3) % 5]
+        row = {"prompt": f"the {('food', 'film', 'hotel', 'day')[i % 4]} was", "chosen": f"{good} " * (1 + i % 3)}
+        rows.append({**row, "rejected": bad, "score_chosen": 5.0 + i % 4, "score_rejected": float(i % 3), "id": i})
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    foreign = [{"prompt": "pain", "chosen": f"the the {w} <|user|>", "rejected": f"a a {w}"} for w in WORDS]
+    (root / "foreign.jsonl").write_text("".join(json.dumps(row) + "\n" for row in foreign))
+    return SimpleNamespace(root=root, pairs=str(root / "pairs.jsonl"), foreign=str(root / "foreign.jsonl"))
+
+
+def config_of(folders, output: Path, **given) -> EvalConfig:
+    return EvalConfig(
+        **{"model": str(folders.root / "ensemble"), "data": folders.pairs, "output": output, "resamples": 100, **given}
+    )
+
+
+def test_a_model_is_evaluated_from_folder_to_table_json_and_pictures(folders, tmp_path):
+    pytest.importorskip("matplotlib")
+    config = config_of(
+        folders, tmp_path / "deep" / "out", compare=str(folders.root / "single"), foreign=folders.foreign
+    )
+    result = run_eval(config, progress=False)
+    saved = json.loads((config.output / "eval.json").read_text())
+    assert saved == result.metrics
+    assert saved["config"]["model"] == config.model
+    names = {"accuracy", "margin", "coverage", "reliability", "head_correlation", "scoring", "std"}
+    assert {path.stem for path in result.pictures} == names
+    assert {path.name for path in config.output.iterdir()} == {"eval.json", *(f"{name}.png" for name in names)}
+    scorer = load_scorer(config.model, 4096, None, False)
+    items = [pair.items() for pair in load_pairs(config.data).pairs]
+    c, r = (scorer.score([item[side] for item in items]) for side in (0, 1))
+    for name, field in (("tradeoff:0.4", "reward"), ("nominal", "nominal"), ("worst", "worst")):
+        right = [x > y for x, y in zip(getattr(c, field), getattr(r, field), strict=True)]
+        assert saved["accuracy"][name]["value"] == pytest.approx(sum(right) / len(right))
+    longer = [len(i[0]["response"]) > len(i[1]["response"]) for i in items]
+    assert saved["accuracy"]["longer response"]["value"] == pytest.approx(sum(longer) / len(longer))
+    assert saved["prompts"] == 4
+    assert saved["scoring"]["responses"] == 2 * len(items)
+
+
+def test_the_table_is_aligned_short_and_names_the_files(folders, tmp_path):
+    result = run_eval(config_of(folders, tmp_path, pictures=False, foreign=folders.foreign), progress=False)
+    text = str(result)
+    assert len(text.splitlines()) < 45
+    assert max(map(len, text.splitlines())) <= 110
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if "95 % interval" in line)
+    column = lines[start].index("accuracy") + len("accuracy")
+    for line in lines[start + 1 : start + 5]:
+        assert line[column - 1].isdigit()
+        assert line[column] == " "
+    assert text.endswith("eval.json")
+    assert "4 are few" in text
+
+
+def test_only_the_held_out_prompts_of_a_training_are_evaluated(folders, tmp_path):
+    config = config_of(folders, tmp_path, eval_fraction=0.5, split_seed=3, pictures=False)
+    result = run_eval(config, progress=False)
+    held = split_by_prompt(load_pairs(folders.pairs).pairs, 0.5, 3)[1]
+    assert (result.metrics["pairs"], result.metrics["prompts"]) == (len(held), 2)
+
+
+def test_a_compared_head_on_the_same_trunk_costs_no_second_pass(folders, tmp_path, monkeypatch):
+    calls = []
+    original = Scorer.features
+    monkeypatch.setattr(Scorer, "features", lambda self, items: calls.append(len(items)) or original(self, items))
+    config = config_of(folders, tmp_path, compare=str(folders.root / "single"), pictures=False)
+    result = run_eval(config, progress=False)
+    assert len(calls) == 1
+    single = run_eval(config_of(folders, tmp_path, model=str(folders.root / "single"), pictures=False), progress=False)
+    assert result.metrics["accuracy"]["single head"] == single.metrics["accuracy"]["single head"]
+    assert "nominal - single head" in result.metrics["difference"]
+    swapped = config_of(folders, tmp_path, model=config.compare, compare=config.model, pictures=False)
+    assert list(run_eval(swapped, progress=False).metrics["accuracy"]) == [
+        *("single head", "compared model", "longer response")
+    ]
+
+
+def test_a_single_head_model_is_drawn_too(folders, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = run_eval(config_of(folders, tmp_path, model=str(folders.root / "single")), progress=False)
+    assert "head_correlation" not in {path.stem for path in result.pictures}
+    assert result.metrics["heads"] == 1
+
+
+def test_rewards_that_are_not_finite_are_counted_and_drawn_without(folders, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    original = Scorer.features
+
+    def broken(self, items):
+        features = original(self, items)
+        features[3] = math.nan
+        return features
+
+    monkeypatch.setattr(Scorer, "features", broken)
+    result = run_eval(config_of(folders, tmp_path), progress=False)
+    assert result.metrics["excluded"] == 1
+    assert "left out, for rewards that are not finite: 1\n" in str(result)
+
+
+def test_a_training_feature_cache_is_used_and_kept(folders, tmp_path):
+    plain = run_eval(config_of(folders, tmp_path / "a", pictures=False), progress=False)
+    config = config_of(folders, tmp_path / "b", pictures=False, features=tmp_path / "cache")
+    cached = run_eval(config, progress=False)
+    assert list((tmp_path / "cache").rglob("*.safetensors"))
+    assert cached.metrics["accuracy"] == plain.metrics["accuracy"]
+
+
+def test_another_aggregation_is_the_one_reported(folders, tmp_path):
+    result = run_eval(config_of(folders, tmp_path, aggregation="uwo:0.5", pictures=False), progress=False)
+    assert "uwo:0.5" in result.metrics["accuracy"]
+    assert "tradeoff:0.4" not in result.metrics["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"aggregation": "tradeof:1"}, "aggregation: kind"),
+        ({"aggregation": "head:7"}, "below 3"),
+        ({"model": "./no-such-model"}, "no-such-model"),
+        ({"data": "no-such.jsonl"}, "no such file"),
+        ({"foreign": "no-such.jsonl"}, "no such file"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(folders, tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        run_eval(config_of(folders, tmp_path, pictures=False, **given), progress=False)
+
+
+def test_pictures_without_matplotlib_are_refused_before_any_scoring(folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(Scorer, "features", lambda self, items: pytest.fail("scored"))
+    with pytest.raises(ImportError, match=r"prudent\[report\]"):
+        run_eval(config_of(folders, tmp_path), progress=False)
+
+
+def test_the_effective_rank_of_many_rows_is_taken_from_a_sample(monkeypatch):
+    from prudent.rlhf import head_metrics
+
+    monkeypatch.setattr(head_metrics, "RANK_ROWS", 10)
+    chosen, rejected = ensemble(25)
+    features = (normal(25, 4), normal(25, 4, seed=1))
+    found = evaluate_heads(chosen, rejected, features=features, resamples=100)["features"]
+    assert found["effective_rank_rows"] == 18
+    assert found["effective_rank"] == S.effective_rank(torch.cat([features[0][::3], features[1][::3]]))
