@@ -26,7 +26,7 @@ NATIVE = os.environ.get("PRUDENT_NATIVE", "1") != "0"
 HELP = """
 prudent: the native CPU library was not built: {reason}.
 
-  It needs a C++17 compiler, CMake, ninja and torch >= 2.10:
+  It needs a C++17 compiler (GCC or Clang, 10 or later), CMake, ninja and torch >= 2.10:
     Debian, Ubuntu   apt install g++            Fedora   dnf install gcc-c++
     macOS            xcode-select --install     conda    conda install -c conda-forge cxx-compiler
     and              pip install cmake ninja torch

@@ -23,7 +23,7 @@ _forced: list[int] = []
 
 @lru_cache(maxsize=1)
 def load() -> bool:
-    """True once the library's ops are in `torch.ops.prudent_native`. Without it: one warning, none with PRUDENT_NATIVE=0."""
+    """True once the ops are in `torch.ops.prudent_native`. Without: one warning, or none with PRUDENT_NATIVE=0."""
     if os.environ.get("PRUDENT_NATIVE") == "0":
         return False
     reason = "is not built"
@@ -33,8 +33,11 @@ def load() -> bool:
             return True
         except OSError as error:
             reason = f"does not load ({error})"
-    warnings.warn(f"prudent: the native CPU library {reason}, so the CPU runs on the slower reference. {_BUILD}",
-                  RuntimeWarning, stacklevel=2)
+    warnings.warn(
+        f"prudent: the native CPU library {reason}, so the CPU runs on the slower reference. {_BUILD}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
     return False
 
 

@@ -17,14 +17,16 @@ Strided<int64_t> indices(const MaybeTensor& t) {
   if (!t.has_value()) return {};
   STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->dim() == 1, "ensemble_reward: expected int64 indices");
   static const int64_t none = 0;  // an empty tensor's pointer may be null, which here means not given
-  return {t->numel() == 0 ? &none : static_cast<const int64_t*>(t->const_data_ptr()), t->stride(0)};
+  if (t->numel() == 0) return {&none, 0};
+  return {static_cast<const int64_t*>(t->const_data_ptr()), t->stride(0)};
 }
 
 Strided<float> floats(const MaybeTensor& t, int64_t dim) {
   if (!t.has_value()) return {};
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float, "ensemble_reward: expected float32 beside low precision hidden");
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float, "ensemble_reward: expected float32 beside hidden");
   static const float none = 0;
-  return {t->numel() == 0 ? &none : static_cast<const float*>(t->const_data_ptr()), t->dim() > dim ? t->stride(dim) : 0};
+  if (t->numel() == 0) return {&none, 0};
+  return {static_cast<const float*>(t->const_data_ptr()), t->dim() > dim ? t->stride(dim) : 0};
 }
 
 Type type_of(const Tensor& t) {
@@ -83,15 +85,18 @@ const float* Call::vector(const MaybeTensor& t) {
 
 void Call::fill(const Weights& w) const {
   const int64_t grain = std::max<int64_t>(1, (1 << 17) / (kSlab * w.source.columns));
-  torch::stable::parallel_for(0, padded(dim) / kSlab, grain, [&](int64_t begin, int64_t end) { isa.pack(w, begin, end); });
+  torch::stable::parallel_for(0, padded(dim) / kSlab, grain,
+                              [&](int64_t begin, int64_t end) { isa.pack(w, begin, end); });
 }
 
 Weights Call::pack(bool for_dx) {
   Weights w{};
-  w.source = {a.weight.const_data_ptr(), a.weight.stride(0), a.weight.stride(1), type_of(a.weight), columns, dim, nullptr};
+  const Tensor& weight = a.weight;
+  w.source = {weight.const_data_ptr(), weight.stride(0), weight.stride(1), type_of(weight), columns, dim, nullptr};
   if (options.normed) {
-    Weights norm{};  // the norm's weight as fp32: a matrix of one column
-    norm.source = {a.norm_weight->const_data_ptr(), 0, a.norm_weight->stride(0), type_of(*a.norm_weight), 1, dim, nullptr};
+    const Tensor& gain = *a.norm_weight;
+    Weights norm{};  // as fp32: a weight of one column
+    norm.source = {gain.const_data_ptr(), 0, gain.stride(0), type_of(gain), 1, dim, nullptr};
     owned_.push_back(new_floats({padded(dim)}));
     norm.packed = static_cast<float*>(owned_.back().mutable_data_ptr());
     fill(norm);

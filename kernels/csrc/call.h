@@ -39,7 +39,7 @@ struct Strided {
 };
 
 Strided<int64_t> indices(const MaybeTensor& t);
-Strided<float> floats(const MaybeTensor& t, int64_t dim);
+Strided<float> floats(const MaybeTensor& t, int64_t dim);  // along dimension dim, stride 0 if it has none
 Type type_of(const Tensor& t);
 int64_t size_of(Type type);
 

@@ -63,8 +63,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Arguments& a) {
   return {reward, mean, std, total};
 }
 
-// The stored rows that are scored, each once and in order, with the positions that score them: repeats of a row share its
-// products, and their coefficients add up before the features are touched again.
+// The stored rows that are scored, each once and in order, with the positions that score them: repeats of a row share
+// its products, and their coefficients add up before the features are touched again.
 class Plan {
  public:
   explicit Plan(const Call& call) : call_(call), distinct_(call.num_rows) {
@@ -121,8 +121,8 @@ void clear_unscored(const Call& call, const Plan& plan, char* dx, int64_t row_by
   });
 }
 
-// Rows to a chunk: from the shapes alone, so that the sums are. At most 64 chunks, and partial sums that stay small beside
-// the features.
+// Rows to a chunk: from the shapes alone, so that the sums are. At most 64 chunks, and partial sums that stay small
+// beside the features.
 int64_t chunk_rows(int64_t distinct, int64_t heads) {
   const int64_t least = std::max<int64_t>(64, 8 * heads), rows = std::max(least, (distinct + 63) / 64);
   return (rows + kRows - 1) / kRows * kRows;

@@ -152,8 +152,11 @@ constexpr bool kDots = false;
 
 // Each unit's one symbol.
 #define PRUDENT_ISA(symbol, name)                                                       \
-  extern const Isa symbol = {name, kDots, pack,                                         \
-                             {products<Multiply<float>>, products<Multiply<Half>>, bfloat_products}, \
-                             {gradients<float>, gradients<Half>, gradients<BFloat>}, finish}
+  const Isa symbol = {name,                                                             \
+                      kDots,                                                            \
+                      pack,                                                             \
+                      {products<Multiply<float>>, products<Multiply<Half>>, bfloat_products}, \
+                      {gradients<float>, gradients<Half>, gradients<BFloat>},           \
+                      finish}
 
 }  // namespace prudent

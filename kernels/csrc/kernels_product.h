@@ -60,8 +60,8 @@ void pack(const Weights& w, int64_t slab_begin, int64_t slab_end) {
 #endif
 }
 
-// Calls body(x, first, length) over stretches of features whose weights stay in the first-level cache; the last, partial
-// slab is copied out and padded with zeros, so that no loop below knows of tails.
+// Calls body(x, first, length) over stretches of features whose weights stay in the first-level cache; the last,
+// partial slab is copied out and padded with zeros, so that no loop below knows of tails.
 template <class T, class Body>
 inline void for_stretches(const void* const* x, int rows, int64_t dim, int64_t columns, const Body& body) {
   constexpr int64_t kWeightBytes = 20 << 10;
@@ -98,9 +98,9 @@ struct Multiply {  // fp32 multiply-adds
 };
 
 #ifdef PRUDENT_DOTS
-// vdpbf16ps: two bf16 products a lane. Only for a weight that is bf16 as it stands. A weight of more bits would go in as
-// hi + lo, two dots where fp32 takes two multiply-adds: measured no faster, and ten times less exact. It also treats
-// subnormals as zeros, which shows nowhere without a norm.
+// vdpbf16ps: two bf16 products a lane. Only for a weight that is bf16 as it stands: one of more bits would go in as
+// hi + lo, two dots where fp32 takes two multiply-adds, measured no faster and ten times less exact. Subnormals count
+// as zeros, which shows nowhere without a norm.
 struct Dot {
   using Element = BFloat;
   using Weight = BFloat;
@@ -180,7 +180,7 @@ void products(const Weights& w, const Block& b) {
         for (int64_t t = 0, first = 0; t < tiles; ++t) {
           const int64_t count = size + (t < wider);
           const bool square = t == 0 && b.square != nullptr;
-          int r = kTileRows == 4 ? rows_of<P, kTileRows>(0, b.rows, x, length, at, columns, sums, first, count, square) : 0;
+          int r = rows_of<P, kTileRows>(0, b.rows, x, length, at, columns, sums, first, count, square);
           r = rows_of<P, 2>(r, b.rows, x, length, at, columns, sums, first, count, square);
           rows_of<P, 1>(r, b.rows, x, length, at, columns, sums, first, count, square);
           first += count;

@@ -15,7 +15,7 @@ from .spec import CENTRES, KINDS, NOMINALS, Aggregation
 
 
 def available() -> bool:
-    """True if the native library is there (loaded on the first call); see `native.load` for what happens if it is not."""
+    """True if the native library is there, loaded by the first call; `native.load` says what happens without."""
     return native.load()
 
 
@@ -36,16 +36,16 @@ def _spec_numbers(aggregation: str) -> tuple[int, float, bool, int, int, int]:
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(reward [N], mean [N, K], std [N, K], reward_sum []), fp32."""
+    isa = native.isa_index()
     op: Any = torch.ops.prudent_native.ensemble_reward_forward.default
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = op(
-        *inputs[:-1], *_spec_numbers(inputs.aggregation), native.isa_index()
-    )
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = op(*inputs[:-1], *_spec_numbers(inputs.aggregation), isa)
     return result
 
 
 def backward(grads: Grads, inputs: Inputs, needs: tuple[bool, bool, bool, bool]) -> Grads:
     """Gradients of hidden, weight, bias and norm_weight (None where not needed) from those of the four outputs."""
+    isa = native.isa_index()
     op: Any = torch.ops.prudent_native.ensemble_reward_backward.default
     outer = (g if g is None or g.dtype == torch.float32 else g.float() for g in grads)
-    result: Grads = op(*outer, *inputs[:-1], *_spec_numbers(inputs.aggregation), native.isa_index(), *needs)
+    result: Grads = op(*outer, *inputs[:-1], *_spec_numbers(inputs.aggregation), isa, *needs)
     return result
