@@ -48,7 +48,7 @@ JOBS = {
         "run_demo",
         "the whole path on an embedded model, with a report",
         """Sample responses from a real model, make preference pairs with a quarter of the labels flipped, train a
-single Bradley-Terry head and a BRME ensemble on the trunk's features, let best-of-n exploit both, and write report.html.
+single Bradley-Terry head and a BRME ensemble on the trunk's features, let best-of-n exploit both, write report.html.
 Interrupted, the same command goes on where it was; finished, it prints its table again.
 
 examples:
@@ -156,6 +156,9 @@ def build_parser() -> argparse.ArgumentParser:
         )
         for option in job.options:
             sub.add_argument(f"--{option}", action="store_true", help=OPTIONS[option])
+        sub.add_argument(
+            "--keys", action="store_true", help="print every config key with its default, as YAML, and stop"
+        )
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
@@ -164,7 +167,10 @@ def run(arguments: argparse.Namespace) -> Any:
     """Load the job's config from file, --set and flags (the last wins), and run the job."""
     job = JOBS[arguments.command]
     module = import_module(f".rlhf.{job.module}", __package__)
-    load_config = import_module(".rlhf.config", __package__).load_config
+    from .rlhf.config import config_template, load_config
+
+    if arguments.keys:
+        return config_template(getattr(module, job.config)).rstrip()
     given = {flag.key: value for flag in job.flags if (value := getattr(arguments, flag.key)) is not None}
     config = load_config(getattr(module, job.config), arguments.config, arguments.set, **given)
     options = {option: getattr(arguments, option) for option in job.options}

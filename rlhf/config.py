@@ -97,6 +97,13 @@ def config_keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
+def config_template(cls: type[JobConfig]) -> str:
+    """A YAML file to start from: every key with its default, those that need a value first."""
+    needed = "".join(f"{name}:  # needed\n" for name, field in cls.model_fields.items() if field.is_required())
+    defaults = cls.model_construct().model_dump(mode="json", warnings=False)
+    return needed + str(yaml.safe_dump(defaults, sort_keys=False, allow_unicode=True))
+
+
 def _nearest(cls: type[BaseModel], key: str) -> str:
     keys = config_keys(cls)
     groups = {k.rpartition(".")[0] for k in keys if "." in k}

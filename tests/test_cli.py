@@ -1,0 +1,126 @@
+"""The `prudent` command as its user meets it: what it teaches, what it refuses, how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prudent import cli
+
+
+def prudent(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "prudent.cli", *arguments], input=stdin, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("command", sorted(cli.JOBS))
+def test_help_teaches_by_example_without_loading_a_model_library(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # importing it now raises
+    with pytest.raises(SystemExit) as done:
+        cli.main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert done.value.code == 0
+    assert f"prudent {command}" in shown.split("examples:")[1]
+    assert "--set KEY=VALUE" in shown
+
+
+def test_the_version_is_the_packages() -> None:
+    done = prudent("--version")
+    assert (done.returncode, done.stdout.split()[0]) == (0, "prudent")
+
+
+@pytest.mark.parametrize("command", sorted(cli.JOBS))
+def test_every_flag_sets_a_key_that_the_jobs_config_has(command: str) -> None:
+    from importlib import import_module
+
+    job = cli.JOBS[command]
+    module = import_module(f"prudent.rlhf.{job.module}")
+    assert {flag.key for flag in job.flags} <= set(getattr(module, job.config).model_fields)
+    assert callable(getattr(module, job.run))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "--set", "outptu=x"], "unknown key 'outptu': did you mean 'output'?"),
+        (["train", "--model", "m", "--data", "d", "--output", "o", "--set", "brme.num_heads=many"], "brme.num_heads"),
+        (["train", "--model", "m"], "data: a value is needed"),
+        (["score", "--config", "no_such.yaml"], "config no_such.yaml: cannot be read"),
+        (["eval", "--model", "m", "--data", "no_such.jsonl", "--output", "o"], "no_such.jsonl: no such file"),
+        (["eval", "--model", "m", "--data", "d", "--output", "o", "--aggregation", "best"], "kind: expected one of"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence_and_exit_code_2(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*arguments, "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("prudent: error: ")
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_debug_shows_the_traceback_behind_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRUDENT_DEBUG", "1")
+    with pytest.raises(ValueError, match="data: a value is needed"):
+        cli.main(["eval", "--model", "m"])
+
+
+@pytest.mark.parametrize(
+    ("command", "again"), [("demo", "the same command goes on"), ("train", "the same command --resume goes on")]
+)
+def test_an_interrupt_says_how_to_go_on_and_exits_130(
+    command: str, again: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    assert cli.main([command]) == 130
+    assert again in capsys.readouterr().err
+
+
+def test_keys_prints_a_config_file_to_start_from() -> None:
+    done = prudent("train", "--keys")
+    assert done.returncode == 0
+    assert "model:  # needed" in done.stdout
+    assert "aggregation: tradeoff:0.4" in done.stdout
+    assert "  num_heads: 5" in done.stdout
+
+
+@pytest.mark.slow
+def test_train_score_and_eval_follow_each_other_on_a_real_small_model(shared_dir: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    lines = (shared_dir / "data" / "openassistant_en100.jsonl").read_text(encoding="utf-8").splitlines()[:60]
+    pairs.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    trunk, run = str(shared_dir / "models" / "stories260k"), tmp_path / "run"
+    trained = prudent("train", "--model", trunk, "--data", str(pairs), "--output", str(run), "--set", "max_length=128")
+    assert trained.returncode == 0, trained.stderr
+    assert "single head" in trained.stdout
+    again = prudent("train", "--model", trunk, "--data", str(pairs), "--output", str(run), "--set", "max_length=128")
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+
+    row = json.dumps({"prompt": "Once upon a time", "response": " there was a dog."})
+    scored = prudent("score", "--model", str(run / "model"), "--data", "-", "--output", "-", stdin=row + "\n")
+    assert scored.returncode == 0, scored.stderr
+    result = json.loads(scored.stdout)
+    assert result["prompt"] == "Once upon a time"
+    assert len(result["mean"]) == len(result["std"]) == 5
+    assert result["worst"] == pytest.approx(min(result["mean"]), abs=1e-5)
+
+    out = tmp_path / "eval"
+    judged = prudent(
+        "eval", "--model", str(run / "model"), "--data", str(pairs), "--output", str(out), "--set", "max_length=128"
+    )
+    assert judged.returncode == 0, judged.stderr
+    assert "nominal" in judged.stdout
+    assert (out / "eval.json").is_file()
