@@ -129,12 +129,26 @@ def test_an_item_scores_the_same_in_any_company_up_to_rounding(make_scorer, fami
     torch.testing.assert_close(alone.std, all_at_once.std, rtol=0, atol=1e-5)
 
 
-def test_equal_items_are_scored_once_and_alike(make_scorer):
-    scorer = make_scorer(batch_tokens=40)
+def batches_of(scorer, items):
+    """The micro-batches that reach the trunk, as lists of token ids."""
     batches = []
-    hook = lambda _, args, kwargs: batches.append(kwargs["input_ids"])  # noqa: E731
-    scorer.model.model.register_forward_pre_hook(hook, with_kwargs=True)
-    scores = scorer.score(["same"] * 50 + ["other"])
+    hook = scorer.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: batches.append(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
+    scores = scorer.score(items)
+    hook.remove()
+    return batches, scores
+
+
+def test_micro_batches_are_the_same_in_any_order_of_the_items_equal_lengths_included(make_scorer):
+    scorer, items = make_scorer(batch_tokens=12), [[i, 9, 9] for i in range(20)]
+    batches, _ = batches_of(scorer, items)
+    assert max(map(len, batches)) == 4
+    assert batches_of(scorer, items[::-1])[0] == batches
+
+
+def test_equal_items_are_scored_once_and_alike(make_scorer):
+    batches, scores = batches_of(make_scorer(batch_tokens=40), ["same"] * 50 + ["other"])
     assert sum(len(batch) for batch in batches) == 2
     assert len(set(scores.reward)) == 2
 
