@@ -106,9 +106,11 @@ def run_train(config: TrainConfig, *, resume: bool = False, progress: bool = Tru
 def _open_folder(config: TrainConfig, resume: bool) -> dict[str, Any] | None:
     """Claim the output folder. The final metrics if the run in it is finished, else None."""
     folder, saved = config.output, config.output / "config.yaml"
-    if not saved.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"output: expected a new or empty folder or one of a run, got {folder} with other files")
+    if not saved.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output: expected a new or empty folder or one of a run, got {folder} with other files")
+    if not any((folder / name).exists() for name in ("features", "checkpoints", "stage1", "train.json")):
+        # new, or of a run that was refused before it computed anything: a mended command may have it
+        (folder / "data.json").unlink(missing_ok=True)
         atomic_write_text(saved, config.to_yaml())
         return None
     if not resume:
@@ -146,7 +148,11 @@ class _Run:
                 f"brme.num_heads: expected at most the {len(self.train)} training pairs, got {config.brme.num_heads}"
             )
         self._write_counts(data.counts)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(config.model)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"model: {config.model} is neither a folder nor a hub name that loads: {reason}") from None
 
     def _write_counts(self, counts: dict[str, int]) -> None:
         digest = hashlib.sha256(repr((self.train, self.held_out)).encode()).hexdigest()[:16]
@@ -188,6 +194,7 @@ class _Run:
         if held is not None:
             self.log.metrics(0, hidden_norms(*held), prefix="features/eval")
         margin = _margins(self.train)
+        margin = None if margin is None else margin.to(self.device)
         stage1 = self._fit(self.bt, PairFeatures(chosen, rejected, None, margin), held, "mean")
         self._save("stage1", model, stage1)
         single = _Scored(stage1, held)

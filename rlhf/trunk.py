@@ -212,7 +212,6 @@ def train_trunk(
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
-        gradient_checkpointing=config.gradient_checkpointing,
         weight_decay=config.weight_decay,
         warmup_steps=config.warmup,
         lr_scheduler_type="linear",
@@ -228,6 +227,8 @@ def train_trunk(
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=not progress,
+        # newer versions warn whenever it is named
+        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
     )
     trainer = PairTrainer(
         model=wrapped,

@@ -1,0 +1,233 @@
+"""`prudent train` as a function: the run folder, its refusals, and going on after a kill."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from prudent.engine import EnsembleRewardModel, Scorer
+from prudent.rlhf import fit as fit_module
+from prudent.rlhf.config import load_config
+from prudent.rlhf.data import load_pairs, split_by_prompt
+from prudent.rlhf.runlog import read_metrics
+from prudent.rlhf.train import TrainConfig, run_train
+
+GOOD, BAD = ("good", "great", "happy", "lovely", "nice", "fine"), ("bad", "awful", "sad", "poor", "ugly", "boring")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentiment pairs: 12 prompts, 72 pairs."""
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [
+        {"prompt": f"was the {thing} {how}", "chosen": f"the {thing} was {good}", "rejected": f"the {thing} was {bad}"}
+        for thing in ("day", "food", "hotel", "train", "film", "room")
+        for how in ("very", "not")
+        for good, bad in zip(GOOD, BAD, strict=True)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def _config(model: Path, data: Path, output: Path, *sets: str, **given: Any) -> TrainConfig:
+    base = ["eval_fraction=0.25", "bt.epochs=20", "brme.epochs=20", "bt.lr=0.02", "brme.lr=0.02", "brme.num_heads=3"]
+    return load_config(TrainConfig, None, [*base, *sets], model=str(model), data=str(data), output=output, **given)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_chat_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    config = _config(tiny_chat_folder, data, tmp_path_factory.mktemp("runs") / "run", "brme.bsr=0.001")
+    result = run_train(config, progress=False)
+    assert "finished\n54 pairs trained on, 18 held out" in str(result)
+    assert not result.finished_before
+    return config
+
+
+def test_the_run_folder_holds_everything(finished: TrainConfig) -> None:
+    names = {path.name for path in finished.output.iterdir()}
+    expected = {
+        "config.yaml",
+        "data.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "features",
+        "checkpoints",
+        "stage1",
+        "model",
+    }
+    assert names == expected | {"train.json"}
+    assert load_config(TrainConfig, finished.output / "config.yaml") == finished
+    counts = json.loads((finished.output / "data.json").read_text())
+    assert (counts["pairs"], counts["train_pairs"], counts["held_out_pairs"], counts["held_out_prompts"]) == (
+        72,
+        54,
+        18,
+        3,
+    )
+    metrics = read_metrics(finished.output)
+    assert {"features/train/norm_mean", "features/train/norm_gap_std"} <= set(metrics[0])
+    assert sum("bt/loss" in row for row in metrics) == sum("brme/eval_accuracy_nominal" in row for row in metrics) == 20
+
+
+def test_the_saved_models_score_what_was_measured(finished: TrainConfig) -> None:
+    accuracy = json.loads((finished.output / "train.json").read_text())["accuracy"]
+    assert list(accuracy) == ["single head (stage 1)", "nominal", "mean of heads", "worst", "tradeoff:0.4"]
+    assert accuracy["single head (stage 1)"] > 0.8
+    assert accuracy["mean of heads"] > 0.8
+    _, held = split_by_prompt(load_pairs(finished.data).pairs, 0.25, 0)
+    for folder, name in (("stage1", "single head (stage 1)"), ("model", "tradeoff:0.4")):
+        model = EnsembleRewardModel.from_pretrained(finished.output / folder)
+        scorer = Scorer(model, AutoTokenizer.from_pretrained(finished.output / folder), progress=False)
+        chosen, rejected = (scorer.score([pair.items()[side] for pair in held]).reward for side in (0, 1))
+        right = sum(c > r for c, r in zip(chosen, rejected, strict=True)) / len(held)
+        assert right == pytest.approx(accuracy[name], abs=1 / len(held))
+
+
+def test_the_final_heads_are_calibrated_on_the_training_features(finished: TrainConfig) -> None:
+    model = EnsembleRewardModel.from_pretrained(finished.output / "model")
+    train, _ = split_by_prompt(load_pairs(finished.data).pairs, 0.25, 0)
+    scorer = Scorer(model, AutoTokenizer.from_pretrained(finished.output / "model"), progress=False)
+    mean = scorer.score([item for pair in train for item in pair.items()]).mean
+    torch.testing.assert_close(mean.mean(dim=0), torch.zeros(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(mean.std(dim=0), torch.ones(3), atol=1e-3, rtol=0)
+    assert str(model.score.aggregation) == "tradeoff:0.4"
+    assert not torch.equal(model.score.std_ref, torch.ones(3))
+
+
+def test_a_finished_run_resumed_says_so_and_does_nothing(
+    finished: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prudent.rlhf.train.load_pairs", None)
+    result = run_train(finished, resume=True, progress=False)
+    assert result.finished_before
+    assert "was finished before; nothing was done again" in str(result)
+
+
+def test_a_folder_that_holds_a_run_or_anything_else_is_refused(finished: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds a run already: go on with it by --resume"):
+        run_train(finished, progress=False)
+    other = finished.model_copy(update={"seed": 3, "brme": finished.brme.model_copy(update={"lr": 0.1})})
+    with pytest.raises(ValueError, match="holds a run with another seed, brme: choose another folder"):
+        run_train(other, resume=True, progress=False)
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"expected a new or empty folder or one of a run, got .* with other files"):
+        run_train(finished.model_copy(update={"output": tmp_path}), resume=True, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def _weights(config: TrainConfig, folder: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(config.output / folder / "model.safetensors")
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits_and_repeats_no_stage(
+    finished: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = finished.model_copy(update={"output": tmp_path / "run"})
+    train_epoch = fit_module._State.train_epoch
+
+    def die_in_stage_2(state: Any, epoch: int) -> dict[str, float]:
+        if state.config.stage == "brme" and epoch == 7:
+            raise KeyboardInterrupt
+        return train_epoch(state, epoch)
+
+    monkeypatch.setattr(fit_module._State, "train_epoch", die_in_stage_2)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(config, progress=False)
+    assert (config.output / "stage1").exists()
+    assert not (config.output / "model").exists()
+    trained: list[tuple[str, int]] = []
+
+    def count(state: Any, epoch: int) -> dict[str, float]:
+        trained.append((state.config.stage, epoch))
+        return train_epoch(state, epoch)
+
+    monkeypatch.setattr(fit_module._State, "train_epoch", count)
+    run_train(config, resume=True, progress=False)
+    assert trained == [("brme", epoch) for epoch in range(7, 20)]
+    for name, value in _weights(finished).items():
+        assert torch.equal(_weights(config)[name], value), name
+    assert (config.output / "train.json").read_text() == (finished.output / "train.json").read_text()
+    steps = [(row["step"], *sorted(row)) for row in read_metrics(config.output)]
+    assert len(steps) == len(set(steps)) == len(read_metrics(finished.output))
+
+
+def test_data_that_changed_under_a_run_is_refused(
+    tiny_chat_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(data.read_text())
+    config = _config(tiny_chat_folder, file, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("prudent.rlhf.train.fit_heads", None)  # dies after the features
+        with pytest.raises(TypeError, match="NoneType"):
+            run_train(config, progress=False)
+    file.write_text("\n".join(data.read_text().splitlines()[:-1]))
+    with pytest.raises(ValueError, match=r"has changed since .* was begun"):
+        run_train(config, resume=True, progress=False)
+
+
+def test_stage_bt_alone_gives_a_single_calibrated_head(tiny_chat_folder: Path, data: Path, tmp_path: Path) -> None:
+    config = _config(tiny_chat_folder, data, tmp_path / "run", "stage=bt", "eval_fraction=0")
+    result = run_train(config, progress=False)
+    assert result.metrics["accuracy"] == {}
+    model = EnsembleRewardModel.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.num_heads == 1
+    assert str(model.score.aggregation) == "mean"
+    assert model.score.scale.item() != 1.0
+
+
+def test_several_runs_share_a_feature_folder(tiny_chat_folder: Path, data: Path, tmp_path: Path) -> None:
+    stamps = []
+    for name in ("a", "b"):
+        run_train(_config(tiny_chat_folder, data, tmp_path / name, features=tmp_path / "cache"), progress=False)
+        stamps.append({p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")})
+        assert not (tmp_path / name / "features").exists()
+    assert stamps[0] == stamps[1] != {}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("brme.num_heads=55", "brme.num_heads: expected at most the 54 training pairs, got 55"),
+        ("max_length=100000", "Scorer: max_length: expected 1 to 128"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_training(
+    tiny_chat_folder: Path, data: Path, tmp_path: Path, entry: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_train(_config(tiny_chat_folder, data, tmp_path / "run", entry), progress=False)
+    # nothing was computed, so the folder is free for the mended command
+    mended = _config(tiny_chat_folder, data, tmp_path / "run", "bt.epochs=1", "brme.epochs=1")
+    assert not run_train(mended, progress=False).finished_before
+
+
+def test_a_model_that_is_not_there_is_named(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model: .*nowhere.* is neither a folder nor a hub name that loads"):
+        run_train(_config(tmp_path / "nowhere", data, tmp_path / "run"), progress=False)
+
+
+def test_a_wrong_aggregation_is_refused_with_the_config() -> None:
+    with pytest.raises(ValueError, match="aggregation: kind: expected one of tradeoff"):
+        load_config(TrainConfig, None, ["aggregation=best"], model="m", data="d", output="o")
+
+
+@pytest.mark.slow
+def test_a_real_small_model_learns_real_preferences(shared_dir: Path, tmp_path: Path) -> None:
+    config = load_config(
+        TrainConfig,
+        None,
+        ["limit=3000", "eval_fraction=0.3"],
+        model=str(shared_dir / "models" / "stories260k"),
+        data=str(shared_dir / "data" / "ukpconvarg1_strict.jsonl"),
+        output=tmp_path / "run",
+    )
+    accuracy = run_train(config, progress=False).metrics["accuracy"]
+    assert accuracy["single head (stage 1)"] > 0.6
+    assert accuracy["mean of heads"] > 0.6
