@@ -6,77 +6,26 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..engine import EnsembleHead, EnsembleRewardModel, Scorer, calibrate
-from ..kernels import Aggregation
-from .config import JobConfig, load_config
 from .data import PreferencePair, load_pairs, split_by_prompt
 from .features import compute_features, hidden_norms
-from .files import atomic_folder, atomic_write_json, atomic_write_text
-from .fit import BradleyTerryConfig, BRMEConfig, FitConfig, PairFeatures, fit_heads
+from .files import atomic_folder, atomic_write_json
+from .fit import FitConfig, PairFeatures, fit_heads
 from .losses import partition
 from .runlog import RunLog
 from .statistics import pair_correct
-from .trunk import TrunkConfig, train_trunk
+from .train_config import TrainConfig, TrainResult, open_folder
+from .trunk import train_trunk
+
+__all__ = ["TrainConfig", "TrainResult", "run_train"]
 
 _CALIBRATION_PAIRS = 2000  # a mean and a std to about 1.6 %; where features must be computed anew for it
-
-
-class TrainConfig(JobConfig):
-    """Everything `prudent train` can be told."""
-
-    model: str  # folder or hub name of a language model
-    data: str  # file or dataset name, see load_pairs
-    output: Path  # the run folder
-    # head: the trunk frozen, its features cached; lora, full: the trunk trained too; auto: head on a CPU, lora on a GPU
-    mode: Literal["auto", "head", "lora", "full"] = "auto"
-    stage: Literal["bt", "brme"] = "brme"  # the last stage: bt stops after Bradley-Terry
-    aggregation: str = "tradeoff:0.4"  # what the saved model answers with
-    min_score_gap: float = Field(default=2.0, gt=0)
-    skip_bad_rows: bool = False
-    limit: int | None = Field(default=None, ge=1)  # rows of data
-    eval_fraction: float = Field(default=0.1, ge=0, lt=1)  # of the prompts
-    seed: int = Field(default=0, ge=0, lt=2**30)  # of everything; bt.seed and brme.seed are added to it
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the trunk; auto: the checkpoint's, float32 in mode full
-    append_eos: bool | None = None  # see EnsembleRewardConfig
-    batch_tokens: int = Field(default=4096, ge=1)
-    max_length: int | None = Field(default=None, ge=1)  # tokens; a longer text loses its beginning
-    features: Path | None = None  # a cache folder that several runs share; None: in the run folder
-    bt: BradleyTerryConfig = BradleyTerryConfig()
-    brme: BRMEConfig = BRMEConfig()
-    trunk: TrunkConfig = TrunkConfig()
-
-    @field_validator("aggregation")
-    @classmethod
-    def _known_aggregation(cls, value: str) -> str:
-        return str(Aggregation.parse(value))
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """folder: the run folder. metrics: what train.json holds. finished_before: nothing was left to do."""
-
-    folder: Path
-    metrics: dict[str, Any]
-    finished_before: bool = False
-
-    def __str__(self) -> str:
-        m = self.metrics
-        head = "was finished before; nothing was done again" if self.finished_before else "finished"
-        lines = [f"{self.folder}: {head}", f"{m['train_pairs']} pairs trained on, {m['held_out_pairs']} held out"]
-        if m["accuracy"]:
-            width = max(map(len, m["accuracy"]))
-            lines.append("held-out accuracy")
-            lines += [f"  {name:<{width}}  {value:.3f}" for name, value in m["accuracy"].items()]
-        lines.append(f"model: {self.folder / 'model'}")
-        return "\n".join(lines)
 
 
 def run_train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> TrainResult:
@@ -95,32 +44,12 @@ def run_train(config: TrainConfig, *, resume: bool = False, progress: bool = Tru
         ValueError: for data or a config that cannot be used; for an output folder that holds another run or anything
             else; for a loss that is not finite.
     """
-    finished = _open_folder(config, resume)
+    finished = open_folder(config, resume)
     if finished is not None:
         return TrainResult(config.output, finished, finished_before=True)
     with RunLog(config.output) as log:
         run = _Run(config, log, resume, progress)
         return TrainResult(config.output, run.go())
-
-
-def _open_folder(config: TrainConfig, resume: bool) -> dict[str, Any] | None:
-    """Claim the output folder. The final metrics if the run in it is finished, else None."""
-    folder, saved = config.output, config.output / "config.yaml"
-    if not saved.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output: expected a new or empty folder or one of a run, got {folder} with other files")
-    if not any((folder / name).exists() for name in ("features", "checkpoints", "stage1", "train.json")):
-        # new, or of a run that was refused before it computed anything: a mended command may have it
-        (folder / "data.json").unlink(missing_ok=True)
-        atomic_write_text(saved, config.to_yaml())
-        return None
-    if not resume:
-        raise ValueError(f"output: {folder} holds a run already: go on with it by --resume, or choose another folder")
-    before, now = load_config(TrainConfig, saved).model_dump(), config.model_dump()
-    changed = [key for key in now if key != "output" and before[key] != now[key]]
-    if changed:
-        raise ValueError(f"output: {folder} holds a run with another {', '.join(changed)}: choose another folder")
-    done = folder / "train.json"
-    return dict(json.loads(done.read_text(encoding="utf-8"))) if done.exists() else None
 
 
 class _Run:

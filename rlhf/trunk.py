@@ -8,35 +8,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..engine import EnsembleHead, EnsembleRewardModel
 from ..kernels import EnsembleOutput
-from .config import JobConfig
 from .features import hidden_norms
 from .fit import FitConfig, pair_metrics, step_noise
 from .losses import bradley_terry, brme, bsr
 from .runlog import RunLog
+from .trunk_config import TrunkConfig
 
-
-class TrunkConfig(JobConfig):
-    """How the trunk is trained with its heads; what the loss is stands in the stage's FitConfig (alpha, noise, bsr)."""
-
-    lr: float | None = Field(default=None, gt=0)  # None: 1e-4 for LoRA, 5e-6 in full (BSR's for 1B)
-    epochs: float = Field(default=1.0, gt=0)  # reward models overfit in the second
-    max_steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=8, ge=1)  # pairs in a micro-batch, per device
-    accumulation: int = Field(default=1, ge=1)  # micro-batches in a step
-    weight_decay: float = Field(default=0.0, ge=0)
-    warmup: float = Field(default=0.05, ge=0, lt=1)  # share of the steps
-    save_every: int = Field(default=100, ge=1)  # steps between evaluations and checkpoints
-    lora_rank: int = Field(default=16, ge=1)
-    lora_alpha: int = Field(default=32, ge=1)
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    gradient_checkpointing: bool = False
+__all__ = ["PairTrainer", "TrunkConfig", "collate", "last_checkpoint", "train_trunk"]
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -204,6 +188,7 @@ def train_trunk(
     """Train trunk and heads on rows of `collate`; checkpoints go to `folder`. LoRA comes back merged into the trunk."""
     wrapped: Any = _with_lora(model, config, losses.seed) if mode == "lora" else model
     on_gpu = torch.cuda.is_available()
+    options: dict[str, Any] = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
     arguments = TrainingArguments(
         output_dir=str(folder),
         learning_rate=config.lr or (1e-4 if mode == "lora" else 5e-6),
@@ -227,8 +212,7 @@ def train_trunk(
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=not progress,
-        # newer versions warn whenever it is named
-        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
+        **options,
     )
     trainer = PairTrainer(
         model=wrapped,

@@ -1,0 +1,86 @@
+"""The config of `prudent train`, its run folder, and what it returns."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from ..kernels import Aggregation
+from .config import JobConfig, load_config
+from .files import atomic_write_text
+from .fit_config import BradleyTerryConfig, BRMEConfig
+from .trunk_config import TrunkConfig
+
+
+class TrainConfig(JobConfig):
+    """Everything `prudent train` can be told."""
+
+    model: str  # folder or hub name of a language model
+    data: str  # file or dataset name, see load_pairs
+    output: Path  # the run folder
+    # head: the trunk frozen, its features cached; lora, full: the trunk trained too; auto: head on a CPU, lora on a GPU
+    mode: Literal["auto", "head", "lora", "full"] = "auto"
+    stage: Literal["bt", "brme"] = "brme"  # the last stage: bt stops after Bradley-Terry
+    aggregation: str = "tradeoff:0.4"  # what the saved model answers with
+    min_score_gap: float = Field(default=2.0, gt=0)
+    skip_bad_rows: bool = False
+    limit: int | None = Field(default=None, ge=1)  # rows of data
+    eval_fraction: float = Field(default=0.1, ge=0, lt=1)  # of the prompts
+    seed: int = Field(default=0, ge=0, lt=2**30)  # of everything; bt.seed and brme.seed are added to it
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the trunk; auto: the checkpoint's, float32 in mode full
+    append_eos: bool | None = None  # see EnsembleRewardConfig
+    batch_tokens: int = Field(default=4096, ge=1)
+    max_length: int | None = Field(default=None, ge=1)  # tokens; a longer text loses its beginning
+    features: Path | None = None  # a cache folder that several runs share; None: in the run folder
+    bt: BradleyTerryConfig = BradleyTerryConfig()
+    brme: BRMEConfig = BRMEConfig()
+    trunk: TrunkConfig = TrunkConfig()
+
+    @field_validator("aggregation")
+    @classmethod
+    def _known_aggregation(cls, value: str) -> str:
+        return str(Aggregation.parse(value))
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """folder: the run folder. metrics: what train.json holds. finished_before: nothing was left to do."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    finished_before: bool = False
+
+    def __str__(self) -> str:
+        m = self.metrics
+        head = "was finished before; nothing was done again" if self.finished_before else "finished"
+        lines = [f"{self.folder}: {head}", f"{m['train_pairs']} pairs trained on, {m['held_out_pairs']} held out"]
+        if m["accuracy"]:
+            width = max(map(len, m["accuracy"]))
+            lines.append("held-out accuracy")
+            lines += [f"  {name:<{width}}  {value:.3f}" for name, value in m["accuracy"].items()]
+        lines.append(f"model: {self.folder / 'model'}")
+        return "\n".join(lines)
+
+
+def open_folder(config: TrainConfig, resume: bool) -> dict[str, Any] | None:
+    """Claim the output folder. The final metrics if the run in it is finished, else None."""
+    folder, saved = config.output, config.output / "config.yaml"
+    if not saved.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output: expected a new or empty folder or one of a run, got {folder} with other files")
+    if not any((folder / name).exists() for name in ("features", "checkpoints", "stage1", "train.json")):
+        # new, or of a run that was refused before it computed anything: a mended command may have it
+        (folder / "data.json").unlink(missing_ok=True)
+        atomic_write_text(saved, config.to_yaml())
+        return None
+    if not resume:
+        raise ValueError(f"output: {folder} holds a run already: go on with it by --resume, or choose another folder")
+    before, now = load_config(TrainConfig, saved).model_dump(), config.model_dump()
+    changed = [key for key in now if key != "output" and before[key] != now[key]]
+    if changed:
+        raise ValueError(f"output: {folder} holds a run with another {', '.join(changed)}: choose another folder")
+    done = folder / "train.json"
+    return dict(json.loads(done.read_text(encoding="utf-8"))) if done.exists() else None
