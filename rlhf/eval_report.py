@@ -27,7 +27,7 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
     rows = [["", "accuracy", "95 % interval", "margin", "coverage"]]
     for name, found in m["accuracy"].items():
         margin = f"{m['margin'][name]['mean']:.2f} ± {m['margin'][name]['std']:.2f}"
-        area = "" if name == LONGER else f"{m['coverage'][name]['area']:.3g}"  # characters are no reward
+        area = "" if name == LONGER else f"{m['coverage'][name]['area']:#.3g}"  # characters are no reward
         rows.append([name, *_percent(found), margin, area])
     if m["prompts"] < FEW_PROMPTS:
         opening += f"\nintervals resample prompts, and {m['prompts']} are few: read them as rough"

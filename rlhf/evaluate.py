@@ -13,14 +13,14 @@ from pydantic import Field
 from torch import Tensor
 
 from ..engine import Aggregation, EnsembleHead, Scorer
-from ..kernels import EnsembleOutput, aggregate
+from ..kernels import aggregate
 from .config import JobConfig
 from .data import PreferencePair, load_pairs, split_by_prompt
 from .eval_report import LONGER, draw, format_metrics
 from .features import compute_features, model_fingerprint
 from .files import atomic_write_json
 from .head_metrics import evaluate_heads
-from .head_pairs import SINGLE, Pairs, finite_pairs, pairs_of
+from .head_pairs import SINGLE, Pairs, Side, finite_pairs, pairs_of
 from .plot_style import require_matplotlib
 from .score import load_scorer
 
@@ -38,10 +38,9 @@ class EvalConfig(JobConfig):
     aggregation: str | None = None  # the reward under test; None: the model's own
     compare: str | None = None  # another model, scored on the same pairs: the single head of stage 1, say
     foreign: str | None = None  # pairs unlike the training data: do std and disagreement tell them from `data`?
-    eval_fraction: float = Field(
-        0.0, ge=0, lt=1
-    )  # above 0: only the prompts that a training with this fraction holds out
-    split_seed: int = 0  # that training's seed
+    # above 0: only the prompts that a training with this eval_fraction, and split_seed as its seed, has held out
+    eval_fraction: float = Field(0.0, ge=0, lt=1)
+    split_seed: int = 0
     min_score_gap: float = Field(2.0, gt=0)  # where pairs are made from scores
     skip_bad_rows: bool = False  # count broken rows and go on
     limit: int | None = Field(None, ge=1)  # rows read of each data file
@@ -143,15 +142,12 @@ def _features(
 
 
 @torch.no_grad()
-def _outputs(head: EnsembleHead, features: tuple[Tensor, Tensor]) -> tuple[EnsembleOutput, EnsembleOutput]:
+def _outputs(head: EnsembleHead, features: tuple[Tensor, Tensor]) -> tuple[Side, Side]:
     """The heads on both sides, on the CPU."""
     sides = []
     for side in features:
         blocks = [head(block.to(head.weight.device), aggregation="mean") for block in side.split(_BLOCK_ROWS)]
-        reward, mean, std = (
-            torch.cat([getattr(block, name) for block in blocks]).cpu() for name in ("reward", "mean", "std")
-        )
-        sides.append(EnsembleOutput(reward, mean, std, reward.sum()))
+        sides.append(Side(torch.cat([b.mean for b in blocks]).cpu(), torch.cat([b.std for b in blocks]).cpu()))
     return sides[0], sides[1]
 
 
@@ -193,9 +189,7 @@ def _text(response: str | list[dict[str, str]]) -> str:
     return response if isinstance(response, str) else "\n".join(message["content"] for message in response)
 
 
-def _foreign_pairs(
-    foreign: tuple[EnsembleOutput, EnsembleOutput] | None, spec: Aggregation, std_ref: Tensor
-) -> Pairs | None:
+def _foreign_pairs(foreign: tuple[Side, Side] | None, spec: Aggregation, std_ref: Tensor) -> Pairs | None:
     if foreign is None:
         return None
     return pairs_of(*foreign, finite_pairs(*foreign, spec, std_ref, {}), spec, std_ref)

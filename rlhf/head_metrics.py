@@ -153,6 +153,8 @@ def _right_or_wrong(
 ) -> dict[str, Any]:
     """Signal -> scorer -> AUROC of the signal against that scorer's errors: above 0.5, the signal knows."""
     targets = [SINGLE] if pairs.num_heads == 1 else ["nominal", "mean"]
+    if pairs.num_heads == 1:
+        reasons["signals.*.std"] = "means something of a BRME head only: Bradley-Terry does not train the std"
     result: dict[str, Any] = {"std": {}, "disagreement": {}, "small margin": {}}
     for target in targets:
         chosen, rejected = rewards[target]

@@ -24,7 +24,7 @@ class HeadOutput(Protocol):
 
 
 class Side(NamedTuple):
-    """The heads' outputs [P, K] on one side of P pairs, fp64 on the CPU."""
+    """The heads' outputs [P, K] on one side of P pairs, on the CPU."""
 
     mean: Tensor
     std: Tensor
@@ -32,7 +32,7 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Both sides of P finite pairs, and how their heads become one reward."""
+    """Both sides of P finite pairs in fp64, and how their heads become one reward."""
 
     chosen: Side
     rejected: Side

@@ -167,6 +167,7 @@ def test_one_head_is_one_scorer_and_what_it_cannot_say_has_a_reason():
     result = evaluate_heads(chosen, heads(rejected.mean), aggregation="mean", resamples=100)
     assert list(result["accuracy"]) == ["single head"]
     assert result["signals"]["right_or_wrong"]["disagreement"]["single head"]["value"] is None
+    assert "Bradley-Terry does not train" in result["reasons"]["signals.*.std"]
     assert "one head" in result["reasons"]["signals.right_or_wrong.disagreement.single head"]
     assert result["signals"]["own_or_foreign"] is None
     assert result["reasons"]["signals.own_or_foreign"] == "no foreign data given"
