@@ -55,7 +55,8 @@ class Turn:
             raise ValueError("tokenizer: expected a chat template or EOS token that closes a response after its text")
         self.closing = whole[len(cut) :]
         eos = getattr(model.generation_config, "eos_token_id", None)
-        self.stop = {self.closing[0], tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        # no special token is part of a response: read back from its text, the response would be another
+        self.stop = {self.closing[0], *tokenizer.all_special_ids, *(eos if isinstance(eos, list) else [eos])} - {None}
 
     def _ids(self, item: dict[str, Any]) -> list[int]:
         return self._encoder.encode(item)[0]
