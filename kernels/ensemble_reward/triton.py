@@ -1,15 +1,15 @@
-"""`ensemble_reward` on CUDA and ROCm: what the kernels of triton_forward.py and triton_backward.py are launched with.
+"""`ensemble_reward` on CUDA and ROCm: how the kernels of triton_forward.py and triton_backward.py are launched.
 
-Forward: one launch (two with group centring). Backward: the product's gradient, both outer products, the sum of the weight
-partials; one more where `rows` gathers. Configurations come from a static table, never from timing, so that equal calls
-have equal bits. CPU tensors run where Triton's interpreter is on (TRITON_INTERPRET=1 before triton is imported): that is
-how the tests reach this code without a GPU.
+Forward: one launch (two with group centring). Backward: the product's gradient, both outer products, the sum of the
+weight's partials; one more where `rows` gathers. Configurations come from a static table, never from timing, so that
+equal calls have equal bits. CPU tensors run where Triton's interpreter is on (TRITON_INTERPRET=1 before triton is
+imported): that is how the tests reach this code without a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +26,11 @@ from .triton_forward import centre_kernel, forward_kernel
 MAX_HEADS = 64  # beyond, a program's tiles spill registers; such calls run the reference on the device
 _SWEEP = 1024  # elements a lone program reads at a time where it totals or centres
 
-# How much of D a program holds, by storage type and padded 2K: the widest that spills no register on sm_80 to sm_100.
-# Only the bf16 halves of the forward multiply 16-bit operands; every other product has fp32 ones at twice the registers.
+# How much of D a program holds, by storage type and padded 2K: the widest that spills no register on sm_80 to sm_100
+# and stays inside gfx942's 64 KiB of shared memory. Only the bf16 halves of the forward multiply 16-bit operands; every
+# other product has fp32 ones, at twice the registers.
 _PRODUCT_DIM = {
-    torch.bfloat16: {16: 128, 32: 64, 64: 128, 128: 64},
+    torch.bfloat16: {16: 128, 32: 64, 64: 64, 128: 32},
     torch.float16: {16: 64, 32: 64, 64: 32, 128: 16},
     torch.float32: {16: 32, 32: 64, 64: 32, 128: 16},
     torch.float64: {16: 32, 32: 32, 64: 16, 128: 16},
@@ -58,7 +59,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
-@lru_cache(maxsize=None)
+@cache
 def platform(device: torch.device) -> Platform:
     """AMD has fp32 matrix instructions and no tf32x3; NVIDIA below sm_80 has neither bf16 nor tf32."""
     if device.type != "cuda":
@@ -77,21 +78,25 @@ def padded_columns(num_heads: int) -> int:
 def product_config(num_rows: int, columns: int, dtype: torch.dtype) -> Config:
     """Tiles of the kernels that hold a [rows, 2K] product. Few rows or many heads: small blocks, more programs."""
     rows = 32 if num_rows > 4096 and columns == 16 and dtype.itemsize == 2 else 16
-    warps = 8 if columns == 128 or columns == 64 and dtype == torch.float64 else 4
+    warps = 8 if columns == 128 or (columns == 64 and dtype == torch.float64) else 4
     return Config(rows, _PRODUCT_DIM[dtype][columns], warps, 3 if dtype.itemsize == 2 else 2)
 
 
 def outer_config(columns: int, dtype: torch.dtype) -> Config:
     """Tiles of the kernels that hold a [2K, D-block] sum."""
-    rows = 32 if columns <= 64 and dtype.itemsize == 2 or columns <= 32 and dtype == torch.float32 else 16
+    widest = {2: 64, 4: 32, 8: 0}[dtype.itemsize]
+    rows = 32 if columns <= widest else 16
     return Config(rows, _OUTER_DIM[dtype][columns], 8 if columns == 128 else 4, 2)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, warps: int, stages: int, **arguments: Any) -> None:
+_SMALL = Config(1, 1024, 4, 2)  # of the kernels without a product: scatter and centring
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.device, **arguments: Any) -> None:
     """fp fusion is stated because Triton's default changes between versions, and with it the last bits."""
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
-        kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
@@ -119,7 +124,9 @@ def _common(inputs: Inputs) -> dict[str, Any]:
     columns = padded_columns(num_heads)
     config = product_config(inputs.num_rows, columns, inputs.hidden.dtype)
     target = platform(inputs.hidden.device)
-    pick = {"head": int(spec.coefficient), "cvar": cvar_tail(spec.coefficient, num_heads)}.get(spec.kind, spec.nominal_head)
+    pick = spec.nominal_head
+    if spec.kind in ("head", "cvar"):
+        pick = int(spec.coefficient) if spec.kind == "head" else cvar_tail(spec.coefficient, num_heads)
     bf16 = inputs.hidden.dtype == torch.bfloat16
     return {
         "hidden": inputs.hidden,
@@ -150,7 +157,7 @@ def _common(inputs: Inputs) -> dict[str, Any]:
 
 
 def _precision(inputs: Inputs) -> str:
-    """How fp32 operands are multiplied: exactly where hidden is fp32 or fp64, in three tf32 products where it is 16-bit."""
+    """How fp32 operands are multiplied: exactly for fp32 or fp64 hidden, in three tf32 products for 16-bit."""
     return platform(inputs.hidden.device).fp32_dot if inputs.hidden.element_size() == 2 else "ieee"
 
 
@@ -167,7 +174,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     config = product_config(n, columns, inputs.hidden.dtype)
     programs = triton.cdiv(n, config.block_rows)
     _launch(
-        forward_kernel, (programs,), inputs.hidden.device, config.num_warps, config.num_stages,
+        forward_kernel, (programs,), config, inputs.hidden.device,
         **_common(inputs), reward=reward, mean_out=mean, std_out=std, reward_sum=reward_sum,
         partials=new(programs, dtype=dtype), counter=_counter(inputs.hidden.device),
         CENTRE=inputs.spec.centre == "batch", SWEEP=_SWEEP,
@@ -185,7 +192,7 @@ def _centre(values: Tensor, out: Tensor, inputs: Inputs) -> None:
     if inputs.group is not None:
         labels, order = torch.sort(inputs.group, stable=True)
     _launch(
-        centre_kernel, (n if labels is not None else n // size,), values.device, 4, 2,
+        centre_kernel, (n if labels is not None else n // size,), _SMALL, values.device,
         values=values, value_stride=values.stride(0), out=out, labels=labels, order=order, num_rows=n, size=size,
         SWEEP=_SWEEP, ACC=tl.float64 if out.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
@@ -241,7 +248,7 @@ def _product_gradient(
         )
     }
     _launch(
-        product_gradient_kernel, (programs,), inputs.hidden.device, config.num_warps, config.num_stages,
+        product_gradient_kernel, (programs,), config, inputs.hidden.device,
         **_common(inputs), **strides, grad_reward=d_reward, grad_mean=d_mean, grad_std=d_std, grad_sum=d_sum,
         scaled=scaled, along=along, bias_partials=bias,
     )  # fmt: skip
@@ -266,7 +273,7 @@ def _outer_products(
     common = _common(inputs)
     names = ("hidden", "row_stride", "weight", "rows", "norm_weight", "num_rows", "d", "K", "BN", "ACC", "PRECISION")
     _launch(
-        outer_kernel, (triton.cdiv(d, config.block_dim), shares), inputs.hidden.device, config.num_warps, config.num_stages,
+        outer_kernel, (triton.cdiv(d, config.block_dim), shares), config, inputs.hidden.device,
         **{name: common[name] for name in names}, scaled=scaled, along=along, grad_hidden=out, weight_partials=partials,
         blocks_each=blocks_each, M=config.block_rows, BD=config.block_dim,
     )  # fmt: skip
@@ -279,11 +286,11 @@ def _scatter(compact: Tensor, inputs: Inputs) -> Tensor:
     """[N, D] gradients of the gathered rows -> [R, D]; a row scored twice gets the sum, unscored rows zero."""
     assert inputs.rows is not None
     n, d = compact.shape
-    block = min(1024, triton.next_power_of_2(d))
+    block = min(_SMALL.block_dim, triton.next_power_of_2(d))
     sorted_rows, order = torch.sort(inputs.rows, stable=True)
     out = inputs.hidden.new_zeros(inputs.hidden.shape)
     _launch(
-        scatter_kernel, (n, triton.cdiv(d, block)), compact.device, 4, 2,
+        scatter_kernel, (n, triton.cdiv(d, block)), _SMALL, compact.device,
         compact=compact, sorted_rows=sorted_rows, order=order, grad_hidden=out, num_rows=n, d=d,
         BD=block, ACC=tl.float64 if compact.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
@@ -301,7 +308,7 @@ def _weight_gradient(
     config = outer_config(columns, inputs.hidden.dtype)
     names = ("weight", "norm_weight", "d", "K", "BN", "ACC")
     _launch(
-        weight_gradient_kernel, (triton.cdiv(d, config.block_dim),), partials.device, config.num_warps, config.num_stages,
+        weight_gradient_kernel, (triton.cdiv(d, config.block_dim),), config, partials.device,
         **{name: common[name] for name in names}, weight_partials=partials, grad_weight=weight, grad_norm_weight=norm,
         shares=partials.shape[0], BD=config.block_dim,
     )  # fmt: skip

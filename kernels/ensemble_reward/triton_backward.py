@@ -1,6 +1,5 @@
-"""Triton kernels of the backward: recompute to the product's gradient, then both outer products from one more read of x."""
+"""Triton kernels of the backward: recompute to the product's gradient, both outer products from a second read."""
 # mypy: ignore-errors
-# ruff: noqa: N803
 
 import triton
 import triton.language as tl
@@ -10,7 +9,6 @@ from .triton_math import (
     column_rows,
     folded_weight,
     noise,
-    over_heads,
     positions,
     product,
     split_heads,

@@ -1,6 +1,5 @@
 """Triton kernel of the forward: one launch from hidden states to centred rewards; and the group centring beside it."""
 # mypy: ignore-errors
-# ruff: noqa: N803
 
 import triton
 import triton.language as tl
@@ -19,9 +18,9 @@ def forward_kernel(
 ):  # fmt: skip
     """Program p: rows p M .. p M + M - 1 whole, their partial reward sum; the last to arrive also totals and centres.
 
-    reward [N], mean_out and std_out [N, K], reward_sum [], all ACC; partials [programs] ACC is scratch; counter [1] int32
-    is 0 before and after, so a CUDA graph replays it. The total adds the partials in program order whoever is last, so it
-    has the same bits in every run.
+    reward [N], mean_out and std_out [N, K], reward_sum [], all ACC; partials [programs] ACC is scratch; counter [1]
+    int32 is 0 before and after, so a CUDA graph replays it. The total adds the partials in program order whoever is
+    last, so it has the same bits in every run.
     """
     KP: tl.constexpr = BN // 2
     program = tl.program_id(0)
@@ -42,8 +41,8 @@ def forward_kernel(
     tl.store(reward + n, total, mask=inside)
     tl.store(partials + program, tl.sum(tl.where(inside, total, 0.0), axis=0))
 
-    # Every store above is visible to whoever reads `counter` after this program's add: barrier, then release at gpu scope.
-    # The reads below bypass L1 (.cg), which may hold older lines.
+    # Every store above is visible to whoever reads `counter` after this program's add: barrier, then release at gpu
+    # scope. The reads below bypass L1 (.cg), which may hold older lines.
     programs = tl.num_programs(0)
     tl.debug_barrier()
     arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
@@ -64,14 +63,12 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows", "size"])
-def centre_kernel(
-    values, value_stride, out, labels, order, num_rows, size, SWEEP: tl.constexpr, ACC: tl.constexpr
-):
+def centre_kernel(values, value_stride, out, labels, order, num_rows, size, SWEEP: tl.constexpr, ACC: tl.constexpr):
     """out = values minus their group's mean, [N]; in place if out is values.
 
     By size: program p owns rows p size .. p size + size - 1. By label: `labels` ascending and `order` their rows; the
-    program whose place opens a run of equal labels owns the run and the others leave. One program sums a group in a fixed
-    order, so the bits are the same in every run, with no atomics.
+    program whose place opens a run of equal labels owns the run and the others leave. One program sums a group in a
+    fixed order, so the bits are the same in every run, with no atomics.
     """
     lane = tl.arange(0, SWEEP)
     start = tl.program_id(0).to(tl.int64)

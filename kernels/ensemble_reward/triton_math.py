@@ -4,13 +4,12 @@ Shapes in comments: M = rows of a program, KP = heads padded to a power of two >
 `tl.dot` takes them), BD = a block of D. Column 2k of a product is head k's mean and column 2k + 1 its raw std: one
 `tl.split` parts them where they lie, in registers. ACC is fp32, or fp64 for fp64 hidden states.
 
-Rules kept here, each for a measured reason: a bf16 value is cast to ACC right after its load (the interpreter computes on
-bf16 bit patterns, silently wrong); every masked load names its `other` (the interpreter reads 0 where a GPU reads
+Rules kept here, each for a measured reason: a bf16 value is cast to ACC right after its load (the interpreter computes
+on bf16 bit patterns, silently wrong); every masked load names its `other` (the interpreter reads 0 where a GPU reads
 anything); no libdevice call (the interpreter has none); scalars arrive as fp64 and are rounded to ACC here, so that the
-fp64 path sees the exact options.
+fp64 path sees the exact options. A constexpr `if` with a `return` does not end a function: the rest is compiled too.
 """
 # mypy: ignore-errors
-# ruff: noqa: N803
 
 import triton
 import triton.language as tl
@@ -107,7 +106,7 @@ def softplus(x):
     """log(1 + e^x), x itself above torch's threshold of 20."""
     e = tl.exp(tl.minimum(x, 20.0))
     u = 1.0 + e
-    # log1p without libdevice: log(u) e / (u - 1) undoes the rounding of 1 + e (Kahan); u == 1 means e is below half an ulp
+    # log1p without libdevice: log(u) e / (u - 1) undoes the rounding of 1 + e (Kahan); u == 1: e is below half an ulp
     log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
     return tl.where(x > 20.0, x, tl.where(x != x, x, log1p))
 
@@ -127,7 +126,7 @@ def cos_turns(u, ACC: tl.constexpr):
     x = (tl.abs(u - 0.5) - 0.25) * 6.283185307179586
     square = x * x
     series = tl.zeros_like(x) + 1.0
-    TERMS: tl.constexpr = 10 if ACC == tl.float64 else 6
+    TERMS: tl.constexpr = 10 if tl.float64 == ACC else 6
     for i in tl.static_range(TERMS, 0, -1):
         series = 1.0 - square * (1.0 / ((2 * i) * (2 * i + 1))) * series
     return x * series
@@ -180,8 +179,10 @@ def least(values, heads, K: tl.constexpr, KP: tl.constexpr):
 
 
 @triton.jit
-def nominal_weights(std, std_ref, pick, heads, K: tl.constexpr, KP: tl.constexpr, NOMINAL: tl.constexpr, ACC: tl.constexpr):
-    """[M, KP] with nominal = sum_k weight_k mean_k. BRME 5.1: the head of least std; or what NOMINAL puts in its place."""
+def nominal_weights(
+    std, std_ref, pick, heads, K: tl.constexpr, KP: tl.constexpr, NOMINAL: tl.constexpr, ACC: tl.constexpr
+):
+    """[M, KP] with nominal = sum_k weight_k mean_k: the head of least std (BRME 5.1), or what NOMINAL puts there."""
     if NOMINAL == "mean":
         weights = tl.zeros_like(std) + 1.0 / K
     elif NOMINAL == "head":
@@ -208,7 +209,7 @@ def ranks(values, heads, K: tl.constexpr):
 
 @triton.jit
 def order_weights(values, pick, heads, K: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr):
-    """[M, KP] weights of the aggregations that are a fixed combination of the sorted heads, or of the heads by index."""
+    """[M, KP] weights of the aggregations that combine the sorted heads, or the heads by index, in fixed shares."""
     if KIND == "mean":
         weights = tl.zeros_like(values) + 1.0 / K
     elif KIND == "head":
@@ -233,7 +234,7 @@ def aggregate(
 ):  # fmt: skip
     """[M] reward before centring. `pick`: the head of `head:i` or `nominal=head:i`, or cvar's number of heads."""
     lam = scalar(coefficient, ACC)
-    if KIND == "tradeoff" or KIND == "nominal":  # noqa: PLR1714 - Triton's compiler has no `in`
+    if KIND == "tradeoff" or KIND == "nominal":
         chosen = nominal_weights(std, std_ref, pick, heads, K, KP, NOMINAL, ACC)
         reward = over_heads(tl.where(chosen != 0.0, chosen * mean, 0.0), heads, K)
         if KIND == "tradeoff":
@@ -244,7 +245,7 @@ def aggregate(
         top = tl.max(scaled, axis=1)
         top = tl.where(tl.abs(top) == float("inf"), 0.0, top)
         reward = -lam * (tl.log(over_heads(tl.exp(scaled - top[:, None]), heads, K) / K) + top)
-    elif KIND == "lcb" or KIND == "uwo":  # noqa: PLR1714
+    elif KIND == "lcb" or KIND == "uwo":
         middle = over_heads(values, heads, K) / K
         gap = values - middle[:, None]
         spread = over_heads(gap * gap, heads, K) / K
@@ -265,7 +266,7 @@ def aggregate_gradient(
     lam = scalar(coefficient, ACC)[:, None]
     to_mean = tl.zeros_like(values)
     to_value = tl.zeros_like(values)
-    if KIND == "tradeoff" or KIND == "nominal":  # noqa: PLR1714
+    if KIND == "tradeoff" or KIND == "nominal":
         to_mean = nominal_weights(std, std_ref, pick, heads, K, KP, NOMINAL, ACC)
         if KIND == "tradeoff":
             to_mean = lam * to_mean
@@ -274,7 +275,7 @@ def aggregate_gradient(
         scaled = tl.where((heads < K)[None, :], -values / lam, float("-inf"))
         share = tl.exp(scaled - tl.max(scaled, axis=1)[:, None])
         to_value = share / over_heads(share, heads, K)[:, None]
-    elif KIND == "lcb" or KIND == "uwo":  # noqa: PLR1714
+    elif KIND == "lcb" or KIND == "uwo":
         gap = values - (over_heads(values, heads, K) / K)[:, None]
         if KIND == "uwo":
             to_value = 1.0 / K - 2.0 * lam * gap / K
