@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from ..kernels import Aggregation
-from .config import EnsembleRewardConfig, position_offset
+from .config import EnsembleRewardConfig, max_positions, position_offset
 from .convert import load_trunk, model_of_sequence_classifier, refuse_missing
 from .head import EnsembleHead
 
@@ -44,7 +45,9 @@ class EnsembleRewardModel(PreTrainedModel):
 
     Make one with `from_trunk`, `from_sequence_classifier` or `from_pretrained`. Importing `prudent.engine` registers
     the class with transformers' Auto classes, so that `AutoModelForSequenceClassification.from_pretrained(folder)` and
-    trainers that take a path find it.
+    trainers that take a path find it. In TRL: `GRPOTrainer(reward_funcs=model, reward_processing_classes=tokenizer)`.
+    Trainers neither truncate for a reward model nor put it in eval mode; what is too long is warned of here, and a trunk
+    with dropout should be in eval mode.
 
     Args:
         config: with `text_config` set.
@@ -221,6 +224,12 @@ class EnsembleRewardModel(PreTrainedModel):
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states [B, T, D] and the row of each sequence in them, or pooled states [B, D] and None."""
         _check_mask(input_ids, attention_mask)
+        limit = max_positions(self.config.text_config)
+        if limit is not None and input_ids.shape[1] > limit:
+            warnings.warn(
+                f"EnsembleRewardModel: sequences are longer than the trunk's {limit} positions; their rewards mean little",
+                stacklevel=3,
+            )
         options: dict[str, Any] = {}
         if position_ids is None and attention_mask is not None:
             position_ids = attended_positions(attention_mask, position_offset(self.config.text_config))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from .mode import evaluating
 from .text import Item, ItemEncoder
 
 logger = logging.getLogger(__name__)
+_TOKEN = np.dtype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -165,13 +167,15 @@ class Scorer:
             num_truncated=num_truncated,
         )
 
-    def _encode_all(self, items: Sequence[Item]) -> tuple[list[tuple[int, ...]], int]:
+    def _encode_all(self, items: Sequence[Item]) -> tuple[list[bytes], int]:
+        """Each item's token ids as the bytes of an int32 array, and how many items were truncated."""
         if isinstance(items, str) or not isinstance(items, Sequence):
             raise ValueError(f"Scorer: items: expected a list of items, got {type(items).__name__}")
-        sequences, num_truncated = [], 0
+        sequences: list[bytes] = []
+        num_truncated = 0
         for index, item in enumerate(tqdm(items, desc="tokenising", delay=1, disable=not self.progress, leave=False)):
             ids, truncated = self._encoder.encode(item, f"item {index}")
-            sequences.append(tuple(ids))
+            sequences.append(np.asarray(ids, dtype=_TOKEN).tobytes())  # a list of Python ints is nine times as large
             num_truncated += truncated
         if num_truncated:
             logger.warning(
@@ -183,11 +187,11 @@ class Scorer:
         return sequences, num_truncated
 
     def _map(
-        self, sequences: list[tuple[int, ...]], fn: Callable[[Tensor, Tensor], Tensor], width: int, dtype: torch.dtype
+        self, sequences: list[bytes], fn: Callable[[Tensor, Tensor], Tensor], width: int, dtype: torch.dtype
     ) -> Tensor:
         """fn(input_ids [B, T], mask [B, T]) -> [B, width] over micro-batches; [N, width] in the sequences' order."""
         result = torch.empty(len(sequences), width, dtype=dtype)
-        rows: dict[tuple[int, ...], list[int]] = {}
+        rows: dict[bytes, list[int]] = {}
         for row, sequence in enumerate(sequences):
             rows.setdefault(sequence, []).append(row)
         # the longest first: what does not fit in memory says so at once; the ids settle ties, whatever the order was
@@ -195,7 +199,8 @@ class Scorer:
         device = self.model.get_input_embeddings().weight.device
         bar = tqdm(total=len(unique), desc="scoring", unit="seq", delay=1, disable=not self.progress)
         with bar, evaluating(self.model):
-            for batch in micro_batches(unique, self.batch_tokens):
+            for part in micro_batches([len(ids) // _TOKEN.itemsize for ids in unique], self.batch_tokens):
+                batch = unique[part]
                 input_ids, mask = _right_padded(batch)
                 output = fn(input_ids.to(device), mask.to(device)).cpu()
                 for sequence, value in zip(batch, output, strict=True):
@@ -204,21 +209,21 @@ class Scorer:
         return result
 
 
-def micro_batches(sequences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[Any]]:
-    """Cut sequences sorted by falling length into runs of at most `batch_tokens` padded tokens, at least one each."""
+def micro_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[slice]:
+    """Cut falling lengths into runs of at most `batch_tokens` padded tokens, at least one sequence each."""
     start = 0
-    while start < len(sequences):
-        count = max(1, batch_tokens // len(sequences[start]))
-        yield list(sequences[start : start + count])
-        start += count
+    while start < len(lengths):
+        stop = min(len(lengths), start + max(1, batch_tokens // lengths[start]))
+        yield slice(start, stop)
+        start = stop
 
 
-def _right_padded(batch: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+def _right_padded(batch: list[bytes]) -> tuple[Tensor, Tensor]:
     """ids and mask [B, T] int64. Padding repeats id 0: the mask alone says what is a token, so any id will do."""
-    length = max(map(len, batch))
-    input_ids = torch.zeros(len(batch), length, dtype=torch.int64)
-    mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(batch):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
+    arrays = [np.frombuffer(ids, dtype=_TOKEN) for ids in batch]
+    input_ids = np.zeros((len(batch), max(map(len, arrays))), dtype=np.int64)
+    mask = np.zeros_like(input_ids)
+    for row, ids in enumerate(arrays):
+        input_ids[row, : len(ids)] = ids
         mask[row, : len(ids)] = 1
-    return input_ids, mask
+    return torch.from_numpy(input_ids), torch.from_numpy(mask)

@@ -283,6 +283,14 @@ def test_inputs_that_cannot_be_scored_are_refused(make_model, ids, mask, message
         make_model()(ids, mask)
 
 
+def test_a_sequence_beyond_the_trunks_positions_is_warned_of(make_model, recwarn):
+    model = make_model()
+    model(tokens(1, 128))
+    assert not [w for w in recwarn if "positions" in str(w.message)]
+    with pytest.warns(UserWarning, match="longer than the trunk's 128 positions"):
+        model(tokens(1, 129))
+
+
 def test_config_defaults_follow_the_kind_of_trunk(tiny_config):
     decoder = EnsembleRewardConfig(text_config=tiny_config("qwen3"))
     encoder = EnsembleRewardConfig(text_config=tiny_config("bert"))
