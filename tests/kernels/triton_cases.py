@@ -244,6 +244,10 @@ def test_a_nan_wins_and_a_tie_goes_to_the_lowest_head() -> None:
         if spec != "nominal":  # whose mean is head 0's
             assert execution.forward(nan._replace(aggregation=spec))[0].isnan().all(), spec
     grads = (torch.ones(6, device=DEVICE), None, None, None)
+    for spec in ("median", "cvar:0.75"):  # a NaN sorts last
+        given = nan._replace(bias=torch.zeros(8, device=DEVICE), aggregation=spec)
+        needs = (False, False, True, False)
+        close(execution.backward(grads, given, needs), reference.backward(grads, given, needs), 1e-6)
     bias = inputs._replace(bias=torch.zeros(8, device=DEVICE), aggregation="min")
     found = execution.backward(grads, bias, (False, False, True, False))[2]
     assert found is not None
