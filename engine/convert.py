@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ def refuse_missing(where: str, name: object, missing: Iterable[str]) -> None:
         )
 
 
-def load_trunk(source: str | PreTrainedModel, kwargs: dict[str, Any]) -> Any:
+def load_trunk(source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[str, Any], need_pooler: bool) -> Any:
     """The base model of a folder or hub name, or of an instance (by reference); text only, encoder or decoder."""
     if isinstance(source, PreTrainedModel):
         if kwargs:
@@ -44,7 +45,8 @@ def load_trunk(source: str | PreTrainedModel, kwargs: dict[str, Any]) -> Any:
         model, info = AutoModel.from_pretrained(source, output_loading_info=True, **kwargs)
         trunk = model.base_model
         # language-model checkpoints of the BERT family come without the pooler, which `first` pooling does not read
-        refuse_missing("from_trunk", source, (key for key in info["missing_keys"] if not key.startswith("pooler.")))
+        missing = (key for key in info["missing_keys"] if need_pooler or not key.startswith("pooler."))
+        refuse_missing("from_trunk", source, missing)
     if not isinstance(getattr(trunk.config, "hidden_size", None), int):
         raise ValueError(
             f"from_trunk: trunk: expected a text model with config.hidden_size, got {type(trunk).__name__}, whose "
@@ -54,7 +56,7 @@ def load_trunk(source: str | PreTrainedModel, kwargs: dict[str, Any]) -> Any:
 
 
 def model_of_sequence_classifier(
-    cls: type[EnsembleRewardModel], source: str | PreTrainedModel, kwargs: dict[str, Any]
+    cls: type[EnsembleRewardModel], source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[str, Any]
 ) -> EnsembleRewardModel:
     """See `EnsembleRewardModel.from_sequence_classifier`."""
     where = "from_sequence_classifier"

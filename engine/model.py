@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +47,8 @@ class EnsembleRewardModel(PreTrainedModel):
     Make one with `from_trunk`, `from_sequence_classifier` or `from_pretrained`. Importing `prudent.engine` registers
     the class with transformers' Auto classes, so that `AutoModelForSequenceClassification.from_pretrained(folder)` and
     trainers that take a path find it. In TRL: `GRPOTrainer(reward_funcs=model, reward_processing_classes=tokenizer)`.
-    Trainers neither truncate for a reward model nor put it in eval mode; what is too long is warned of here, and a trunk
-    with dropout should be in eval mode.
+    Trainers neither truncate for a reward model nor put it in eval mode; what is too long is warned of here, and a
+    trunk with dropout should be in eval mode.
 
     Args:
         config: with `text_config` set.
@@ -71,6 +72,11 @@ class EnsembleRewardModel(PreTrainedModel):
             raise ValueError("EnsembleRewardModel: config.text_config: expected the trunk's configuration, got None")
         super().__init__(config)
         self.model: Any = AutoModel.from_config(config.text_config) if trunk is None else trunk
+        if config.pooling == "pooler" and getattr(self.model, "pooler", None) is None:
+            raise ValueError(
+                f"EnsembleRewardModel: pooling: expected last or first, because {type(self.model).__name__} has no "
+                "pooler, got 'pooler'"
+            )
         self.score = head or EnsembleHead(
             config.hidden_size, config.num_heads, aggregation=config.aggregation, std_floor=config.std_floor
         )
@@ -106,7 +112,7 @@ class EnsembleRewardModel(PreTrainedModel):
     @classmethod
     def from_trunk(
         cls,
-        trunk: str | PreTrainedModel,
+        trunk: str | os.PathLike[str] | PreTrainedModel,
         *,
         num_heads: int | None = None,
         aggregation: str | Aggregation | None = None,
@@ -132,7 +138,7 @@ class EnsembleRewardModel(PreTrainedModel):
         Raises:
             ValueError: for a trunk that is no language model or lacks tensors, or a head that does not fit.
         """
-        body = load_trunk(trunk, kwargs)
+        body = load_trunk(trunk, kwargs, need_pooler=pooling == "pooler")
         if head is None:
             options: dict[str, Any] = {} if std_floor is None else {"std_floor": std_floor}
             head = EnsembleHead(
@@ -161,7 +167,9 @@ class EnsembleRewardModel(PreTrainedModel):
         return model
 
     @classmethod
-    def from_sequence_classifier(cls, classifier: str | PreTrainedModel, **kwargs: Any) -> EnsembleRewardModel:
+    def from_sequence_classifier(
+        cls, classifier: str | os.PathLike[str] | PreTrainedModel, **kwargs: Any
+    ) -> EnsembleRewardModel:
         """Anybody's one-head reward model as a stage-1 model: K = 1, aggregation `mean`, the same rewards.
 
         Taken: `num_labels=1` and one linear head, `score` on a decoder's last token or `classifier` on BERT's pooler.
@@ -227,7 +235,7 @@ class EnsembleRewardModel(PreTrainedModel):
         limit = max_positions(self.config.text_config)
         if limit is not None and input_ids.shape[1] > limit:
             warnings.warn(
-                f"EnsembleRewardModel: sequences are longer than the trunk's {limit} positions; their rewards mean little",
+                f"EnsembleRewardModel: a sequence is longer than the trunk's {limit} positions: its reward says little",
                 stacklevel=3,
             )
         options: dict[str, Any] = {}

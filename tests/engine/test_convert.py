@@ -84,7 +84,9 @@ def test_an_ensemble_reward_model_gives_its_trunk(causal_lm, tmp_path):
 
 def test_a_bert_language_model_lacks_only_the_pooler_and_serves_as_trunk(tiny_config, tmp_path):
     transformers.AutoModelForMaskedLM.from_config(tiny_config("bert")).save_pretrained(tmp_path)
-    assert EnsembleRewardModel.from_trunk(str(tmp_path)).config.pooling == "first"
+    assert EnsembleRewardModel.from_trunk(tmp_path).config.pooling == "first"
+    with pytest.raises(ValueError, match=r"got none for pooler\.dense\.bias, pooler\.dense\.weight"):
+        EnsembleRewardModel.from_trunk(tmp_path, pooling="pooler")
 
 
 def test_heads_follow_the_callers_numbers(causal_lm):
@@ -113,6 +115,7 @@ def test_a_checkpoint_that_lacks_a_tensor_of_the_trunk_is_refused(causal_lm, tmp
         ({"head": EnsembleHead(32, 5), "std_floor": 0.5}, "head: expected std_floor 0.5, got 0.001"),
         ({"dtype": torch.bfloat16}, "dtype: expected only with a folder or name"),
         ({"aggregation": "head:7"}, "head below 5"),
+        ({"pooling": "pooler"}, "pooling: expected last or first, because LlamaModel has no pooler, got 'pooler'"),
     ],
 )
 def test_what_does_not_fit_the_trunk_is_refused(causal_lm, options, message):
