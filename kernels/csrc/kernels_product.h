@@ -114,6 +114,8 @@ struct Dot {
 };
 #endif
 
+constexpr int64_t kPrefetchBytes = 1024;
+
 // sums: [R][columns + 1][W], the square first
 template <class P, int R, int C, bool kSquare>
 inline void tile(const typename P::Element* const* x, int64_t length, const typename P::Weight* w, int64_t columns,
@@ -127,9 +129,15 @@ inline void tile(const typename P::Element* const* x, int64_t length, const type
     for (int c = 0; c < C; ++c) total[r][c] = load(sums + r * row + (1 + first + c) * W);
   }
   w += first * P::kEach;
+  // A row's next stretch comes 15 rows later, which no hardware prefetcher expects: asking for it is 12 to 20 % of the
+  // whole time (Zen 5, D = 4096). Once is enough; the other tiles of columns read the same features again.
+  const int64_t ahead = first == 0 ? kPrefetchBytes : 0;
   for (int64_t d = 0; d < length; d += P::kStep, w += columns * P::kEach) {
     typename P::Vector v[R];
-    for (int r = 0; r < R; ++r) v[r] = P::read(at[r] + d);
+    for (int r = 0; r < R; ++r) {
+      v[r] = P::read(at[r] + d);
+      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at[r] + d) + ahead));
+    }
     for (int r = 0; r < R && kSquare; ++r) squares[r] = P::square(v[r], squares[r]);
     for (int c = 0; c < C; ++c) {
       for (int r = 0; r < R; ++r) total[r][c] = P::times(v[r], w + c * P::kEach, total[r][c]);
