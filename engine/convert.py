@@ -17,6 +17,9 @@ from .mode import evaluating
 if TYPE_CHECKING:
     from .model import EnsembleRewardModel
 
+# what says where a model is found, and so concerns its configuration too
+_HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+
 
 def refuse_missing(where: str, name: object, missing: Iterable[str]) -> None:
     """Raise ValueError if a checkpoint lacked tensors, which transformers fills with random numbers and a warning."""
@@ -31,10 +34,7 @@ def refuse_missing(where: str, name: object, missing: Iterable[str]) -> None:
 def load_trunk(source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[str, Any], need_pooler: bool) -> Any:
     """The base model of a folder or hub name, or of an instance (by reference); text only, encoder or decoder."""
     if isinstance(source, PreTrainedModel):
-        if kwargs:
-            raise ValueError(
-                f"from_trunk: {', '.join(kwargs)}: expected only with a folder or name, got it beside a model"
-            )
+        _refuse_options("from_trunk", kwargs)
         trunk: Any = source.base_model
     elif isinstance(source, nn.Module):
         raise ValueError(
@@ -62,10 +62,12 @@ def model_of_sequence_classifier(
     where = "from_sequence_classifier"
     append_eos = kwargs.pop("append_eos", None)
     if isinstance(source, PreTrainedModel):
+        _refuse_options(where, kwargs)
         original = source
         _check_labels(original.config)
     else:
-        _check_labels(AutoConfig.from_pretrained(source))
+        hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        _check_labels(AutoConfig.from_pretrained(source, **hub))
         original, info = AutoModelForSequenceClassification.from_pretrained(source, output_loading_info=True, **kwargs)
         refuse_missing(where, source, info["missing_keys"])
     trunk: Any = original.base_model
@@ -79,6 +81,11 @@ def model_of_sequence_classifier(
     model = cls.from_trunk(trunk, head=head, pooling="pooler" if pooled else None, append_eos=append_eos)
     _check_same_rewards(original, model, linear)
     return model
+
+
+def _refuse_options(where: str, kwargs: dict[str, Any]) -> None:
+    if kwargs:
+        raise ValueError(f"{where}: {', '.join(kwargs)}: expected only with a folder or name, got it beside a model")
 
 
 def _check_labels(config: Any) -> None:

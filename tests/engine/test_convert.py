@@ -233,6 +233,14 @@ def test_a_head_of_the_wrong_shape_is_refused(make_classifier):
         EnsembleRewardModel.from_sequence_classifier(original)
 
 
+def test_loading_options_reach_the_files_and_are_refused_beside_an_instance(make_classifier, tmp_path):
+    make_classifier().save_pretrained(tmp_path / "part")
+    model = EnsembleRewardModel.from_sequence_classifier(str(tmp_path), subfolder="part", dtype=torch.bfloat16)
+    assert model.model.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="from_sequence_classifier: dtype: expected only with a folder or name"):
+        EnsembleRewardModel.from_sequence_classifier(make_classifier(), dtype=torch.bfloat16)
+
+
 def test_a_model_without_a_head_is_refused(causal_lm):
     causal_lm.config.num_labels = 1
     with pytest.raises(ValueError, match="score: expected one linear layer as the head of LlamaForCausalLM, got none"):
