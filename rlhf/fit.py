@@ -305,7 +305,8 @@ def _check(data: PairFeatures, config: FitConfig) -> None:
         if value is not None and tuple(value.shape) != (pairs,):
             raise ValueError(f"{name}: expected shape [{pairs}], got {list(value.shape)}")
     if (data.p_hat is None) == (config.stage == "brme"):
-        raise ValueError("p_hat: expected for stage 'brme' and for it alone, got " + f"stage {config.stage!r}")
+        got = "none" if data.p_hat is None else "one"
+        raise ValueError(f"p_hat: expected for stage 'brme' and for it alone, got {got} for stage {config.stage!r}")
     if data.margin is not None and (config.stage == "brme" or not bool(data.margin.isfinite().all())):
         raise ValueError("margin: expected finite values, for stage 'bt' alone")
     if data.p_hat is not None and not bool(((data.p_hat > 0) & (data.p_hat < 1)).all()):
@@ -329,4 +330,4 @@ def _check_features(chosen: Tensor, rejected: Tensor, what: str, dim: int | None
 
 def _digest(data: PairFeatures) -> list[float]:
     """A few sums that tell this data from other data: enough to refuse a stale checkpoint."""
-    return [float(t.double().sum()) for t in data if t is not None]
+    return [float(t.sum(dtype=torch.float64)) for t in data if t is not None]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from ..engine import EnsembleHead, EnsembleRewardModel, Scorer, calibrate
+from ..kernels import Aggregation
 from .data import PreferencePair, load_pairs, split_by_prompt
 from .features import compute_features, hidden_norms
 from .files import atomic_folder, atomic_write_json
@@ -44,6 +47,8 @@ def run_train(config: TrainConfig, *, resume: bool = False, progress: bool = Tru
         ValueError: for data or a config that cannot be used; for an output folder that holds another run or anything
             else; for a loss that is not finite.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("train: expected one process, got a launcher's several: the run folder has one writer")
     finished = open_folder(config, resume)
     if finished is not None:
         return TrainResult(config.output, finished, finished_before=True)
@@ -72,10 +77,13 @@ class _Run:
             progress=progress,
         )
         self.train, self.held_out = split_by_prompt(data.pairs, config.eval_fraction, config.seed)
-        if config.stage == "brme" and config.brme.num_heads > len(self.train):
-            raise ValueError(
-                f"brme.num_heads: expected at most the {len(self.train)} training pairs, got {config.brme.num_heads}"
-            )
+        if config.stage == "brme":
+            Aggregation.parse(config.aggregation).check_heads(config.brme.num_heads)
+            if config.brme.num_heads > len(self.train):
+                raise ValueError(
+                    f"brme.num_heads: expected at most the {len(self.train)} training pairs, "
+                    f"got {config.brme.num_heads}"
+                )
         self._write_counts(data.counts)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(config.model)
@@ -122,9 +130,9 @@ class _Run:
         self.log.metrics(0, hidden_norms(chosen, rejected), prefix="features/train")
         if held is not None:
             self.log.metrics(0, hidden_norms(*held), prefix="features/eval")
-        margin = _margins(self.train)
-        margin = None if margin is None else margin.to(self.device)
-        stage1 = self._fit(self.bt, PairFeatures(chosen, rejected, None, margin), held, "mean")
+        evaluation = None if held is None else PairFeatures(*held, None, self._margins(self.held_out))
+        data = PairFeatures(chosen, rejected, None, self._margins(self.train))
+        stage1 = self._fit(self.bt, data, evaluation, "mean")
         self._save("stage1", model, stage1)
         single = _Scored(stage1, held)
         final, aggregation = stage1, "mean"
@@ -138,7 +146,13 @@ class _Run:
         self._save("model", model, final)
         return single, _Scored(final, held)
 
-    def _fit(self, config: FitConfig, data: PairFeatures, evaluation: Any, aggregation: str) -> EnsembleHead:
+    def _margins(self, pairs: list[PreferencePair]) -> Tensor | None:
+        margins = _margins(pairs)
+        return None if margins is None else margins.to(self.device)
+
+    def _fit(
+        self, config: FitConfig, data: PairFeatures, evaluation: PairFeatures | None, aggregation: str
+    ) -> EnsembleHead:
         fit = fit_heads(
             data.chosen,
             data.rejected,
@@ -158,47 +172,45 @@ class _Run:
     def _trained(self) -> tuple[_Scored, _Scored]:
         """The trunk trained in each stage, both from the base model as in the paper ("we train a single-head RM and a
         5-head BRME starting from" it): stage 1 stays a model of its own, and p_hat is the only thing handed over."""
-        stage1 = self._train_stage(self.bt, "stage1", None)
+        stage1 = self._saved("stage1")
+        if stage1 is None:
+            stage1 = self._train_stage(self.bt, (None, None))
+            self._save("stage1", stage1, stage1.score)
         single = _Scored(stage1.score, self._features(stage1, self.held_out) if self.held_out else None)
-        if self.config.stage == "bt":
+        model = self._saved("model")
+        if model is None:
             model = stage1
-        else:
-            p_hat = _p_hat(stage1.score, *self._features(stage1, self.train))
-            held_p = None if single.features is None else _p_hat(stage1.score, *single.features)
-            del stage1
-            model = self._train_stage(self.brme, "trained", (p_hat, held_p))
-        reference = self._features(model, self.train[:_CALIBRATION_PAIRS])
-        head = _copy(model.score)
-        calibrate(head, torch.cat(reference))
-        final = _Scored(head, self._features(model, self.held_out) if self.held_out else None)
-        self._save("model", model, head)
-        return single, final
+            if self.config.stage == "brme":
+                p_hat = _p_hat(stage1.score, *self._features(stage1, self.train))
+                held_p = None if single.features is None else _p_hat(stage1.score, *single.features)
+                del stage1, model  # the memory of one trunk at a time
+                model = self._train_stage(self.brme, (p_hat, held_p))
+            model.score = _copy(model.score)
+            calibrate(model.score, torch.cat(self._features(model, self.train[:_CALIBRATION_PAIRS])))
+            self._save("model", model, model.score)
+        return single, _Scored(model.score, self._features(model, self.held_out) if self.held_out else None)
 
-    def _train_stage(
-        self, losses: FitConfig, name: str, p_hat: tuple[Tensor, Tensor | None] | None
-    ) -> EnsembleRewardModel:
-        done = self.folder / name
-        if done.exists():
-            return self._placed(EnsembleRewardModel.from_pretrained(done, dtype="auto"))
+    def _saved(self, name: str) -> EnsembleRewardModel | None:
+        """A finished stage's model, if it is there."""
+        folder = self.folder / name
+        return self._placed(EnsembleRewardModel.from_pretrained(folder, dtype="auto")) if folder.exists() else None
+
+    def _train_stage(self, losses: FitConfig, p_hat: tuple[Tensor | None, Tensor | None]) -> EnsembleRewardModel:
         model = self._load(losses.num_heads, losses)
         scorer = self._scorer(model)
         heads = partition(len(self.train), losses.num_heads, losses.seed).tolist()
-        train_p, held_p = (None, None) if p_hat is None else p_hat
-        log_folder = self.folder / "checkpoints" / losses.stage
-        trained = train_trunk(
+        return train_trunk(
             model,
-            _rows(scorer, self.train, heads, train_p),
-            _rows(scorer, self.held_out, [0] * len(self.held_out), held_p),
+            _rows(scorer, self.train, heads, p_hat[0], self.progress),
+            _rows(scorer, self.held_out, [0] * len(self.held_out), p_hat[1], self.progress),
             losses,
             self.config.trunk,
             "lora" if self.mode == "lora" else "full",
-            log_folder,
+            self.folder / "checkpoints" / losses.stage,
             log=self.log,
             resume=self.resume,
             progress=self.progress,
         )
-        self._save(name, trained, trained.score)
-        return trained
 
     # both
 
@@ -267,7 +279,8 @@ class _Scored:
     @torch.no_grad()
     def accuracy(self, aggregation: str) -> float:
         assert self.features is not None
-        chosen, rejected = (self.head(side, aggregation=aggregation).reward for side in self.features)
+        # centring each side on its own would move one against the other
+        chosen, rejected = (self.head(side, aggregation=aggregation, centre="none").reward for side in self.features)
         return float(pair_correct(chosen, rejected).double().mean())
 
 
@@ -291,11 +304,14 @@ def _margins(pairs: list[PreferencePair]) -> Tensor | None:
     return torch.tensor([pair.margin or 0.0 for pair in pairs])
 
 
-def _rows(scorer: Scorer, pairs: list[PreferencePair], heads: list[int], p_hat: Tensor | None) -> list[dict[str, Any]]:
+def _rows(
+    scorer: Scorer, pairs: list[PreferencePair], heads: list[int], p_hat: Tensor | None, progress: bool
+) -> list[dict[str, Any]]:
     """Tokenised pairs as `collate` takes them."""
     margins = _margins(pairs)
     rows = []
-    for i, (pair, head) in enumerate(zip(pairs, heads, strict=True)):
+    bar = tqdm(pairs, desc="tokenising", unit="pair", delay=1, disable=not progress)
+    for i, (pair, head) in enumerate(zip(bar, heads, strict=True)):
         chosen, rejected = pair.items()
         rows.append(
             {

@@ -71,7 +71,9 @@ def open_folder(config: TrainConfig, resume: bool) -> dict[str, Any] | None:
     folder, saved = config.output, config.output / "config.yaml"
     if not saved.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output: expected a new or empty folder or one of a run, got {folder} with other files")
-    if not any((folder / name).exists() for name in ("features", "checkpoints", "stage1", "train.json")):
+    metrics = folder / "metrics.jsonl"
+    begun = metrics.exists() and metrics.stat().st_size > 0
+    if not begun and not any((folder / name).exists() for name in ("features", "checkpoints", "stage1", "train.json")):
         # new, or of a run that was refused before it computed anything: a mended command may have it
         (folder / "data.json").unlink(missing_ok=True)
         atomic_write_text(saved, config.to_yaml())

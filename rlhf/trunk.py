@@ -214,6 +214,9 @@ def train_trunk(
         disable_tqdm=not progress,
         **options,
     )
+    # with several GPUs in one process Trainer takes DataParallel, which cuts a batch by rows and so parts the pairs
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
     trainer = PairTrainer(
         model=wrapped,
         args=arguments,

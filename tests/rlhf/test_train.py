@@ -196,6 +196,7 @@ def test_several_runs_share_a_feature_folder(tiny_chat_folder: Path, data: Path,
     [
         ("brme.num_heads=55", "brme.num_heads: expected at most the 54 training pairs, got 55"),
         ("max_length=100000", "Scorer: max_length: expected 1 to 128"),
+        ("aggregation=head:3", r"aggregation 'head:3': expected a head below 3 \(K\), got 3"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_training(
@@ -211,6 +212,20 @@ def test_what_cannot_work_is_refused_before_any_training(
 def test_a_model_that_is_not_there_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model: .*nowhere.* is neither a folder nor a hub name that loads"):
         run_train(_config(tmp_path / "nowhere", data, tmp_path / "run"), progress=False)
+
+
+def test_several_processes_are_refused(finished: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="train: expected one process"):
+        run_train(finished, resume=True, progress=False)
+
+
+def test_a_centred_aggregation_is_measured_as_it_ranks(tiny_chat_folder: Path, data: Path, tmp_path: Path) -> None:
+    accuracies = []
+    for i, centre in enumerate(("", ",centre=batch")):
+        config = _config(tiny_chat_folder, data, tmp_path / str(i), f"aggregation=median{centre}", "brme.epochs=2")
+        accuracies.append(run_train(config, progress=False).metrics["accuracy"][config.aggregation])
+    assert accuracies[0] == accuracies[1]
 
 
 def test_a_wrong_aggregation_is_refused_with_the_config() -> None:
