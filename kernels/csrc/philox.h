@@ -26,7 +26,7 @@ inline Words philox(int64_t seed, int64_t counter) {
   return {{c0, c1, c2, c3}};
 }
 
-// 23 bits and a half: exact in fp32, never 0 or 1.
+// 24 bits: exact in fp32, never 0 or 1.
 inline float uniform(uint32_t word) { return float(word >> 9) * 0x1p-23f + 0x1p-24f; }
 
 inline float normal(int64_t seed, int64_t counter) {
