@@ -42,7 +42,8 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p build/typecheck && ln -sfn ../.. build/typecheck/prudent
-	cd build/typecheck && MYPYPATH=. $(abspath $(BIN))/mypy --config-file prudent/pyproject.toml -p prudent
+	cd build/typecheck && MYPYPATH=. $(abspath $(BIN))/mypy --config-file prudent/pyproject.toml \
+		-m prudent -m prudent.cli -p prudent.kernels -p prudent.engine -p prudent.rlhf -p prudent.bench
 
 clean:
 	rm -rf build $(VENV) *.egg-info _C.so

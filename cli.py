@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"prudent: error: {error}", file=sys.stderr)
         return 2
     # where standard output carries the scores, the summary goes beside them
-    print(result, file=sys.stderr if getattr(arguments, "output", None) == "-" else sys.stdout)
+    print(result, file=sys.stderr if getattr(result, "output", None) == "-" else sys.stdout)
     return 0
 
 

@@ -37,7 +37,7 @@ _library.define(
 def _backend(inputs: Inputs) -> Any:
     """The module that executes this call: imported when first needed, so that `import prudent` stays light."""
     if inputs.hidden.is_cuda:
-        from . import triton
+        from . import triton  # type: ignore[attr-defined]
 
         return triton
     if inputs.hidden.device.type == "cpu" and inputs.hidden.dtype != torch.float64:
@@ -241,5 +241,5 @@ def ensemble_reward(
     if not _is_plain(inputs):
         return EnsembleOutput(*torch.ops.prudent.ensemble_reward(*inputs))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:5]):
-        return EnsembleOutput(*_EagerEnsembleReward.apply(*inputs))
+        return EnsembleOutput(*_EagerEnsembleReward.apply(*inputs))  # type: ignore[no-untyped-call]
     return EnsembleOutput(*_forward(*inputs))
