@@ -272,6 +272,16 @@ def test_many_programs_total_and_centre_together() -> None:
     agrees_in_fp64(make(n=70, d=3, k=2, aggregation="tradeoff:0.4,centre=batch"))
 
 
+def test_the_arrival_counter_is_zero_again_after_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One counter serves a stream's calls, and each replay of a graph, without anybody zeroing it."""
+    counter = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(execution, "_counter", lambda device: counter)
+    inputs = make(n=40, d=3, aggregation="tradeoff:0.4,centre=batch")
+    for _ in range(3):
+        close(execution.forward(inputs), reference.forward(inputs), 1e-11)
+        assert counter.item() == 0
+
+
 def test_the_same_call_has_the_same_bits() -> None:
     inputs = make(n=70, d=65, dtype=torch.float16, aggregation="tradeoff:0.4,centre=batch")
     grads = some_grads(inputs)
@@ -334,14 +344,17 @@ def test_gradcheck_of_the_public_op_through_triton(spec: str) -> None:
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
-def test_addresses_beyond_two_to_the_31_elements() -> None:
+@pytest.mark.parametrize("gathered", [True, False])
+def test_addresses_beyond_two_to_the_31_elements(gathered: bool) -> None:
     d, rows = 64, 2**25 + 40
-    hidden = torch.empty(rows, d, dtype=torch.bfloat16, device=DEVICE)  # 4 GiB that nobody writes: no page is touched
-    last = torch.tensor([rows - 1, rows - 3])
-    small = make(n=2, d=d, dtype=torch.bfloat16)  # which stores one row
-    hidden[last] = torch.cat([small.hidden, -small.hidden])
-    large = small._replace(hidden=hidden, rows=last.to(DEVICE))
-    small = small._replace(hidden=hidden[last].clone(), rows=None)
+    base = torch.empty(rows, d, dtype=torch.bfloat16, device=DEVICE)  # 4 GiB, of which three rows' pages are touched
+    places = torch.tensor([rows - 1, rows - 3, 0] if gathered else [0, 2**24 + 8, 2**25 + 16], device=DEVICE)
+    small = make(n=3, d=d, dtype=torch.bfloat16)._replace(rows=None)
+    base[places] = torch.cat([small.hidden, -small.hidden[:1]])
+    large = small._replace(hidden=base, rows=places)
+    if not gathered:  # the same rows as a view of three, 2^30 and some elements apart
+        large = small._replace(hidden=base.as_strided((3, d), ((2**24 + 8) * d, 1)))
+    small = small._replace(hidden=base[places])
     close(execution.forward(large), execution.forward(small), 0.0)
     grads, needs = some_grads(large), (False, True, True, True)
     close(execution.backward(grads, large, needs), execution.backward(grads, small, needs), 0.0)
