@@ -13,8 +13,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from . import reference
@@ -62,9 +62,7 @@ class Config(NamedTuple):
 @cache
 def platform(device: torch.device) -> Platform:
     """AMD has fp32 matrix instructions and no tf32x3; NVIDIA below sm_80 has neither bf16 nor tf32."""
-    if device.type != "cuda":
-        return Platform(True, "ieee")
-    if torch.version.hip is not None:
+    if device.type != "cuda" or torch.version.hip is not None:
         return Platform(True, "ieee")
     modern = torch.cuda.get_device_capability(device) >= (8, 0)
     return Platform(modern, "tf32x3" if modern else "ieee")
@@ -108,9 +106,7 @@ def _counter(device: torch.device) -> Tensor:
     One per (device, stream): kernels of a stream run one after another. A captured graph gets its own, zeroed by each
     replay, since it may be replayed beside its stream's eager calls.
     """
-    if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
     if key not in _counters:
