@@ -19,8 +19,18 @@ SINGLE = "single head"
 # how the ensemble is read: the names of evaluate_heads -> the aggregation
 ENSEMBLE = {"mean": "mean", "nominal": "nominal", "worst": "min", "tradeoff:0.4": "tradeoff:0.4"}
 SCORERS = (SINGLE, *ENSEMBLE)
+# what people read; the first word decides the colour in pictures
+TITLES = {
+    SINGLE: "single head",
+    "mean": "mean of heads",
+    "nominal": "nominal",
+    "worst": "worst case",
+    "tradeoff:0.4": "tradeoff λ = 0.4",
+    "oracle": "the gold scorer itself",
+}
 PESSIMISTIC = ("worst", "tradeoff:0.4")
 REFERENCES = (SINGLE, "mean")
+FLAT = "flat as far as can be told"
 
 
 class Comparison(NamedTuple):
@@ -48,7 +58,7 @@ class Trend(NamedTuple):
     @property
     def verdict(self) -> str:
         """`rises` or `falls` where the 95 % interval leaves 0 out, else `flat as far as can be told`."""
-        return _verdict(self.difference, "rises", "falls", "flat as far as can be told")
+        return _verdict(self.difference, "rises", "falls", FLAT)
 
 
 class Study(NamedTuple):
@@ -112,61 +122,66 @@ def study(proxies: Mapping[str, Tensor], gold: Tensor, *, resamples: int = 2000,
 
 def findings(result: Study) -> list[str]:
     """The outcome in sentences, the headline first."""
-    found = {(c.scorer, c.against): c for c in result.comparisons}
-    better = {name: [r for r in REFERENCES if found[name, r].verdict == "higher"] for name in PESSIMISTIC}
-    worse = {name: [r for r in REFERENCES if found[name, r].verdict == "lower"] for name in PESSIMISTIC}
-    n = result.comparisons[0].n
-    winners = [name for name in PESSIMISTIC if len(better[name]) == len(REFERENCES)]
-    some = [f"{name} against the {_title(r)}" for name in PESSIMISTIC for r in better[name]]
-    losing = [f"{name} against the {_title(r)}" for name in PESSIMISTIC for r in worse[name]]
+    n, prompts = result.comparisons[0].n, result.oracle.gold_per_prompt.shape[0]
+    found = {(c.scorer, c.against): c.verdict for c in result.comparisons}
+    better, worse = (
+        {r: [name for name in PESSIMISTIC if found[name, r] == verdict] for r in REFERENCES}
+        for verdict in ("higher", "lower")
+    )
+    winners = [name for name in PESSIMISTIC if all(name in better[r] for r in REFERENCES)]
+    gains, losses = _against(better), _against(worse)
     if winners:
         bring = "brings" if len(winners) == 1 else "bring"
-        headline = (
-            f"Pessimism wins here: at n = {n}, {_and(winners)} {bring} more gold reward than the single head and "
-        )
-        headline += "than the mean of heads."
-    elif some and not losing:
-        headline = f"Pessimism helps in part here: at n = {n} it brings more gold reward in the case of {_and(some)}."
-    elif some:
-        headline = f"A mixed result at n = {n}: pessimism gains with {_and(some)}, and loses with {_and(losing)}."
-    elif losing:
-        headline = f"Pessimism does not win here; at n = {n} it costs gold reward: {_and(losing)}."
+        references = " and than the ".join(TITLES[r] for r in REFERENCES)
+        headline = f"Pessimism wins here: at n = {n}, {_names(winners)} {bring} more gold reward than the {references}."
+    elif gains and losses:
+        headline = f"A mixed result: at n = {n}, pessimism gains gold reward ({gains}) and loses some ({losses})."
+    elif gains:
+        headline = f"Pessimism helps in part here: at n = {n} it brings more gold reward ({gains})."
+    elif losses:
+        headline = f"Pessimism does not win here: at n = {n} it costs gold reward ({losses})."
     else:
-        prompts = result.oracle.gold_per_prompt.shape[0]
         headline = f"Pessimism does not win here: at n = {n}, {prompts} prompts show no difference either way."
-    return [headline, *_details(result)]
+    return [headline, *_differences(result), _trend(result), _share(result)]
 
 
-def _details(result: Study) -> list[str]:
+def _against(names: Mapping[str, list[str]]) -> str:
+    return "; ".join(f"{_names(found)} against the {TITLES[r]}" for r, found in names.items() if found)
+
+
+def _differences(result: Study) -> list[str]:
     lines = []
     for against in REFERENCES:
         parts = [
-            f"{c.scorer} {_signed(c.difference)} ({c.verdict})" for c in result.comparisons if c.against == against
+            f"{TITLES[c.scorer]} {_signed(c.difference)}, {c.verdict}"
+            for c in result.comparisons
+            if c.against == against
         ]
-        lines.append(f"Gold reward at n = {result.comparisons[0].n} minus the {_title(against)}'s: {'; '.join(parts)}.")
+        n = result.comparisons[0].n
+        lines.append(f"Gold reward at n = {n}, difference to the {TITLES[against]}: {'; '.join(parts)}.")
+    return lines
+
+
+def _trend(result: Study) -> str:
+    groups = (("falls", "falls"), ("still rises", "rises"), ("is flat as far as can be told", FLAT))
+    said, falling = [], False
+    for words, verdict in groups:
+        names = [t.scorer for t in result.trends if t.verdict == verdict]
+        falling |= bool(names) and verdict == "falls"
+        said += [f"{words} for {_names(names)}"] if names else []
     first, last = result.trends[0].first, result.trends[0].last
-    falling = [t.scorer for t in result.trends if t.verdict == "falls"]
-    rising = [t.scorer for t in result.trends if t.verdict == "rises"]
-    flat = [t.scorer for t in result.trends if t.scorer not in falling + rising]
-    said = [
-        f"{word} for {_and(names)}"
-        for word, names in (("falls", falling), ("still rises", rising), ("is flat as far as can be told", flat))
-        if names
-    ]
-    hacked = (
-        "That fall is over-optimisation. "
-        if falling
-        else "Over-optimisation in the strict sense, a fall, is not shown. "
-    )
-    lines.append(f"From n = {first} to n = {last} the gold reward {', '.join(said)}. {hacked}".strip())
-    start, best = float(result.oracle.gold[0]), float(result.oracle.gold[-1])
+    meaning = "That fall is over-optimisation." if falling else "No fall, hence no over-optimisation, is shown."
+    return f"From n = {first} to n = {last} the gold reward {', '.join(said)}. {meaning}"
+
+
+def _share(result: Study) -> str:
+    n, start, best = int(result.oracle.n[-1]), float(result.oracle.gold[0]), float(result.oracle.gold[-1])
     top = max(result.curves, key=lambda name: float(result.curves[name].gold[-1]))
     share = (float(result.curves[top].gold[-1]) - start) / (best - start) if best > start else 0.0
-    lines.append(
-        f"Of what could be gained by picking from {last} (from {start:+.2f} to {best:+.2f} by the gold scorer itself), "
-        f"the best scorer here, {top}, gains {share:.0%}."
+    return (
+        f"Were the gold scorer to pick from {n}, it would raise the gold reward from {start:+.2f} "
+        f"to {best:+.2f}; the best reward here, {TITLES[top]}, gets {share:.0%} of that."
     )
-    return lines
 
 
 def _verdict(interval: Interval, above: str, below: str, neither: str) -> str:
@@ -177,15 +192,13 @@ def _verdict(interval: Interval, above: str, below: str, neither: str) -> str:
     return neither
 
 
-def _title(name: str) -> str:
-    return "mean of heads" if name == "mean" else name
-
-
 def _signed(interval: Interval) -> str:
     if interval.low is None or interval.high is None:
         return f"{interval.value:+.3f}"
     return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
-def _and(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+def _names(names: list[str]) -> str:
+    """Titles of scorers, joined by commas and a last `and`."""
+    titles = [TITLES[name] for name in names]
+    return titles[0] if len(titles) == 1 else ", ".join(titles[:-1]) + " and " + titles[-1]

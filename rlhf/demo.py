@@ -50,8 +50,8 @@ class DemoConfig(JobConfig):
     eval_fraction: float = Field(0.2, gt=0, lt=1)  # of the prompts of `preferences`
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the machine multiplies it fast
     seed: int = Field(0, ge=0, lt=2**30)
-    samples_per_prompt: int = Field(8, ge=2)  # of a training prompt
-    pairs_per_prompt: int = Field(12, ge=1)
+    samples_per_prompt: int = Field(16, ge=2)  # of a training prompt
+    pairs_per_prompt: int = Field(24, ge=1)
     held_out_prompts: int = Field(32, ge=2)
     best_of: int = Field(256, ge=4)  # responses to a held-out prompt
     label_noise: float = Field(0.25, ge=0, le=0.5)

@@ -71,4 +71,20 @@ def _convert(source: Path, target: Path) -> None:
     plain = type(model)(config)
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE).save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    tokenizer.chat_template = _ending_with_the_turn(tokenizer.chat_template)
+    tokenizer.save_pretrained(target)
+
+
+def _ending_with_the_turn(template: str) -> str:
+    """The chat template without the newline after the last turn.
+
+    A reward is read at a sequence's last token. At the newline the model has little left to sum up: on sentiment pairs
+    of its own samples a linear reader of the hidden state gets 59 % right there, and 64 % one token earlier, at
+    <|im_end|>. What the model reads before it writes is unchanged.
+    """
+    newline = "'<|im_end|>' + '\n'}}"
+    if template.count(newline) != 1:
+        raise ValueError(f"{PACKAGE}: expected a chat template with {newline} once, got {template!r}")
+    between = "'<|im_end|>'}}{% if not loop.last or add_generation_prompt %}{{'\n'}}{% endif %}"
+    return template.replace(newline, between)

@@ -12,20 +12,12 @@ from torch import Tensor
 from ..engine import EnsembleHead
 from ..kernels import EnsembleOutput
 from . import plots
-from .best_of_n import SCORERS, Study, findings
+from .best_of_n import SCORERS, TITLES, Study, findings
 from .data import PreferencePair
 from .rollout import Rollout
 from .runlog import read_metrics
 from .statistics import BestOfN, Bin, Interval
 
-TITLES = {
-    "single head": "single head",
-    "mean": "mean of heads",
-    "nominal": "nominal",
-    "worst": "worst case",
-    "tradeoff:0.4": "trade-off, λ = 0.4",
-    "oracle": "the gold scorer itself",
-}
 _TEMPLATE = Path(__file__).with_name("report_template.html")
 _WIDTH, _MARGIN = 420, 14  # of the strip that shows the heads, pixels
 
@@ -74,7 +66,7 @@ def examples(
     with torch.no_grad():
         heads = ensemble(torch.cat([rollout.features for rollout in rollouts]), aggregation="mean")
     texts = [(rollout.prompt, response) for rollout in rollouts for response in rollout.responses]
-    rows = [
+    strips = [
         _strip(heads, i, prompt=texts[i][0], response=texts[i][1], gold=float(gold.flatten()[i]))
         for i in _extremes(heads.mean, [i // samples for i in range(prompts * samples)])
     ]
@@ -82,16 +74,15 @@ def examples(
     for p in range(min(4, prompts)):  # the first four, not chosen for anything
         chosen = {name: int(values.view(prompts, samples)[p].argmax()) for name, values in rewards.items()}
         chosen["oracle"] = int(gold[p].argmax())
-        picks.append(
-            {
-                "prompt": rollouts[p].prompt,
-                "rows": [
-                    {"scorer": TITLES[name], "response": rollouts[p].responses[i], "gold": float(gold[p, i])}
-                    for name, i in chosen.items()
-                ],
-            }
-        )
-    return {"strips": _scaled(rows), "picks": picks}
+        by_response: dict[int, list[str]] = {}
+        for name, i in chosen.items():
+            by_response.setdefault(i, []).append(TITLES[name])
+        rows = [
+            {"scorers": names, "response": rollouts[p].responses[i], "gold": float(gold[p, i])}
+            for i, names in by_response.items()
+        ]
+        picks.append({"prompt": rollouts[p].prompt, "rows": rows})
+    return {"strips": _scaled(strips), "picks": picks}
 
 
 def pair_examples(
@@ -270,7 +261,8 @@ def _figures(metrics: Mapping[str, Any], page: Page, folder: Path) -> dict[str, 
     if any(len(row) > 1 for row in history):
         figures["training"] = plots.training_curves(history)
     if page.study is not None:
-        figures["best_of_n"] = plots.best_of_n(page.study.curves, gold_label=f"gold reward ({metrics['gold']['name']})")
+        curves = {TITLES[name]: curve for name, curve in page.study.curves.items()}
+        figures["best_of_n"] = plots.best_of_n(curves, gold_label=f"gold reward ({metrics['gold']['name']})")
     return {name: plots.to_svg(figure) for name, figure in figures.items()}
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..engine.config import max_positions
 from ..engine.text import ItemEncoder
 from .decode import Sampled, Sampling, sample_batch
 from .files import atomic_file
@@ -98,13 +99,15 @@ def sample(
 ) -> list[Rollout]:
     """The responses to every request, sampled or read back from `folder`; in the requests' order.
 
-    Raises ValueError if `folder` holds other prompts' responses, or the two requests are for one prompt.
+    Raises ValueError if `folder` holds other prompts' responses, if two requests are for one prompt, or if a prompt leaves
+    the model no room for a response.
     """
     folder = Path(folder)
     if len({request.prompt for request in requests}) != len(requests):
         raise ValueError("prompts: expected different ones, got one twice")
     turn = Turn(tokenizer, model)
     prompts = [turn.prompt(request.prompt) for request in requests]
+    _check_length(model, requests, prompts, sampling.max_new_tokens + len(turn.closing))
     batches = plan([len(ids) for ids in prompts], [request.samples for request in requests], batch_rows)
     store = _Store(folder, requests)
     todo = [(number, batch) for number, batch in enumerate(batches) if not store.has(number, batch)]
@@ -123,6 +126,16 @@ def sample(
                 bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'] - start, 1e-9):.0f} tokens/s")
             bar.update(sum(requests[i].samples for i in batch))
     return store.read(batches)
+
+
+def _check_length(model: Any, requests: Sequence[Request], prompts: Sequence[list[int]], room: int) -> None:
+    limit = max_positions(model.config)
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if limit is not None and len(prompts[longest]) + room > limit:
+        raise ValueError(
+            f"prompts: expected at most {limit - room} tokens each, so that {room} more fit the model's {limit}, "
+            f"got {len(prompts[longest])}: {requests[longest].prompt[:60]!r}"
+        )
 
 
 class _Store:

@@ -28,17 +28,17 @@ def _proxies(good: tuple[str, ...], gold: Tensor) -> dict[str, Tensor]:
 
 def test_pessimism_that_picks_better_than_both_references_wins() -> None:
     lines = findings(study(_proxies(PESSIMISTIC, _gold()), _gold()))
-    assert lines[0].startswith("Pessimism wins here: at n = 64, worst and tradeoff:0.4 bring more gold reward")
+    assert lines[0].startswith("Pessimism wins here: at n = 64, worst case and tradeoff λ = 0.4 bring more gold reward")
 
 
 def test_one_winner_is_named_alone() -> None:
     lines = findings(study(_proxies(("worst",), _gold()), _gold()))
-    assert lines[0].startswith("Pessimism wins here: at n = 64, worst brings")
+    assert lines[0].startswith("Pessimism wins here: at n = 64, worst case brings")
 
 
 def test_pessimism_that_picks_worse_does_not_win() -> None:
     lines = findings(study(_proxies(REFERENCES, _gold()), _gold()))
-    assert lines[0].startswith("Pessimism does not win here; at n = 64 it costs gold reward: worst against the single")
+    assert lines[0].startswith("Pessimism does not win here: at n = 64 it costs gold reward (worst case and tradeoff")
 
 
 def test_no_difference_is_called_none() -> None:
@@ -59,7 +59,9 @@ def test_gains_and_losses_together_are_called_mixed() -> None:
     proxies = _proxies(("mean",), gold)
     proxies["single head"] = -gold
     lines = findings(study(proxies, gold))
-    assert lines[0].startswith("A mixed result at n = 64: pessimism gains with worst against the single head")
+    assert lines[0].startswith(
+        "A mixed result: at n = 64, pessimism gains gold reward (worst case and tradeoff λ = 0.4 against the"
+    )
 
 
 def test_a_fall_at_the_end_is_called_over_optimisation_and_a_rise_is_not() -> None:

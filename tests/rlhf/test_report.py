@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from prudent.engine import EnsembleHead
-from prudent.rlhf.report import TITLES, accuracy_sentences, examples, signal_sentences, table
+from prudent.rlhf.best_of_n import TITLES
+from prudent.rlhf.report import accuracy_sentences, examples, signal_sentences, table
 from prudent.rlhf.rollout import Rollout
 
 NAMES = ("single head", "mean", "nominal", "worst", "tradeoff:0.4")
@@ -93,6 +94,9 @@ def test_examples_show_the_least_and_the_most_disagreement_of_different_prompts(
         assert min(positions) >= 0
         assert max(positions) <= found["strips"]["width"]
     assert [pick["prompt"] for pick in found["picks"]] == ["p0", "p1", "p2", "p3"]
-    best = found["picks"][0]["rows"][0]
-    assert best["response"] == f"r0{int(rewards['single head'][:7].argmax())}"
-    assert found["picks"][0]["rows"][-1]["gold"] == pytest.approx(gold[0].max().item())
+    by_scorer = {name: row for row in found["picks"][0]["rows"] for name in row["scorers"]}
+    assert set(by_scorer) == set(TITLES.values())
+    assert by_scorer["single head"]["response"] == f"r0{int(rewards['single head'][:7].argmax())}"
+    assert by_scorer["the gold scorer itself"]["gold"] == pytest.approx(gold[0].max().item())
+    responses = [row["response"] for row in found["picks"][0]["rows"]]
+    assert len(responses) == len(set(responses)), "who picked the same stands in one row"

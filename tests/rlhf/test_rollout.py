@@ -112,6 +112,11 @@ def test_a_prompt_given_twice_is_refused(chat: tuple[Any, Any], tmp_path: Path) 
         _sample(chat, tmp_path, [REQUESTS[0], REQUESTS[0]])
 
 
+def test_a_prompt_that_leaves_no_room_is_refused(chat: tuple[Any, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"at most 119 tokens each, .* the model's 128, got 203: 'food food"):
+        _sample(chat, tmp_path, [REQUESTS[0], Request("food " * 200, 2)])
+
+
 def test_batches_hold_one_length_and_one_count_and_every_prompt_once() -> None:
     lengths, samples = [5, 6, 5, 5, 5, 6], [4, 4, 4, 4, 256, 4]
     batches = plan(lengths, samples, batch_rows=8)
