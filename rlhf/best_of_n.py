@@ -25,7 +25,7 @@ TITLES = {
     "mean": "mean of heads",
     "nominal": "nominal",
     "worst": "worst case",
-    "tradeoff:0.4": "tradeoff λ = 0.4",
+    "tradeoff:0.4": "tradeoff λ=0.4",
     "oracle": "the gold scorer itself",
 }
 PESSIMISTIC = ("worst", "tradeoff:0.4")

@@ -210,14 +210,11 @@ def accuracy_sentences(pairs: Mapping[str, Any]) -> list[str]:
         gap = pairs["difference"].get(f"{name} - {SCORERS[0]}")
         if gap is None or gap["low"] is None:
             continue
-        word = "more" if gap["low"] > 0 else "less" if gap["high"] < 0 else ""
-        told = (
-            f"ranks {abs(gap['value']):.1%} {word} of the pairs right than the single head"
-            if word
-            else ("cannot be told from the single head")
-        )
+        told = "cannot be told from the single head"
+        if gap["low"] > 0 or gap["high"] < 0:
+            told = f"ranks {'more' if gap['low'] > 0 else 'fewer'} pairs right than the single head"
         lines.append(
-            f"{TITLES[name].capitalize()} {told} ({gap['value']:+.3f}, {gap['low']:+.3f} to {gap['high']:+.3f})."
+            f"{TITLES[name][0].upper()}{TITLES[name][1:]} {told} ({gap['value']:+.3f}, {gap['low']:+.3f} to {gap['high']:+.3f})."
         )
     return lines
 

@@ -99,8 +99,9 @@ def sample(
 ) -> list[Rollout]:
     """The responses to every request, sampled or read back from `folder`; in the requests' order.
 
-    Raises ValueError if `folder` holds other prompts' responses, if two requests are for one prompt, or if a prompt leaves
-    the model no room for a response.
+    Raises:
+        ValueError: if `folder` holds other prompts' responses, two requests are for one prompt, or a prompt leaves
+            the model no room for a response.
     """
     folder = Path(folder)
     if len({request.prompt for request in requests}) != len(requests):

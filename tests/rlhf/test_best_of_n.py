@@ -28,7 +28,7 @@ def _proxies(good: tuple[str, ...], gold: Tensor) -> dict[str, Tensor]:
 
 def test_pessimism_that_picks_better_than_both_references_wins() -> None:
     lines = findings(study(_proxies(PESSIMISTIC, _gold()), _gold()))
-    assert lines[0].startswith("Pessimism wins here: at n = 64, worst case and tradeoff λ = 0.4 bring more gold reward")
+    assert lines[0].startswith("Pessimism wins here: at n = 64, worst case and tradeoff λ=0.4 bring more gold reward")
 
 
 def test_one_winner_is_named_alone() -> None:
@@ -60,7 +60,7 @@ def test_gains_and_losses_together_are_called_mixed() -> None:
     proxies["single head"] = -gold
     lines = findings(study(proxies, gold))
     assert lines[0].startswith(
-        "A mixed result: at n = 64, pessimism gains gold reward (worst case and tradeoff λ = 0.4 against the"
+        "A mixed result: at n = 64, pessimism gains gold reward (worst case and tradeoff λ=0.4 against the"
     )
 
 

@@ -50,8 +50,8 @@ def test_without_gold_the_table_says_so() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
-        (0.01, 0.05, "ranks 3.0% more of the pairs right than the single head"),
-        (-0.07, -0.01, "ranks 4.0% less of the pairs right"),
+        (0.01, 0.05, "ranks more pairs right than the single head (+0.030, +0.010 to +0.050)"),
+        (-0.07, -0.01, "ranks fewer pairs right than the single head"),
         (-0.02, 0.03, "cannot be told from the single head"),
     ],
 )
