@@ -213,9 +213,8 @@ def accuracy_sentences(pairs: Mapping[str, Any]) -> list[str]:
         told = "cannot be told from the single head"
         if gap["low"] > 0 or gap["high"] < 0:
             told = f"ranks {'more' if gap['low'] > 0 else 'fewer'} pairs right than the single head"
-        lines.append(
-            f"{TITLES[name][0].upper()}{TITLES[name][1:]} {told} ({gap['value']:+.3f}, {gap['low']:+.3f} to {gap['high']:+.3f})."
-        )
+        title = TITLES[name][0].upper() + TITLES[name][1:]
+        lines.append(f"{title} {told} ({gap['value']:+.3f}, {gap['low']:+.3f} to {gap['high']:+.3f}).")
     return lines
 
 
