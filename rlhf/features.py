@@ -131,18 +131,3 @@ def compute_features(scorer: Scorer, items: Sequence[Any], folder: Path | str, p
             f"({len(bad)} of {len(keys)}); a wider dtype of the trunk may help"
         )
     return features
-
-
-def hidden_norms(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
-    """BSR's dispersion (arXiv 2505.07271, 3.1): mean and std of ||h|| over both sides, and of | ||h_w|| - ||h_l|| |.
-
-    chosen, rejected: [P, D] hidden states, or [P] norms already taken.
-    """
-    a, b = ((x if x.dim() == 1 else x.float().norm(dim=1)).double() for x in (chosen, rejected))
-    norms, gap = torch.cat([a, b]), (a - b).abs()
-    return {
-        "norm_mean": float(norms.mean()),
-        "norm_std": float(norms.std(correction=0)),
-        "norm_gap_mean": float(gap.mean()),
-        "norm_gap_std": float(gap.std(correction=0)),
-    }

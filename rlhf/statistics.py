@@ -281,22 +281,35 @@ def effective_rank(features: Tensor) -> float | None:
     return math.exp(torch.special.entr(share).sum().item())
 
 
+def hidden_norms(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
+    """BSR's dispersion (arXiv 2505.07271, 3.1): mean and std of ||h|| over both sides, and of | ||h_w|| - ||h_l|| |.
+
+    chosen, rejected: [P, D] hidden states, or [P] norms already taken.
+    """
+    a, b = ((x if x.dim() == 1 else x.float().norm(dim=1)).double() for x in (chosen, rejected))
+    norms, gap = torch.cat([a, b]), (a - b).abs()
+    return {
+        "norm_mean": float(norms.mean()),
+        "norm_std": float(norms.std(correction=0)),
+        "norm_gap_mean": float(gap.mean()),
+        "norm_gap_std": float(gap.std(correction=0)),
+    }
+
+
 def norm_dispersion(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
-    """How far hidden norms spread (BSR: over-optimisation comes from the dispersion of ||h||). chosen, rejected [P, D].
+    """`hidden_norms` of features [P, D] and how far apart the two sides are.
 
     mean, std: of ||h|| over both sides (population); relative: std / mean; gap: mean of | ||h_w|| - ||h_l|| |;
     distance: mean of ||h_w - h_l||.
     """
-    c, r = chosen.double(), rejected.double()
-    norm_c, norm_r = c.norm(dim=1), r.norm(dim=1)
-    norms = torch.cat([norm_c, norm_r])
-    mean, std = norms.mean().item(), norms.std(correction=0).item()
+    norms = hidden_norms(chosen, rejected)
+    mean, std = norms["norm_mean"], norms["norm_std"]
     return {
         "mean": mean,
         "std": std,
         "relative": std / mean if mean else 0.0,
-        "gap": (norm_c - norm_r).abs().mean().item(),
-        "distance": (c - r).norm(dim=1).mean().item(),
+        "gap": norms["norm_gap_mean"],
+        "distance": (chosen.double() - rejected.double()).norm(dim=1).mean().item(),
     }
 
 

@@ -17,12 +17,12 @@ from transformers import AutoTokenizer
 from ..engine import EnsembleHead, EnsembleRewardModel, Scorer, calibrate
 from ..kernels import Aggregation
 from .data import PreferencePair, load_pairs, split_by_prompt
-from .features import compute_features, hidden_norms
+from .features import compute_features
 from .files import atomic_folder, atomic_write_json
 from .fit import FitConfig, PairFeatures, fit_heads
 from .losses import partition
 from .runlog import RunLog
-from .statistics import pair_correct
+from .statistics import hidden_norms, pair_correct
 from .train_config import TrainConfig, TrainResult, open_folder
 from .trunk import train_trunk
 

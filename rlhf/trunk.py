@@ -14,10 +14,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..engine import EnsembleHead, EnsembleRewardModel
 from ..kernels import EnsembleOutput
-from .features import hidden_norms
 from .fit import FitConfig, pair_metrics, step_noise
 from .losses import bradley_terry, brme, bsr
 from .runlog import RunLog
+from .statistics import hidden_norms
 from .trunk_config import TrunkConfig
 
 __all__ = ["PairTrainer", "TrunkConfig", "collate", "last_checkpoint", "train_trunk"]

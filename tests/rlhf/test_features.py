@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from prudent.engine import EnsembleRewardModel, Scorer
 from prudent.rlhf import features as module
-from prudent.rlhf.features import compute_features, hidden_norms, model_fingerprint
+from prudent.rlhf.features import compute_features, model_fingerprint
 
 TEXTS = [f"{a} {b} the film was very {b}" for a in ("good", "bad", "nice") for b in ("food", "hotel", "day", "a a a")]
 
@@ -115,12 +115,3 @@ def test_features_that_are_not_finite_are_refused_by_item(scorer: Counting, tmp_
         compute_features(broken, TEXTS, tmp_path, progress=False)
     with pytest.raises(ValueError, match="expected at least one text, got none"):
         compute_features(scorer, [], tmp_path, progress=False)
-
-
-def test_hidden_norms_are_those_of_bsr() -> None:
-    chosen, rejected = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([[6.0, 8.0], [0.0, 3.0]])
-    expected = {"norm_mean": 19 / 4, "norm_gap_mean": 3.5, "norm_gap_std": 1.5}
-    found = hidden_norms(chosen, rejected)
-    assert {name: found[name] for name in expected} == pytest.approx(expected)
-    assert found["norm_std"] == pytest.approx(torch.tensor([5.0, 1.0, 10.0, 3.0]).std(correction=0).item())
-    assert hidden_norms(chosen.norm(dim=1), rejected.norm(dim=1)) == pytest.approx(found)

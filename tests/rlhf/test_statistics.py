@@ -198,6 +198,15 @@ def test_effective_rank_of_nothing_is_none():
     assert S.effective_rank(torch.zeros(0, 3)) is None
 
 
+def test_hidden_norms_are_those_of_bsr() -> None:
+    chosen, rejected = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([[6.0, 8.0], [0.0, 3.0]])
+    expected = {"norm_mean": 19 / 4, "norm_gap_mean": 3.5, "norm_gap_std": 1.5}
+    found = S.hidden_norms(chosen, rejected)
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert found["norm_std"] == pytest.approx(torch.tensor([5.0, 1.0, 10.0, 3.0]).std(correction=0).item())
+    assert S.hidden_norms(chosen.norm(dim=1), rejected.norm(dim=1)) == pytest.approx(found)
+
+
 def test_norm_dispersion_by_hand():
     found = S.norm_dispersion(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([[3.0, 0.0], [0.0, 3.0]]))
     assert found == pytest.approx(
