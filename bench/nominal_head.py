@@ -1,6 +1,6 @@
 """Is BRME's nominal head at least as accurate as a single Bradley-Terry head (the paper's table 5)? On real pairs.
 
-    python -m prudent.bench.nominal_head --model DIR [--model DIR ...] --data PAIRS.jsonl [...] --output bench/results
+    python -m prudent.bench.nominal_head --model DIR|smollm2 [...] --data PAIRS.jsonl [...] --cache DIR --output DIR
 
 For every model, data set and seed: split by prompt, train stage 1 (Bradley-Terry, one head) and stage 2 (BRME, K heads)
 on the frozen trunk's features, and measure accuracy on the held-out pairs. The seed moves the split, the initial
@@ -21,16 +21,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from ..engine import EnsembleHead, EnsembleRewardModel, Scorer
 from ..kernels import Aggregation, nominal_reward
 from ..rlhf.data import PreferencePair, load_pairs, split_by_prompt
+from ..rlhf.embedded import embedded_model
 from ..rlhf.features import compute_features
 from ..rlhf.files import atomic_write_json, atomic_write_text
 from ..rlhf.fit import BradleyTerryConfig, BRMEConfig, fit_heads
 from ..rlhf.statistics import accuracy_difference, group_labels, pair_accuracy
 
-SCORERS = ("single", "nominal", "nominal, relative std", "mean of heads", "worst", "tradeoff:0.4", "longer answer")
+SCORERS = (
+    "single",
+    "nominal",
+    "nominal, relative std",
+    "one head, the first",
+    "mean of heads",
+    "worst",
+    "tradeoff:0.4",
+    "longer answer",
+)
 Sides = tuple[Tensor, Tensor]
 
 
@@ -82,6 +93,7 @@ def _rewards(single: EnsembleHead, ensemble: EnsembleHead, features: Tensor) -> 
         "single": single(features).reward,
         "nominal": nominal_reward(out.mean, out.std, Aggregation("nominal")),
         "nominal, relative std": nominal_reward(out.mean, out.std, relative, ensemble.std_ref),
+        "one head, the first": out.mean[:, 0],
         "mean of heads": out.mean.mean(dim=1),
         "worst": out.mean.min(dim=1).values,
         "tradeoff:0.4": out.reward,
@@ -144,22 +156,28 @@ def _verdict(results: list[dict[str, Any]]) -> Iterator[str]:
         yield f"- {result['model']}, {result['data']}: nominal minus single {gap}: {says}."
 
 
-def _report(results: list[dict[str, Any]], command: str) -> str:
+def _report(results: list[dict[str, Any]], command: str, heads: int) -> str:
     machine = f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
-    about = (
-        "# The nominal head against a single head on real preferences\n\n"
-        "BRME (arXiv 2409.15360, table 5) reports 75.6 % pair accuracy for the nominal head (least predicted std) and\n"
-        "74.5 % for a single Bradley-Terry head, in 8B models trained whole. Here: a frozen trunk, heads on the\n"
-        "features of the last token, pairs split by prompt. Intervals: percentile bootstrap over prompts, all seeds'\n"
-        f"held-out pairs together.\n\nMade by:\n\n    {command}\n\n{time.strftime('%Y-%m-%d')}, {machine}.\n\n"
-        "## What came out\n"
-    )
+    about = f"""# The nominal head against a single head on real preferences
+
+BRME (arXiv 2409.15360, table 5) reports 75.6 % pair accuracy for the nominal head (least predicted std) and 74.5 % for
+a single Bradley-Terry head, in 8B models trained whole. Here: a frozen trunk, heads on the features of the last token,
+pairs split by prompt. Each BRME head trains on 1/{heads} of the pairs, as in the paper, the single head on all of them,
+and a frozen trunk gives the heads nothing else in common. Intervals: percentile bootstrap over prompts, all seeds'
+held-out pairs together. `smollm2` is the model of `prudent demo`.
+
+    {command}
+
+{time.strftime("%Y-%m-%d")}, {machine}.
+
+## What came out
+"""
     return "\n".join([about, *_verdict(results), "\n## Tables", *_table(results), ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", required=True, help="local folder or hub name; repeat for several")
+    parser.add_argument("--model", action="append", required=True, help="local folder, hub name or smollm2; repeatable")
     parser.add_argument("--data", action="append", required=True, help="file of preference pairs; repeat for several")
     parser.add_argument("--output", type=Path, required=True, help="folder for nominal_head.json and nominal_head.md")
     parser.add_argument("--cache", type=Path, required=True, help="folder for the features, which a second run reuses")
@@ -173,8 +191,9 @@ def main() -> None:
     args = parser.parse_args()
     results = []
     for model_name in args.model:
-        model = EnsembleRewardModel.from_trunk(model_name, dtype=getattr(torch, args.dtype))
-        scorer = Scorer(model, _tokenizer(model_name), max_length=args.max_length, progress=False)
+        source = str(embedded_model()) if model_name == "smollm2" else model_name
+        model = EnsembleRewardModel.from_trunk(source, dtype=getattr(torch, args.dtype))
+        scorer = Scorer(model, AutoTokenizer.from_pretrained(source), max_length=args.max_length, progress=False)
         for data in args.data:
             pairs = load_pairs(data).pairs
             folder = args.cache / Path(model_name).name / Path(data).stem
@@ -183,17 +202,11 @@ def main() -> None:
             runs = [study.run(seed) for seed in tqdm(range(args.seeds), desc=label, unit="seed")]
             results.append({"model": Path(model_name).name, "data": Path(data).stem, **summarise(runs)})
     names = [f"--model {Path(m).name}" for m in args.model] + [f"--data {Path(d).name}" for d in args.data]
-    command = f"python -m prudent.bench.nominal_head {' '.join(names)} --seeds {args.seeds} --output bench/results"
+    command = f"python -m prudent.bench.nominal_head {' '.join(names)} --seeds {args.seeds} --cache CACHE --output OUT"
     args.output.mkdir(parents=True, exist_ok=True)
     atomic_write_json(args.output / "nominal_head.json", {"command": command, "results": results})
-    atomic_write_text(args.output / "nominal_head.md", _report(results, command))
+    atomic_write_text(args.output / "nominal_head.md", _report(results, command, args.heads))
     print("\n".join(_verdict(results)))
-
-
-def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name)
 
 
 if __name__ == "__main__":
