@@ -30,6 +30,7 @@ class Job(NamedTuple):
     summary: str
     about: str
     flags: tuple[Flag, ...]
+    again: str  # what to do after an interrupt
     options: tuple[str, ...] = ()  # switches of the call itself, which no config file can hold
 
 
@@ -61,6 +62,7 @@ examples:
             Flag("--prompts", "prompts", "file with one prompt a line (default: ours, a few hundred)"),
             Flag("--preferences", "preferences", "real preference pairs instead of the gold scorer's"),
         ),
+        "the same command goes on where it was",
     ),
     "train": Job(
         "train",
@@ -70,8 +72,10 @@ examples:
         """Stage 1, a Bradley-Terry head; stage 2, K Gaussian heads (BRME, arXiv 2409.15360 eq. 8). On the CPU the trunk
 stays frozen and its features are computed once; --set mode=lora or mode=full train it too.
 
-Data: JSON lines, Parquet or the name of a Hugging Face data set, with {prompt, chosen, rejected}; {chosen, rejected}
-that share their beginning; lists of messages; an optional margin; or several responses with scores.
+Data: JSON lines, Parquet or the name of a Hugging Face data set (NAME:SPLIT for another split than train), with
+{prompt, chosen, rejected}; {chosen, rejected} that share their beginning; lists of messages; an optional margin; or
+several responses with scores. Prompt and response texts become a user's and an assistant's message where the tokeniser
+has a chat template; without one they are joined as they are, so end the prompt with the blank it needs.
 
 examples:
   prudent train --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl --output runs/reward
@@ -83,6 +87,7 @@ examples:
             Flag("--output", "output", "run folder"),
             Flag("--skip-bad-rows", "skip_bad_rows", SKIP_BAD_ROWS, bool),
         ),
+        "the same command with --resume goes on where it was",
         ("resume",),
     ),
     "score": Job(
@@ -105,6 +110,7 @@ examples:
             Flag("--batch-tokens", "batch_tokens", BATCH_TOKENS, int),
             Flag("--skip-bad-rows", "skip_bad_rows", SKIP_BAD_ROWS, bool),
         ),
+        "the same command with --resume goes on where it was (from a file, not from standard input)",
         ("resume", "overwrite"),
     ),
     "eval": Job(
@@ -125,7 +131,9 @@ examples:
             Flag("--output", "output", "folder for eval.json and the pictures"),
             Flag("--aggregation", "aggregation", AGGREGATION),
             Flag("--batch-tokens", "batch_tokens", BATCH_TOKENS, int),
+            Flag("--skip-bad-rows", "skip_bad_rows", SKIP_BAD_ROWS, bool),
         ),
+        "the same command starts over (with --set features=FOLDER the features are kept)",
     ),
 }
 
@@ -186,8 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = run(arguments)
     except KeyboardInterrupt:
-        again = " --resume" if "resume" in JOBS[arguments.command].options else ""
-        print(f"\nprudent: interrupted; the same command{again} goes on where it was", file=sys.stderr)
+        print(f"\nprudent: interrupted; {JOBS[arguments.command].again}", file=sys.stderr)
         return 130
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get("PRUDENT_DEBUG") == "1":

@@ -21,7 +21,7 @@ from ..engine import EnsembleHead, EnsembleRewardModel, Scorer, calibrate
 from . import plot_style, report
 from .best_of_n import SINGLE, rewards, study
 from .config import JobConfig, load_config
-from .data import PreferencePair, load_pairs, split_by_prompt
+from .data import PairData, PreferencePair, load_pairs, split_by_prompt
 from .decode import Sampling
 from .demo_pairs import GoldPairs, make_pairs
 from .embedded import embedded_model, wheel_folder
@@ -117,6 +117,10 @@ def _open_folder(config: DemoConfig) -> dict[str, Any] | None:
             raise ValueError(f"output: expected a new or empty folder or one of a demo, got {folder} with other files")
         atomic_write_text(saved, config.to_yaml())
         return None
+    if not any((folder / name).exists() for name in ("samples.jsonl", "features", "checkpoints", "metrics.json")):
+        # of a run that was refused before it computed anything: a mended command may have it
+        atomic_write_text(saved, config.to_yaml())
+        return None
     before, now = load_config(DemoConfig, saved).model_dump(), config.model_dump()
     changed = [f"{key} ({before[key]} there, {now[key]} here)" for key in now if before[key] != now[key]]
     if before["output"] != now["output"]:  # the folder was moved, or is named from elsewhere: it is the same run
@@ -140,12 +144,15 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         """All six stages; returns the metrics."""
+        config = self.config
+        # read first: what is wrong with a file is said before a model is loaded
+        prompts = [] if config.preferences else read_prompts(config.prompts, config.held_out_prompts)
+        data = (
+            load_pairs(config.preferences, limit=config.limit, progress=self.progress) if config.preferences else None
+        )
         with self._stage(0):
             self._load_model()
-        if self.config.preferences is None:
-            metrics, page = self._with_gold()
-        else:
-            metrics, page = self._with_preferences(self.config.preferences)
+        metrics, page = self._with_gold(prompts) if data is None else self._with_preferences(data)
         with self._stage(5):
             metrics["seconds"] = dict(self.seconds)
             atomic_write_text(self.folder / "report.html", report.render(self.config, metrics, page))
@@ -172,10 +179,9 @@ class _Run:
 
     # sampled responses, labelled by gold
 
-    def _with_gold(self) -> tuple[dict[str, Any], report.Page]:
+    def _with_gold(self, prompts: list[str]) -> tuple[dict[str, Any], report.Page]:
         config = self.config
         gold_scorer = VaderGold()
-        prompts = read_prompts(config.prompts, config.held_out_prompts)
         held = sorted(random.Random(config.seed).sample(range(len(prompts)), config.held_out_prompts))
         with self._stage(1):
             rollouts = self._sample(prompts, held)
@@ -223,9 +229,8 @@ class _Run:
 
     # somebody's pairs
 
-    def _with_preferences(self, name: str) -> tuple[dict[str, Any], report.Page]:
+    def _with_preferences(self, data: PairData) -> tuple[dict[str, Any], report.Page]:
         config = self.config
-        data = load_pairs(name, limit=config.limit, progress=self.progress)
         train, held = split_by_prompt(data.pairs, config.eval_fraction, config.seed)
         with self._stage(1):
             chosen, rejected = self._features(train + held)

@@ -163,6 +163,8 @@ def _kept(config: ScoreConfig, resume: bool, overwrite: bool) -> tuple[int, int]
     output = Path(config.output)
     if config.output == "-" or not output.exists():
         return 0, 0
+    if output.stat().st_size == 0 and _record(config).exists():
+        return 0, 0  # of a run that was refused at its first rows: a mended command may have the file
     if config.data != "-" and output.samefile(config.data):
         raise ValueError(f"score: output: expected another file than the data, got {output}")
     if overwrite:

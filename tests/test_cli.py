@@ -75,7 +75,12 @@ def test_debug_shows_the_traceback_behind_the_sentence(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("command", "again"), [("demo", "the same command goes on"), ("train", "the same command --resume goes on")]
+    ("command", "again"),
+    [
+        ("demo", "the same command goes on"),
+        ("train", "the same command with --resume goes on"),
+        ("eval", "the same command starts over"),
+    ],
 )
 def test_an_interrupt_says_how_to_go_on_and_exits_130(
     command: str, again: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -212,6 +212,19 @@ def test_a_folder_of_something_else_is_refused(tiny_chat_folder: Path, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_mistake_leaves_the_folder_to_the_mended_command(
+    tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(tiny_chat_folder, tmp_path / "run", preferences="no_such.jsonl")
+    monkeypatch.setattr(
+        demo._Run, "_load_model", lambda self: pytest.fail("a model was loaded before the file was read")
+    )
+    with pytest.raises(ValueError, match=r"no_such\.jsonl: no such file"):
+        run_demo(config, progress=False)
+    with pytest.raises(ValueError, match="no_such_either"):  # and not that the folder holds another run
+        run_demo(config.model_copy(update={"preferences": "no_such_either.jsonl"}), progress=False)
+
+
 def test_real_preferences_take_the_place_of_the_gold_scorer(tiny_chat_folder: Path, tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     words = ["good food", "bad soup", "lovely room", "sad film", "great day", "poor hotel", "nice people", "ugly train"]

@@ -187,6 +187,14 @@ def test_resume_refuses_an_output_of_unknown_making(make):
         run_score(config, resume=True, progress=False)
 
 
+def test_a_mistake_in_the_first_rows_leaves_the_output_to_the_mended_command(make):
+    config = make([{"prompt": "no response"}, *ROWS])
+    with pytest.raises(ValueError, match="line 1"):
+        run_score(config, progress=False)
+    result = run_score(config.model_copy(update={"skip_bad_rows": True}), progress=False)
+    assert (result.rows, result.bad_rows) == (len(ROWS) + 1, 1)
+
+
 def test_an_existing_output_is_kept_unless_told_otherwise(make):
     config = make(ROWS[:2])
     Path(config.output).parent.mkdir()
