@@ -28,10 +28,13 @@ class EnsembleRewardConfig(PreTrainedConfig):
             encoders, whose tokeniser closes every sequence itself. Choose it once, when the heads are trained: reading
             another last token is another reward. TRL's GRPO and RLOO strip the EOS token from plain-text rollouts
             before a reward model sees them, so a model meant to sit there on plain text is trained with False.
+        max_score_length: tokens of the longest sequence that the heads were trained on; `Scorer` cuts longer ones to it
+            unless told otherwise. None: as many as the trunk has positions. (transformers takes `max_length` in a
+            configuration for a setting of generation and refuses to save it.)
         kwargs: `PreTrainedConfig`'s. num_labels is 1 and nothing else: trainers read column 0 of the logits.
 
     Raises:
-        ValueError: for an aggregation, pooling or num_labels outside the above.
+        ValueError: for an aggregation, pooling, max_score_length or num_labels outside the above.
     """
 
     model_type = "prudent_ensemble_reward"
@@ -46,6 +49,7 @@ class EnsembleRewardConfig(PreTrainedConfig):
         std_floor: float = STD_FLOOR,
         pooling: str | None = None,
         append_eos: bool | None = None,
+        max_score_length: int | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -58,6 +62,10 @@ class EnsembleRewardConfig(PreTrainedConfig):
             )
         if pooling not in (None, *POOLINGS):
             raise ValueError(f"EnsembleRewardConfig: pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+        if max_score_length is not None and (type(max_score_length) is not int or max_score_length < 1):
+            raise ValueError(
+                f"EnsembleRewardConfig: max_score_length: expected a whole number above 0, got {max_score_length!r}"
+            )
         spec = Aggregation.parse(aggregation)
         spec.check_heads(num_heads)
         encoder = text_config is not None and is_encoder(text_config)
@@ -66,6 +74,7 @@ class EnsembleRewardConfig(PreTrainedConfig):
         self.std_floor = std_floor
         self.pooling = pooling or ("first" if encoder else "last")
         self.append_eos = (not encoder) if append_eos is None else append_eos
+        self.max_score_length = max_score_length
         kwargs.setdefault("num_labels", 1)  # transformers' own default is 2
         super().__init__(**kwargs)
         # after the parent, which would set the attention and experts implementations of a trunk in use back to None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import STD_FLOOR, Aggregation, EnsembleOutput, ensemble_reward
 
-INITIAL_STD = 0.5  # half the width of eq. 8's targets at alpha = 1: neither certain nor drowned in noise
+INITIAL_STD = 0.5  # before the floor; half the width of eq. 8's targets at alpha = 1: neither sure nor drowned in noise
 INITIAL_STD_SPREAD = 0.1  # of the std rows against the mean rows: heads differ from each other and from row to row
 
 
@@ -28,8 +28,8 @@ class EnsembleHead(nn.Module):
     - eq. 8 pulls every std towards 0 for ever: the floor keeps apart from rounding what is compared and divided by.
 
     Initialisation (`reset_parameters`): mean rows N(0, 1/(D+1)) and bias 0 (BSR, arXiv 2505.07271, 3.1); std rows
-    N(0, 0.01/(D+1)) and the bias that gives std = 0.5 where the features are 0. Every row is drawn on its own, so heads
-    start different.
+    N(0, 0.01/(D+1)) and the bias that gives std = 0.5 + std_floor where the features are 0. Every row is drawn on its
+    own, so heads start different.
 
     The arithmetic is fp32 with autocast off. Parameters and calibration stay fp32 when the model around them is cast
     to a half precision (`.half()`, `.to(torch.bfloat16)`); `.double()` is obeyed. A single-head (Bradley-Terry) reward

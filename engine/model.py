@@ -120,6 +120,7 @@ class EnsembleRewardModel(PreTrainedModel):
         std_floor: float | None = None,
         pooling: str | None = None,
         append_eos: bool | None = None,
+        max_score_length: int | None = None,
         **kwargs: Any,
     ) -> EnsembleRewardModel:
         """Heads on a trunk: a fresh ensemble (K = 5, `tradeoff:0.4`), or a trained one.
@@ -132,7 +133,7 @@ class EnsembleRewardModel(PreTrainedModel):
             aggregation: the head's; None takes `head`'s own, else `tradeoff:0.4`.
             head: a trained `EnsembleHead`, used by reference and moved to the trunk's device.
             std_floor: of a fresh head.
-            pooling, append_eos: see `EnsembleRewardConfig`.
+            pooling, append_eos, max_score_length: see `EnsembleRewardConfig`.
             kwargs: to `AutoModel.from_pretrained` (dtype, device_map, attn_implementation, ...); with a name only.
 
         Raises:
@@ -158,6 +159,7 @@ class EnsembleRewardModel(PreTrainedModel):
             std_floor=head.std_floor,
             pooling=pooling,
             append_eos=append_eos,
+            max_score_length=max_score_length,
             # trainers look here for the tokeniser and for the name of the metric
             name_or_path=body.config.name_or_path,
             dtype=body.dtype,
@@ -174,7 +176,7 @@ class EnsembleRewardModel(PreTrainedModel):
 
         Taken: `num_labels=1` and one linear head, `score` on a decoder's last token or `classifier` on BERT's pooler.
         The two models' rewards are compared on two short random sequences before anything is returned. The one std is
-        a constant 0.5 and means nothing.
+        a constant, 0.5 + the floor, and means nothing.
 
         Args:
             classifier: folder, hub name, or a `...ForSequenceClassification` instance (its trunk is used by reference).

@@ -64,8 +64,9 @@ class Scorer:
         model: `EnsembleRewardModel`, or one wrapped by peft.
         tokenizer: a Hugging Face tokeniser; it needs no padding token.
         batch_tokens: tokens in a micro-batch, padding included.
-        max_length: longer items lose their beginning, but for a BOS or CLS token; None: as many as the trunk has
-            positions.
+        max_length: longer items lose their beginning, but for a BOS or CLS token; None: the length the heads were
+            trained on (the model's `config.max_score_length`), or as many as the trunk has positions if that is less
+            or not stated.
         progress: show a progress bar on stderr where it takes more than a second.
 
     Raises:
@@ -89,13 +90,15 @@ class Scorer:
             raise ValueError(
                 f"Scorer: max_length: expected 1 to {limit or 'any'} (the trunk's positions), got {max_length}"
             )
+        if max_length is None:
+            max_length = min((n for n in (model.config.max_score_length, limit) if n is not None), default=None)
         self.model = model
         self.batch_tokens = batch_tokens
         self.progress = progress
         self._encoder = ItemEncoder(
             tokenizer,
             append_eos=model.config.append_eos,
-            max_length=limit if max_length is None else max_length,
+            max_length=max_length,
             vocab_size=model.get_input_embeddings().num_embeddings,
         )
 

@@ -224,6 +224,7 @@ class _Run:
             aggregation="mean" if num_heads == 1 else config.aggregation,
             std_floor=None if losses is None else losses.std_floor,
             append_eos=config.append_eos,
+            max_score_length=config.max_length,
             dtype=dtype,
         )
         return self._placed(model)
@@ -255,6 +256,7 @@ class _Run:
             head=head,
             pooling=model.config.pooling,
             append_eos=model.config.append_eos,
+            max_score_length=model.config.max_score_length,
         )
         with atomic_folder(target) as folder:
             whole.save_pretrained(folder)

@@ -34,7 +34,7 @@ class TrainConfig(JobConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the trunk; auto: the checkpoint's, float32 in mode full
     append_eos: bool | None = None  # see EnsembleRewardConfig
     batch_tokens: int = Field(default=4096, ge=1)
-    max_length: int | None = Field(default=None, ge=1)  # tokens; a longer text loses its beginning
+    max_length: int | None = Field(default=None, ge=1)  # tokens; a longer text loses its beginning; saved with the model
     features: Path | None = None  # a cache folder that several runs share; None: in the run folder
     bt: BradleyTerryConfig = BradleyTerryConfig()
     brme: BRMEConfig = BRMEConfig()

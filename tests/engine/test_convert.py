@@ -151,6 +151,7 @@ def test_a_one_head_reward_model_keeps_its_rewards(make_classifier, family, tmp_
     model = EnsembleRewardModel.from_sequence_classifier(str(tmp_path))
     assert (model.score.num_heads, str(model.score.aggregation)) == (1, "mean")
     assert want.std() > 0.02
+    torch.testing.assert_close(model(ids).std, torch.full((3, 1), 0.501))
     torch.testing.assert_close(model(ids).logits, want, rtol=1e-5, atol=1e-5)
     # and left padded, which BERT's own pooler would read at the padding
     left = torch.nn.functional.pad(ids, (3, 0), value=9)

@@ -317,6 +317,8 @@ def test_config_goes_through_json_unchanged(tiny_config, tmp_path):
         ({"pooling": "mean"}, "pooling: expected one of last, first, pooler, got 'mean'"),
         ({"aggregation": "tradeof:0.4"}, "kind: expected one of"),
         ({"aggregation": "head:5"}, "head below 5"),
+        ({"max_score_length": 0}, "max_score_length: expected a whole number above 0, got 0"),
+        ({"max_score_length": "128"}, "max_score_length: expected a whole number above 0, got '128'"),
         ({"text_config": transformers.T5Config()}, "got 't5', which is an encoder-decoder"),
     ],
 )

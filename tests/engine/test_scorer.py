@@ -109,6 +109,18 @@ def test_the_default_limit_is_the_trunks_positions_and_all_of_them_can_be_scored
     assert scores.reward[0] == scores.reward[1]
 
 
+@pytest.mark.parametrize(
+    ("trained", "asked", "limit"), [(6, None, 6), (6, 20, 20), (4000, None, 128), (None, None, 128)]
+)
+def test_the_length_the_heads_were_trained_on_is_saved_and_is_the_default(
+    tiny_trunk, make_tokenizer, tmp_path, trained, asked, limit
+):
+    EnsembleRewardModel.from_trunk(tiny_trunk(), max_score_length=trained).save_pretrained(tmp_path)
+    model = EnsembleRewardModel.from_pretrained(tmp_path)
+    assert model.config.max_score_length == trained
+    assert Scorer(model, make_tokenizer(), max_length=asked, progress=False).max_length == limit
+
+
 def test_order_is_kept_and_scores_do_not_depend_on_it_to_the_last_bit(make_scorer):
     scorer = make_scorer(batch_tokens=150)
     straight = scorer.score(TEXTS)

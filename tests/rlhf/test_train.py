@@ -89,6 +89,16 @@ def test_the_saved_models_score_what_was_measured(finished: TrainConfig) -> None
         assert right == pytest.approx(accuracy[name], abs=1 / len(held))
 
 
+def test_the_saved_models_read_as_many_tokens_as_they_were_trained_on(
+    tiny_chat_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    run_train(_config(tiny_chat_folder, data, tmp_path / "run", "max_length=7"), progress=False)
+    for name in ("stage1", "model"):
+        folder = tmp_path / "run" / name
+        scorer = Scorer(EnsembleRewardModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+        assert scorer.max_length == 7
+
+
 def test_the_final_heads_are_calibrated_on_the_training_features(finished: TrainConfig) -> None:
     model = EnsembleRewardModel.from_pretrained(finished.output / "model")
     train, _ = split_by_prompt(load_pairs(finished.data).pairs, 0.25, 0)
