@@ -24,10 +24,11 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
     opening = f"{m['pairs']} pairs, {m['prompts']} prompts, {m['heads']} head{'s' if m['heads'] > 1 else ''}"
     if m["excluded"]:
         opening += f"; left out, for rewards that are not finite: {m['excluded']}"
-    rows = [["", "accuracy", "95 % interval", "margin", "coverage"]]
+    opening += _dropped(m.get("data", {}))
+    rows = [["", "accuracy", "95 % interval", "margin", "coverage / std²"]]
     for name, found in m["accuracy"].items():
         margin = f"{m['margin'][name]['mean']:.2f} ± {m['margin'][name]['std']:.2f}"
-        area = "" if name == LONGER else f"{m['coverage'][name]['area']:#.3g}"  # characters are no reward
+        area = "" if name == LONGER else f"{m['coverage'][name]['normalised_area']:.2f}"  # characters are no reward
         rows.append([name, *_percent(found), margin, area])
     if m["prompts"] < FEW_PROMPTS:
         opening += f"\nintervals resample prompts, and {m['prompts']} are few: read them as rough"
@@ -59,14 +60,28 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
+def _dropped(counts: Mapping[str, int]) -> str:
+    """A line of what `load_pairs` left out of the data, empty where that is nothing."""
+    names = {
+        "bad_rows": "broken rows",
+        "duplicates": "duplicates",
+        "equal": "equal responses",
+        "below_gap": "below the score gap",
+    }
+    found = [f"{name} {counts[key]}" for key, name in names.items() if counts.get(key)]
+    return f"\nleft out of the data's {counts['rows']} rows: {', '.join(found)}" if found else ""
+
+
 def _signal_rows(m: Mapping[str, Any]) -> list[list[str]]:
     own_or_foreign = m["signals"]["own_or_foreign"]
     first = m["signals"]["right_or_wrong"]
-    targets = list(next(iter(first.values())))
+    targets = list(first["small margin"])
     rows = [["AUROC (0.5: knows nothing)", *(f"{target} wrong" for target in targets)]]
     if own_or_foreign is not None:
         rows[0].append("data foreign")
     for name, found in first.items():
+        if found is None:
+            continue
         row = [name, *(_auroc(found[target]) for target in targets)]
         if own_or_foreign is not None:
             row.append(_auroc(own_or_foreign[name]))
@@ -115,8 +130,12 @@ def draw(
     pairs: Pairs,
     compare: Mapping[str, tuple[Tensor, Tensor]],
     foreign: Pairs | None,
+    sources: Tensor | None,
 ) -> list[Path]:
-    """Write the pictures to `folder`, each whole or not at all; returns their paths."""
+    """Write the pictures to `folder`, each whole or not at all; returns their paths.
+
+    sources: [P] int64, the groups in which margins are standardised (`head_metrics.source_labels`), as in the metrics.
+    """
     from . import plots
 
     rewards = _rewards(pairs, compare)
@@ -125,18 +144,18 @@ def draw(
     bins = {
         name: [Bin(**{**row, "accuracy": Interval(**row["accuracy"])}) for row in rows]
         for name, rows in metrics["reliability"].items()
-        if len(rows) > 1
+        if rows is not None and len(rows) > 1
     }
     accuracy = {
         name: Interval(found["value"], found["low"], found["high"]) for name, found in metrics["accuracy"].items()
     }
     figures: dict[str, Figure] = {
         "accuracy": plots.accuracy(accuracy),
-        "margin": plots.margins({name: normalised_margin(*pair) for name, pair in rewards.items()}),
+        "margin": plots.margins({name: normalised_margin(*pair, sources) for name, pair in rewards.items()}),
         "coverage": plots.coverage(rewards),
     }
     if bins:
-        auroc = {name: Interval(**found[first]) for name, found in right_or_wrong.items()}
+        auroc = {name: Interval(**found[first]) for name, found in right_or_wrong.items() if found is not None}
         figures["reliability"] = plots.reliability(bins, auroc=auroc)
     if pairs.num_heads > 1:
         matrices = metrics["head_summary"]["correlation"]
@@ -144,7 +163,7 @@ def draw(
     if metrics["scoring"] is not None:
         under = {name: found["under"] for name, found in metrics["scoring"]["scorers"].items() if name != LONGER}
         figures["scoring"] = plots.scoring(under)
-    if foreign is not None:
+    if foreign is not None and pairs.num_heads > 1:
         samples = {"this data": pairs.foreignness()["std"], "foreign data": foreign.foreignness()["std"]}
         figures["std"] = plots.std_histogram(samples)
     return [plots.save_png(figure, folder / f"{name}.png") for name, figure in figures.items()]

@@ -19,7 +19,7 @@ from .data import PreferencePair, load_pairs, split_by_prompt
 from .eval_report import LONGER, draw, format_metrics
 from .features import compute_features, model_fingerprint
 from .files import atomic_write_json
-from .head_metrics import evaluate_heads
+from .head_metrics import evaluate_heads, source_labels
 from .head_pairs import SINGLE, Pairs, Side, finite_pairs, pairs_of
 from .plot_style import require_matplotlib
 from .score import load_scorer
@@ -92,14 +92,14 @@ def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
         others, _ = _load(config, config.foreign, progress)
         foreign = _outputs(head, _features(scorer, others, config, progress))
     std_ref = head.std_ref.detach().cpu()
-    sources = [pair.source for pair in pairs]
+    sources = [pair.source for pair in pairs] if len({pair.source for pair in pairs}) > 1 else None
     evaluation = evaluate_heads(
         chosen,
         rejected,
         aggregation=spec,
         std_ref=std_ref,
         prompts=[pair.prompt_key for pair in pairs],
-        sources=sources if len(set(sources)) > 1 else None,
+        sources=sources,
         scores=_given_scores(pairs),
         compare=compare | {LONGER: _lengths(pairs)},
         features=features,
@@ -114,7 +114,9 @@ def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
         finite = finite_pairs(chosen, rejected, spec, std_ref, compare)
         drawn = pairs_of(chosen, rejected, finite, spec, std_ref)
         others_drawn = {name: (c[finite], r[finite]) for name, (c, r) in compare.items()}
-        pictures = draw(config.output, metrics, drawn, others_drawn, _foreign_pairs(foreign, spec, std_ref))
+        labels = None if sources is None else source_labels(sources, finite)
+        foreign_drawn = _foreign_pairs(foreign, spec, std_ref)
+        pictures = draw(config.output, metrics, drawn, others_drawn, foreign_drawn, labels)
     return EvalResult(config.output, metrics, pictures)
 
 

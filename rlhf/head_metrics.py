@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..kernels import Aggregation, nominal_reward
 from . import statistics
-from .head_pairs import SINGLE, HeadOutput, Pairs, Side, finite_pairs, pairs_of
+from .head_pairs import SINGLE, UNTRAINED, HeadOutput, Pairs, Side, finite_pairs, pairs_of
 from .statistics import Interval
 
+SOURCE_PAIRS = 20  # a source of fewer has no scale of its own: the z-scores of two rewards are +1 and -1
 RANK_ROWS = 2048  # of each side: an SVD of 4096 x 4096 takes about a minute on one core
 
 
@@ -38,7 +39,8 @@ def evaluate_heads(
         aggregation: the reward under test; its centring is left out, which shifts a pair's two rewards alike.
         std_ref: [K] each head's typical std (`EnsembleHead.std_ref`), for nominal=relative_std.
         prompts: [P] keys; intervals resample prompts. None: every pair is its own prompt.
-        sources: [P] keys of the data source; z-scores (margin, scoring) are taken per source.
+        sources: [P] keys of the data source; z-scores (margin, scoring) are taken per source, those of fewer than
+            20 pairs together.
         scores: given scores, chosen [P] and rejected [P]; NaN where a pair has none.
         compare: other scorers' rewards of the same pairs: name -> (chosen [P], rejected [P]).
         features: the trunk's hidden states, chosen [P, D] and rejected [P, D].
@@ -60,9 +62,9 @@ def evaluate_heads(
         raise ValueError(f"evaluate_heads: expected pairs with finite rewards, got none among {len(finite)}")
     pairs = pairs_of(chosen, rejected, finite, spec, std_ref)
     groups = _labels(prompts, finite)
-    labels = None if sources is None else _labels(sources, finite)
     options = {"resamples": resamples, "seed": seed}
     reasons: dict[str, str] = {}
+    labels = None if sources is None else source_labels(sources, finite, reasons)
     others = {name: (c.double().cpu()[finite], r.double().cpu()[finite]) for name, (c, r) in compare.items()}
     sides = (pairs.scorers(pairs.chosen), pairs.scorers(pairs.rejected))
     rewards = {name: (sides[0][name], sides[1][name]) for name in sides[0]} | others
@@ -84,7 +86,7 @@ def evaluate_heads(
             "right_or_wrong": _right_or_wrong(pairs, rewards, groups, options, reasons),
             "own_or_foreign": _own_or_foreign(pairs, foreign, spec, std_ref, groups, options, reasons),
         },
-        "reliability": _reliability(pairs, rewards, groups, options),
+        "reliability": _reliability(pairs, rewards, groups, options, reasons),
         "scoring": _scoring(pairs, others, given, labels, reasons),
         "head_summary": _head_summary(pairs, reasons),
         "features": None,
@@ -104,6 +106,45 @@ def _labels(keys: Sequence[Hashable] | None, finite: Tensor) -> Tensor:
     if len(keys) != len(finite):
         raise ValueError(f"evaluate_heads: expected {len(finite)} prompts and sources, one a pair, got {len(keys)}")
     return statistics.group_labels(key for key, good in zip(keys, finite.tolist(), strict=True) if good)
+
+
+def pool_small_groups(labels: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """Merge groups too small to be standardised alone: the z-scores of two values are +1 and -1 whatever they are.
+
+    Groups of fewer than `least` rows become one; where that one is still too small, the next smallest joins it.
+
+    Args:
+        labels: [N] int64, the group of each row.
+        least: rows that a group needs to stay on its own.
+
+    Returns:
+        Labels [N] int64, and [N] bool: the rows whose group was merged with another.
+    """
+    found, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
+    order = counts.argsort(stable=True)
+    sizes = counts[order]
+    before = sizes.cumsum(0) - sizes  # rows in the groups that are smaller still
+    small = (sizes < least) | ((before < least) & (before > 0))
+    if int(small.sum()) < 2:
+        return labels, torch.zeros_like(labels, dtype=torch.bool)
+    merged = torch.zeros_like(small).index_put((order,), small)[inverse]
+    return torch.where(merged, found.min() - 1, labels), merged
+
+
+def source_labels(keys: Sequence[Hashable], finite: Tensor, reasons: dict[str, str] | None = None) -> Tensor:
+    """[P'] int64: the group in which each finite pair is standardised; `reasons` is told of merged sources."""
+    labels = _labels(keys, finite)
+    return _pooled(labels, SOURCE_PAIRS, "pairs", "margin.*", {} if reasons is None else reasons)
+
+
+def _pooled(labels: Tensor, least: int, unit: str, path: str, reasons: dict[str, str]) -> Tensor:
+    pooled, merged = pool_small_groups(labels, least)
+    if merged.any():
+        reasons[path] = (
+            f"{len(labels[merged].unique())} of {len(labels.unique())} sources, {int(merged.sum())} {unit} in all, are "
+            f"standardised together: fewer than {least} {unit} have no scale of their own"
+        )
+    return pooled
 
 
 def _accuracy(chosen: Tensor, rejected: Tensor, groups: Tensor, options: dict[str, int]) -> dict[str, Any]:
@@ -139,9 +180,10 @@ def _margin(chosen: Tensor, rejected: Tensor, sources: Tensor | None) -> dict[st
 
 def _coverage(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
     """area: in squared reward units; normalised_area: in the scorer's pooled variance (pi if sides are unrelated)."""
-    area = statistics.ellipse_area(chosen, rejected)
-    variance = torch.cat([chosen, rejected]).var(correction=0).item()
-    return {"area": area, "normalised_area": area / variance if variance else 0.0}
+    return {
+        "area": statistics.ellipse_area(chosen, rejected),
+        "normalised_area": statistics.normalised_area(chosen, rejected),
+    }
 
 
 def _right_or_wrong(
@@ -151,11 +193,14 @@ def _right_or_wrong(
     options: dict[str, int],
     reasons: dict[str, str],
 ) -> dict[str, Any]:
-    """Signal -> scorer -> AUROC of the signal against that scorer's errors: above 0.5, the signal knows."""
+    """Signal -> scorer -> AUROC of the signal against that scorer's errors: above 0.5, the signal knows.
+
+    The std of one head is None.
+    """
     targets = [SINGLE] if pairs.num_heads == 1 else ["nominal", "mean"]
     if pairs.num_heads == 1:
-        reasons["signals.*.std"] = "means something of a BRME head only: Bradley-Terry does not train the std"
-    result: dict[str, Any] = {"std": {}, "disagreement": {}, "small margin": {}}
+        reasons["signals.*.std"] = UNTRAINED
+    result: dict[str, Any] = {"std": None if pairs.num_heads == 1 else {}, "disagreement": {}, "small margin": {}}
     for target in targets:
         chosen, rejected = rewards[target]
         wrong = ~statistics.pair_correct(chosen, rejected)
@@ -198,7 +243,7 @@ def _own_or_foreign(
     other = pairs_of(*foreign, finite, spec, std_ref)
     ours, theirs = pairs.foreignness(), other.foreignness()
     their_groups = int(groups.max()) + 1 + torch.arange(len(other.chosen.mean))
-    result: dict[str, Any] = {"pairs": int(finite.sum()), "excluded": int((~finite).sum())}
+    result: dict[str, Any] = {"pairs": int(finite.sum()), "excluded": int((~finite).sum()), "std": None}
     for name in ours:
         signal = torch.cat([ours[name], theirs[name]])
         is_foreign = torch.arange(len(signal)) >= len(ours[name])
@@ -209,13 +254,20 @@ def _own_or_foreign(
 
 
 def _reliability(
-    pairs: Pairs, rewards: Mapping[str, tuple[Tensor, Tensor]], groups: Tensor, options: dict[str, int]
+    pairs: Pairs,
+    rewards: Mapping[str, tuple[Tensor, Tensor]],
+    groups: Tensor,
+    options: dict[str, int],
+    reasons: dict[str, str],
 ) -> dict[str, Any]:
-    """Signal -> bins, of the nominal reward's right and wrong; a constant signal has one bin."""
+    """Signal -> bins, of the nominal reward's right and wrong; a constant signal has one bin. One head: std is None."""
     chosen, rejected = rewards["nominal" if pairs.num_heads > 1 else SINGLE]
     correct = statistics.pair_correct(chosen, rejected)
     signals = pairs.unsureness(chosen - rejected)
-    return {
+    result: dict[str, Any] = {"std": None}
+    if "std" not in signals:
+        reasons["reliability.std"] = UNTRAINED
+    return result | {
         name: [
             {**row._asdict(), "accuracy": row.accuracy._asdict()}
             for row in statistics.reliability(signal, correct, groups, **options)
@@ -236,7 +288,10 @@ def _scoring(
     if given is None or int(rows.sum()) < 2:
         reasons["scoring"] = "no given scores"
         return None
-    labels = None if sources is None else torch.cat([sources, sources])[rows]
+    labels = None
+    if sources is not None:  # not every response has a score: sources may be too small here alone
+        labels = torch.cat([sources, sources])[rows]
+        labels = _pooled(labels, 2 * SOURCE_PAIRS, "responses", "scoring.scorers", reasons)
     both = pairs.both
     z = statistics.standardise(both.mean[rows], labels)
     scorers = pairs.scorers(Side(z, both.std[rows]))
@@ -253,9 +308,11 @@ def _scoring(
         }
     first = next(iter(scorers.values()))
     std = pairs.nominal_std(Side(both.mean[rows], both.std[rows]))
-    result["std_against_error"] = statistics.rank_correlation(std, (first - target).abs())
+    error = (first - target).abs()
+    result["std_against_error"] = None if pairs.num_heads == 1 else statistics.rank_correlation(std, error)
     if result["std_against_error"] is None:
-        reasons["scoring.std_against_error"] = "the std or the error is the same everywhere"
+        constant = "the std or the error is the same everywhere"
+        reasons["scoring.std_against_error"] = UNTRAINED if pairs.num_heads == 1 else constant
     return result
 
 

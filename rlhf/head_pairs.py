@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels import Aggregation, aggregate, nominal_reward
 
 SINGLE = "single head"
+UNTRAINED = "one head: Bradley-Terry does not train its std"
 
 
 class HeadOutput(Protocol):
@@ -73,19 +74,24 @@ class Pairs:
         """Signals [P] of a pair that may be ranked wrong, larger = less sure. margin [P]: of the scorer in question.
 
         std: predicted, of the difference of the two nominal rewards; disagreement: population std over heads of their
-        margins; small margin: minus the margin's size.
+        margins; small margin: minus the margin's size. One head has no std here: Bradley-Terry does not train it.
         """
         std = (self.nominal_std(self.chosen).square() + self.nominal_std(self.rejected).square()).sqrt()
         spread = (self.chosen.mean - self.rejected.mean).std(dim=1, correction=0)
-        return {"std": std, "disagreement": spread, "small margin": -margin.abs()}
+        return self._std(std) | {"disagreement": spread, "small margin": -margin.abs()}
+
+    def _std(self, std: Tensor) -> dict[str, Tensor]:
+        return {} if self.num_heads == 1 else {"std": std}
 
     def foreignness(self) -> dict[str, Tensor]:
-        """Signals of foreign data: std and disagreement of each response [2P], small margin of each pair [P]."""
+        """Signals of foreign data: std and disagreement of each response [2P], small margin of each pair [P].
+
+        One head has no std here: Bradley-Terry does not train it.
+        """
         both = self.both
         name, chosen = next(iter(self.scorers(self.chosen, heads=False).items()))
         margin = chosen - self.scorers(self.rejected, heads=False)[name]
-        return {
-            "std": self.nominal_std(both),
+        return self._std(self.nominal_std(both)) | {
             "disagreement": both.mean.std(dim=1, correction=0),
             "small margin": -margin.abs(),
         }

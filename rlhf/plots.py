@@ -25,7 +25,7 @@ from .plot_style import (
     styled,
     to_svg,
 )
-from .statistics import BestOfN, Bin, Interval, covariance, ellipse_area
+from .statistics import BestOfN, Bin, Interval, covariance, normalised_area
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,7 +125,8 @@ def margins(values: Mapping[str, Tensor]) -> Figure:
 
 @styled
 def coverage(rewards: Mapping[str, tuple[Tensor, Tensor]], *, label: str = "reward") -> Figure:
-    """BRME Fig. 7: chosen (x) against rejected (y), with the one-std ellipse and its area, one panel a scorer.
+    """BRME Fig. 7: chosen (x) against rejected (y), with the one-std ellipse, one panel a scorer; its area is
+    given in the scorer's own variance (`normalised_area`), so that panels compare.
 
     rewards: scorer name -> (chosen [P], rejected [P]); below the dashed diagonal a pair is ranked right. Panels share a
     scale, but for scorers whose rewards spread more than four times as far as others': their unit is another.
@@ -148,7 +149,7 @@ def coverage(rewards: Mapping[str, tuple[Tensor, Tensor]], *, label: str = "rewa
                 (x.mean(), y.mean()), width, height, angle=angle, fill=False, edgecolor=ink, linewidth=line
             )
             axes.add_patch(ellipse)
-        axes.set_title(f"{name}\narea {ellipse_area(chosen, rejected):#.3g}")
+        axes.set_title(f"{name}\narea / own std²: {normalised_area(chosen, rejected):.2f}")
         limits = _limits([pair for pair in rewards.values() if _alike(pair, (chosen, rejected))])
         axes.set(xlim=limits, ylim=limits, aspect="equal")
         axes.set_xlabel(f"chosen {label}")

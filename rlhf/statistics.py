@@ -182,11 +182,13 @@ def ellipse_area(chosen: Tensor, rejected: Tensor) -> float:
     return math.pi * math.sqrt(max(0.0, torch.linalg.det(covariance(chosen, rejected)).item()))
 
 
-def scoring_gap(reward: Tensor, score: Tensor, sources: Tensor | None = None) -> Tensor:
-    """BRME Fig. 5b: z(reward) - z(score); negative is under-scoring. reward [N] or [N, K], score [N] the given ones."""
-    target = standardise(score, sources)
-    z = standardise(reward, sources)
-    return z - (target[:, None] if z.dim() == 2 else target)
+def normalised_area(chosen: Tensor, rejected: Tensor) -> float:
+    """`ellipse_area` of the rewards over their own std, both sides pooled: pi if the sides are unrelated, at most pi.
+
+    Without a unit, so scorers compare; 0 where every reward is the same.
+    """
+    z = standardise(torch.cat([chosen, rejected]))
+    return ellipse_area(z[: len(chosen)], z[len(chosen) :])
 
 
 def ranks(values: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from prudent.rlhf import statistics as S
 from prudent.rlhf.data import load_pairs, split_by_prompt
 from prudent.rlhf.eval_report import format_metrics
 from prudent.rlhf.evaluate import EvalConfig, evaluate_heads, run_eval
+from prudent.rlhf.head_metrics import pool_small_groups
 from prudent.rlhf.score import load_scorer
 
 
@@ -167,11 +168,24 @@ def test_one_head_is_one_scorer_and_what_it_cannot_say_has_a_reason():
     result = evaluate_heads(chosen, heads(rejected.mean), aggregation="mean", resamples=100)
     assert list(result["accuracy"]) == ["single head"]
     assert result["signals"]["right_or_wrong"]["disagreement"]["single head"]["value"] is None
-    assert "Bradley-Terry does not train" in result["reasons"]["signals.*.std"]
     assert "one head" in result["reasons"]["signals.right_or_wrong.disagreement.single head"]
     assert result["signals"]["own_or_foreign"] is None
     assert result["reasons"]["signals.own_or_foreign"] == "no foreign data given"
     assert "single head" in format_metrics(result)
+
+
+def test_the_std_of_one_head_is_left_out_with_a_reason():
+    chosen, rejected = ensemble(60, k=1)
+    scores = (normal(60) + 1, normal(60, seed=1))
+    result = evaluate_heads(chosen, rejected, aggregation="mean", scores=scores, foreign=ensemble(30, k=1))
+    assert result["signals"]["right_or_wrong"]["std"] is None
+    assert result["signals"]["own_or_foreign"]["std"] is None
+    assert result["reliability"]["std"] is None
+    assert result["scoring"]["std_against_error"] is None
+    for path in ("signals.*.std", "reliability.std", "scoring.std_against_error"):
+        assert "Bradley-Terry does not train" in result["reasons"][path]
+    assert result["signals"]["right_or_wrong"]["small margin"]["single head"]["value"] is not None
+    assert not any(line.startswith("std") for line in format_metrics(result).splitlines())
 
 
 def test_all_right_and_one_prompt_give_none_with_a_reason():
@@ -223,6 +237,52 @@ def test_sources_are_standardised_apart():
     )
     plain = evaluate_heads(heads(chosen.mean), heads(rejected.mean), sources=["a", "b"] * 100, resamples=100)
     assert apart["margin"]["mean"] == pytest.approx(plain["margin"]["mean"])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "merged", "groups"),
+    [
+        ([30, 40], [], 2),
+        ([30, 5, 40, 15], [1, 3], 3),  # 5 and 15 are enough together
+        ([50, 2, 30], [1, 2], 2),  # 2 alone are not: the next smallest joins
+        ([2, 3], [0, 1], 1),
+        ([2], [], 1),
+    ],
+)
+def test_groups_too_small_for_a_scale_are_pooled(sizes, merged, groups):
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    pooled, rows = pool_small_groups(labels, 20)
+    assert labels[rows].unique().tolist() == merged
+    assert len(pooled.unique()) == groups
+    assert len(pooled[rows].unique()) == min(1, len(merged))
+    assert torch.equal(pooled[~rows], labels[~rows])
+
+
+def test_a_source_too_small_for_a_scale_is_standardised_with_another_and_that_is_said():
+    chosen, rejected = ensemble(60)
+    sources = ["a"] * 56 + ["b", "c", "d", "e"]
+    scores = (normal(60) + 1, normal(60, seed=1))
+    scores[0][:50], scores[1][:50] = math.nan, math.nan  # 20 scored responses: no source has enough
+    found = evaluate_heads(chosen, rejected, sources=sources, scores=scores, resamples=100)
+    plain = evaluate_heads(chosen, rejected, scores=scores, resamples=100)
+    assert found["margin"] == plain["margin"]
+    assert found["scoring"] == plain["scoring"]
+    assert "5 of 5 sources, 60 pairs in all" in found["reasons"]["margin.*"]
+    large = evaluate_heads(chosen, rejected, sources=["a"] * 30 + ["b"] * 30, scores=scores, resamples=100)
+    assert "margin.*" not in large["reasons"]
+    # all scored responses are of the second source
+    assert large["scoring"] == plain["scoring"]
+
+
+def test_the_table_gives_coverage_in_the_scorers_own_variance():
+    chosen, rejected = ensemble(100)
+    scaled = evaluate_heads(heads(100 * chosen.mean), heads(100 * rejected.mean), resamples=100)
+    plain = evaluate_heads(heads(chosen.mean), heads(rejected.mean), resamples=100)
+    area = f"{plain['coverage']['mean']['normalised_area']:.2f}"
+    for result in (scaled, plain):
+        lines = format_metrics(result).splitlines()
+        assert any(line.endswith("coverage / std²") for line in lines)
+        assert next(line for line in lines if line.startswith("mean ")).endswith(f" {area}")
 
 
 @pytest.mark.parametrize(
@@ -343,9 +403,48 @@ def test_a_compared_head_on_the_same_trunk_costs_no_second_pass(folders, tmp_pat
 
 def test_a_single_head_model_is_drawn_too(folders, tmp_path):
     pytest.importorskip("matplotlib")
-    result = run_eval(config_of(folders, tmp_path, model=str(folders.root / "single")), progress=False)
-    assert "head_correlation" not in {path.stem for path in result.pictures}
+    result = run_eval(
+        config_of(folders, tmp_path, model=str(folders.root / "single"), foreign=folders.foreign), progress=False
+    )
+    assert not {"head_correlation", "std"} & {path.stem for path in result.pictures}
     assert result.metrics["heads"] == 1
+
+
+def test_the_margins_drawn_are_those_of_the_table(folders, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from prudent.rlhf import plots
+
+    drawn = {}
+    original = plots.margins
+    monkeypatch.setattr(plots, "margins", lambda values: drawn.update(values) or original(values))
+    rows = [json.loads(line) for line in Path(folders.pairs).read_text().splitlines()]
+    for i, row in enumerate(rows):  # long answers in one source, and a prompt of its own in every row
+        row["source"], row["prompt"] = ("long", "short")[i % 2], f"{row['prompt']} {i}"
+        row["chosen"] *= 1 + 8 * (i % 2)
+    data = tmp_path / "sources.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = run_eval(config_of(folders, tmp_path / "out", data=str(data)), progress=False).metrics
+    for name, margin in drawn.items():
+        assert margin.mean().item() == pytest.approx(metrics["margin"][name]["mean"])
+        assert margin.std(correction=0).item() == pytest.approx(metrics["margin"][name]["std"])
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row | {"source": None}) + "\n" for row in rows))
+    plain = run_eval(
+        config_of(folders, tmp_path / "plain", data=str(tmp_path / "plain.jsonl"), pictures=False), progress=False
+    )
+    assert plain.metrics["margin"]["mean"]["mean"] != pytest.approx(metrics["margin"]["mean"]["mean"])
+
+
+def test_the_table_says_what_was_left_out_of_the_data(folders, tmp_path):
+    text = Path(folders.pairs).read_text()
+    first = json.loads(text.splitlines()[0]) | {"prompt": "another"}
+    data = tmp_path / "pairs.jsonl"
+    rows = [first, first, first | {"rejected": first["chosen"]}, first | {"score_chosen": 0.5, "score_rejected": 0.0}]
+    data.write_text(text + "".join(json.dumps(row) + "\n" for row in rows) + "broken\n")
+    result = run_eval(config_of(folders, tmp_path, data=str(data), pictures=False, skip_bad_rows=True), progress=False)
+    (line,) = (line for line in str(result).splitlines() if line.startswith("left out of the data's 53 rows: "))
+    for part in ("broken rows 1", "equal responses 1", "below the score gap 1"):
+        assert part in line
+    assert f"duplicates {result.metrics['data']['duplicates']}" in line
 
 
 def test_rewards_that_are_not_finite_are_counted_and_drawn_without(folders, tmp_path, monkeypatch):

@@ -84,7 +84,9 @@ def test_a_scorer_has_one_colour_in_every_picture_and_no_two_share_one():
 def test_coverage_states_the_area_and_has_one_scale_on_all_axes():
     pairs = {"mean": (normal(500), normal(500, seed=1)), "worst": (3 * normal(500), 3 * normal(500, seed=1))}
     figure = plots.coverage(pairs)
-    assert f"{S.ellipse_area(*pairs['mean']):#.3g}" in labels(figure)[2]
+    areas = [f"area / own std²: {S.normalised_area(*pair):.2f}" for pair in pairs.values()]
+    assert [axes.get_title(loc="left").split("\n")[1] for axes in figure.axes] == areas
+    assert areas[0] == areas[1]  # the unit is the scorer's own
     assert len({axes.get_xlim() for axes in figure.axes} | {axes.get_ylim() for axes in figure.axes}) == 1
     small, large = (axes.patches[0].get_width() for axes in figure.axes)
     assert large == pytest.approx(3 * small)

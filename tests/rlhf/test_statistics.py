@@ -103,14 +103,13 @@ def test_the_ellipse_area_of_a_known_covariance():
     assert S.ellipse_area(x, 3 * x + 1) == pytest.approx(0, abs=1e-6)
 
 
-def test_the_worst_of_standardised_heads_underscores_and_one_head_does_not():
-    score = normal(4000)
-    heads = score[:, None] + 0.5 * normal(4000, 5, seed=1)
-    gap = S.scoring_gap(heads, score)
-    assert ((gap < 0).double().mean(0) - 0.5).abs().max() < 0.05
-    # heads are exchangeable given the score: P(min gap < 0) = 1 - 2^-5 where their errors are independent and centred
-    assert (gap.amin(1) < 0).double().mean() > 0.9
-    torch.testing.assert_close(S.scoring_gap(heads[:, 0], score), gap[:, 0])
+def test_the_normalised_area_has_no_unit_and_is_pi_for_sides_that_are_unrelated():
+    x, y = normal(20000), normal(20000, seed=1)
+    assert S.normalised_area(x, y) == pytest.approx(math.pi, rel=0.03)
+    assert S.normalised_area(50 * x + 3, 50 * y + 3) == pytest.approx(S.normalised_area(x, y))
+    pooled = torch.cat([x, x + y]).var(correction=0).item()
+    assert S.normalised_area(x, x + y) == pytest.approx(S.ellipse_area(x, x + y) / pooled)
+    assert S.normalised_area(torch.full((7,), 0.1), torch.full((7,), 0.1)) == 0
 
 
 def test_ranks_share_the_mean_rank_of_a_tie():
