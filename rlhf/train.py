@@ -23,7 +23,7 @@ from .fit import FitConfig, PairFeatures, fit_heads
 from .losses import partition
 from .runlog import RunLog
 from .statistics import hidden_norms, pair_correct
-from .train_config import TrainConfig, TrainResult, open_folder
+from .train_config import TrainConfig, TrainResult, open_folder, refuse_unread
 from .trunk import train_trunk
 
 __all__ = ["TrainConfig", "TrainResult", "run_train"]
@@ -44,11 +44,12 @@ def run_train(config: TrainConfig, *, resume: bool = False, progress: bool = Tru
         progress: show progress bars on stderr.
 
     Raises:
-        ValueError: for data or a config that cannot be used; for an output folder that holds another run or anything
-            else; for a loss that is not finite.
+        ValueError: for data or a config that cannot be used, a key that the mode does not read included; for an output
+            folder that holds another run or anything else; for a loss that is not finite.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("train: expected one process, got a launcher's several: the run folder has one writer")
+    refuse_unread(config, _mode(config))
     finished = open_folder(config, resume)
     if finished is not None:
         return TrainResult(config.output, finished, finished_before=True)
@@ -57,15 +58,21 @@ def run_train(config: TrainConfig, *, resume: bool = False, progress: bool = Tru
         return TrainResult(config.output, run.go())
 
 
+def _mode(config: TrainConfig) -> str:
+    """What `auto` is on this machine: head on a CPU, lora on a GPU."""
+    if config.mode != "auto":
+        return config.mode
+    return "lora" if torch.cuda.is_available() else "head"
+
+
 class _Run:
     """One training run: data, model and folder; `go` does what is not done yet."""
 
     def __init__(self, config: TrainConfig, log: RunLog, resume: bool, progress: bool) -> None:
         self.config, self.log, self.resume, self.progress = config, log, resume, progress
         self.folder = config.output
-        on_gpu = torch.cuda.is_available()
-        self.device = "cuda" if on_gpu else "cpu"
-        self.mode = ("lora" if on_gpu else "head") if config.mode == "auto" else config.mode
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.mode = _mode(config)
         seeds = {"bt": config.seed + config.bt.seed, "brme": config.seed + config.brme.seed}
         self.bt: FitConfig = config.bt.model_copy(update={"seed": seeds["bt"]})
         self.brme: FitConfig = config.brme.model_copy(update={"seed": seeds["brme"]})

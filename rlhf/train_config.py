@@ -34,7 +34,9 @@ class TrainConfig(JobConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the trunk; auto: the checkpoint's, float32 in mode full
     append_eos: bool | None = None  # see EnsembleRewardConfig
     batch_tokens: int = Field(default=4096, ge=1)
-    max_length: int | None = Field(default=None, ge=1)  # tokens; a longer text loses its beginning; saved with the model
+    max_length: int | None = Field(
+        default=None, ge=1
+    )  # tokens; a longer text loses its beginning; saved with the model
     features: Path | None = None  # a cache folder that several runs share; None: in the run folder
     bt: BradleyTerryConfig = BradleyTerryConfig()
     brme: BRMEConfig = BRMEConfig()
@@ -66,6 +68,30 @@ class TrainResult:
         return "\n".join(lines)
 
 
+# what a resumed run may change; a lower batch_tokens is what helps one that was killed for memory
+_FREE = ("output", "batch_tokens")
+_LOOP_KEYS = ("lr", "epochs", "max_steps", "batch_size", "weight_decay", "warmup")  # of FitConfig and of TrunkConfig
+
+
+def refuse_unread(config: TrainConfig, mode: str) -> None:
+    """Raise ValueError for a key that was set and that this mode does not read, naming the one it does."""
+    where = f"mode {mode}" + (" (what auto is on this machine)" if config.mode == "auto" else "")
+    for group in ("bt", "brme") if mode != "head" else ():
+        for key in _changed(getattr(config, group)):
+            if key in _LOOP_KEYS:
+                raise ValueError(f"{group}.{key}: has no effect in {where}: set trunk.{key}")
+    for key in _changed(config.trunk):
+        if mode == "head":
+            use = f"set bt.{key} and brme.{key}" if key in _LOOP_KEYS else "set mode to lora or full"
+            raise ValueError(f"trunk.{key}: has no effect in {where}: {use}")
+        if mode == "full" and key.startswith("lora_"):
+            raise ValueError(f"trunk.{key}: has no effect in {where}: set mode to lora")
+
+
+def _changed(config: JobConfig) -> list[str]:
+    return [name for name, field in type(config).model_fields.items() if getattr(config, name) != field.default]
+
+
 def open_folder(config: TrainConfig, resume: bool) -> dict[str, Any] | None:
     """Claim the output folder. The final metrics if the run in it is finished, else None."""
     folder, saved = config.output, config.output / "config.yaml"
@@ -81,7 +107,7 @@ def open_folder(config: TrainConfig, resume: bool) -> dict[str, Any] | None:
     if not resume:
         raise ValueError(f"output: {folder} holds a run already: go on with it by --resume, or choose another folder")
     before, now = load_config(TrainConfig, saved).model_dump(), config.model_dump()
-    changed = [key for key in now if key != "output" and before[key] != now[key]]
+    changed = [key for key in now if key not in _FREE and before[key] != now[key]]
     if changed:
         raise ValueError(f"output: {folder} holds a run with another {', '.join(changed)}: choose another folder")
     done = folder / "train.json"

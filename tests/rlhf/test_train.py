@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(model: Path, data: Path, output: Path, *sets: str, **given: Any) -> TrainConfig:
-    base = ["eval_fraction=0.25", "bt.epochs=20", "brme.epochs=20", "bt.lr=0.02", "brme.lr=0.02", "brme.num_heads=3"]
+    base = [
+        "mode=head",
+        "eval_fraction=0.25",
+        "bt.epochs=20",
+        "brme.epochs=20",
+        "bt.lr=0.02",
+        "brme.lr=0.02",
+        "brme.num_heads=3",
+    ]
     return load_config(TrainConfig, None, [*base, *sets], model=str(model), data=str(data), output=output, **given)
 
 
@@ -129,6 +138,27 @@ def test_a_folder_that_holds_a_run_or_anything_else_is_refused(finished: TrainCo
     with pytest.raises(ValueError, match=r"expected a new or empty folder or one of a run, got .* with other files"):
         run_train(finished.model_copy(update={"output": tmp_path}), resume=True, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_key_that_the_mode_does_not_read_is_refused(tiny_chat_folder: Path, data: Path, tmp_path: Path) -> None:
+    for mode, entry, message in (
+        ("lora", "brme.lr=0.1", "brme.lr: has no effect in mode lora: set trunk.lr"),
+        ("full", "bt.max_steps=3", "bt.max_steps: has no effect in mode full: set trunk.max_steps"),
+        ("full", "trunk.lora_rank=3", "trunk.lora_rank: has no effect in mode full: set mode to lora"),
+        ("head", "trunk.lr=0.1", "trunk.lr: has no effect in mode head: set bt.lr and brme.lr"),
+        ("head", "trunk.lora_rank=3", "trunk.lora_rank: has no effect in mode head: set mode to lora or full"),
+    ):
+        config = load_config(
+            TrainConfig, None, [entry], model=str(tiny_chat_folder), data=str(data), output=tmp_path / "run", mode=mode
+        )
+        with pytest.raises(ValueError, match=re.escape(message)):
+            run_train(config, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_may_lower_its_batches(finished: TrainConfig) -> None:
+    lower = finished.model_copy(update={"batch_tokens": finished.batch_tokens // 2})
+    assert run_train(lower, resume=True, progress=False).finished_before
 
 
 def _weights(config: TrainConfig, folder: str = "model") -> dict[str, torch.Tensor]:
