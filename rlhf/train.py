@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from ..engine import EnsembleHead, EnsembleRewardModel, Scorer, calibrate
 from ..kernels import Aggregation
@@ -20,6 +19,7 @@ from .data import PreferencePair, load_pairs, split_by_prompt
 from .features import compute_features
 from .files import atomic_folder, atomic_write_json
 from .fit import FitConfig, PairFeatures, fit_heads
+from .given import check_given, load_stage1, load_tokenizer
 from .losses import partition
 from .runlog import RunLog
 from .statistics import hidden_norms, pair_correct
@@ -73,6 +73,9 @@ class _Run:
         self.folder = config.output
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.mode = _mode(config)
+        check_given(config, self.mode)
+        given = ("model", config.model) if config.stage1 is None else ("stage1", config.stage1)
+        self.tokenizers = {"stage1": load_tokenizer(*given), "model": load_tokenizer("model", config.model)}
         seeds = {"bt": config.seed + config.bt.seed, "brme": config.seed + config.brme.seed}
         self.bt: FitConfig = config.bt.model_copy(update={"seed": seeds["bt"]})
         self.brme: FitConfig = config.brme.model_copy(update={"seed": seeds["brme"]})
@@ -92,11 +95,6 @@ class _Run:
                     f"got {config.brme.num_heads}"
                 )
         self._write_counts(data.counts)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(config.model)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"model: {config.model} is neither a folder nor a hub name that loads: {reason}") from None
 
     def _write_counts(self, counts: dict[str, int]) -> None:
         digest = hashlib.sha256(repr((self.train, self.held_out)).encode()).hexdigest()[:16]
@@ -131,15 +129,15 @@ class _Run:
 
     def _frozen(self) -> tuple[_Scored, _Scored]:
         """The trunk frozen: both stages on its features, each text computed once."""
-        model = self._load(1)
-        chosen, rejected = self._features(model, self.train)
-        held = self._features(model, self.held_out) if self.held_out else None
+        model = self._load(1) if self.config.stage1 is None else self._placed(load_stage1(self.config))
+        chosen, rejected = self._features("model", model, self.train)
+        held = self._features("model", model, self.held_out) if self.held_out else None
         self.log.metrics(0, hidden_norms(chosen, rejected), prefix="features/train")
         if held is not None:
             self.log.metrics(0, hidden_norms(*held), prefix="features/eval")
         evaluation = None if held is None else PairFeatures(*held, None, self._margins(self.held_out))
         data = PairFeatures(chosen, rejected, None, self._margins(self.train))
-        stage1 = self._fit(self.bt, data, evaluation, "mean")
+        stage1 = self._fit(self.bt, data, evaluation, "mean") if self.config.stage1 is None else model.score
         self._save("stage1", model, stage1)
         single = _Scored(stage1, held)
         final, aggregation = stage1, "mean"
@@ -181,21 +179,24 @@ class _Run:
         5-head BRME starting from" it): stage 1 stays a model of its own, and p_hat is the only thing handed over."""
         stage1 = self._saved("stage1")
         if stage1 is None:
-            stage1 = self._train_stage(self.bt, (None, None))
+            if self.config.stage1 is None:
+                stage1 = self._train_stage(self.bt, (None, None))
+            else:
+                stage1 = self._placed(load_stage1(self.config))
             self._save("stage1", stage1, stage1.score)
-        single = _Scored(stage1.score, self._features(stage1, self.held_out) if self.held_out else None)
+        single = _Scored(stage1.score, self._features("stage1", stage1, self.held_out) if self.held_out else None)
         model = self._saved("model")
         if model is None:
             model = stage1
             if self.config.stage == "brme":
-                p_hat = _p_hat(stage1.score, *self._features(stage1, self.train))
+                p_hat = _p_hat(stage1.score, *self._features("stage1", stage1, self.train))
                 held_p = None if single.features is None else _p_hat(stage1.score, *single.features)
                 del stage1, model  # the memory of one trunk at a time
                 model = self._train_stage(self.brme, (p_hat, held_p))
             model.score = _copy(model.score)
-            calibrate(model.score, torch.cat(self._features(model, self.train[:_CALIBRATION_PAIRS])))
+            calibrate(model.score, torch.cat(self._features("model", model, self.train[:_CALIBRATION_PAIRS])))
             self._save("model", model, model.score)
-        return single, _Scored(model.score, self._features(model, self.held_out) if self.held_out else None)
+        return single, _Scored(model.score, self._features("model", model, self.held_out) if self.held_out else None)
 
     def _saved(self, name: str) -> EnsembleRewardModel | None:
         """A finished stage's model, if it is there."""
@@ -204,7 +205,7 @@ class _Run:
 
     def _train_stage(self, losses: FitConfig, p_hat: tuple[Tensor | None, Tensor | None]) -> EnsembleRewardModel:
         model = self._load(losses.num_heads, losses)
-        scorer = self._scorer(model)
+        scorer = self._scorer("model", model)
         heads = partition(len(self.train), losses.num_heads, losses.seed).tolist()
         return train_trunk(
             model,
@@ -240,18 +241,19 @@ class _Run:
         placed: EnsembleRewardModel = model.to(self.device).eval()
         return placed
 
-    def _scorer(self, model: EnsembleRewardModel) -> Scorer:
-        config = self.config
-        return Scorer(
-            model, self.tokenizer, batch_tokens=config.batch_tokens, max_length=config.max_length, progress=False
-        )
+    def _scorer(self, name: str, model: EnsembleRewardModel) -> Scorer:
+        """Reads what the model in the folder `name` reads: config.max_length if given, else what is saved with it."""
+        config, tokenizer = self.config, self.tokenizers[name]
+        return Scorer(model, tokenizer, batch_tokens=config.batch_tokens, max_length=config.max_length, progress=False)
 
-    def _features(self, model: EnsembleRewardModel, pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
+    def _features(
+        self, name: str, model: EnsembleRewardModel, pairs: Sequence[PreferencePair]
+    ) -> tuple[Tensor, Tensor]:
         """Features of chosen and of rejected, [P, D] each, on the model's device."""
         items = [pair.items() for pair in pairs]
         texts = [chosen for chosen, _ in items] + [rejected for _, rejected in items]
         folder = self.config.features or self.folder / "features"
-        features = compute_features(self._scorer(model), texts, folder, self.progress).to(self.device)
+        features = compute_features(self._scorer(name, model), texts, folder, self.progress).to(self.device)
         return features[: len(pairs)], features[len(pairs) :]
 
     def _save(self, name: str, model: EnsembleRewardModel, head: EnsembleHead) -> None:
@@ -267,7 +269,7 @@ class _Run:
         )
         with atomic_folder(target) as folder:
             whole.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            self.tokenizers[name].save_pretrained(folder)
 
     def _accuracies(self, single: _Scored, final: _Scored) -> dict[str, float]:
         result = {"single head (stage 1)": single.accuracy("mean")}

@@ -22,6 +22,9 @@ class TrainConfig(JobConfig):
     model: str  # folder or hub name of a language model
     data: str  # file or dataset name, see load_pairs
     output: Path  # the run folder
+    # folder or hub name of a one-head reward model (EnsembleRewardModel, or what from_sequence_classifier takes) to use
+    # instead of training stage 1; in mode head its trunk is the trunk, and `model` must name it too
+    stage1: str | None = None
     # head: the trunk frozen, its features cached; lora, full: the trunk trained too; auto: head on a CPU, lora on a GPU
     mode: Literal["auto", "head", "lora", "full"] = "auto"
     stage: Literal["bt", "brme"] = "brme"  # the last stage: bt stops after Bradley-Terry
@@ -74,8 +77,13 @@ _LOOP_KEYS = ("lr", "epochs", "max_steps", "batch_size", "weight_decay", "warmup
 
 
 def refuse_unread(config: TrainConfig, mode: str) -> None:
-    """Raise ValueError for a key that was set and that this mode does not read, naming the one it does."""
+    """Raise ValueError for a key that was set and that this mode, or a given stage 1, leaves unread; say what works."""
     where = f"mode {mode}" + (" (what auto is on this machine)" if config.mode == "auto" else "")
+    if config.stage1 is not None:
+        if config.stage == "bt":
+            raise ValueError("stage: expected brme beside stage1, which leaves nothing to do for bt, got bt")
+        for key in _changed(config.bt):
+            raise ValueError(f"bt.{key}: has no effect beside stage1, which is trained already: leave one of them out")
     for group in ("bt", "brme") if mode != "head" else ():
         for key in _changed(getattr(config, group)):
             if key in _LOOP_KEYS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from prudent.engine import EnsembleRewardModel, Scorer
 from prudent.rlhf import fit as fit_module
 from prudent.rlhf.config import load_config
 from prudent.rlhf.data import load_pairs, split_by_prompt
+from prudent.rlhf.fit_config import BradleyTerryConfig
+from prudent.rlhf.given import check_given, load_stage1
 from prudent.rlhf.runlog import read_metrics
 from prudent.rlhf.train import TrainConfig, run_train
 
@@ -247,6 +250,71 @@ def test_what_cannot_work_is_refused_before_any_training(
     # nothing was computed, so the folder is free for the mended command
     mended = _config(tiny_chat_folder, data, tmp_path / "run", "bt.epochs=1", "brme.epochs=1")
     assert not run_train(mended, progress=False).finished_before
+
+
+@pytest.mark.parametrize("mode", ["head", "full"])
+def test_an_existing_stage_1_takes_the_place_of_bradley_terry(
+    finished: TrainConfig, data: Path, tmp_path: Path, mode: str
+) -> None:
+    given = finished.output / "stage1"
+    sets = ["brme.num_heads=2", "eval_fraction=0.25"] + (["trunk.max_steps=2"] if mode == "full" else [])
+    config = load_config(
+        TrainConfig,
+        None,
+        [*sets, f"mode={mode}", f"stage1={given}"],
+        model=str(given if mode == "head" else finished.model),
+        data=str(data),
+        output=tmp_path / "run",
+    )
+    accuracy = run_train(config, progress=False).metrics["accuracy"]
+    before = json.loads((finished.output / "train.json").read_text())["accuracy"]
+    assert accuracy["single head (stage 1)"] == before["single head (stage 1)"]
+    assert not any(key.startswith("bt/") for row in read_metrics(config.output) for key in row)
+    first, again = _weights(finished, "stage1"), _weights(config, "stage1")
+    assert set(first) == set(again)
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    assert EnsembleRewardModel.from_pretrained(config.output / "model").config.num_heads == 2
+
+
+def test_a_calibrated_stage_1_and_a_classifier_give_bradley_terry_logits(finished: TrainConfig, tmp_path: Path) -> None:
+    model = EnsembleRewardModel.from_pretrained(finished.output / "stage1")
+    ids = torch.randint(4, 20, (3, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = model(ids).logits
+    model.score.shift.fill_(3.0)
+    model.score.scale.fill_(7.0)
+    model.save_pretrained(tmp_path / "calibrated")
+    classifier = LlamaForSequenceClassification(LlamaConfig(**{**model.model.config.to_dict(), "num_labels": 1}))
+    classifier.model.load_state_dict(model.model.state_dict())
+    classifier.score.weight.data = model.score.weight.data[:1].clone()
+    classifier.save_pretrained(tmp_path / "classifier")
+    for name in ("calibrated", "classifier"):
+        loaded = load_stage1(finished.model_copy(update={"stage1": str(tmp_path / name), "max_length": 9}))
+        assert loaded.config.max_score_length == 9
+        bias = 0.0 if name == "calibrated" else model.score.bias[0].item()  # a Llama classifier has none
+        torch.testing.assert_close(loaded(ids).logits + bias, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reward_model_where_a_trunk_is_expected_is_refused(
+    finished: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    single, final = str(finished.output / "stage1"), str(finished.output / "model")
+    for update, message in (
+        ({"model": final}, "model: expected a language model, got the reward model"),
+        ({"model": single, "stage1": final}, "model: expected stage1's .* because mode head trains on stage 1's own"),
+        ({"model": final, "stage1": final}, "stage1: expected a reward model with one head, got 3"),
+        ({"model": single, "stage1": single, "append_eos": False}, "append_eos: expected True, as stage1 was trained"),
+        ({"model": single, "stage1": single, "stage": "bt"}, "stage: expected brme beside stage1"),
+        ({"model": single, "stage1": single, "bt": finished.bt}, "bt.epochs: has no effect beside stage1"),
+    ):
+        config = finished.model_copy(update={"output": tmp_path / "run", "bt": BradleyTerryConfig(), **update})
+        with pytest.raises(ValueError, match=message):
+            run_train(config, progress=False)
+    classifier = LlamaForSequenceClassification(AutoConfig.from_pretrained(finished.model))
+    classifier.save_pretrained(tmp_path / "classifier")
+    with caplog.at_level(logging.WARNING):
+        check_given(finished.model_copy(update={"model": str(tmp_path / "classifier")}), "head")
+    assert "has a classification head, which is dropped" in caplog.text
 
 
 def test_a_model_that_is_not_there_is_named(data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""Reward models that are there before training: taken as stage 1, and not mistaken for a bare trunk."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from ..engine import EnsembleRewardConfig, EnsembleRewardModel
+from .train_config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+def check_given(config: TrainConfig, mode: str) -> None:
+    """Raise ValueError for a `stage1` that cannot be used as one, or a reward model given as `model` alone."""
+    if config.stage1 is None:
+        _check_trunk(config.model)
+        return
+    if mode == "head" and config.model != config.stage1:
+        raise ValueError(
+            f"model: expected stage1's {config.stage1}, because mode head trains on stage 1's own trunk, "
+            f"got {config.model}"
+        )
+    if config.model != config.stage1:
+        _check_trunk(config.model)
+    found = _loads("stage1", config.stage1, AutoConfig)
+    if not isinstance(found, EnsembleRewardConfig):
+        return  # of another classifier, loading says what it lacks
+    if found.num_heads != 1:
+        raise ValueError(f"stage1: expected a reward model with one head, got {found.num_heads} in {config.stage1}")
+    if config.append_eos not in (None, found.append_eos):
+        raise ValueError(
+            f"append_eos: expected {found.append_eos}, as stage1 was trained with, or nothing, got {config.append_eos}"
+        )
+
+
+def load_stage1(config: TrainConfig) -> EnsembleRewardModel:
+    """`config.stage1` as a single-head model whose reward differences are Bradley-Terry logits.
+
+    A calibrated head gives back its own outputs: what Bradley-Terry trained are those, and not their z-scores.
+    """
+    name = str(config.stage1)
+    kind: Any = EnsembleRewardModel
+    try:
+        if isinstance(AutoConfig.from_pretrained(name), EnsembleRewardConfig):
+            model: EnsembleRewardModel = kind.from_pretrained(name, dtype=config.dtype)
+        else:
+            model = kind.from_sequence_classifier(name, dtype=config.dtype, append_eos=config.append_eos)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"stage1: {' '.join(str(error).split())}") from None
+    model.score.reset_calibration()
+    if config.max_length is not None:
+        model.config.max_score_length = config.max_length
+    model.requires_grad_(False)
+    return model
+
+
+def load_tokenizer(key: str, name: str) -> Any:
+    """The tokeniser of a folder or hub name, which the config's `key` gave."""
+    return _loads(key, name, AutoTokenizer)
+
+
+def _check_trunk(name: str) -> None:
+    found = _loads("model", name, AutoConfig)
+    if isinstance(found, EnsembleRewardConfig):
+        raise ValueError(
+            f"model: expected a language model, got the reward model {name}, whose heads would be dropped: to train "
+            "on from one with a single head, give it as stage1 too"
+        )
+    if any(kind.endswith("ForSequenceClassification") for kind in found.architectures or ()):
+        logger.warning("model: %s has a classification head, which is dropped; to keep it, give it as stage1 too", name)
+
+
+def _loads(key: str, name: str, kind: Any) -> Any:
+    try:
+        return kind.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{key}: {name} is neither a folder nor a hub name that loads: {reason}") from None
