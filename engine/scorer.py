@@ -107,9 +107,9 @@ class Scorer:
         """The longest sequence that is scored whole; None: any."""
         return self._encoder.max_length
 
-    def encode(self, item: Item) -> list[int]:
-        """The token ids that the model reads for this item, truncated if need be."""
-        return self._encoder.encode(item)[0]
+    def encode(self, item: Item, name: str = "item") -> list[int]:
+        """The token ids that the model reads for this item, truncated if need be; errors call the item `name`."""
+        return self._encoder.encode(item, name)[0]
 
     def features(self, items: Sequence[Item]) -> Tensor:
         """The hidden states the heads read: [N, D] on the CPU in the trunk's dtype, in the items' order."""

@@ -83,7 +83,8 @@ class ItemEncoder:
     def _chat(self, messages: list[Message], complete: bool, name: str) -> list[int]:
         if not self.tokenizer.chat_template:
             raise ValueError(
-                f"Scorer: {name}: expected plain text, because the tokeniser has no chat template, got messages"
+                f"Scorer: {name}: expected plain text, because the tokeniser has no chat template, got messages: "
+                "give plain texts, or a model whose tokeniser has a chat template"
             )
         if not messages:
             raise ValueError(f"Scorer: {name}: expected at least one message, got none")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,8 @@ class PreferencePair:
     """One prompt, the response preferred and the one rejected; each a text or a list of {"role", "content"} messages.
 
     Two texts join as they are: prompt + response is the whole sequence. `margin`: how much the annotator preferred it
-    (Bradley-Terry's margin). Scores: per-response annotations, on whatever scale they came.
+    (Bradley-Terry's margin). Scores: per-response annotations, on whatever scale they came. `where`: file and
+    line, for messages; no part of what the pair is.
     """
 
     prompt: Text
@@ -31,6 +32,7 @@ class PreferencePair:
     chosen_score: float | None = None
     rejected_score: float | None = None
     source: str | None = None
+    where: str = field(default="", compare=False, repr=False)
 
     @property
     def prompt_key(self) -> str:
@@ -102,7 +104,7 @@ def load_pairs(
             continue
         counts["below_gap"] += below
         for fields in found:
-            pair = PreferencePair(**fields)
+            pair = PreferencePair(**fields, where=where)
             responses = _key(pair.chosen), _key(pair.rejected)
             key = json.dumps([pair.prompt_key, *responses])
             if responses[0] == responses[1]:
@@ -171,9 +173,11 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             row: Any
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8").rstrip("\r\n"))
             except UnicodeDecodeError as error:
                 row = RowError(f"expected UTF-8, got {error.reason} at byte {error.start}")
+            except json.JSONDecodeError as error:
+                row = RowError(f"expected one JSON object a line, got {error.msg}: column {error.colno}")
             except ValueError as error:
                 row = RowError(f"expected one JSON object a line, got {error}")
             yield f"{path}, line {number}", row

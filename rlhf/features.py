@@ -95,20 +95,26 @@ class FeatureStore:
             self._where[key.tobytes()] = (path, row)
 
 
-def compute_features(scorer: Scorer, items: Sequence[Any], folder: Path | str, progress: bool = True) -> Tensor:
+def compute_features(
+    scorer: Scorer, items: Sequence[Any], folder: Path | str, progress: bool = True, names: Sequence[str] | None = None
+) -> Tensor:
     """Features [N, D] of N items (as `Scorer` takes them), on the CPU in the trunk's dtype.
 
     Each distinct text (after tokenising) is computed once, longest first, in shards of about 16,000 tokens in `folder`;
     what is there already is read. Shards are cut from the whole sorted list, not from what is missing, so a killed and
     resumed job pads the same batches and gets the same bits as an unbroken one.
 
+    `names`: what errors call the items; None: by their index.
+
     Raises:
-        ValueError: for no items, or features that are not finite, naming the first such item.
+        ValueError: for no items, an item that cannot be encoded, or features that are not finite, naming the first
+            such item.
     """
     store = FeatureStore(folder, scorer.model)
     encoded = []
-    for item in tqdm(items, desc="tokenising", unit="text", delay=1, disable=not progress):
-        encoded.append(scorer.encode(item))
+    names = [f"item {i}" for i in range(len(items))] if names is None else names
+    for i, item in enumerate(tqdm(items, desc="tokenising", unit="text", delay=1, disable=not progress)):
+        encoded.append(scorer.encode(item, names[i]))
     keys = [hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).digest() for ids in encoded]
     unique = dict(zip(keys, encoded, strict=True))
     order = sorted(unique, key=lambda key: (-len(unique[key]), key))
@@ -127,7 +133,7 @@ def compute_features(scorer: Scorer, items: Sequence[Any], folder: Path | str, p
     bad = (~features.isfinite().all(dim=1)).nonzero()
     if len(bad):
         raise ValueError(
-            f"features: expected finite hidden states, got NaN or infinity for item {int(bad[0])} "
+            f"features: expected finite hidden states, got NaN or infinity for {names[int(bad[0])]} "
             f"({len(bad)} of {len(keys)}); a wider dtype of the trunk may help"
         )
     return features

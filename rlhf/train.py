@@ -94,6 +94,7 @@ class _Run:
                     f"brme.num_heads: expected at most the {len(self.train)} training pairs, "
                     f"got {config.brme.num_heads}"
                 )
+        self.dropped = {name: data.counts[name] for name in ("bad_rows", "duplicates", "equal", "below_gap")}
         self._write_counts(data.counts)
 
     def _write_counts(self, counts: dict[str, int]) -> None:
@@ -120,6 +121,7 @@ class _Run:
             "mode": self.mode,
             "train_pairs": len(self.train),
             "held_out_pairs": len(self.held_out),
+            "dropped": self.dropped,
             "accuracy": self._accuracies(single, final) if self.held_out else {},
         }
         atomic_write_json(self.folder / "train.json", metrics)
@@ -252,8 +254,9 @@ class _Run:
         """Features of chosen and of rejected, [P, D] each, on the model's device."""
         items = [pair.items() for pair in pairs]
         texts = [chosen for chosen, _ in items] + [rejected for _, rejected in items]
+        names = [f"{_name(pair, i)}, {side}" for side in ("chosen", "rejected") for i, pair in enumerate(pairs)]
         folder = self.config.features or self.folder / "features"
-        features = compute_features(self._scorer(name, model), texts, folder, self.progress).to(self.device)
+        features = compute_features(self._scorer(name, model), texts, folder, self.progress, names).to(self.device)
         return features[: len(pairs)], features[len(pairs) :]
 
     def _save(self, name: str, model: EnsembleRewardModel, head: EnsembleHead) -> None:
@@ -315,6 +318,10 @@ def _margins(pairs: list[PreferencePair]) -> Tensor | None:
     return torch.tensor([pair.margin or 0.0 for pair in pairs])
 
 
+def _name(pair: PreferencePair, index: int) -> str:
+    return pair.where or f"pair {index}"
+
+
 def _rows(
     scorer: Scorer, pairs: list[PreferencePair], heads: list[int], p_hat: Tensor | None, progress: bool
 ) -> list[dict[str, Any]]:
@@ -326,8 +333,8 @@ def _rows(
         chosen, rejected = pair.items()
         rows.append(
             {
-                "chosen": scorer.encode(chosen),
-                "rejected": scorer.encode(rejected),
+                "chosen": scorer.encode(chosen, f"{_name(pair, i)}, chosen"),
+                "rejected": scorer.encode(rejected, f"{_name(pair, i)}, rejected"),
                 "head": head,
                 "p_hat": None if p_hat is None else float(p_hat[i]),
                 "margin": None if margins is None or p_hat is not None else float(margins[i]),

@@ -51,6 +51,14 @@ class TrainConfig(JobConfig):
         return str(Aggregation.parse(value))
 
 
+_DROPPED = {
+    "bad_rows": "broken rows skipped",
+    "duplicates": "duplicate pairs dropped",
+    "equal": "pairs of two equal responses dropped",
+    "below_gap": "pairs below min_score_gap dropped",
+}
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """folder: the run folder. metrics: what train.json holds. finished_before: nothing was left to do."""
@@ -63,6 +71,7 @@ class TrainResult:
         m = self.metrics
         head = "was finished before; nothing was done again" if self.finished_before else "finished"
         lines = [f"{self.folder}: {head}", f"{m['train_pairs']} pairs trained on, {m['held_out_pairs']} held out"]
+        lines += [f"{what}: {m['dropped'][key]}" for key, what in _DROPPED.items() if m["dropped"][key]]
         if m["accuracy"]:
             width = max(map(len, m["accuracy"]))
             lines.append("held-out accuracy")
@@ -103,7 +112,9 @@ def _changed(config: JobConfig) -> list[str]:
 def open_folder(config: TrainConfig, resume: bool) -> dict[str, Any] | None:
     """Claim the output folder. The final metrics if the run in it is finished, else None."""
     folder, saved = config.output, config.output / "config.yaml"
-    if not saved.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output: expected a folder, got {folder}, which is a file")
+    if not saved.exists() and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"output: expected a new or empty folder or one of a run, got {folder} with other files")
     metrics = folder / "metrics.jsonl"
     begun = metrics.exists() and metrics.stat().st_size > 0

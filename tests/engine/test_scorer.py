@@ -322,7 +322,11 @@ def _batch(scorer, texts):
         ({}, "item 1: expected the keys prompt and response, or messages, got none"),
         ({"prompt": "a", "response": 3}, "item 1: response: expected messages .role, content., got int"),
         ({"prompt": "a", "response": "b", "complete": 1}, "item 1: complete: expected true or false, got 1"),
-        (CHAT, "item 1: expected plain text, because the tokeniser has no chat template, got messages"),
+        (
+            CHAT,
+            "item 1: expected plain text, because the tokeniser has no chat template, got messages: give plain texts, "
+            "or a model whose tokeniser has a chat template",
+        ),
         ({"prompt": CHAT, "response": "b"}, "item 1: expected plain text, because the tokeniser has no chat template"),
         ({"messages": "Why?"}, "item 1: expected messages .role, content., got str"),
         ([{"role": "user"}], "item 1: expected messages with a role and a content that are texts"),

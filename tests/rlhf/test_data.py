@@ -43,6 +43,14 @@ def test_prompt_chosen_rejected(tmp_path: Path) -> None:
     }
 
 
+def test_a_pair_knows_its_line_which_is_no_part_of_it(tmp_path: Path) -> None:
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    first, second = _load(tmp_path, row, {**row, "chosen": "c"}).pairs
+    assert (first.where, second.where) == tuple(f"{tmp_path / 'data.jsonl'}, line {i}" for i in (1, 2))
+    assert first == PreferencePair("p", "a", "b")
+    assert "line" not in repr(first)
+
+
 def test_strength_is_a_margin(tmp_path: Path) -> None:
     assert _load(tmp_path, {"prompt": "p", "chosen": "a", "rejected": "b", "strength": 3}).pairs[0].margin == 3.0
 
@@ -149,7 +157,10 @@ _GOOD = json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"})
         ("{broken", "expected one JSON object a line, got Expecting property name"),
         ('["a"]', "expected an object with fields, got list"),
         ('{"text": "x"}', "expected the fields chosen and rejected, or prompt and responses with scores, got text"),
-        ('{"prompt": "p", "chosen": "a", "rejected": null}', "expected the fields chosen and rejected"),
+        ('{"prompt": "p", "chosen": "a", "rejected": null}', "expected chosen and rejected, but rejected is null"),
+        ('{"prompt": "p", "chosen": null, "rejected": "b"}', "expected chosen and rejected, but chosen is null"),
+        ('{"prompt": "p", "chosen": "a', "got Unterminated string starting at: column 27"),
+        ("[" + "1" * 5000 + "]", "expected one JSON object a line, got Exceeds the limit"),
         ('{"prompt": "p", "chosen": 3, "rejected": "b"}', "chosen: expected a text or a list of messages, got int"),
         ('{"prompt": "p", "chosen": [{"role": "user"}], "rejected": []}', "chosen: expected messages with a role"),
         ('{"prompt": "p", "chosen": "a", "rejected": [{"role": "u", "content": "x"}]}', "got one of each"),
@@ -230,7 +241,7 @@ def test_a_broken_parquet_row_is_named(tmp_path: Path) -> None:
 
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": None, "rejected": "b"}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
-    with pytest.raises(ValueError, match=r"d\.parquet, row 2: expected the fields chosen and rejected"):
+    with pytest.raises(ValueError, match=r"d\.parquet, row 2: expected chosen and rejected, but chosen is null"):
         load_pairs(tmp_path / "d.parquet")
 
 

@@ -113,5 +113,9 @@ def test_features_that_are_not_finite_are_refused_by_item(scorer: Counting, tmp_
     broken = Broken(scorer.model, scorer._encoder.tokenizer, progress=False)
     with pytest.raises(ValueError, match=r"features: expected finite hidden states, got NaN or infinity for item \d+"):
         compute_features(broken, TEXTS, tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"Scorer: item 1: expected some text, got an empty string"):
+        compute_features(scorer, ["a", ""], tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"Scorer: line 7: expected some text, got an empty string"):
+        compute_features(scorer, ["a", ""], tmp_path, progress=False, names=["line 4", "line 7"])
     with pytest.raises(ValueError, match="expected at least one text, got none"):
         compute_features(scorer, [], tmp_path, progress=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,8 @@ def test_a_folder_that_holds_a_run_or_anything_else_is_refused(finished: TrainCo
     with pytest.raises(ValueError, match=r"expected a new or empty folder or one of a run, got .* with other files"):
         run_train(finished.model_copy(update={"output": tmp_path}), resume=True, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(ValueError, match=r"output: expected a folder, got .*thesis\.txt, which is a file"):
+        run_train(finished.model_copy(update={"output": tmp_path / "thesis.txt"}), progress=False)
 
 
 def test_a_key_that_the_mode_does_not_read_is_refused(tiny_chat_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -320,6 +323,50 @@ def test_a_reward_model_where_a_trunk_is_expected_is_refused(
 def test_a_model_that_is_not_there_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model: .*nowhere.* is neither a folder nor a hub name that loads"):
         run_train(_config(tmp_path / "nowhere", data, tmp_path / "run"), progress=False)
+
+
+def test_what_was_left_out_of_the_data_is_said_at_the_end(
+    finished: TrainConfig, tiny_chat_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    lines = data.read_text().splitlines()
+    equal = json.dumps({"prompt": "p", "chosen": "a", "rejected": "a"})
+    file.write_text("\n".join([*lines, lines[0], lines[1], equal, "{broken"]))
+    config = _config(tiny_chat_folder, file, tmp_path / "run", "skip_bad_rows=true", "bt.epochs=1", "brme.epochs=1")
+    said = str(run_train(config, progress=False))
+    assert (
+        "held out\nbroken rows skipped: 1\nduplicate pairs dropped: 2\npairs of two equal responses dropped: 1\nheld-out"
+        in said
+    )
+    assert "min_score_gap" not in said
+    assert "dropped" not in str(run_train(finished, resume=True, progress=False))
+
+
+@pytest.mark.parametrize("mode", ["head", "full"])
+def test_messages_for_a_model_without_a_chat_template_are_refused_by_line(
+    tiny_chat_folder: Path, tmp_path: Path, mode: str
+) -> None:
+    shutil.copytree(tiny_chat_folder, tmp_path / "plain")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_folder)
+    tokenizer.chat_template = None
+    (tmp_path / "plain" / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(tmp_path / "plain")
+    rows = [
+        {"prompt": [{"role": "user", "content": f"day {i}"}], "chosen": "good", "rejected": "bad"} for i in range(4)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = load_config(
+        TrainConfig,
+        None,
+        [f"mode={mode}", "eval_fraction=0", "brme.num_heads=2"],
+        model=str(tmp_path / "plain"),
+        data=str(tmp_path / "pairs.jsonl"),
+        output=tmp_path / "run",
+    )
+    with pytest.raises(
+        ValueError, match=r"pairs\.jsonl, line 1, chosen: expected plain text, .*: give plain texts, or"
+    ):
+        run_train(config, progress=False)
 
 
 def test_several_processes_are_refused(finished: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
