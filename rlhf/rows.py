@@ -40,8 +40,8 @@ def pairs_of_row(row: Any, min_score_gap: float) -> tuple[list[dict[str, Any]], 
     if _first(row, _RESPONSES) is not None:
         pairs, below = _scored_pairs(row, min_score_gap)
         return [{**fields, "source": source} for fields in pairs], below
-    for name in ("chosen", "rejected"):
-        if name in row and row[name] is None and row.keys() >= {"chosen", "rejected"}:
+    for name in ("chosen", "rejected") if row.keys() >= {"chosen", "rejected"} else ():
+        if row[name] is None:
             raise RowError(f"expected chosen and rejected, but {name} is null")
     found = ", ".join(map(str, row)) or "none"
     raise RowError(f"expected the fields chosen and rejected, or prompt and responses with scores, got {found}")
