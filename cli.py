@@ -80,11 +80,17 @@ has a chat template; without one they are joined as they are, so end the prompt 
 examples:
   prudent train --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl --output runs/reward
   prudent train --config train.yaml --set brme.num_heads=7 --set bt.bsr=0.001
-  prudent train --config train.yaml --resume""",
+  prudent train --config train.yaml --resume
+  prudent train --model my/one-head-reward --stage1 my/one-head-reward --data pairs.jsonl --output runs/reward""",
         (
             Flag("--model", "model", "trunk: local folder or hub name"),
             Flag("--data", "data", "file or data set name of preference pairs"),
             Flag("--output", "output", "run folder"),
+            Flag(
+                "--stage1",
+                "stage1",
+                "an existing one-head reward model instead of training stage 1 (then also --model)",
+            ),
             Flag("--skip-bad-rows", "skip_bad_rows", SKIP_BAD_ROWS, bool),
         ),
         "the same command with --resume goes on where it was",
