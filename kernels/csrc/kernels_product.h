@@ -99,8 +99,8 @@ struct Multiply {  // fp32 multiply-adds
 
 #ifdef PRUDENT_DOTS
 // vdpbf16ps: two bf16 products a lane. Only for a weight that is bf16 as it stands: one of more bits would go in as
-// hi + lo, two dots where fp32 takes two multiply-adds, measured no faster and ten times less exact. Subnormals count
-// as zeros, which shows nowhere without a norm.
+// hi + lo, two dots where fp32 takes two multiply-adds: as much work for 16 of fp32's 24 bits. Subnormals count as
+// zeros, which shows nowhere without a norm.
 struct Dot {
   using Element = BFloat;
   using Weight = BFloat;

@@ -102,7 +102,7 @@ def check_inputs(inputs: Inputs) -> None:
     )
     heads = inputs.num_heads
     require(
-        (weight.dtype == torch.float64) <= (hidden.dtype == torch.float64),
+        weight.dtype != torch.float64 or hidden.dtype == torch.float64,
         "weight",
         "float64 only beside float64 hidden",
         weight.dtype,
