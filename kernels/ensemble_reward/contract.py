@@ -1,9 +1,13 @@
 """What crosses between the public op and its executions, and every refusal, in one place.
 
 `Inputs` is the schema of the registered op in order; each backend offers
-    forward(inputs) -> (reward [N], mean [N, K], std [N, K], reward_sum [])
-    backward(grads, inputs, needs) -> (grad_hidden, grad_weight, grad_bias, grad_norm_weight), None where not needed
-with grads = gradients of the four outputs (None = zero) and needs = four bools.
+    forward(inputs, keep) -> (reward [N], mean [N, K], std [N, K], reward_sum [], saved)
+    backward(grads, inputs, saved, needs) -> (grad_hidden, grad_weight, grad_bias, grad_norm_weight)
+with grads = gradients of the four outputs (None = zero) and needs = four bools; what is not needed is None.
+
+`saved` [N, 2K + 1] is what the backward takes from the forward: the products after the norm and before the bias, and
+rstd in the last column (1 without a norm). It is 4 (2K + 1) bytes a row beside the 2 D of the features, and spares the
+backward a whole pass over them. [0, 2K + 1] unless `keep`.
 """
 
 from __future__ import annotations
@@ -33,6 +37,10 @@ class EnsembleOutput(NamedTuple):
     mean: Tensor
     std: Tensor
     reward_sum: Tensor
+
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of a backend's forward: EnsembleOutput's four, and `saved`
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Inputs(NamedTuple):

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .contract import Inputs
-from .reference import Grads
+from .contract import Grads, Inputs, Outputs
 from .spec import CENTRES, KINDS, NOMINALS, Aggregation
 
 
@@ -34,15 +33,16 @@ def _spec_numbers(aggregation: str) -> tuple[int, float, bool, int, int, int]:
     )
 
 
-def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(reward [N], mean [N, K], std [N, K], reward_sum []), fp32."""
+def forward(inputs: Inputs, keep: bool = False) -> Outputs:
+    """(reward [N], mean [N, K], std [N, K], reward_sum [], saved), fp32."""
     isa = native.isa_index()
     op: Any = torch.ops.prudent_native.ensemble_reward_forward.default
     result: tuple[Tensor, Tensor, Tensor, Tensor] = op(*inputs[:-1], *_spec_numbers(inputs.aggregation), isa)
-    return result
+    saved = result[1].new_zeros(inputs.num_rows if keep else 0, 2 * inputs.num_heads + 1)
+    return *result, saved
 
 
-def backward(grads: Grads, inputs: Inputs, needs: tuple[bool, bool, bool, bool]) -> Grads:
+def backward(grads: Grads, inputs: Inputs, saved: Tensor, needs: tuple[bool, bool, bool, bool]) -> Grads:
     """Gradients of hidden, weight, bias and norm_weight (None where not needed) from those of the four outputs."""
     isa = native.isa_index()
     op: Any = torch.ops.prudent_native.ensemble_reward_backward.default

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .contract import EnsembleOutput, Inputs, check_inputs, check_values, require
-from .reference import Grads
+from .contract import EnsembleOutput, Grads, Inputs, Outputs, check_inputs, check_values, require
 from .spec import Aggregation
 
 STD_FLOOR = (
@@ -26,10 +25,10 @@ _SCHEMA = (
     "Tensor? scale, Tensor? std_ref, Tensor? group, SymInt group_size, float norm_eps, float std_floor, str aggregation"
 )
 _library = torch.library.Library("prudent", "DEF")
-_library.define(f"ensemble_reward({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"ensemble_reward({_SCHEMA}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     "ensemble_reward_backward(Tensor? grad_reward, Tensor? grad_mean, Tensor? grad_std, Tensor? grad_sum, "
-    f"{_SCHEMA}, bool need_hidden, bool need_weight, bool need_bias, bool need_norm_weight) "
+    f"{_SCHEMA}, Tensor saved, bool need_hidden, bool need_weight, bool need_bias, bool need_norm_weight) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -48,31 +47,32 @@ def _backend(inputs: Inputs) -> Any:
     return reference
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = Inputs(*args)
+def _forward(*args: Any) -> Outputs:
+    inputs, keep = Inputs(*args[:14]), args[14]
     check_inputs(inputs)
     check_values(inputs)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = _backend(inputs).forward(inputs)
+    result: Outputs = _backend(inputs).forward(inputs, keep)
     return result
 
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads, inputs, needs = args[:4], Inputs(*args[4:18]), args[18:]
-    results: Grads = _backend(inputs).backward(grads, inputs, needs)
+    grads, inputs, saved, needs = args[:4], Inputs(*args[4:18]), args[18], args[19:]
+    results: Grads = _backend(inputs).backward(grads, inputs, saved, needs)
     empty = inputs.hidden.new_empty(0)
     return tuple(empty if r is None else r for r in results)  # type: ignore[return-value]
 
 
-def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = Inputs(*args)
+def _fake_forward(*args: Any) -> Outputs:
+    inputs, keep = Inputs(*args[:14]), args[14]
     check_inputs(inputs)
     n, k, dtype = inputs.num_rows, inputs.num_heads, inputs.output_dtype
     new = inputs.hidden.new_empty
-    return new(n, dtype=dtype), new(n, k, dtype=dtype), new(n, k, dtype=dtype), new((), dtype=dtype)
+    heads = new(n, k, dtype=dtype), new(n, k, dtype=dtype)
+    return new(n, dtype=dtype), *heads, new((), dtype=dtype), new(n if keep else 0, 2 * k + 1, dtype=dtype)
 
 
 def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs, needs = Inputs(*args[4:18]), args[18:]
+    inputs, needs = Inputs(*args[4:18]), args[19:]
     targets = (inputs.hidden, inputs.weight, inputs.bias, inputs.norm_weight)
     # hidden may be a strided view: its gradient is a fresh contiguous tensor
     return tuple(  # type: ignore[return-value]
@@ -92,17 +92,19 @@ _SAVED = ("hidden", "weight", "bias", "rows", "norm_weight", "seed", "shift", "s
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[: len(_SAVED)])
-    ctx.options = inputs[len(_SAVED) :]
+    ctx.mark_non_differentiable(output[4])
+    ctx.save_for_backward(*inputs[: len(_SAVED)], output[4])
+    ctx.options = inputs[len(_SAVED) : len(Inputs._fields)]
 
 
 def _autograd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, rows, norm_weight, *rest = ctx.saved_tensors
+    hidden, weight, bias, rows, norm_weight, *rest, saved = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     needs = (wanted[0], wanted[1], wanted[2], wanted[4])
-    result: list[Tensor | None] = [None] * len(Inputs._fields)
-    if any(g is not None for g in grads):
-        found = ctx.run_backward(*grads, hidden, weight, bias, rows, norm_weight, *rest, *ctx.options, *needs)
+    result: list[Tensor | None] = [None] * (len(Inputs._fields) + 1)
+    if any(g is not None for g in grads[:4]):
+        inputs = (hidden, weight, bias, rows, norm_weight, *rest, *ctx.options)
+        found = ctx.run_backward(*grads[:4], *inputs, saved, *needs)
         for position, gradient, need in zip((0, 1, 2, 4), found, needs, strict=True):
             result[position] = gradient if need else None
     return tuple(result)
@@ -122,9 +124,10 @@ class _EagerEnsembleReward(torch.autograd.Function):
     """The registered op's autograd without its registration cost; same backend, same saved tensors."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        _setup_context(ctx, args, None)
-        return _forward(*args)
+    def forward(ctx: Any, *args: Any) -> Outputs:
+        output = _forward(*args)
+        _setup_context(ctx, args, output)
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -238,8 +241,9 @@ def ensemble_reward(
         std_floor,
         _spec_text(aggregation, centre),
     )
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:5])
     if not _is_plain(inputs):
-        return EnsembleOutput(*torch.ops.prudent.ensemble_reward(*inputs))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:5]):
-        return EnsembleOutput(*_EagerEnsembleReward.apply(*inputs))  # type: ignore[no-untyped-call]
-    return EnsembleOutput(*_forward(*inputs))
+        return EnsembleOutput(*torch.ops.prudent.ensemble_reward(*inputs, keep)[:4])
+    if keep:
+        return EnsembleOutput(*_EagerEnsembleReward.apply(*inputs, True)[:4])  # type: ignore[no-untyped-call]
+    return EnsembleOutput(*_forward(*inputs, False)[:4])

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import Inputs
+from .contract import Grads, Inputs, Outputs
 from .spec import Aggregation
 
 PHILOX_ROUNDS = (
@@ -190,18 +190,20 @@ def group_mean(values: Tensor, inputs: Inputs) -> Tensor:
     return (sums / counts)[inputs.group]
 
 
-def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(reward [N], mean [N, K], std [N, K], reward_sum []). Differentiable by autograd, which the tests use."""
+def forward(inputs: Inputs, keep: bool = False) -> Outputs:
+    """(reward [N], mean [N, K], std [N, K], reward_sum [], saved). Differentiable by autograd, which the tests use."""
     h = heads(inputs)
     reward = aggregate(h.mean, h.std, h.values, inputs.spec, inputs.std_ref)
-    return reward - group_mean(reward, inputs), h.mean.contiguous(), h.std.contiguous(), reward.sum()
+    rstd = torch.ones_like(h.product[:, :1]) if h.rstd is None else h.rstd
+    saved = torch.cat([h.product, rstd], dim=1) if keep else h.product.new_empty(0, h.product.shape[1] + 1)
+    return reward - group_mean(reward, inputs), h.mean.contiguous(), h.std.contiguous(), reward.sum(), saved
 
 
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+def backward(grads: Grads, inputs: Inputs, saved: Tensor, needs: tuple[bool, bool, bool, bool]) -> Grads:
+    """Gradients of hidden, weight, bias and norm_weight from those of the four outputs.
 
-
-def backward(grads: Grads, inputs: Inputs, needs: tuple[bool, bool, bool, bool]) -> Grads:
-    """Gradients of hidden, weight, bias and norm_weight from those of the four outputs, recomputing the forward."""
+    As the oracle it does not rely on `saved` but computes all of it again.
+    """
     h = heads(inputs)
     d_product = _product_gradient(grads, h, inputs)
     bias = d_product.sum(dim=0) if needs[2] else None

@@ -8,7 +8,6 @@ imported): that is how the tests reach this code without a GPU.
 
 from __future__ import annotations
 
-import contextlib
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import Config, launch
 from . import reference
-from .contract import Inputs
-from .reference import Grads, cvar_tail
+from .contract import Grads, Inputs, Outputs
+from .reference import cvar_tail
 from .triton_backward import outer_kernel, product_gradient_kernel, scatter_kernel, weight_gradient_kernel
 from .triton_forward import centre_kernel, forward_kernel
 
@@ -48,15 +48,6 @@ class Platform(NamedTuple):
 
     bf16_halves: bool
     fp32_dot: str
-
-
-class Config(NamedTuple):
-    """One kernel's tile and launch shape."""
-
-    block_rows: int
-    block_dim: int
-    num_warps: int
-    num_stages: int
 
 
 @cache
@@ -88,13 +79,6 @@ def outer_config(columns: int, dtype: torch.dtype) -> Config:
 
 
 _SMALL = Config(1, 1024, 4, 2)  # of the kernels without a product: scatter and centring
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.device, **arguments: Any) -> None:
-    """fp fusion is stated because Triton's default changes between versions, and with it the last bits."""
-    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
-        kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
@@ -157,19 +141,20 @@ def _precision(inputs: Inputs) -> str:
     return platform(inputs.hidden.device).fp32_dot if inputs.hidden.element_size() == 2 else "ieee"
 
 
-def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(reward [N], mean [N, K], std [N, K], reward_sum []) in one launch; centring by group takes one more."""
+def forward(inputs: Inputs, keep: bool = False) -> Outputs:
+    """(reward [N], mean [N, K], std [N, K], reward_sum [], saved) in one launch; centring by group takes one more."""
     if inputs.num_heads > MAX_HEADS:
-        return reference.forward(inputs)
+        return reference.forward(inputs, keep)
     n, k, new, dtype = inputs.num_rows, inputs.num_heads, inputs.hidden.new_empty, inputs.output_dtype
+    saved = inputs.hidden.new_zeros(n if keep else 0, 2 * k + 1, dtype=dtype)
     reward, mean, std = new(n, dtype=dtype), new(n, k, dtype=dtype), new(n, k, dtype=dtype)
     if n == 0:
-        return reward, mean, std, inputs.hidden.new_zeros((), dtype=dtype)
+        return reward, mean, std, inputs.hidden.new_zeros((), dtype=dtype), saved
     reward_sum = new((), dtype=dtype)
     columns = padded_columns(k)
     config = product_config(n, columns, inputs.hidden.dtype)
     programs = triton.cdiv(n, config.block_rows)
-    _launch(
+    launch(
         forward_kernel, (programs,), config, inputs.hidden.device,
         **_common(inputs), reward=reward, mean_out=mean, std_out=std, reward_sum=reward_sum,
         partials=new(programs, dtype=dtype), counter=_counter(inputs.hidden.device),
@@ -177,7 +162,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )  # fmt: skip
     if inputs.spec.centre == "group":
         _centre(reward, reward, inputs)
-    return reward, mean, std, reward_sum
+    return reward, mean, std, reward_sum, saved
 
 
 def _centre(values: Tensor, out: Tensor, inputs: Inputs) -> None:
@@ -187,17 +172,17 @@ def _centre(values: Tensor, out: Tensor, inputs: Inputs) -> None:
         size = n
     if inputs.group is not None:
         labels, order = torch.sort(inputs.group, stable=True)
-    _launch(
+    launch(
         centre_kernel, (n if labels is not None else n // size,), _SMALL, values.device,
         values=values, value_stride=values.stride(0), out=out, labels=labels, order=order, num_rows=n, size=size,
         SWEEP=_SWEEP, ACC=tl.float64 if out.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
 
 
-def backward(grads: Grads, inputs: Inputs, needs: tuple[bool, bool, bool, bool]) -> Grads:
+def backward(grads: Grads, inputs: Inputs, saved: Tensor, needs: tuple[bool, bool, bool, bool]) -> Grads:
     """Gradients of hidden, weight, bias and norm_weight, recomputing the forward; None where not needed."""
     if inputs.num_heads > MAX_HEADS:
-        return reference.backward(grads, inputs, needs)
+        return reference.backward(grads, inputs, saved, needs)
     need_hidden, need_weight, need_bias, need_norm = needs
     if inputs.num_rows == 0:
         targets = (inputs.hidden, inputs.weight, inputs.bias, inputs.norm_weight)
@@ -243,7 +228,7 @@ def _product_gradient(
             ("std_column", d_std, 1),
         )
     }
-    _launch(
+    launch(
         product_gradient_kernel, (programs,), config, inputs.hidden.device,
         **_common(inputs), **strides, grad_reward=d_reward, grad_mean=d_mean, grad_std=d_std, grad_sum=d_sum,
         scaled=scaled, along=along, bias_partials=bias,
@@ -268,7 +253,7 @@ def _outer_products(
     partials = new(shares, 2 * k, d, dtype=dtype) if need_folded else None
     common = _common(inputs)
     names = ("hidden", "row_stride", "weight", "rows", "norm_weight", "num_rows", "d", "K", "BN", "ACC", "PRECISION")
-    _launch(
+    launch(
         outer_kernel, (triton.cdiv(d, config.block_dim), shares), config, inputs.hidden.device,
         **{name: common[name] for name in names}, scaled=scaled, along=along, grad_hidden=out, weight_partials=partials,
         blocks_each=blocks_each, M=config.block_rows, BD=config.block_dim,
@@ -285,7 +270,7 @@ def _scatter(compact: Tensor, inputs: Inputs) -> Tensor:
     block = min(_SMALL.block_dim, triton.next_power_of_2(d))
     sorted_rows, order = torch.sort(inputs.rows, stable=True)
     out = inputs.hidden.new_zeros(inputs.hidden.shape)
-    _launch(
+    launch(
         scatter_kernel, (n, triton.cdiv(d, block)), _SMALL, compact.device,
         compact=compact, sorted_rows=sorted_rows, order=order, grad_hidden=out, num_rows=n, d=d,
         BD=block, ACC=tl.float64 if compact.dtype == torch.float64 else tl.float32,
@@ -303,7 +288,7 @@ def _weight_gradient(
     norm = torch.empty_like(common["norm_weight"]) if need_norm and inputs.norm_weight is not None else None
     config = outer_config(columns, inputs.hidden.dtype)
     names = ("weight", "norm_weight", "d", "K", "BN", "ACC")
-    _launch(
+    launch(
         weight_gradient_kernel, (triton.cdiv(d, config.block_dim),), config, partials.device,
         **{name: common[name] for name in names}, weight_partials=partials, grad_weight=weight, grad_norm_weight=norm,
         shares=partials.shape[0], BD=config.block_dim,

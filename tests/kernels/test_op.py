@@ -60,13 +60,14 @@ EXTRAS = {
 
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_the_registered_op_passes_opcheck(extra: str) -> None:
-    opcheck(torch.ops.prudent.ensemble_reward.default, tuple(as_inputs(tensors(), **EXTRAS[extra])))
+    opcheck(torch.ops.prudent.ensemble_reward.default, (*as_inputs(tensors(), **EXTRAS[extra]), True))
 
 
 def test_the_registered_backward_passes_opcheck() -> None:
     inputs = as_inputs(tensors(grad=False))
     grads = (torch.randn(()).expand(N), None, torch.randn(N, K), torch.randn(()))
-    opcheck(torch.ops.prudent.ensemble_reward_backward.default, (*grads, *inputs, True, True, False, True))
+    saved = reference.forward(inputs, True)[4]
+    opcheck(torch.ops.prudent.ensemble_reward_backward.default, (*grads, *inputs, saved, True, True, False, True))
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
@@ -79,18 +80,15 @@ def test_gradcheck_in_fp64(extra: str) -> None:
 
     def run(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         given = dict(zip([n for n, v in t.items() if v is not None], values, strict=True))
-        return tuple(
-            op._EagerEnsembleReward.apply(
-                *as_inputs({**t, **given}, **{n: v for n, v in changes.items() if v is not None})
-            )
-        )
+        inputs = as_inputs({**t, **given}, **{n: v for n, v in changes.items() if v is not None})
+        return tuple(op._EagerEnsembleReward.apply(*inputs, True)[:4])
 
     assert torch.autograd.gradcheck(run, leaves)
     assert torch.autograd.gradcheck(
         lambda *v: torch.ops.prudent.ensemble_reward(
             *as_inputs({**t, **dict(zip([n for n, x in t.items() if x is not None], v, strict=True))},
-                       **{n: x for n, x in changes.items() if x is not None})
-        ),
+                       **{n: x for n, x in changes.items() if x is not None}), True
+        )[:4],
         leaves,
     )  # fmt: skip
 
@@ -100,7 +98,7 @@ def test_gradcheck_in_fp64(extra: str) -> None:
 def test_eager_and_registered_roads_give_the_same_bits(dtype: torch.dtype, with_grad: bool) -> None:
     t = tensors(dtype, with_grad)
     eager = prudent.ensemble_reward(t["hidden"], t["weight"], t["bias"], norm_weight=t["norm_weight"])
-    registered = torch.ops.prudent.ensemble_reward(*as_inputs(t))
+    registered = torch.ops.prudent.ensemble_reward(*as_inputs(t), with_grad)[:4]
     for a, b in zip(eager, registered, strict=True):
         assert torch.equal(a, b)
         assert a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -232,7 +230,7 @@ def test_checkpointing_replays_the_same_noise() -> None:
 def test_fp64_is_served_by_the_reference_exactly() -> None:
     t = tensors(torch.float64, grad=False)
     inputs = as_inputs(t)
-    for a, b in zip(torch.ops.prudent.ensemble_reward(*inputs), reference.forward(inputs), strict=True):
+    for a, b in zip(torch.ops.prudent.ensemble_reward(*inputs, True), reference.forward(inputs, True), strict=True):
         assert torch.equal(a, b)
 
 
@@ -286,9 +284,9 @@ def test_refused_with_argument_expectation_and_what_came(changes: dict[str, Any]
 def test_the_registered_op_refuses_with_the_same_words_even_on_fake_tensors() -> None:
     bad = as_inputs(tensors(grad=False), bias=torch.zeros(3))
     with pytest.raises(ValueError, match=r"ensemble_reward: bias: expected shape \[6\], got \[3\]"):
-        torch.ops.prudent.ensemble_reward(*bad)
+        torch.ops.prudent.ensemble_reward(*bad, False)
     with (
         torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True),
         pytest.raises(ValueError, match=r"bias: expected shape \[6\], got \[3\]"),
     ):
-        torch.ops.prudent.ensemble_reward(*bad)
+        torch.ops.prudent.ensemble_reward(*bad, False)

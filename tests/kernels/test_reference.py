@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prudent.kernels.ensemble_reward import reference
-from prudent.kernels.ensemble_reward.contract import Inputs
+from prudent.kernels.ensemble_reward.contract import Grads, Inputs
 from prudent.kernels.ensemble_reward.spec import Aggregation
 
 SPECS = [
@@ -17,6 +17,10 @@ SPECS = [
     "tradeoff:0.3,nominal=relative_std", "tradeoff:0.3,nominal=mean", "nominal,nominal=head:1",
     "tradeoff:0.4,source=mean",
 ]  # fmt: skip
+
+
+def backward(grads: object, inputs: Inputs, needs: object) -> Grads:
+    return reference.backward(grads, inputs, reference.forward(inputs, True)[4], needs)
 
 
 def make_inputs(aggregation: str = "tradeoff:0.4", *, n: int = 6, d: int = 5, k: int = 4, **changes: object) -> Inputs:
@@ -167,12 +171,12 @@ def test_the_explicit_backward_is_the_gradient_of_the_forward(text: str, norm: b
         None if t is None else t.requires_grad_()
         for t in (inputs.hidden, inputs.weight, inputs.bias, inputs.norm_weight)
     ]
-    outputs = reference.forward(inputs)
+    outputs = reference.forward(inputs)[:4]
     grads = tuple(torch.randn(o.shape, dtype=o.dtype, generator=torch.Generator().manual_seed(1)) for o in outputs)
     present = [leaf for leaf in leaves if leaf is not None]
     want = iter(torch.autograd.grad(outputs, present, grads))
     with torch.no_grad():
-        got = reference.backward(grads, inputs, (True, True, True, norm))
+        got = backward(grads, inputs, (True, True, True, norm))
     for leaf, gradient in zip(leaves, got, strict=True):
         assert (gradient is None) == (leaf is None)
         if gradient is not None:
@@ -182,7 +186,5 @@ def test_the_explicit_backward_is_the_gradient_of_the_forward(text: str, norm: b
 def test_lcb_has_the_zero_subgradient_where_all_heads_agree() -> None:
     inputs = make_inputs("lcb:1", k=3, seed=None, shift=None, scale=None, bias=None)
     inputs = inputs._replace(weight=torch.ones(6, 5, dtype=torch.float64))
-    gradient = reference.backward(
-        (torch.ones(6, dtype=torch.float64), None, None, None), inputs, (True, True, False, False)
-    )
+    gradient = backward((torch.ones(6, dtype=torch.float64), None, None, None), inputs, (True, True, False, False))
     assert all(torch.isfinite(g).all() for g in gradient if g is not None)

@@ -1,8 +1,8 @@
 """Every shipped Triton configuration compiles, spills no register and fits, for GPUs that this machine need not have.
 
-What is compiled is what the launchers launch: `_launch` is replaced by a recorder, and the arguments it is given become
-the signature. The common configuration is compiled for every target, each of bf16's other widths and each other dtype
-for one; PRUDENT_TEST_AOT=all compiles every configuration for every target (minutes).
+What is compiled is what the launchers launch: the launches are recorded, and their arguments become the signature. The
+common configuration is compiled for every target, each of bf16's other widths and each other dtype for one;
+PRUDENT_TEST_AOT=all compiles every configuration for every target (minutes).
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import itertools
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from prudent.kernels.ensemble_reward import triton as execution  # noqa: E402
 from prudent.kernels.ensemble_reward.contract import Inputs  # noqa: E402
+from prudent.kernels.launch import Launch, recording  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="under the interpreter nothing is compiled")
 
@@ -47,12 +49,6 @@ HEADS, FEW, MANY = (5, 12, 20, 40), 64, 5000
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-class Launch(NamedTuple):
-    kernel: Any
-    config: execution.Config
-    arguments: dict[str, Any]
-
-
 def shipped() -> list[Any]:
     """(target, dtype, K, N) to compile."""
     if os.environ.get("PRUDENT_TEST_AOT") == "all":
@@ -68,14 +64,9 @@ def shipped() -> list[Any]:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    recorded: list[Launch] = []
-
-    def record(kernel: Any, grid: Any, config: execution.Config, device: Any, **arguments: Any) -> None:
-        recorded.append(Launch(kernel, config, arguments))
-
-    monkeypatch.setattr(execution, "_launch", record)
-    return recorded
+def launches() -> Iterator[list[Launch]]:
+    with recording() as recorded:
+        yield recorded
 
 
 def call(dtype: torch.dtype, heads: int, rows: int, aggregation: str, **given: Any) -> None:
@@ -90,10 +81,10 @@ def call(dtype: torch.dtype, heads: int, rows: int, aggregation: str, **given: A
         "group_size": 0, "norm_eps": 1e-6, "std_floor": 1e-3, "aggregation": aggregation,
     }  # fmt: skip
     inputs = Inputs(**{**values, **given})  # type: ignore[arg-type]
-    execution.forward(inputs)
+    saved = execution.forward(inputs, True)[4]
     n, k = inputs.num_rows, inputs.num_heads
     grads = tuple(torch.zeros(shape, dtype=inputs.output_dtype) for shape in ((n,), (n, k), (n, k), ()))
-    execution.backward(grads, inputs, (True, True, True, True))  # type: ignore[arg-type]
+    execution.backward(grads, inputs, saved, (True, True, True, True))  # type: ignore[arg-type]
 
 
 def compiled(launch: Launch, target: GPUTarget) -> Any:

@@ -33,6 +33,11 @@ SPECS = [
 ALL = (True, True, True, True)
 
 
+def backward(execution: Any, grads: Any, inputs: Inputs, needs: Any) -> Any:
+    """The execution's gradients, from what its own forward kept."""
+    return execution.backward(grads, inputs, execution.forward(inputs, True)[4], needs)
+
+
 @pytest.fixture(autouse=True)
 def _route(monkeypatch: pytest.MonkeyPatch) -> None:
     """The public op reaches Triton for CPU tensors too, where the interpreter serves them."""
@@ -77,7 +82,7 @@ def some_grads(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def close(ours: Any, theirs: Any, tolerance: float) -> None:
-    for name, a, b in zip("abcd", ours, theirs, strict=True):
+    for name, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert (a is None) == (b is None), name
         if a is not None:
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -87,7 +92,7 @@ def agrees_in_fp64(inputs: Inputs) -> None:
     close(execution.forward(inputs), reference.forward(inputs), 1e-11)
     grads = some_grads(inputs)
     needs = (True, True, inputs.bias is not None, inputs.norm_weight is not None)
-    close(execution.backward(grads, inputs, needs), reference.backward(grads, inputs, needs), 1e-11)
+    close(backward(execution, grads, inputs, needs), backward(reference, grads, inputs, needs), 1e-11)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -119,10 +124,10 @@ def test_one_row() -> None:
 
 def test_no_rows_give_empty_outputs_and_zero_gradients() -> None:
     inputs = make(hidden=torch.zeros(4, 6), d=6, rows=torch.zeros(0, dtype=torch.int64), dtype=torch.float32)
-    reward, mean, std, reward_sum = execution.forward(inputs)
+    reward, mean, std, reward_sum, _ = execution.forward(inputs)
     assert (reward.shape, mean.shape, std.shape) == ((0,), (0, 5), (0, 5))
     assert reward_sum.item() == 0
-    gradients = execution.backward(some_grads(inputs), inputs, ALL)
+    gradients = backward(execution, some_grads(inputs), inputs, ALL)
     for gradient, like in zip(gradients, inputs[:3] + inputs[4:5], strict=True):
         assert gradient is not None
         assert torch.equal(gradient, torch.zeros_like(like))
@@ -157,10 +162,10 @@ def test_our_error_is_at_most_that_of_the_same_computation_in_plain_torch(dtype:
     theirs = [*outputs, *(leaf.grad for leaf in leaves.values())]
 
     grads, needs = (None, d_mean, d_std, None), (True, True, True, norm)
-    found = execution.backward(grads, inputs, needs)
+    found = backward(execution, grads, inputs, needs)
     ours = [*execution.forward(inputs)[1:3], *(g for g in found if g is not None)]
     exact = in_fp64(inputs)
-    right = reference.backward((None, d_mean.double(), d_std.double(), None), exact, needs)
+    right = backward(reference, (None, d_mean.double(), d_std.double(), None), exact, needs)
     truths = [*reference.forward(exact)[1:3], *(g for g in right if g is not None)]
     for mine, other, truth in zip(ours, theirs, truths, strict=True):
         assert other is not None
@@ -247,9 +252,9 @@ def test_a_nan_wins_and_a_tie_goes_to_the_lowest_head() -> None:
     for spec in ("median", "cvar:0.75"):  # a NaN sorts last
         given = nan._replace(bias=torch.zeros(8, device=DEVICE), aggregation=spec)
         needs = (False, False, True, False)
-        close(execution.backward(grads, given, needs), reference.backward(grads, given, needs), 1e-6)
+        close(backward(execution, grads, given, needs), backward(reference, grads, given, needs), 1e-6)
     bias = inputs._replace(bias=torch.zeros(8, device=DEVICE), aggregation="min")
-    found = execution.backward(grads, bias, (False, False, True, False))[2]
+    found = backward(execution, grads, bias, (False, False, True, False))[2]
     assert found is not None
     assert found.tolist() == [0.0, 6.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
@@ -285,7 +290,7 @@ def test_the_arrival_counter_is_zero_again_after_every_call(monkeypatch: pytest.
 def test_the_same_call_has_the_same_bits() -> None:
     inputs = make(n=70, d=65, dtype=torch.float16, aggregation="tradeoff:0.4,centre=batch")
     grads = some_grads(inputs)
-    first, second = ([*execution.forward(inputs), *execution.backward(grads, inputs, ALL)] for _ in range(2))
+    first, second = ([*execution.forward(inputs), *backward(execution, grads, inputs, ALL)] for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert a is not None
         assert b is not None
@@ -313,14 +318,14 @@ def test_rows_may_lie_at_any_stride(kind: str) -> None:
 def test_every_combination_of_needs_gives_those_gradients_and_no_others(needs: tuple[bool, bool, bool, bool]) -> None:
     inputs = make(n=5, d=9, k=2)
     grads = some_grads(inputs)
-    close(execution.backward(grads, inputs, needs), reference.backward(grads, inputs, needs), 1e-12)
+    close(backward(execution, grads, inputs, needs), backward(reference, grads, inputs, needs), 1e-12)
 
 
 @pytest.mark.parametrize("present", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
 def test_gradients_may_be_absent(present: tuple[int, ...]) -> None:
     inputs = make(n=5, d=9, k=2, aggregation="lcb:1,centre=batch")
     grads = tuple(g if i in present else None for i, g in enumerate(some_grads(inputs)))
-    close(execution.backward(grads, inputs, ALL), reference.backward(grads, inputs, ALL), 1e-12)  # type: ignore[arg-type]
+    close(backward(execution, grads, inputs, ALL), backward(reference, grads, inputs, ALL), 1e-12)  # type: ignore[arg-type]
 
 
 def test_gradients_may_be_expanded_from_one_number() -> None:
@@ -328,7 +333,7 @@ def test_gradients_may_be_expanded_from_one_number() -> None:
     inputs = make(n=20, d=9, k=3, aggregation="mean,centre=group", group_size=5)
     one = torch.ones((), dtype=torch.float64, device=DEVICE)
     grads = (one.expand(20), one.expand(20, 3), (2 * one).expand(20, 3), one)
-    close(execution.backward(grads, inputs, ALL), reference.backward(grads, inputs, ALL), 1e-12)
+    close(backward(execution, grads, inputs, ALL), backward(reference, grads, inputs, ALL), 1e-12)
 
 
 @pytest.mark.parametrize("spec", ["tradeoff:0.4", "softmin:0.3,centre=batch", "uwo:0.5", "cvar:0.5"])
@@ -357,14 +362,14 @@ def test_addresses_beyond_two_to_the_31_elements(gathered: bool) -> None:
     small = small._replace(hidden=base[places])
     close(execution.forward(large), execution.forward(small), 0.0)
     grads, needs = some_grads(large), (False, True, True, True)
-    close(execution.backward(grads, large, needs), execution.backward(grads, small, needs), 0.0)
+    close(backward(execution, grads, large, needs), backward(execution, grads, small, needs), 0.0)
 
 
 @needs_gpu
 def test_a_captured_graph_replays_beside_eager_calls() -> None:
     inputs = make(n=70, dtype=torch.bfloat16, aggregation="tradeoff:0.4,centre=batch")
     expected = execution.forward(inputs)
-    execution.backward(some_grads(inputs), inputs, ALL)
+    backward(execution, some_grads(inputs), inputs, ALL)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
