@@ -8,78 +8,20 @@ imported): that is how the tests reach this code without a GPU.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Config, launch
+from ..launch import launch
 from . import reference
+from .configs import MAX_HEADS, SMALL, SWEEP, outer_config, padded_columns, platform, product_config
 from .contract import Grads, Inputs, Outputs
 from .reference import cvar_tail
 from .triton_backward import outer_kernel, product_gradient_kernel, scatter_kernel, weight_gradient_kernel
 from .triton_forward import centre_kernel, forward_kernel
-
-MAX_HEADS = 64  # beyond, a program's tiles spill registers; such calls run the reference on the device
-_SWEEP = 1024  # elements a lone program reads at a time where it totals or centres
-
-# How much of D a program holds, by storage type and padded 2K: the widest that spills no register on sm_80 to sm_100
-# and stays inside gfx942's 64 KiB of shared memory. Only the bf16 halves of the forward multiply 16-bit operands; every
-# other product has fp32 ones, at twice the registers.
-_PRODUCT_DIM = {
-    torch.bfloat16: {16: 128, 32: 64, 64: 64, 128: 32},
-    torch.float16: {16: 64, 32: 64, 64: 32, 128: 16},
-    torch.float32: {16: 32, 32: 64, 64: 32, 128: 16},
-    torch.float64: {16: 32, 32: 32, 64: 16, 128: 16},
-}
-_OUTER_DIM = {
-    torch.bfloat16: {16: 128, 32: 64, 64: 32, 128: 16},
-    torch.float16: {16: 128, 32: 64, 64: 32, 128: 16},
-    torch.float32: {16: 64, 32: 64, 64: 32, 128: 16},
-    torch.float64: {16: 32, 32: 32, 64: 16, 128: 16},
-}
-
-
-class Platform(NamedTuple):
-    """What `tl.dot` may be asked for. `fp32_dot`: the precision of fp32 operands whose storage was 16-bit."""
-
-    bf16_halves: bool
-    fp32_dot: str
-
-
-@cache
-def platform(device: torch.device) -> Platform:
-    """AMD has fp32 matrix instructions and no tf32x3; NVIDIA below sm_80 has neither bf16 nor tf32."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return Platform(True, "ieee")
-    modern = torch.cuda.get_device_capability(device) >= (8, 0)
-    return Platform(modern, "tf32x3" if modern else "ieee")
-
-
-def padded_columns(num_heads: int) -> int:
-    """2K, heads padded to a power of two: at least 16, the least `tl.dot` takes."""
-    return int(max(16, 2 * triton.next_power_of_2(num_heads)))
-
-
-def product_config(num_rows: int, columns: int, dtype: torch.dtype) -> Config:
-    """Tiles of the kernels that hold a [rows, 2K] product. Few rows or many heads: small blocks, more programs."""
-    rows = 32 if num_rows > 4096 and columns == 16 and dtype.itemsize == 2 else 16
-    warps = 8 if columns == 128 or (columns == 64 and dtype == torch.float64) else 4
-    return Config(rows, _PRODUCT_DIM[dtype][columns], warps, 3 if dtype.itemsize == 2 else 2)
-
-
-def outer_config(columns: int, dtype: torch.dtype) -> Config:
-    """Tiles of the kernels that hold a [2K, D-block] sum."""
-    widest = {2: 64, 4: 32, 8: 0}[dtype.itemsize]
-    rows = 32 if columns <= widest else 16
-    return Config(rows, _OUTER_DIM[dtype][columns], 8 if columns == 128 else 4, 2)
-
-
-_SMALL = Config(1, 1024, 4, 2)  # of the kernels without a product: scatter and centring
-
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -158,7 +100,7 @@ def forward(inputs: Inputs, keep: bool = False) -> Outputs:
         forward_kernel, (programs,), config, inputs.hidden.device,
         **_common(inputs), reward=reward, mean_out=mean, std_out=std, reward_sum=reward_sum,
         partials=new(programs, dtype=dtype), counter=_counter(inputs.hidden.device),
-        CENTRE=inputs.spec.centre == "batch", SWEEP=_SWEEP,
+        CENTRE=inputs.spec.centre == "batch", SWEEP=SWEEP,
     )  # fmt: skip
     if inputs.spec.centre == "group":
         _centre(reward, reward, inputs)
@@ -173,9 +115,9 @@ def _centre(values: Tensor, out: Tensor, inputs: Inputs) -> None:
     if inputs.group is not None:
         labels, order = torch.sort(inputs.group, stable=True)
     launch(
-        centre_kernel, (n if labels is not None else n // size,), _SMALL, values.device,
+        centre_kernel, (n if labels is not None else n // size,), SMALL, values.device,
         values=values, value_stride=values.stride(0), out=out, labels=labels, order=order, num_rows=n, size=size,
-        SWEEP=_SWEEP, ACC=tl.float64 if out.dtype == torch.float64 else tl.float32,
+        SWEEP=SWEEP, ACC=tl.float64 if out.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
 
 
@@ -267,11 +209,11 @@ def _scatter(compact: Tensor, inputs: Inputs) -> Tensor:
     """[N, D] gradients of the gathered rows -> [R, D]; a row scored twice gets the sum, unscored rows zero."""
     assert inputs.rows is not None
     n, d = compact.shape
-    block = min(_SMALL.block_dim, triton.next_power_of_2(d))
+    block = min(SMALL.block_dim, triton.next_power_of_2(d))
     sorted_rows, order = torch.sort(inputs.rows, stable=True)
     out = inputs.hidden.new_zeros(inputs.hidden.shape)
     launch(
-        scatter_kernel, (n, triton.cdiv(d, block)), _SMALL, compact.device,
+        scatter_kernel, (n, triton.cdiv(d, block)), SMALL, compact.device,
         compact=compact, sorted_rows=sorted_rows, order=order, grad_hidden=out, num_rows=n, d=d,
         BD=block, ACC=tl.float64 if compact.dtype == torch.float64 else tl.float32,
     )  # fmt: skip

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from prudent.kernels.ensemble_reward import triton as execution  # noqa: E402
+from prudent.kernels.ensemble_reward.configs import assume  # noqa: E402
 from prudent.kernels.ensemble_reward.contract import Inputs  # noqa: E402
 from prudent.kernels.launch import Launch, recording  # noqa: E402
 
@@ -123,12 +124,10 @@ def resources(kernel: Any, tmp_path: Path) -> dict[str, int]:
 @pytest.mark.parametrize(("target", "dtype", "heads", "rows"), shipped())
 def test_a_shipped_configuration_compiles_without_spills_inside_its_budget(
     target: str, dtype: torch.dtype, heads: int, rows: int, launches: list[Launch], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     amd = target.startswith("gfx")
-    platform = execution.Platform(True, "ieee" if amd else "tf32x3")
-    monkeypatch.setattr(execution, "platform", lambda device: platform)
-    call(dtype, heads, rows, "tradeoff:0.4,centre=batch")
+    with assume(target):
+        call(dtype, heads, rows, "tradeoff:0.4,centre=batch")
     products = ("forward_kernel", "product_gradient_kernel", "outer_kernel")
     # the small kernels vary with the configuration in their block of D alone: once a target
     common = (dtype, heads, rows) == (torch.bfloat16, 5, FEW)

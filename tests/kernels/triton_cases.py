@@ -269,7 +269,7 @@ GROUPS = torch.tensor([3, 0, 3, 8, 0, 3, 11, 3, 0, 8, 3, 3])
     {"aggregation": "mean,centre=group", "group": GROUPS},
 ])  # fmt: skip
 def test_centring_and_the_sum_before_it(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execution, "_SWEEP", 2)  # so that every sweep takes several steps
+    monkeypatch.setattr(execution, "SWEEP", 2)  # so that every sweep takes several steps
     agrees_in_fp64(make(n=12, **given))
 
 
