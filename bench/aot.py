@@ -1,0 +1,342 @@
+"""Every launch the package ships, compiled ahead of time for GPUs that this machine need not have.
+
+    prudent bench --aot [--target sm_90 ...] [--op ensemble_reward ...] [--full] [--markdown | --write-readme]
+
+What is compiled is what the launchers launch: each op's `configs.py` has `shipped(target, full)`, whose calls are
+recorded, and the recorded arguments become the signature, specialised as Triton's own launcher would. From the machine
+code come registers, stack, shared memory, the widest load and the matrix instruction, held to the budget below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from ..kernels.launch import Launch, recording
+
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+# ptxas may leave two words a thread in local memory to reach its next step of occupancy; more is a spill
+STACK_BUDGET = 8
+# all of a gfx942 program's, and three programs on an sm_90 multiprocessor
+SHARED_BUDGET = 64 * 1024
+# of a kernel that multiplies, and so streams a matrix: the warp then reads 256 contiguous bytes or more at a time
+LOAD_BUDGET = 8
+
+
+class Target(NamedTuple):
+    """A GPU to compile for. Per multiprocessor: `shared` bytes, `warps` and `registers` (0: not estimated for AMD,
+    whose accumulation registers make the count ambiguous)."""
+
+    backend: str
+    arch: int | str
+    warp: int
+    shared: int
+    warps: int
+    registers: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 164 * 1024, 64, 65536),
+    "sm_90": Target("cuda", 90, 32, 228 * 1024, 64, 65536),
+    "sm_100": Target("cuda", 100, 32, 228 * 1024, 64, 65536),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024, 32, 0),
+}
+_POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
+    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.int8: "*i8", torch.bool: "*i1",
+}  # fmt: skip
+_MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|wmma\.mma|v_mfma)\w*")
+
+
+class Entry(NamedTuple):
+    """A launch to compile, and the labels of the shipped cases that ask for exactly this one."""
+
+    op: str
+    target: str
+    labels: tuple[str, ...]
+    launch: Launch
+
+
+class Compiled(NamedTuple):
+    """What the machine code of one entry uses. Bytes a thread: `stack`, `spill`, `widest_load`; `shared` a program.
+
+    `programs`: how many fit a multiprocessor by registers, shared memory and warps (0: not estimated). `matrix`: the
+    instruction, "fp32 multiply-add" where the product is exact fp32 and no unit does it, or "none needed".
+    """
+
+    entry: Entry
+    registers: int
+    stack: int
+    spill: int
+    shared: int
+    widest_load: int
+    matrix: str
+    multiplies: bool
+    programs: int
+
+    def over_budget(self) -> list[str]:
+        """What breaks the budget, a phrase each; empty inside it."""
+        over = []
+        if self.spill:
+            over.append(f"{self.spill} bytes spilled")
+        if self.stack > STACK_BUDGET:
+            over.append(f"{self.stack} bytes of stack, {STACK_BUDGET} allowed")
+        if self.shared > SHARED_BUDGET:
+            over.append(f"{self.shared} bytes of shared memory, {SHARED_BUDGET} allowed")
+        if self.multiplies and self.widest_load < LOAD_BUDGET:
+            over.append(f"no load wider than {self.widest_load} bytes")
+        if self.matrix == "missing":
+            over.append("no matrix instruction")
+        return over
+
+
+def ops() -> list[str]:
+    """Every op with a table of Triton configurations, in alphabetical order."""
+    return sorted(path.parent.name for path in KERNELS.glob("*/configs.py"))
+
+
+def entries(op: str, target: str, full: bool) -> list[Entry]:
+    """The op's shipped launches for `target`, those alike but for their label joined."""
+    configs = importlib.import_module(f"...kernels.{op}.configs", __name__)
+    found: dict[tuple[Any, ...], tuple[list[str], Launch]] = {}
+    for label, run in configs.shipped(target, full):
+        with recording() as launches:
+            run()
+        for launch in launches:
+            signature, constants, attributes = specialise(launch)
+            key = (launch.kernel.__name__, launch.config, repr((signature, constants, attributes)))
+            labels, _ = found.setdefault(key, ([], launch))
+            if label not in labels:
+                labels.append(label)
+    return [Entry(op, target, tuple(labels), launch) for labels, launch in found.values()]
+
+
+def specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """(signature, constants, attributes) as Triton's launcher makes them: a whole number 1 is a constant, one divisible
+    by 16 is known to be, and so is every pointer (tensors of the package start on 16 bytes).
+    """
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    aligned = [["tt.divisibility", 16]]
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments.get(parameter.name, parameter.default)
+        varies = isinstance(value, int) and parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not varies):
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+            attributes[(i,)] = aligned
+        elif isinstance(value, bool):
+            signature[parameter.name] = "u1"
+        elif isinstance(value, float):
+            signature[parameter.name] = parameter.annotation_type or "fp32"
+        else:
+            wide = "i32" if -(2**31) <= value < 2**31 else "i64"
+            signature[parameter.name] = parameter.annotation_type or wide
+            if value % 16 == 0 and not varies:
+                attributes[(i,)] = aligned
+    return signature, constants, attributes
+
+
+def compile_launch(launch: Launch, target: str) -> Any:
+    """Triton's compiled kernel of a recorded launch, with its PTX or AMD assembly and its binary in `.asm`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    to = TARGETS[target]
+    signature, constants, attributes = specialise(launch)
+    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+    config = launch.config
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget(to.backend, to.arch, to.warp), options=options)
+
+
+def inspect(entry: Entry) -> Compiled:
+    """Compile one entry and read its machine code."""
+    kernel = compile_launch(entry.launch, entry.target)
+    to, shared = TARGETS[entry.target], kernel.metadata.shared
+    if to.backend == "hip":
+        text = kernel.asm["amdgcn"]
+        registers, stack = _amd(text, "vgpr_count"), _amd(text, "private_segment_fixed_size")
+        spill = 4 * (_amd(text, "vgpr_spill_count") + _amd(text, "sgpr_spill_count"))
+    else:
+        text = kernel.asm["ptx"]
+        used = _resources(kernel.asm["cubin"])
+        registers, stack, spill = used["REG"], used["STACK"], used["LOCAL"]
+    dots = re.findall(r"tt\.dot [^\n]*", kernel.asm["ttir"])
+    # NVIDIA's matrix units take every product but that of fp32 operands at full precision
+    on_units = [dot for dot in dots if to.backend == "hip" or "inputPrecision" in dot or "xf32> *" not in dot]
+    found = _MATRIX.search(text)
+    matrix = "none needed" if not dots else "fp32 multiply-add"
+    if on_units:
+        matrix = found.group(1).replace(".mma_async", "").removeprefix("v_") if found else "missing"
+    programs = _programs(to, registers, shared, entry.launch.config.num_warps)
+    widest = _widest_load(text, to.backend)
+    return Compiled(entry, registers, stack, spill, shared, widest, matrix, bool(dots), programs)
+
+
+def _amd(text: str, name: str) -> int:
+    return int(re.findall(rf"\.{name}:\s+(\d+)", text)[0])
+
+
+def _resources(binary: bytes) -> dict[str, int]:
+    """REG, STACK and LOCAL, as the cuobjdump of Triton's package prints them."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def _widest_load(text: str, backend: str) -> int:
+    """Bytes of a thread's widest read of global memory, asynchronous copies to shared memory included."""
+    if backend == "hip":
+        widths = re.findall(r"(?:global|buffer)_load_(?:lds_)?(?:dwordx?(\d*)|u?short|[su]byte)", text)
+        return max((4 * int(width or 1) for width in widths), default=0)
+    loads = re.findall(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[busf](\d+)", text)
+    widths = [int(count or 1) * int(bits) // 8 for count, bits in loads]
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)(?:, |;)", text)
+    if "cp.async.bulk" in text:
+        copies.append("16")
+    return max([*widths, *(int(size, 0) for size in copies)], default=0)
+
+
+def _programs(to: Target, registers: int, shared: int, warps: int) -> int:
+    """Programs on one multiprocessor at a time; registers are given to a warp in units of 256, and each program's
+    shared memory costs 1 KiB more than it asked for."""
+    if not to.registers:
+        return 0
+    by_registers = to.registers // (-(-registers * to.warp // 256) * 256) // warps
+    return min(by_registers, to.warps // warps, to.shared // (shared + 1024), 32)
+
+
+def survey(names: Iterable[str], targets: Iterable[str], full: bool = False, progress: bool = False) -> list[Compiled]:
+    """Compile every shipped launch of the ops `names` for `targets`. Seconds each; kept in Triton's own disk cache."""
+    todo = [entry for op in names for target in targets for entry in entries(op, target, full)]
+    bar = tqdm(todo, desc="ahead of time", unit="kernel", disable=not progress, file=sys.stderr)
+    return [inspect(entry) for entry in bar]
+
+
+HEADER = (
+    "kernel", "target", "case", "tile", "warps", "stages", "registers", "stack", "shared", "programs/SM", "widest load",
+    "matrix instruction",
+)  # fmt: skip
+CONFIG_COLUMNS = 6  # of HEADER: those that need no compiler
+
+
+def config_cells(entry: Entry) -> tuple[str, ...]:
+    """A row's first CONFIG_COLUMNS cells."""
+    config, others = entry.launch.config, len(entry.labels) - 1
+    case = entry.labels[0] + (f" and {others} more" if others else "")
+    name = entry.launch.kernel.__name__.removesuffix("_kernel")
+    tile = f"{config.block_rows} x {config.block_dim}"
+    return name, entry.target, case, tile, str(config.num_warps), str(config.num_stages)
+
+
+def cells(compiled: Compiled) -> tuple[str, ...]:
+    """One row of the table, as text."""
+    return (
+        *config_cells(compiled.entry),
+        *(str(compiled.registers), str(compiled.stack), f"{compiled.shared / 1024:.1f} KiB"),
+        *(str(compiled.programs or "-"), f"{compiled.widest_load} B", compiled.matrix),
+    )
+
+
+def table(rows: Sequence[Compiled], markdown: bool = False) -> str:
+    """The rows in aligned columns, or as Markdown."""
+    lines = [HEADER, *(cells(row) for row in rows)]
+    if markdown:
+        body = ["| " + " | ".join(line) + " |" for line in lines]
+        body.insert(1, "|" + " --- |" * len(HEADER))
+        return "\n".join(body)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+BEGIN, END = "<!-- aot:begin -->", "<!-- aot:end -->"
+
+
+def common(found: Sequence[Entry]) -> list[int]:
+    """Places in `found` of what a README shows: each kernel, for each target, in the first case that launches it."""
+    first: dict[tuple[str, str], int] = {}
+    for i, entry in enumerate(found):
+        first.setdefault((entry.launch.kernel.__name__, entry.target), i)
+    kernels = list(dict.fromkeys(name for name, _ in first))
+    return [first[key] for key in sorted(first, key=lambda key: kernels.index(key[0]))]
+
+
+def readme_block(op: str, rows: Sequence[Compiled]) -> str:
+    """The marked block of the op's README from `rows`, all its shipped launches compiled: the common cases, and the
+    worst of all."""
+    shown = [rows[i] for i in common([row.entry for row in rows])]
+    worst = (
+        f"Over all {len(rows)} launches that the table can ask for: at most {max(row.registers for row in rows)} "
+        f"registers and {max(row.stack for row in rows)} bytes of stack a thread, "
+        f"{max(row.shared for row in rows) / 1024:.1f} KiB of shared memory a program, and "
+        f"{sum(row.spill > 0 for row in rows)} that spill."
+    )
+    command = f"`prudent bench --aot --full --op {op}` compiles them ahead of time; nothing here was run on a GPU."
+    return f"{BEGIN}\n{command}\n\n{table(shown, markdown=True)}\n\n{worst}\n{END}"
+
+
+def write_readme(op: str, rows: Sequence[Compiled]) -> Path:
+    """Put the block between its markers in the op's README. ValueError where it has no markers."""
+    path = KERNELS / op / "README.md"
+    text = path.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{op}: README.md: expected the lines {BEGIN} and {END}, got a file without them")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    path.write_text(before + readme_block(op, rows) + after, encoding="utf-8")
+    return path
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of `prudent bench --aot`."""
+    flags = argparse.ArgumentParser(
+        prog="prudent bench --aot", description="Compile every shipped Triton launch ahead of time, with no GPU."
+    )
+    flags.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all four")
+    flags.add_argument("--op", nargs="+", choices=ops(), default=ops(), help="default: all")
+    flags.add_argument("--full", action="store_true", help="every row of the tables, not the common ones (minutes)")
+    flags.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    flags.add_argument("--write-readme", action="store_true", help="compile all and put the table in each op's README")
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: everything inside its budget; 1: something outside it, named on stderr."""
+    given = parser().parse_args(argv)
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError("bench --aot: triton is needed: pip install 'prudent[test]'")
+    if given.write_readme:
+        given.target, given.full = list(TARGETS), True
+    rows: list[Compiled] = []
+    for op in given.op:
+        rows += (found := survey([op], given.target, given.full, progress=True))
+        if given.write_readme:
+            print(f"written: {write_readme(op, found)}", file=sys.stderr)
+    print(table(rows, given.markdown))
+    over = [(row, phrase) for row in rows for phrase in row.over_budget()]
+    for row, phrase in over:
+        print(f"out of budget: {', '.join(config_cells(row.entry)[:3])}: {phrase}", file=sys.stderr)
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
