@@ -1,5 +1,6 @@
 # make demo   the main job, from a bare machine: environment, native library, model, report
 # make test   the same environment, then the tests
+# make bench  the ops against eager and torch.compile on this machine: table, JSON, CSV, picture in runs/bench
 # make check  ruff, the format and mypy over the package
 
 PYTHON ?= python3
@@ -7,12 +8,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
+BENCH_ARGS ?=
 
 INSTALLED := $(VENV)/.installed
 BUILT_FROM := requirements.txt pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/csrc/*)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check setup clean help
+.PHONY: demo test bench check setup clean help
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -36,6 +38,9 @@ demo: $(INSTALLED)
 # one thread a worker: two workers on two cores, rather than two workers fighting over four threads
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest --confcutdir=bench/suite bench/suite --benchmark-only --benchmark-quiet $(BENCH_ARGS)
 
 # mypy needs the package under its own name, whatever the checkout's folder is called
 check: $(INSTALLED)

@@ -1,0 +1,60 @@
+"""The microbenchmarks without pytest: every op against eager and torch.compile, side by side in one run.
+
+Prints a table and writes ops-DEVICE.json, .csv, .md and a roofline to --out. A case whose check against fp64 fails gets
+no times. `make bench` is the same under pytest-benchmark; `python -m prudent.bench.compare` sets two results beside
+each other.
+
+examples:
+  python -m prudent.bench                                  every op at this device's sizes, minutes
+  python -m prudent.bench --size smoke --out /tmp/bench    does it all work, seconds a case
+  python -m prudent.bench --op ensemble_reward --dtype bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import cases, machine, measure, report
+from .case import DTYPES, SIZES
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m prudent.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", choices=SIZES, help="smoke: tiny; small: minutes on two cores (the CPU's default); "
+                        "full: small and the shapes of the goals (a GPU's default)")  # fmt: skip
+    parser.add_argument("--op", action="append", default=[], choices=cases.ops(), help="only this op; repeatable")
+    parser.add_argument("--dtype", action="append", default=[], choices=tuple(DTYPES), help="only this one; repeatable")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench"), help="folder of the results (default %(default)s)"
+    )
+    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    size = arguments.size or cases.default_size(arguments.device)
+    chosen = cases.select(arguments.device, size, arguments.op)
+    chosen = [case for case in chosen if not arguments.dtype or case.dtype in arguments.dtype]
+    if arguments.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    here = machine.describe(arguments.device, quick=size == "smoke")
+    rows = measure.run(chosen, arguments.device, size, progress=not arguments.quiet)
+    print(report.table(rows, here))
+    written = report.write(rows, here, arguments.out)
+    print(f"\nwritten: {', '.join(str(path) for path in written)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""What a result depends on beside the code: the machine with its measured ceilings, the commit, the versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels import native
+from .case import DTYPES
+
+_ROOT = Path(__file__).resolve().parents[1]
+_READ = {"cpu": 1 << 30, "cuda": 8 << 30}  # bytes: far beyond any last-level cache
+_MATRIX = {"cpu": 2048, "cuda": 8192}
+_PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy")
+
+
+@dataclass
+class Machine:
+    """bandwidth: bytes a second of the fastest plain read found. matrix: dtype -> operations a second of F.linear."""
+
+    device: str
+    name: str
+    cores: int
+    threads: int
+    cache_bytes: int
+    isa: str
+    bandwidth: float
+    matrix: dict[str, float]
+    commit: str
+    dirty: bool
+    date: str
+    versions: dict[str, str]
+
+    def same_as(self, other: Machine) -> bool:
+        """The same kind of machine with the same number of threads; not necessarily the same one."""
+        return all(getattr(self, n) == getattr(other, n) for n in ("device", "name", "cores", "threads", "isa"))
+
+
+def describe(device: str | torch.device, quick: bool = False) -> Machine:
+    """Measure the ceilings (some seconds; `quick` takes a small buffer, for tests) and read the rest."""
+    device = torch.device(device)
+    commit, dirty = _commit()
+    cuda = device.type == "cuda"
+    return Machine(
+        device=device.type,
+        name=torch.cuda.get_device_name(device) if cuda else cpu_name(),
+        cores=torch.cuda.get_device_properties(device).multi_processor_count if cuda else _cores(),
+        threads=torch.get_num_threads(),
+        cache_bytes=_cache(device),
+        isa=native.isa() if native.load() else "none: reference",
+        bandwidth=read_bandwidth(device, 1 << 24 if quick else _READ[device.type]),
+        matrix={name: matrix_rate(device, d, 256 if quick else _MATRIX[device.type]) for name, d in DTYPES.items()},
+        commit=commit,
+        dirty=dirty,
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        versions=_versions(),
+    )
+
+
+def read_bandwidth(device: torch.device, size: int) -> float:
+    """Bytes a second: the fastest of four reductions of one buffer of `size` bytes, by medians. Each runs in compiled,
+    vectorised code on torch's threads and writes next to nothing."""
+    buffer = torch.ones(size // 4, device=device)
+    rows = buffer.view(-1, 4096)
+    readers: tuple[Callable[[], Any], ...] = (
+        buffer.sum,
+        lambda: rows.sum(dim=1),
+        buffer.amax,
+        lambda: torch.dot(buffer[: 2**31 - 1], buffer[: 2**31 - 1]) if device.type == "cpu" else rows.amax(dim=1),
+    )
+    return size / min(_median_time(reader, device) for reader in readers)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, width: int) -> float:
+    """Floating-point operations a second of F.linear on two square matrices, the precision as torch is set."""
+    a = torch.randn(width, width, device=device).to(dtype)
+    return 2 * width**3 / _median_time(lambda: F.linear(a, a), device)
+
+
+def _median_time(function: Callable[[], Any], device: torch.device, rounds: int = 9) -> float:
+    def sample() -> float:
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end)) / 1e3
+        began = time.perf_counter()
+        function()
+        return time.perf_counter() - began
+
+    with torch.no_grad():
+        sample()
+        return statistics.median(sample() for _ in range(rounds))
+
+
+def cpu_name() -> str:
+    """Model name as the kernel gives it, else what Python knows."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cache(device: torch.device) -> int:
+    """Bytes of the last-level cache (a GPU's L2); 0 where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text(encoding="utf-8").strip()
+        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1))
+    return max(sizes, default=0)
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _commit() -> tuple[str, bool]:
+    """The commit, and whether a tracked file other than a result differs from it; ("unknown", True) outside git."""
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
+    return (commit, bool(changed)) if commit else ("unknown", True)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    for name in ("prudent", *_PACKAGES):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

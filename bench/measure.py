@@ -1,0 +1,229 @@
+"""Times and memory of a case's variants, side by side: `run(cases, device, size)` gives one Row a case.
+
+Every round calls each variant once, in an order that rotates, so that a change of clock or a neighbour's noise meets
+them all alike; what is shown is the median over the rounds with the quantiles 0.2 and 0.8. On a GPU a call is timed by
+events, after a write of a buffer far larger than the L2 cache, which also keeps the device busy while the host queues
+the call: the time is the device's.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from .case import Case, Check, Work
+
+SECONDS = {"smoke": 0.05, "small": 3.0, "full": 3.0}  # of rounds, for each case
+ROUNDS = (5, 400)  # at least, at most
+_SAMPLE = 5e-4  # seconds: a faster call is repeated within one sample, so that the clock's own cost is below 0.1 %
+_FLUSH = 1 << 30  # bytes: twenty times an H200's L2, and 0.3 ms at its write rate, in which the host queues a call
+
+
+@dataclass
+class Timing:
+    """Seconds a call."""
+
+    median: float
+    q20: float
+    q80: float
+    rounds: int
+    iterations: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float], iterations: int) -> Timing:
+        fifths = statistics.quantiles(samples, n=5, method="inclusive")
+        return cls(statistics.median(samples), fifths[0], fifths[3], len(samples), iterations)
+
+
+@dataclass
+class Row:
+    """A measured case. Where the check failed or did not run there are no times: no speed-up of a wrong op.
+
+    memory: a variant's extra peak bytes, beyond the inputs and what it returns. notes: what could not be had, and why.
+    samples: each variant's seconds a call, round by round; not part of the written results.
+    """
+
+    name: str
+    op: str
+    mode: str
+    shape: str
+    dtype: str
+    device: str
+    bytes_moved: int
+    flops: int
+    check: Check | None = None
+    timings: dict[str, Timing] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    samples: dict[str, list[float]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def passed(self) -> bool:
+        return self.check is not None and self.check.passed
+
+    def ratio(self, variant: str) -> float | None:
+        """How many times as long as ours the variant takes; None without both times."""
+        if "ours" not in self.timings or variant not in self.timings:
+            return None
+        return self.timings[variant].median / self.timings["ours"].median
+
+    def share(self, bandwidth: float) -> float | None:
+        """Of the read bandwidth (bytes a second): the floor's bytes over our time."""
+        return self.bytes_moved / self.timings["ours"].median / bandwidth if "ours" in self.timings else None
+
+
+def run(cases: Sequence[Case], device: str | torch.device, size: str = "small", progress: bool = True) -> list[Row]:
+    """Measure the cases one after another on `device`; `size` sets the time each gets (SECONDS)."""
+    device = torch.device(device)
+    bar = tqdm(cases, unit="case", disable=not progress, file=sys.stderr, dynamic_ncols=True)
+    rows = []
+    for case in bar:
+        bar.set_description(f"{case.op}, {case.mode}"[:48])
+        rows.append(measure(case, device, SECONDS[size]))
+    return rows
+
+
+def measure(case: Case, device: torch.device, seconds: float) -> Row:
+    """One case: its check, then times and memory if the check passed."""
+    row = Row(case.name, case.op, case.mode, case.shape, case.dtype, device.type, case.bytes_moved, case.flops)
+    torch.compiler.reset()  # without it the limit on recompilations, counted over all cases, would end in eager
+    try:
+        _measure(case.make(device), row, device, seconds)
+    except (RuntimeError, ValueError, ImportError) as error:  # one case out of memory must not cost the others
+        row.notes.append(f"not measured: {_first_line(error)}")
+        row.timings.clear()
+        row.memory.clear()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def _measure(work: Work, row: Row, device: torch.device, seconds: float) -> None:
+    row.check = work.check()
+    if not row.check.passed:
+        return
+    calls = {}
+    for name, function in work.variants.items():
+        call = _Call(function, work.inputs, work.grad)
+        try:
+            for _ in range(2 * len(work.inputs)):  # compiles, and fills what is allocated once
+                call()
+        except Exception as error:
+            if name == "ours":
+                raise
+            row.notes.append(f"{name}: {_first_line(error)}")
+            continue
+        calls[name] = call
+    row.memory = {name: extra_memory(call, device) for name, call in calls.items()}
+    row.samples, iterations = (_cuda_rounds if device.type == "cuda" else _cpu_rounds)(calls, seconds)
+    row.timings = {name: Timing.of(samples, iterations[name]) for name, samples in row.samples.items()}
+
+
+class _Call:
+    """A variant bound to its input sets, which it takes in turn."""
+
+    def __init__(self, function: Callable[..., Any], inputs: list[tuple[Any, ...]], grad: bool):
+        self.function, self.inputs, self.grad, self.turn = function, inputs, grad, 0
+
+    def __call__(self) -> Any:
+        self.turn = (self.turn + 1) % len(self.inputs)
+        with torch.set_grad_enabled(self.grad):
+            return self.function(*self.inputs[self.turn])
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160] if text else ''}"
+
+
+Samples = dict[str, list[float]]
+
+
+def _cpu_rounds(calls: dict[str, _Call], seconds: float) -> tuple[Samples, dict[str, int]]:
+    iterations = {name: max(1, round(_SAMPLE / max(_wall(call, 1), 1e-7))) for name, call in calls.items()}
+    return _rounds(calls, lambda name: _wall(calls[name], iterations[name]), seconds), iterations
+
+
+def _wall(call: Callable[[], Any], iterations: int) -> float:
+    start = time.perf_counter()
+    for _ in range(iterations):
+        call()
+    return (time.perf_counter() - start) / iterations
+
+
+def _cuda_rounds(calls: dict[str, _Call], seconds: float) -> tuple[Samples, dict[str, int]]:
+    flush = torch.empty(_FLUSH, dtype=torch.uint8, device="cuda")
+
+    def sample(name: str) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        calls[name]()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    return _rounds(calls, sample, seconds), dict.fromkeys(calls, 1)
+
+
+def _rounds(calls: dict[str, _Call], sample: Callable[[str], float], seconds: float) -> Samples:
+    """Rounds of one sample each, for `seconds` or as ROUNDS has it, without the garbage collector."""
+    names = list(calls)
+    samples: Samples = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        stop, done = time.perf_counter() + seconds, 0
+        while done < ROUNDS[0] or (done < ROUNDS[1] and time.perf_counter() < stop):
+            first = done % len(names)
+            for name in names[first:] + names[:first]:
+                samples[name].append(sample(name))
+            done += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def extra_memory(call: Callable[[], Any], device: torch.device) -> int:
+    """Peak bytes that one call allocates beyond its inputs and what it returns.
+
+    CUDA: the allocator's peak. CPU: the running sum of what torch's allocator reports to the profiler, where the native
+    library's and torch.compile's buffers count too; what a library takes from malloc behind torch's back does not.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = call()
+        torch.cuda.synchronize()
+        return max(0, torch.cuda.max_memory_allocated() - before - _bytes(result))
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its messages are about tracing, which is not what it is used for
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    held = peak = 0
+    for event in memory:
+        held += event.nbytes()
+        peak = max(peak, held)
+    return max(0, peak - _bytes(result))
+
+
+def _bytes(result: Any) -> int:
+    """Of the tensors a call returned, shared storage once."""
+    tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,0 +1,221 @@
+"""A run's rows as a terminal table, Markdown, CSV and JSON, and the JSON back again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..rlhf.files import atomic_write_json, atomic_write_text
+from .case import Check
+from .machine import Machine
+from .measure import Row, Timing
+
+SCHEMA = 1
+_COLUMNS = ("shape", "dtype", "time", "±", "bytes", "of read", "eager", "compiled", "memory", "eager's", "beside")
+_CSV = (
+    "op", "mode", "shape", "dtype", "device", "variant", "check", "seconds", "q20", "q80", "rounds", "iterations",
+    "bytes_moved", "flops", "bandwidth_share", "times_ours", "extra_peak_bytes", "commit", "dirty", "machine",
+    "threads", "date", "torch",
+)  # fmt: skip
+_OWN_COLUMN = ("ours", "eager", "compiled")
+CAPTION = (
+    "time: median of ours, ± half the distance of its quantiles 0.2 and 0.8. bytes: the floor, every input of a pass "
+    "read once and every output written once. of read: that floor over our time, as a share of the measured read "
+    "bandwidth. eager, compiled, beside: how many times as long as ours they take. memory: extra peak of one call."
+)
+
+
+def write(rows: Sequence[Row], machine: Machine, folder: Path | str, stem: str | None = None) -> list[Path]:
+    """Write STEM.json, .csv and .md into `folder`, and the roofline where matplotlib is there. Returns the paths.
+
+    stem: "ops-cpu" or "ops-cuda" by default, after the device.
+    """
+    folder, stem = Path(folder), stem or f"ops-{machine.device}"
+    written = [folder / f"{stem}.{ending}" for ending in ("json", "csv", "md")]
+    atomic_write_json(written[0], to_json(rows, machine))
+    atomic_write_text(written[1], to_csv(rows, machine))
+    atomic_write_text(written[2], markdown(rows, machine, f"{stem}-roofline.png"))
+    from .roofline import draw
+
+    try:
+        written += draw(rows, machine, folder / f"{stem}-roofline")
+    except ImportError:
+        atomic_write_text(written[2], markdown(rows, machine, None))
+    return written
+
+
+def to_json(rows: Sequence[Row], machine: Machine) -> dict[str, Any]:
+    """{schema, machine, rows}; a row's samples stay out, its ratios and its share of the bandwidth go in."""
+    listed = []
+    for row in rows:
+        fields = asdict(row)
+        del fields["samples"]
+        fields["check"] = None if row.check is None else _finite(row.check)
+        fields["ratio"] = {name: row.ratio(name) for name in row.timings if name != "ours"}
+        fields["bandwidth_share"] = row.share(machine.bandwidth)
+        listed.append(fields)
+    return {"schema": SCHEMA, "machine": asdict(machine), "rows": listed}
+
+
+def _finite(check: Check) -> dict[str, Any]:
+    """JSON has no infinity: an error that is none becomes null."""
+    return {
+        k: None if isinstance(v, float) and v in (float("inf"), float("-inf")) else v
+        for k, v in check._asdict().items()
+    }
+
+
+def load(path: Path | str) -> tuple[list[Row], Machine]:
+    """What `write` put into a JSON file; ValueError, one sentence, if it is no such file."""
+    expected = "expected the JSON file of a `make bench`"
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: {expected}, found no file") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {expected}, got something else ({error})") from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        got = found.get("schema") if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{path}: {expected} with schema {SCHEMA}, got {got}")
+    try:
+        return [_row(fields) for fields in found["rows"]], Machine(**found["machine"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {expected}, got one with other fields ({type(error).__name__}: {error})") from None
+
+
+def _row(fields: dict[str, Any]) -> Row:
+    kept = {k: v for k, v in fields.items() if k not in ("check", "timings", "ratio", "bandwidth_share")}
+    check = fields["check"]
+    if check is not None:
+        check = Check._make(float("inf") if check[k] is None else check[k] for k in Check._fields)
+    timings = {name: Timing(**timing) for name, timing in fields["timings"].items()}
+    return Row(**kept, check=check, timings=timings)
+
+
+def to_csv(rows: Sequence[Row], machine: Machine) -> str:
+    """One line a variant of a case; every line says where it comes from."""
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow(_CSV)
+    tail = [machine.commit, machine.dirty, machine.name, machine.threads, machine.date, machine.versions.get("torch")]
+    for row in rows:
+        head = [row.op, row.mode, row.shape, row.dtype, row.device]
+        for name in row.timings or ["ours"]:
+            t = row.timings.get(name)
+            times = [t.median, t.q20, t.q80, t.rounds, t.iterations] if t else [""] * 5
+            share = row.share(machine.bandwidth) if name == "ours" else None
+            derived = [row.bytes_moved, row.flops, share, row.ratio(name), row.memory.get(name)]
+            out.writerow([*head, name, state(row), *times, *derived, *tail])
+    return text.getvalue()
+
+
+def state(row: Row) -> str:
+    """ "passed", "check failed" or "not measured": what stands in place of times where there are none."""
+    if row.check is None or (row.passed and not row.timings):
+        return "not measured"
+    return "passed" if row.passed else "check failed"
+
+
+def table(rows: Sequence[Row], machine: Machine) -> str:
+    """The terminal's table: a block for each op and mode, aligned over all of them."""
+    lines = [_cells(row, machine) for row in rows]
+    widths = [max(len(cells[i]) for cells in [_COLUMNS, *lines] if len(cells) > 3) for i in range(len(_COLUMNS))]
+    right = range(2, len(_COLUMNS) - 1)
+
+    def aligned(cells: Sequence[str]) -> str:
+        padded = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=False)))
+        return ("  " + "  ".join(padded)).rstrip()
+
+    text, block = [*headline(machine), "", aligned(_COLUMNS)], ("", "")
+    for row, cells in zip(rows, lines, strict=True):
+        if (row.op, row.mode) != block:
+            block = (row.op, row.mode)
+            text.append(f"{row.op}: {row.mode}")
+        text.append(aligned(cells))
+    return "\n".join([*text, *(f"  {note}" for note in _notes(rows))])
+
+
+def _cells(row: Row, machine: Machine) -> list[str]:
+    if "ours" not in row.timings:
+        return [row.shape, row.dtype, state(row)]
+    ours = row.timings["ours"]
+    beside = (f"{name} {_times(row.ratio(name))}" for name in row.timings if name not in _OWN_COLUMN)
+    return [
+        row.shape,
+        row.dtype,
+        seconds(ours.median),
+        f"{(ours.q80 - ours.q20) / 2 / ours.median:.0%}",
+        size(row.bytes_moved),
+        f"{row.share(machine.bandwidth):.0%}",
+        _times(row.ratio("eager")),
+        _times(row.ratio("compiled")),
+        size(row.memory.get("ours")),
+        size(row.memory.get("eager")),
+        ", ".join(beside),
+    ]
+
+
+def _notes(rows: Sequence[Row]) -> Iterator[str]:
+    for row in rows:
+        if row.check is not None and not row.check.passed:
+            c = row.check
+            yield f"{row.name}: {c.output} is {c.error:.3g} from fp64; eager {c.eager_error:.3g}, allowed {c.bound:.3g}"
+        yield from (f"{row.name}: {note}" for note in row.notes)
+
+
+def headline(machine: Machine) -> list[str]:
+    """Two lines: what machine, which code."""
+    rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in machine.matrix.items())
+    kind = (
+        f"{machine.cores} multiprocessors" if machine.device == "cuda" else f"{machine.threads} threads, {machine.isa}"
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    changed = " with changes" if machine.dirty else ""
+    return [
+        f"{machine.name}, {kind}; reads {machine.bandwidth / 1e9:.1f} GB/s; multiplies {rates} GFLOP/s",
+        f"commit {machine.commit[:12]}{changed}, {machine.date}; {versions}",
+    ]
+
+
+def markdown(rows: Sequence[Row], machine: Machine, picture: str | None) -> str:
+    """The table as a page, with what its columns mean."""
+    lines = [f"# The ops on {machine.name}", "", *headline(machine), "", CAPTION, ""]
+    lines += ["| " + " | ".join(("op", *_COLUMNS)) + " |", "|" + " --- |" * (len(_COLUMNS) + 1)]
+    for row in rows:
+        cells = _cells(row, machine)
+        cells += [""] * (len(_COLUMNS) - len(cells))
+        lines.append("| " + " | ".join((f"{row.op}: {row.mode}", *cells)) + " |")
+    notes = [f"- {note}" for note in _notes(rows)]
+    lines += ["", *notes, ""] if notes else [""]
+    return "\n".join([*lines, *([f"![roofline]({picture})", ""] if picture else [])])
+
+
+def seconds(value: float) -> str:
+    """Three digits and a unit: 41.2 us, 2.31 ms, 1.20 s."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if value * factor >= 1 or unit == "us":
+            return f"{_three(value * factor)} {unit}"
+    raise AssertionError
+
+
+def size(value: float | None) -> str:
+    """Bytes in three digits and a decimal unit; "-" for none."""
+    if value is None:
+        return "-"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= factor:
+            return f"{_three(value / factor)} {unit}"
+    return f"{value:.0f} B"
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{_three(ratio)}x"
+
+
+def _three(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
