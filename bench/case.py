@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -30,13 +30,14 @@ class Work:
 
     inputs: input sets, used in turn. variants: what is timed, each called with one input set; "ours" and "eager" are
     always there, the order is the table's. check: ours against the reference in fp64, on the first input set.
-    grad: the variants differentiate; without it they run under `torch.no_grad()`.
+    grad: the variants differentiate; without it they run under `torch.no_grad()`. notes: which variant is missing, why.
     """
 
     inputs: list[tuple[Any, ...]]
     variants: dict[str, Callable[..., Any]]
     check: Callable[[], Check]
     grad: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,12 @@ class Row:
         """Of the read bandwidth (bytes a second): the floor's bytes over our time."""
         return self.bytes_moved / self.timings["ours"].median / bandwidth if "ours" in self.timings else None
 
+    def roof_share(self, bandwidth: float, matrix: float) -> float | None:
+        """Of the roofline: the larger of the bytes' time and the operations' time, over ours."""
+        if "ours" not in self.timings:
+            return None
+        return max(self.bytes_moved / bandwidth, self.flops / matrix) / self.timings["ours"].median
+
 
 def run(cases: Sequence[Case], device: str | torch.device, size: str = "small", progress: bool = True) -> list[Row]:
     """Measure the cases one after another on `device`; `size` sets the time each gets (SECONDS)."""
@@ -112,6 +118,7 @@ def measure(case: Case, device: torch.device, seconds: float) -> Row:
 
 def _measure(work: Work, row: Row, device: torch.device, seconds: float) -> None:
     row.check = work.check()
+    row.notes += work.notes
     if not row.check.passed:
         return
     calls = {}

@@ -16,17 +16,32 @@ from .machine import Machine
 from .measure import Row, Timing
 
 SCHEMA = 1
-_COLUMNS = ("shape", "dtype", "time", "±", "bytes", "of read", "eager", "compiled", "memory", "eager's", "beside")
+_COLUMNS = (
+    "shape",
+    "dtype",
+    "time",
+    "±",
+    "bytes",
+    "of read",
+    "of roof",
+    "eager",
+    "compiled",
+    "memory",
+    "eager's",
+    "beside",
+)
 _CSV = (
     "op", "mode", "shape", "dtype", "device", "variant", "check", "seconds", "q20", "q80", "rounds", "iterations",
     "bytes_moved", "flops", "bandwidth_share", "times_ours", "extra_peak_bytes", "commit", "dirty", "machine",
     "threads", "date", "torch",
 )  # fmt: skip
+_DERIVED = ("ratio", "bandwidth_share", "roof_share")  # of a row's JSON
 _OWN_COLUMN = ("ours", "eager", "compiled")
 CAPTION = (
     "time: median of ours, ± half the distance of its quantiles 0.2 and 0.8. bytes: the floor, every input of a pass "
-    "read once and every output written once. of read: that floor over our time, as a share of the measured read "
-    "bandwidth. eager, compiled, beside: how many times as long as ours they take. memory: extra peak of one call."
+    "read once and every output written once. read: that floor at the measured read bandwidth, over our time. "
+    "roof: the same with the operations at the measured matrix rate, where that takes longer. eager, compile, beside: "
+    "how many times as long as ours they take. memory: extra peak of one call."
 )
 
 
@@ -58,6 +73,7 @@ def to_json(rows: Sequence[Row], machine: Machine) -> dict[str, Any]:
         fields["check"] = None if row.check is None else _finite(row.check)
         fields["ratio"] = {name: row.ratio(name) for name in row.timings if name != "ours"}
         fields["bandwidth_share"] = row.share(machine.bandwidth)
+        fields["roof_share"] = row.roof_share(machine.bandwidth, machine.matrix[row.dtype])
         listed.append(fields)
     return {"schema": SCHEMA, "machine": asdict(machine), "rows": listed}
 
@@ -89,7 +105,7 @@ def load(path: Path | str) -> tuple[list[Row], Machine]:
 
 
 def _row(fields: dict[str, Any]) -> Row:
-    kept = {k: v for k, v in fields.items() if k not in ("check", "timings", "ratio", "bandwidth_share")}
+    kept = {k: v for k, v in fields.items() if k not in ("check", "timings", *_DERIVED)}
     check = fields["check"]
     if check is not None:
         check = Check._make(float("inf") if check[k] is None else check[k] for k in Check._fields)
@@ -136,7 +152,9 @@ def table(rows: Sequence[Row], machine: Machine) -> str:
         if (row.op, row.mode) != block:
             block = (row.op, row.mode)
             text.append(f"{row.op}: {row.mode}")
-        text.append(aligned(cells))
+        first, *others = cells[-1].split(", ") if len(cells) == len(_COLUMNS) else [cells[-1]]
+        text.append(aligned([*cells[:-1], first]))
+        text += [aligned([*[""] * (len(_COLUMNS) - 1), other]) for other in others]
     return "\n".join([*text, *(f"  {note}" for note in _notes(rows))])
 
 
@@ -152,6 +170,7 @@ def _cells(row: Row, machine: Machine) -> list[str]:
         f"{(ours.q80 - ours.q20) / 2 / ours.median:.0%}",
         size(row.bytes_moved),
         f"{row.share(machine.bandwidth):.0%}",
+        f"{row.roof_share(machine.bandwidth, machine.matrix[row.dtype]):.0%}",
         _times(row.ratio("eager")),
         _times(row.ratio("compiled")),
         size(row.memory.get("ours")),

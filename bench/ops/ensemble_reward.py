@@ -184,7 +184,7 @@ def cases() -> Iterator[Case]:
             yield Case(
                 "ensemble_reward",
                 "last tokens, norm",
-                f"{batch} of {batch} x {length} x {dim}",
+                f"{batch} x {length} x {dim}",
                 dtype,
                 size,
                 forward_bytes(batch, dim, dtype, True, gather=True),

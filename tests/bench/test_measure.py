@@ -154,13 +154,14 @@ def test_extra_memory_is_the_peak_less_what_is_returned() -> None:
     x = torch.ones(1000, 256)
     assert measure.extra_memory(lambda: x + x, DEVICE) == 0
     assert measure.extra_memory(lambda: (x + x) * x, DEVICE) == x.nbytes
-    assert measure.extra_memory(lambda: ((x + x) * x).sum(), DEVICE) == 2 * x.nbytes
+    assert measure.extra_memory(lambda: ((x + x) * x).sum(), DEVICE) == 2 * x.nbytes - 4  # the sum comes after it
     assert measure.extra_memory(lambda: F.relu(x)[:1], DEVICE) == 0  # the view keeps all of it
 
 
 def test_the_table_fits_a_terminal_of_120_columns(here: machine.Machine) -> None:
     longest = replace(measure.run([toy()], "cpu", "smoke", progress=False)[0], mode="forward + backward, norm")
-    longest.shape, longest.timings["F.linear"] = "256 of 256 x 1024 x 4096", longest.timings["eager"]
+    longest.shape, longest.timings["F.linear"] = "16384 x 4096 x 128256", longest.timings["eager"]
+    longest.timings["autotuned"] = longest.timings["compiled"] = longest.timings["eager"]
     longest.memory = dict.fromkeys(longest.memory, 123_456_789)
     assert max(map(len, report.table([longest], here).splitlines())) <= 120
 
