@@ -1,0 +1,96 @@
+"""How large the chunks of `linear_logprob` are, computed from shapes against static budgets, and the Triton table.
+
+Never timed and never keyed on a sequence length in a kernel's signature, so equal calls on equal devices have equal
+bits. README.md derives the numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+
+from ..launch import Config
+
+MIB = 1 << 20
+# A chunk of rows holds its hidden gradient in the accumulator's type and its gathered hidden states in the operand's:
+# 4096 rows of 4096 16-bit features.
+ROW_BYTES = 96 * MIB
+# Each row chunk after the first rounds the weight's gradient once more, so they are as large as ROW_BYTES lets them be;
+# beyond 4096 rows a product is no faster, and the tile would be too narrow for the hidden gradient's product.
+MAX_ROWS = 4096
+# A tile of logits. GPU: stays in an L2 cache of 40 MiB or more between the product that writes it and the kernel that
+# reads it. CPU: two cores' share of the cache, with its temporaries.
+TILE_BYTES = {"gpu": 32 * MIB, "cpu": 4 * MIB}
+# The hidden gradient is read and written once a tile, for 2 * columns multiply-adds an element: below these the product
+# waits for memory. Above 8192 a row no longer fits a program's registers.
+MIN_COLUMNS = {"gpu": 1024, "cpu": 512}
+MAX_COLUMNS = 8192
+
+
+class Plan(NamedTuple):
+    """Logits are made in tiles of at most [rows, columns]: for each chunk of rows, every chunk of the vocabulary."""
+
+    rows: int
+    columns: int
+
+
+def plan(num_rows: int, dim: int, vocabulary: int, operand: torch.dtype, accumulator: torch.dtype, device: str) -> Plan:
+    """The tile of a call on `device`, "gpu" or "cpu". Row chunks of one call are equal but for the last."""
+    bytes_each = dim * (operand.itemsize + accumulator.itemsize)
+    limit = max(128, min(MAX_ROWS, ROW_BYTES // bytes_each // 128 * 128))
+    chunks = max(1, -(-num_rows // limit))
+    rows = max(16, -(-num_rows // (16 * chunks)) * 16)
+    columns = _power_of_two(TILE_BYTES[device] // (rows * accumulator.itemsize))
+    columns = min(MAX_COLUMNS, max(MIN_COLUMNS[device], columns))
+    return Plan(rows, min(columns, max(16, _power_of_two(2 * vocabulary - 1))))
+
+
+def _power_of_two(number: int) -> int:
+    """The largest power of two up to `number`, at least 1."""
+    return 1 << max(0, number.bit_length() - 1)
+
+
+def tile_config(columns: int) -> Config:
+    """Of both Triton kernels: a program holds one row of a tile, 8 to 16 values a thread from 1024 columns up (two to
+    four 16-byte loads in flight each). No loop, so no stages.
+    """
+    return Config(1, columns, min(16, max(1, columns // 256)), 1)
+
+
+_WIDTHS = (1024, 2048, 4096, 8192)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def shipped(target: str, full: bool = True) -> Iterable[tuple[str, Callable[[], None]]]:
+    """(label, run) for the configurations of the table: `run`, under `recording()`, launches the kernels of a first, a
+    middle and a last tile on tensors without data. The table is the same for every `target`. Not `full`: the width of
+    a full row chunk in each dtype, and bf16's widest.
+    """
+    for dtype, columns, softcap in itertools.product(_DTYPES, _WIDTHS, (None, 30.0)):
+        short = softcap is None and (columns == 2048 or (dtype, columns) == (torch.bfloat16, 8192))
+        if full or short:
+            label = f"{str(dtype).removeprefix('torch.')}-{columns} columns" + ("-softcap" if softcap else "")
+            yield label, _run(dtype, columns, softcap)
+
+
+def _run(dtype: torch.dtype, columns: int, softcap: float | None) -> Callable[[], None]:
+    def run() -> None:
+        from . import triton  # type: ignore[attr-defined]
+        from .contract import Inputs
+
+        def empty(*shape: int, like: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=like, device="meta")
+
+        rows, vocabulary = 4096, 128256
+        inputs = Inputs(empty(rows, 4096), empty(vocabulary, 4096), empty(rows, like=torch.int64), 1.0, softcap, None)
+        tiles = triton.TritonTiles(inputs, None)
+        tile, state = empty(rows, columns, like=inputs.accumulator), empty(4, rows, like=inputs.accumulator)
+        found = (empty(rows, like=inputs.accumulator),) * 3
+        for start in (0, columns, vocabulary - columns):
+            tiles.statistics(tile, inputs.target, start, state, found)
+        tiles.gradient(tile, inputs.target, 0, found[0], found[0], found, dtype)
+
+    return run

@@ -1,0 +1,133 @@
+"""What crosses between the public op and its executions, and every refusal, in one place.
+
+`Inputs` is the schema of the registered op in order. `rows` [R] int64 are the positions of the flattened target that
+are not ignored, None where all of them count; each backend offers
+    forward(inputs, rows) -> (logprob, entropy, lse), each of target's shape
+    backward(grads, inputs, rows, entropy, lse, needs) -> (grad_hidden, grad_weight)
+with grads = gradients of the three outputs (None = zero) and needs = two bools; what is not needed is None.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_STORAGE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class LogprobOutput(NamedTuple):
+    """What `linear_logprob` returns, each of target's shape; fp32, or fp64 when `hidden` is fp64. 0 where ignored.
+
+    logprob  log-probability of the target, nats
+    entropy  of the whole distribution, nats
+    lse      log-sum-exp of the capped, tempered logits
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+    lse: Tensor
+
+
+Outputs = tuple[Tensor, Tensor, Tensor]
+OutputGrads = tuple[Tensor | None, Tensor | None, Tensor | None]
+Grads = tuple[Tensor | None, Tensor | None]
+
+
+class Inputs(NamedTuple):
+    """Arguments of `prudent::linear_logprob`, in schema order."""
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    temperature: float
+    softcap: float | None
+    ignore_index: int | None
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """Of the outputs, the statistics and every sum."""
+        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+    @property
+    def operand(self) -> torch.dtype:
+        """What the products multiply: the storage dtype where hidden and weight share it, else the accumulator's."""
+        return self.hidden.dtype if self.hidden.dtype == self.weight.dtype else self.accumulator
+
+
+def require(ok: bool, argument: str, expected: str, got: object) -> None:
+    """Raise the op's one form of error: `linear_logprob: <argument>: expected <expected>, got <got>`."""
+    if not ok:
+        raise ValueError(f"linear_logprob: {argument}: expected {expected}, got {got}")
+
+
+def check_inputs(inputs: Inputs) -> None:
+    """Refuse every shape, dtype, device and option outside the contract. Reads no values, so it serves fakes too."""
+    hidden, weight, target = inputs[:3]
+    for name in ("hidden", "weight"):
+        value = getattr(inputs, name)
+        require(isinstance(value, Tensor), name, "a tensor", type(value).__name__)
+        require(value.dtype in _STORAGE, name, "dtype bfloat16, float16, float32 or float64", value.dtype)
+    require(isinstance(target, Tensor), "target", "a tensor", type(target).__name__)
+    require(hidden.dim() >= 1 and hidden.shape[-1] > 0, "hidden", "shape [..., D] with D >= 1", list(hidden.shape))
+    dim = hidden.shape[-1]
+    fits = weight.dim() == 2 and weight.shape[1] == dim and weight.shape[0] > 0
+    require(fits, "weight", f"shape [V, {dim}] with V >= 1", list(weight.shape))
+    for name in ("hidden", "weight"):
+        stride = getattr(inputs, name).stride(-1)
+        require(stride == 1 or dim == 1, name, "a contiguous last dimension (stride 1)", f"stride {stride}")
+    require(
+        weight.dtype != torch.float64 or hidden.dtype == torch.float64,
+        "weight",
+        "float64 only beside float64 hidden",
+        weight.dtype,
+    )
+    require(target.dtype == torch.int64, "target", "dtype int64", target.dtype)
+    require(
+        target.shape == hidden.shape[:-1],
+        "target",
+        f"shape {list(hidden.shape[:-1])} (hidden's leading dimensions)",
+        list(target.shape),
+    )
+    for name in ("weight", "target"):
+        device = getattr(inputs, name).device
+        require(device == hidden.device, name, f"device {hidden.device} (hidden's)", device)
+    _check_options(inputs)
+
+
+def _check_options(inputs: Inputs) -> None:
+    for name in ("temperature", "softcap"):
+        value = getattr(inputs, name)
+        if name == "softcap" and value is None:
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        allowed = "a finite number above 0" + (" or None" if name == "softcap" else "")
+        require(number and math.isfinite(value) and value > 0, name, allowed, value)
+    index = inputs.ignore_index
+    whole = index is None or (isinstance(index, int) and not isinstance(index, bool))
+    require(whole, "ignore_index", "an integer or None", index)
+
+
+def check_values(inputs: Inputs) -> None:
+    """Refuse targets that are no token: on CPU; elsewhere with PRUDENT_DEBUG=1 (it makes the host wait)."""
+    target = inputs.target
+    if target.device.type != "cpu" and os.environ.get("PRUDENT_DEBUG") != "1":
+        return
+    vocabulary = inputs.weight.shape[0]
+    wrong = (target < 0) | (target >= vocabulary)
+    if inputs.ignore_index is not None:
+        wrong &= target != inputs.ignore_index
+    if bool(wrong.any()):
+        besides = "" if inputs.ignore_index is None else f" or {inputs.ignore_index} (ignore_index)"
+        require(False, "target", f"values in [0, {vocabulary}){besides}", int(target[wrong][0]))
+
+
+def kept_rows(target: Tensor, ignore_index: int | None) -> Tensor | None:
+    """Positions of the flattened target that count, None for all. Their number is read, so a GPU's host waits once."""
+    if ignore_index is None:
+        return None
+    rows = torch.nonzero(target.reshape(-1) != ignore_index).squeeze(1)
+    return None if rows.shape[0] == target.numel() else rows

@@ -1,0 +1,165 @@
+"""The public `linear_logprob` and its registration as `prudent::linear_logprob`.
+
+Under torch.compile and torch.export the registered op is called (schema, fake, autograd). A plain eager call goes
+straight to the backend, with gradients through a `torch.autograd.Function`, and looks for ignored targets once for
+both directions, where the registered pair has to look in each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..eager import is_plain
+from .contract import Grads, Inputs, LogprobOutput, OutputGrads, Outputs, check_inputs, check_values, kept_rows
+
+_SCHEMA = "Tensor hidden, Tensor weight, Tensor target, float temperature, float? softcap, int? ignore_index"
+_library = torch.library.Library("prudent", "FRAGMENT")
+_library.define(f"linear_logprob({_SCHEMA}) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    "linear_logprob_backward(Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_lse, "
+    f"{_SCHEMA}, Tensor entropy, Tensor lse, bool need_hidden, bool need_weight) -> (Tensor, Tensor)"
+)
+_OPTIONS = 3  # where the schema's tensors end
+
+
+def _backend(inputs: Inputs) -> Any:
+    """The module that executes this call: imported when first needed, so that `import prudent` stays light."""
+    if inputs.hidden.is_cuda:
+        from . import triton  # type: ignore[attr-defined]
+
+        return triton
+    from . import chunked
+
+    return chunked
+
+
+def _checked(*args: Any) -> tuple[Inputs, Tensor | None]:
+    inputs = Inputs(*args)
+    check_inputs(inputs)
+    check_values(inputs)
+    return inputs, kept_rows(inputs.target, inputs.ignore_index)
+
+
+def _forward(*args: Any) -> Outputs:
+    inputs, rows = _checked(*args)
+    outputs: Outputs = _backend(inputs).forward(inputs, rows)
+    return outputs
+
+
+def _backward(*args: Any) -> tuple[Tensor, Tensor]:
+    grads, inputs, (entropy, lse, *needs) = args[:3], Inputs(*args[3:9]), args[9:]
+    rows = kept_rows(inputs.target, inputs.ignore_index)
+    found: Grads = _backend(inputs).backward(grads, inputs, rows, entropy, lse, tuple(needs))
+    empty = inputs.hidden.new_empty(0)
+    return tuple(empty if g is None else g for g in found)  # type: ignore[return-value]
+
+
+def _fake_forward(*args: Any) -> Outputs:
+    inputs = Inputs(*args)
+    check_inputs(inputs)
+    shape, dtype = inputs.target.shape, inputs.accumulator
+    return tuple(inputs.hidden.new_empty(shape, dtype=dtype) for _ in range(3))  # type: ignore[return-value]
+
+
+def _fake_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    inputs, needs = Inputs(*args[3:9]), args[11:]
+    return tuple(  # type: ignore[return-value]
+        like.new_empty(like.shape) if need else inputs.hidden.new_empty(0)
+        for like, need in zip(inputs[:2], needs, strict=True)
+    )
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("linear_logprob", _forward, _device)
+    _library.impl("linear_logprob_backward", _backward, _device)
+torch.library.register_fake("prudent::linear_logprob", _fake_forward, lib=_library)
+torch.library.register_fake("prudent::linear_logprob_backward", _fake_backward, lib=_library)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:_OPTIONS], *output[1:])
+    ctx.options = inputs[_OPTIONS:]
+
+
+def _library_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, entropy, lse = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:2]
+    found: tuple[Tensor | None, ...] = (None, None)
+    if any(g is not None for g in grads):
+        found = torch.ops.prudent.linear_logprob_backward(*grads, *tensors, *ctx.options, entropy, lse, *needs)
+        found = tuple(g if need else None for g, need in zip(found, needs, strict=True))
+    return (*found, None, None, None, None)
+
+
+torch.library.register_autograd(
+    "prudent::linear_logprob", _library_backward, setup_context=_setup_context, lib=_library
+)
+
+
+class _EagerLinearLogprob(torch.autograd.Function):
+    """The registered op's autograd without its registration cost and without its second search for ignored targets."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Outputs:
+        inputs, rows = _checked(*args)
+        output: Outputs = _backend(inputs).forward(inputs, rows)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*args[:_OPTIONS], *output[1:], rows)
+        ctx.options = args[_OPTIONS:]
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, entropy, lse, rows = ctx.saved_tensors
+        found: Grads = (None, None)
+        if any(g is not None for g in grads):
+            inputs = Inputs(*tensors, *ctx.options)
+            outer: OutputGrads = grads  # type: ignore[assignment]
+            found = _backend(inputs).backward(outer, inputs, rows, entropy, lse, ctx.needs_input_grad[:2])
+        return (*found, None, None, None, None)
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = -100,
+) -> LogprobOutput:
+    """Log-probabilities of targets and entropies under softmax(hidden @ weight.T), with no [T, V] tensor.
+
+        x       = softcap * tanh(hidden @ weight.T / softcap) / temperature     fp32 (no cap: the product itself)
+        lse     = log sum_j exp x_j        logprob = x_target - lse        entropy = lse - sum_j softmax(x)_j x_j
+
+    Args:
+        hidden: [..., D] bfloat16, float16, float32 or float64; last dimension contiguous, any strides before it.
+        weight: [V, D], any of these dtypes (float64 only beside float64 hidden); may be the tied embedding. There is no
+            bias. Where the two dtypes differ, the product is made in fp32.
+        target: [...] int64, in [0, V) or ignore_index.
+        temperature: > 0; divides the capped logits.
+        softcap: > 0 or None, Gemma 2's final logit cap (arXiv 2408.00118, section 2).
+        ignore_index: targets that do not count: their outputs and gradients are 0, and their rows are dropped before
+            the product, for which a GPU's host waits once. None: every target counts, and nothing waits.
+
+    Returns:
+        LogprobOutput(logprob, entropy, lse), each of target's shape, in nats; fp32 (fp64 from fp64). Gradients of all
+        three flow to hidden and weight, once differentiable.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came, before anything is computed. Targets are
+            checked on a CPU, elsewhere with PRUDENT_DEBUG=1; unchecked, one outside [0, V) has logprob NaN.
+    """
+    args = (hidden, weight, target, temperature, softcap, ignore_index)
+    if not is_plain(args):
+        return LogprobOutput(*torch.ops.prudent.linear_logprob(*args))
+    differentiable = (t for t in args[:2] if isinstance(t, Tensor))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
+        return LogprobOutput(*_EagerLinearLogprob.apply(*args))  # type: ignore[no-untyped-call]
+    return LogprobOutput(*_forward(*args))

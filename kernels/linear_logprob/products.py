@@ -1,0 +1,74 @@
+"""Matrix products of `linear_logprob`: 16-bit operands, unrounded sums, scratch allocated once a call."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+class Workspace:
+    """Scratch by name on one device, allocated when first asked for and again only if a larger one is."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pieces: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """[rows, columns] contiguous, with whatever was in it."""
+        piece = self._pieces.pop(name, None)
+        if piece is None or piece.numel() < rows * columns:
+            piece = torch.empty(rows * columns, dtype=dtype, device=self._device)
+        self._pieces[name] = piece
+        return piece[: rows * columns].view(rows, columns)
+
+
+@cache
+def _fast_bf16_on_cpu() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def operand_dtype(storage: torch.dtype, accumulator: torch.dtype, device: torch.device) -> torch.dtype:
+    """What is multiplied. A CPU has no product of 16-bit operands into fp32; two bf16 products stand for it where the
+    machine has the instructions, fp32 operands elsewhere and for fp16.
+    """
+    if device.type == "cuda" or storage == accumulator:
+        return storage
+    return storage if storage == torch.bfloat16 and _fast_bf16_on_cpu() else accumulator
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, add: bool, work: Workspace) -> None:
+    """out [M, N] = a [M, K] @ b [K, N], or out += with `add`; summed in fp32 or fp64, rounded once to out's dtype."""
+    if a.dtype == out.dtype:
+        if add:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif out.dtype.itemsize < a.dtype.itemsize:
+        wide = torch.mm(a, b, out=work("wide", *out.shape, a.dtype))
+        if add:
+            out.add_(wide)
+        else:
+            out.copy_(wide)
+    elif a.is_cuda:
+        if add:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        _in_two_products(a, b, out, add, work)
+
+
+def _in_two_products(a: Tensor, b: Tensor, out: Tensor, add: bool, work: Workspace) -> None:
+    """bf16 operands, fp32 out: the product rounded to bf16, and what the rounding dropped (the second product starts
+    from minus the first, inside one fp32 sum). Exact to 2^-17 of the product.
+    """
+    wide = work("wide", *out.shape, out.dtype)  # torch's mixed-type addition would allocate one each time
+    high = torch.mm(a, b, out=work("high", *out.shape, a.dtype))
+    low = torch.addmm(high, a, b, beta=-1, out=work("low", *out.shape, a.dtype))
+    if add:
+        out.add_(wide.copy_(high))
+    else:
+        out.copy_(high)
+    out.add_(wide.copy_(low))

@@ -1,0 +1,108 @@
+"""Triton kernels over a tile of logits: its online statistics, its derivative in place of it. A program is a row."""
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tanh(x):
+    """tanh from exp alone; near 0, where that cancels, its series (relative error below 1e-7 up to 0.3)."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    result = (1.0 - e) / (1.0 + e)
+    result = tl.where(x < 0.0, -result, result)
+    if x.dtype == tl.float32:
+        s = x * x
+        series = x * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0)))))
+        result = tl.where(tl.abs(x) < 0.3, series, result)
+    return result
+
+
+@triton.jit
+def _capped(raw, inverse_temperature, softcap, SOFTCAP: tl.constexpr, ACC: tl.constexpr):
+    """Capped, tempered logits, and the cap's derivative (1 without one)."""
+    tempered = raw * tl.full((1,), inverse_temperature, ACC)
+    slope = tl.full(raw.shape, 1.0, ACC)
+    if SOFTCAP:
+        tanh = _tanh(raw / tl.full((1,), softcap, ACC))
+        tempered = tanh * tl.full((1,), softcap * inverse_temperature, ACC)
+        slope = 1.0 - tanh * tanh
+    return tempered, slope
+
+
+@triton.jit(do_not_specialize=["column"])
+def statistics_kernel(
+    tile, target, state, logprob, entropy, lse, columns, column, rows,
+    inverse_temperature: tl.float64, softcap: tl.float64,
+    FIRST: tl.constexpr, LAST: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Tile [rows, columns] of raw logits from vocabulary entry `column` on, into `state` [4, rows]: greatest logit m,
+    sum exp(x - m), sum exp(x - m) (x - m), the target's logit. The last tile writes the outputs instead.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    inside = place < columns
+    raw = tl.load(tile + row * columns + place, mask=inside, other=0.0).to(ACC)
+    x, _ = _capped(raw, inverse_temperature, softcap, SOFTCAP, ACC)
+    greatest = tl.max(tl.where(inside, x, float("-inf")), axis=0)
+    power = tl.where(inside, tl.exp(x - greatest), 0.0)
+    total = tl.sum(power, axis=0)
+    weighted = tl.sum(tl.where(inside, power * (x - greatest), 0.0), axis=0)
+    wanted = tl.load(target + row) - column
+    chosen = tl.sum(tl.where(place == wanted, x, 0.0), axis=0)
+    here = (wanted >= 0) & (wanted < columns)
+    if FIRST:  # NaN stays where the target is no token, which nobody checks on a GPU
+        chosen = tl.where(here, chosen, float("nan"))
+    else:
+        old = tl.load(state + row)
+        old_total = tl.load(state + rows + row)
+        old_weighted = tl.load(state + 2 * rows + row)
+        chosen = tl.where(here, chosen, tl.load(state + 3 * rows + row))
+        new = tl.maximum(old, greatest)
+        fade, old_fade = tl.exp(greatest - new), tl.exp(old - new)
+        weighted = fade * (weighted + total * (greatest - new)) + old_fade * (old_weighted + old_total * (old - new))
+        total = fade * total + old_fade * old_total
+        greatest = new
+    if LAST:
+        log_total = tl.log(total)
+        tl.store(logprob + row, chosen - greatest - log_total)
+        tl.store(entropy + row, log_total - weighted / total)
+        tl.store(lse + row, greatest + log_total)
+    else:
+        tl.store(state + row, greatest)
+        tl.store(state + rows + row, total)
+        tl.store(state + 2 * rows + row, weighted)
+        tl.store(state + 3 * rows + row, chosen)
+
+
+@triton.jit(do_not_specialize=["column"])
+def gradient_kernel(
+    tile, slope, target, entropy, lse, d_logprob, d_entropy, d_lse, columns, slope_stride, column,
+    inverse_temperature: tl.float64, softcap: tl.float64,
+    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The loss's derivative by a tile of raw logits, in the storage type, over the start of each row of the tile
+    itself: `slope` is the same memory. The d_ vectors carry the temperature's part already.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    inside = place < columns
+    raw = tl.load(tile + row * columns + place, mask=inside, other=0.0).to(ACC)
+    x, cap = _capped(raw, inverse_temperature, softcap, SOFTCAP, ACC)
+    below = x - tl.load(lse + row)
+    factor = tl.zeros((), ACC)
+    if d_lse is not None:
+        factor += tl.load(d_lse + row)
+    if d_logprob is not None:
+        factor -= tl.load(d_logprob + row)
+    if d_entropy is not None:
+        outer = tl.load(d_entropy + row)
+        g = tl.exp(below) * (factor - outer * (below + tl.load(entropy + row)))
+    else:
+        g = tl.exp(below) * factor
+    if d_logprob is not None:
+        wanted = tl.load(target + row) - column
+        g += tl.where(place == wanted, tl.load(d_logprob + row), 0.0)
+    g *= cap
+    tl.debug_barrier()  # every thread has read its logits before any of them is overwritten
+    tl.store(slope + row * slope_stride + place, g.to(slope.dtype.element_ty), mask=inside)

@@ -1,0 +1,466 @@
+"""The public op on this machine: its values and gradients by every road, and every wrong input refused by name."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import opcheck
+
+from prudent.kernels.linear_logprob import LogprobOutput, chunked, linear_logprob, reference
+from prudent.kernels.linear_logprob.configs import Plan
+from prudent.kernels.linear_logprob.contract import Inputs
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+T, D, V = 11, 9, 37
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of [4, 16], so that a small call has several chunks each way, the last ones narrower."""
+    monkeypatch.setattr(chunked, "plan", lambda *shapes: Plan(4, 16))
+
+
+def make(
+    t: int = T, d: int = D, v: int = V, dtype: torch.dtype = torch.float64, ignored: tuple[int, ...] = (), **given: Any
+) -> Inputs:
+    """Logits of standard deviation 2, so that neither the target nor the rest of the distribution is negligible."""
+    g = torch.Generator().manual_seed(t * 10007 + v)
+    target = torch.randint(0, v, (t,), generator=g)
+    target[list(ignored)] = -100
+    values: dict[str, Any] = {
+        "hidden": torch.randn(t, d, generator=g, dtype=torch.float64).to(dtype),
+        "weight": (2 * torch.randn(v, d, generator=g, dtype=torch.float64) / d**0.5).to(dtype),
+        "target": target,
+        "temperature": 1.0,
+        "softcap": None,
+        "ignore_index": -100,
+    }
+    values.update(given)
+    return Inputs(**{k: x.to(DEVICE) if isinstance(x, Tensor) else x for k, x in values.items()})
+
+
+def call(inputs: Inputs) -> LogprobOutput:
+    return linear_logprob(*inputs[:3], temperature=inputs[3], softcap=inputs[4], ignore_index=inputs[5])
+
+
+def some_grads(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(5)
+    shape, dtype = inputs.target.shape, inputs.accumulator
+    return tuple(torch.randn(shape, generator=g, dtype=torch.float64).to(DEVICE, dtype) for _ in range(3))  # type: ignore[return-value]
+
+
+def gradients(inputs: Inputs, grads: tuple[Tensor | None, ...], run: Any = call) -> tuple[Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in inputs[:2]]
+    outputs = run(inputs._replace(hidden=leaves[0], weight=leaves[1]))
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    return torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs])
+
+
+def exact(inputs: Inputs, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """Outputs and gradients of the same numbers in fp64, by the reference."""
+    wide = inputs._replace(hidden=inputs.hidden.detach().double(), weight=inputs.weight.detach().double())
+    outputs = reference.forward(wide)
+    outer = tuple(None if g is None else g.double() for g in grads)
+    found = reference.backward(outer, wide, None, *outputs[1:], (True, True))  # type: ignore[arg-type]
+    return *outputs, *(g for g in found if g is not None)
+
+
+def unfused(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """What people write: a linear layer, its logits to fp32, log_softmax, a gather."""
+    logits = F.linear(inputs.hidden, inputs.weight)
+    if inputs.softcap is not None:
+        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
+    logits = logits.to(inputs.accumulator) / inputs.temperature
+    logprobs = torch.log_softmax(logits, dim=-1)
+    entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
+    return logprobs.gather(-1, inputs.target[..., None]).squeeze(-1), entropy, torch.logsumexp(logits, dim=-1)
+
+
+def agrees_in_fp64(inputs: Inputs, tolerance: float = 1e-12) -> None:
+    grads = some_grads(inputs)
+    found = (*call(inputs), *gradients(inputs, grads))
+    for ours, theirs in zip(found, exact(inputs, grads), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tempered": {"temperature": 0.6},
+    "capped": {"softcap": 1.5},
+    "both": {"temperature": 1.7, "softcap": 4.0},
+    "some ignored": {"ignored": (0, 3, 4, 10)},
+    "all kept, none looked for": {"ignore_index": None},
+    "ignored token inside the vocabulary": {"ignore_index": 0, "target": torch.arange(T) // 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_is_the_reference_in_fp64(options: str, small_tiles: None) -> None:
+    agrees_in_fp64(make(**OPTIONS[options]))
+
+
+@pytest.mark.parametrize(("t", "d", "v"), [
+    (1, 1, 1), (1, 5, 16), (3, 7, 17), (4, 7, 15), (5, 8, 32), (8, 3, 33), (9, 16, 47), (13, 1, 48), (6, 70, 40),
+])  # fmt: skip
+def test_sizes_on_both_sides_of_a_tiles_edge(t: int, d: int, v: int, small_tiles: None) -> None:
+    agrees_in_fp64(make(t, d, v, softcap=3.0, ignored=(1,) if t > 2 else ()))
+
+
+def test_the_reference_is_autograds_answer() -> None:
+    inputs = make(temperature=0.7, softcap=2.0, ignored=(2, 5))
+    grads = some_grads(inputs)
+    by_autograd = gradients(inputs, grads, reference.forward)
+    for ours, theirs in zip(by_autograd, exact(inputs, grads)[3:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "softcap": 5.0}], ids=["plain", "capped and tempered"])
+def test_it_is_the_composition_people_write(options: dict[str, Any]) -> None:
+    inputs = make(**options)
+    for ours, theirs in zip(call(inputs), unfused(inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs torch >= 2.13")
+def test_minus_the_logprob_is_torchs_linear_cross_entropy() -> None:
+    inputs = make(ignored=(1, 7))
+    loss = F.linear_cross_entropy(*inputs[:3], reduction="none", ignore_index=-100)
+    torch.testing.assert_close(-call(inputs).logprob, loss, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("options", ["plain", "both"])
+@pytest.mark.parametrize("many_tiles", [False, True])
+def test_our_error_is_at_most_that_of_plain_torch_in_the_storage_type(
+    dtype: torch.dtype, options: str, many_tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The unfused composition in the same storage type, both against fp64; rms error over each output and gradient.
+
+    Slack: 2e-7 of the largest value, an fp32 rounding; for gradients in 16 bits, the storage type's own last rounding,
+    which ours makes at most three times here (three chunks of rows) and plain torch once.
+    """
+    if many_tiles:
+        monkeypatch.setattr(chunked, "plan", lambda *shapes: Plan(32, 48))
+    inputs = make(96, 64, 400, dtype, **OPTIONS[options])
+    grads = some_grads(inputs)
+    truth = exact(inputs, grads)
+    ours = (*call(inputs), *gradients(inputs, grads))
+    plain = (*unfused(inputs), *gradients(inputs, grads, unfused))
+    for name, a, b, true in zip(("logprob", "entropy", "lse", "hidden", "weight"), ours, plain, truth, strict=True):
+        error, theirs = ((x.double() - true).square().mean().sqrt() for x in (a, b))
+        assert error <= theirs + 2e-7 * true.abs().max(), f"{name}: {error:.3g} against {theirs:.3g}"
+
+
+@pytest.mark.parametrize(("hidden", "weight"), [
+    (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16),
+    (torch.float64, torch.float32), (torch.float64, torch.bfloat16),
+])  # fmt: skip
+def test_hidden_and_weight_may_differ_in_dtype(hidden: torch.dtype, weight: torch.dtype, small_tiles: None) -> None:
+    inputs = make(dtype=hidden, ignored=(2,))
+    inputs = inputs._replace(weight=inputs.weight.to(weight))
+    grads = some_grads(inputs)
+    found, truth = (*call(inputs), *gradients(inputs, grads)), exact(inputs, grads)
+    assert (found[3].dtype, found[4].dtype) == (hidden, weight)
+    for ours, theirs in zip(found[:3], truth, strict=False):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=2e-6)
+    for ours, theirs in zip(found[3:], truth[3:], strict=True):  # three chunks of rows: three roundings
+        tolerance = 3 * torch.finfo(ours.dtype).eps + 2e-6
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("present", [c for n in (1, 2, 3) for c in itertools.combinations(range(3), n)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradients_of_any_of_the_outputs(present: tuple[int, ...], softcap: float | None, small_tiles: None) -> None:
+    inputs = make(softcap=softcap, temperature=0.7)
+    grads = tuple(g if i in present else None for i, g in enumerate(some_grads(inputs)))
+    for ours, theirs in zip(gradients(inputs, grads), exact(inputs, grads)[3:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=2)))
+def test_only_wanted_gradients_are_made(needs: tuple[bool, bool], small_tiles: None) -> None:
+    inputs = make(ignored=(1,))
+    leaves = [x.clone().requires_grad_(need) for x, need in zip(inputs[:2], needs, strict=True)]
+    outputs = call(inputs._replace(hidden=leaves[0], weight=leaves[1]))
+    assert outputs.logprob.requires_grad == any(needs)
+    if any(needs):
+        outputs.entropy.sum().backward()  # a stride-0 gradient
+    truth = gradients(inputs, (None, torch.ones(T, dtype=torch.float64, device=DEVICE), None))
+    for leaf, need, theirs in zip(leaves, needs, truth, strict=True):
+        assert (leaf.grad is not None) == need
+        if need:
+            torch.testing.assert_close(leaf.grad, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_unwanted_gradients_cost_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = chunked.product
+    monkeypatch.setattr(chunked, "product", lambda *args: (made.append(1), real(*args))[1])
+    inputs = make()
+    outputs = chunked.forward(inputs, None)
+    assert len(made) == 1
+    for needs, products in (((True, True), 3), ((True, False), 2), ((False, True), 2), ((False, False), 0)):
+        made.clear()
+        chunked.backward(some_grads(inputs), inputs, None, *outputs[1:], needs)
+        assert len(made) == products
+
+
+def test_ignored_targets_give_zeros_and_reach_nothing(small_tiles: None) -> None:
+    """Their hidden states are not even multiplied: what is no number there stays out of the weight's gradient."""
+    inputs = make(ignored=(0, 5, 10))
+    inputs.hidden[[0, 5, 10]] = float("nan")
+    outputs, grads = call(inputs), some_grads(inputs)
+    for values in outputs:
+        assert values[[0, 5, 10]].eq(0).all()
+        assert values.isfinite().all()
+    of_hidden, of_weight = gradients(inputs, grads)
+    assert of_hidden[[0, 5, 10]].eq(0).all()
+    kept = inputs.target != -100
+    alone = make()._replace(hidden=inputs.hidden[kept], target=inputs.target[kept])
+    of_kept, of_weight_alone = gradients(alone, tuple(g[kept] for g in grads))
+    torch.testing.assert_close(of_hidden[kept], of_kept, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(of_weight, of_weight_alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("t", [0, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_to_score_gives_zeros(t: int, dtype: torch.dtype) -> None:
+    inputs = make(t, dtype=dtype, ignored=tuple(range(t)))
+    assert all(torch.equal(o, torch.zeros(t, device=DEVICE)) for o in call(inputs))
+    for gradient, like in zip(gradients(inputs, some_grads(inputs)), inputs, strict=False):
+        assert torch.equal(gradient, torch.zeros_like(like))
+
+
+@pytest.mark.parametrize("kind", ["batch", "shifted", "one", "wide rows", "one row everywhere", "transposed"])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_leading_dimensions_and_strides(kind: str, ignored: bool, small_tiles: None) -> None:
+    g = torch.Generator().manual_seed(3)
+    base = torch.randn(3, 5, 12, dtype=torch.float64, generator=g).to(DEVICE)
+    hidden = {
+        "batch": base[..., :9].contiguous(),
+        "shifted": base[:, :-1, :9],  # rows that cannot be viewed as [T, D]
+        "one": base[0, 0, :9],
+        "wide rows": base[0, :, 2:11],
+        "one row everywhere": base[0, 0, :9].expand(6, 9),
+        "transposed": base.transpose(0, 1)[..., 1:10],
+    }[kind]
+    target = torch.randint(0, V, hidden.shape[:-1], generator=g).to(DEVICE)
+    if ignored and target.dim():
+        target.view(-1)[::3] = -100
+    wide_weight = torch.randn(V, 20, dtype=torch.float64, generator=g).to(DEVICE)
+    inputs = make()._replace(hidden=hidden, target=target, weight=wide_weight[:, 4:13])
+    assert call(inputs).logprob.shape == target.shape
+    agrees_in_fp64(inputs)
+
+
+def test_gradients_may_be_expanded_from_one_number(small_tiles: None) -> None:
+    inputs = make(ignored=(4,))
+    one = torch.ones((), dtype=torch.float64, device=DEVICE)
+    expanded = (one.expand(T), (2 * one).expand(T), (-one).expand(T))
+    for ours, theirs in zip(
+        gradients(inputs, expanded), gradients(inputs, tuple(g.clone() for g in expanded)), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_tied_embedding_gets_both_gradients() -> None:
+    weight = make(dtype=torch.float32).weight.requires_grad_()
+    tokens = torch.arange(8, device=DEVICE)
+    loss = linear_logprob(weight[tokens], weight, tokens + 1).logprob.sum()
+    (ours,) = torch.autograd.grad(loss, weight)
+    composed = torch.log_softmax(weight[tokens] @ weight.T, dim=1)[tokens, tokens + 1].sum()
+    torch.testing.assert_close(ours, torch.autograd.grad(composed, weight)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e30])
+def test_large_logits_do_not_overflow(scale: float, small_tiles: None) -> None:
+    """Three rows over 24 tokens of three kinds: one kind far ahead of the others, another one, all alike."""
+    hidden = torch.tensor([[scale], [-scale], [0.0]], device=DEVICE)
+    weight = torch.tensor([[1.0], [-1.0], [0.5]] * 8, device=DEVICE)
+    out = linear_logprob(hidden, weight, torch.tensor([0, 1, 2], device=DEVICE))
+    expected = torch.tensor([8.0, 8.0, 24.0], device=DEVICE).log()
+    torch.testing.assert_close(out.logprob, -expected)
+    torch.testing.assert_close(out.entropy, expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_stays_in_its_own_row(bad: float, small_tiles: None) -> None:
+    inputs = make(dtype=torch.float32)
+    clean = call(inputs)
+    inputs.hidden[3] = bad
+    others = torch.arange(T, device=DEVICE) != 3
+    for dirty, expected in zip(call(inputs), clean, strict=True):
+        assert not dirty[3].isfinite()
+        torch.testing.assert_close(dirty[others], expected[others])
+
+
+def test_the_entropy_of_a_peaked_distribution_keeps_its_digits() -> None:
+    """Two logits near 1000, 9 apart: entropy 1.2e-3 to within fp32's rounding of 1, where lse minus the mean logit
+    would be off by the rounding of 1000, 6e-5.
+    """
+    hidden, weight = torch.tensor([[1.0]], device=DEVICE), torch.tensor([[1000.0], [991.0]], device=DEVICE)
+    entropy = linear_logprob(hidden, weight, torch.tensor([0], device=DEVICE)).entropy.double()
+    p = torch.softmax((hidden @ weight.T).double(), dim=1)
+    torch.testing.assert_close(entropy, -(p * p.log()).sum(dim=1), rtol=0, atol=1.2e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_call_has_the_same_bits_and_nothing_saved_is_changed(dtype: torch.dtype, small_tiles: None) -> None:
+    inputs = make(dtype=dtype, ignored=(2,), softcap=3.0)
+    before = [x.clone() for x in inputs[:3]]
+    leaves = [x.requires_grad_() for x in inputs[:2]]
+    first, second = call(inputs), call(inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    loss = sum(o.square().sum() for o in first)
+    assert isinstance(loss, Tensor)
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, inputs[:3], strict=True))
+
+
+def test_a_second_derivative_is_refused_not_silently_zero() -> None:
+    inputs = make()
+    hidden = inputs.hidden.requires_grad_()
+    (gradient,) = torch.autograd.grad(call(inputs).logprob.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        gradient.sum().backward()
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    inputs = make(dtype=torch.float32)
+    inputs.hidden.requires_grad_()
+    expected = call(inputs)
+    (gradient,) = torch.autograd.grad(expected.logprob.sum(), inputs.hidden)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        inside = call(inputs)
+        assert torch.equal(inside.logprob, expected.logprob)
+        assert torch.equal(torch.ops.prudent.linear_logprob(*inputs)[0], expected.logprob)
+        assert torch.equal(torch.autograd.grad(inside.logprob.sum(), inputs.hidden)[0], gradient)
+
+
+@pytest.mark.parametrize("options", ["plain", "both", "some ignored"])
+def test_gradcheck_in_fp64_by_both_roads(options: str, small_tiles: None) -> None:
+    inputs = make(11, 3, 20, **OPTIONS[options])
+    leaves = [x.requires_grad_() for x in inputs[:2]]
+    assert torch.autograd.gradcheck(lambda h, w: tuple(call(inputs._replace(hidden=h, weight=w))), leaves)
+    assert torch.autograd.gradcheck(lambda h, w: torch.ops.prudent.linear_logprob(h, w, *inputs[2:]), leaves)
+
+
+@pytest.mark.parametrize("options", ["plain", "both", "some ignored", "all kept, none looked for"])
+def test_the_registered_op_passes_opcheck(options: str) -> None:
+    inputs = make(dtype=torch.float32, **OPTIONS[options])
+    opcheck(torch.ops.prudent.linear_logprob.default, (*(x.requires_grad_() for x in inputs[:2]), *inputs[2:]))
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_the_registered_backward_passes_opcheck(needs: tuple[bool, bool]) -> None:
+    inputs = make(dtype=torch.float32, ignored=(2,))
+    outputs = call(inputs)
+    grads = (torch.randn((), device=DEVICE).expand(T), None, torch.randn(T, device=DEVICE))
+    opcheck(torch.ops.prudent.linear_logprob_backward.default, (*grads, *inputs, *outputs[1:], *needs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eager_and_registered_roads_give_the_same_bits(dtype: torch.dtype) -> None:
+    inputs = make(dtype=dtype, ignored=(0,))
+    grads = some_grads(inputs)
+    for a, b in zip(call(inputs), torch.ops.prudent.linear_logprob(*inputs), strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == inputs.accumulator
+    registered = gradients(inputs, grads, lambda i: torch.ops.prudent.linear_logprob(*i))
+    for a, b in zip(gradients(inputs, grads), registered, strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == dtype
+
+
+def test_compiled_whole_with_dynamic_rows_gives_the_eager_result() -> None:
+    inputs = make(dtype=torch.float32, ignored=(1,))
+
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        out = linear_logprob(hidden, weight, target, temperature=0.9, softcap=4.0)
+        return (out.logprob + 0.1 * out.entropy).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    weight = inputs.weight.requires_grad_()
+    for t in (5, 11, 2, 3):
+        hidden = inputs.hidden[:t].detach().requires_grad_()
+        got, want = (f(hidden, weight, inputs.target[:t]) for f in (compiled, loss))
+        torch.testing.assert_close(got, want)
+        for a, b in zip(
+            torch.autograd.grad(got, [hidden, weight]), torch.autograd.grad(want, [hidden, weight]), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+
+
+def test_exported_with_dynamic_rows() -> None:
+    inputs = make(dtype=torch.float32)
+
+    class Scores(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(inputs.weight)
+
+        def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
+            return linear_logprob(hidden, self.weight, target).logprob
+
+    model, rows = Scores(), torch.export.Dim("rows")
+    program = torch.export.export(model, tuple(inputs[::2][:2]), dynamic_shapes=({0: rows}, {0: rows}))
+    assert "prudent.linear_logprob" in str(program.graph)
+    other = make(29, dtype=torch.float32)
+    torch.testing.assert_close(program.module()(other.hidden, other.target), model(other.hidden, other.target))
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"hidden": "text"}, "hidden: expected a tensor, got str"),
+    ({"hidden": torch.tensor(1.0)}, r"hidden: expected shape \[..., D\]"),
+    ({"hidden": torch.zeros(T, 0)}, r"hidden: expected shape \[..., D\] with D >= 1"),
+    ({"hidden": torch.zeros(T, D, dtype=torch.int64)}, "hidden: expected dtype"),
+    ({"hidden": torch.zeros(D, T).T}, "hidden: expected a contiguous last dimension"),
+    ({"weight": None}, "weight: expected a tensor, got NoneType"),
+    ({"weight": torch.zeros(0, D)}, r"weight: expected shape \[V, 9\] with V >= 1, got \[0, 9\]"),
+    ({"weight": torch.zeros(V, D + 1)}, r"weight: expected shape \[V, 9\].*got \[37, 10\]"),
+    ({"weight": torch.zeros(D)}, r"weight: expected shape \[V, 9\]"),
+    ({"weight": torch.zeros(D, V).T}, "weight: expected a contiguous last dimension"),
+    ({"weight": torch.zeros(V, D, dtype=torch.float64)}, "weight: expected float64 only beside float64 hidden"),
+    ({"weight": torch.zeros(V, D, device="meta")}, r"weight: expected device .* \(hidden's\), got meta"),
+    ({"target": [1, 2]}, "target: expected a tensor, got list"),
+    ({"target": torch.zeros(T)}, "target: expected dtype int64, got torch.float32"),
+    ({"target": torch.zeros(T - 1, dtype=torch.int64)}, r"target: expected shape \[11\].*got \[10\]"),
+    ({"target": torch.full((T,), V)}, r"target: expected values in \[0, 37\) or -100 \(ignore_index\), got 37"),
+    ({"target": torch.full((T,), -1)}, r"target: expected values in .* got -1"),
+    ({"target": torch.full((T,), -100), "ignore_index": None}, r"target: expected values in \[0, 37\), got -100"),
+    ({"temperature": 0.0}, "temperature: expected a finite number above 0, got 0.0"),
+    ({"temperature": float("nan")}, "temperature: expected a finite number above 0, got nan"),
+    ({"temperature": float("inf")}, "temperature: expected a finite number above 0, got inf"),
+    ({"temperature": "hot"}, "temperature: expected a finite number above 0, got hot"),
+    ({"softcap": -1.0}, "softcap: expected a finite number above 0 or None, got -1.0"),
+    ({"softcap": 0.0}, "softcap: expected a finite number above 0 or None"),
+    ({"ignore_index": 1.5}, "ignore_index: expected an integer or None, got 1.5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "says"), REFUSED, ids=[f"{next(iter(c))}-{i}" for i, (c, _) in enumerate(REFUSED)])
+def test_refused_with_argument_expectation_and_what_came(
+    changes: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRUDENT_DEBUG", "1")  # targets are looked at on a GPU too
+    given: dict[str, Any] = {
+        "hidden": torch.zeros(T, D), "weight": torch.zeros(V, D), "target": torch.zeros(T, dtype=torch.int64), **changes
+    }  # fmt: skip
+    on_device = {k: x.to(DEVICE) if isinstance(x, Tensor) and x.device.type == "cpu" else x for k, x in given.items()}
+    with pytest.raises(ValueError, match=f"linear_logprob: {says}"):
+        linear_logprob(**on_device)
+
+
+def test_fakes_are_refused_in_the_same_words() -> None:
+    with torch._subclasses.FakeTensorMode(), pytest.raises(ValueError, match=r"linear_logprob: weight: expected shape"):
+        linear_logprob(torch.zeros(T, D), torch.zeros(V, D + 1), torch.zeros(T, dtype=torch.int64))
