@@ -25,7 +25,7 @@ _COLUMNS = (
     "of read",
     "of roof",
     "eager",
-    "compiled",
+    "compile",
     "memory",
     "eager's",
     "beside",
