@@ -1,7 +1,20 @@
-"""The static table of `ensemble_reward`'s Triton kernels: tiles by dtype and padded heads, and what each target can do.
+"""The static table of `ensemble_reward`'s Triton kernels: tiles by shape, dtype and architecture, each with its reason.
 
-Never keyed on timing or on a sequence length, so that equal calls on equal devices have equal bits. `shipped` walks
-through every row of the table for tools that compile it ahead of time; `assume` stands in for a device there.
+Never keyed on timing (but for PRUDENT_AUTOTUNE=1) or on a sequence length, so that equal calls on equal devices have
+equal bits. `shipped` walks through every row of the table for tools that compile it ahead of time; `assume` stands in
+for a device there.
+
+What the table is after. The features' bytes are the whole cost: 2K = 10 products of D = 4096 bf16 values are 10 FLOP a
+byte, and a GPU of this decade wants 200 before arithmetic counts. So the measure of a tile is bytes in flight: by
+Little's law a multiprocessor must have bandwidth x latency / multiprocessors on the way, which is 4.8 TB/s x 0.8 us /
+132 = 29 KB on an H200 (8 TB/s: 43 KB of a B200's 148; 2 TB/s: 15 KB of an A100's 108). A program has (num_stages - 1)
+tiles of block_rows x block_dim features in flight; how many programs fit a multiprocessor follows from the registers
+and shared memory of the machine code (`prudent bench --aot`). The bandwidths are the data sheets': nothing here was
+timed on a GPU.
+
+The second traffic is the weight: every row block reads all of [2K, D] again from L2, in fp32 2K D 4 bytes beside its
+block_rows D 2 of features. With K = 5 that is 20 / block_rows of the features: 1.25 at 16 rows, 0.31 at 64, 0.16 at 128
+(half of it from a bf16 weight). Hence large blocks as soon as there are rows enough, and D split where there are not.
 """
 
 from __future__ import annotations
@@ -17,22 +30,48 @@ import torch
 from ..launch import Config
 
 MAX_HEADS = 64  # beyond, a program's tiles spill registers; such calls run the reference on the device
-SWEEP = 1024  # elements a lone program reads at a time where it totals or centres
+
+# The last program alone centres what no program can earlier. Each of its sweeps costs one trip to L2 whatever its
+# width, so it is as wide as does not raise the kernel's registers: 32 values a thread of 128.
+SWEEP = 4096
+
+# Centring by label in the forward compares N rows with every label up to the largest, on one multiprocessor: a million
+# comparisons at worst at N = 1024, an eighth of it with labels 0 .. N / 8. It grows as N^2; a sort and a second launch
+# do not.
+MAX_LABELLED_ROWS = 1024
+
+# D is split in parts of at least this many columns (4 tiles of 64: what a program can have in flight at once), ...
+SPLIT_COLUMNS = 256
+# ... at most this many, because one program adds the parts (their loads are unrolled: two registers a part), ...
+MAX_SPLITS = 16
+# ... and only while there are no more row blocks than multiprocessors, so that is how many arrival counters there are
+MAX_SPLIT_BLOCKS = 304
+
+# The weight's gradient is at most so many partial sums of [2K, D]: at D = 4096 and K = 5 10 MB, written and read once,
+# beside the gigabyte of 65536 rows read and written.
+MAX_SHARES = 64
 
 
 class Platform(NamedTuple):
-    """What `tl.dot` may be asked for. `fp32_dot`: the precision of fp32 operands whose storage was 16-bit."""
+    """What `tl.dot` may be asked for, and how many programs there is room for.
 
+    `fp32_dot`: the precision of fp32 operands whose storage was 16-bit. `multiprocessors`: of the usual part of the
+    architecture, not of the device, so that two parts of one architecture give equal bits.
+    """
+
+    name: str
     bf16_halves: bool
     fp32_dot: str
+    multiprocessors: int
 
 
 _TARGETS = {
-    "sm_80": Platform(True, "tf32x3"),
-    "sm_90": Platform(True, "tf32x3"),
-    "sm_100": Platform(True, "tf32x3"),
-    "gfx942": Platform(True, "ieee"),  # fp32 matrix instructions and no tf32x3
+    "sm_80": Platform("sm_80", True, "tf32x3", 108),
+    "sm_90": Platform("sm_90", True, "tf32x3", 132),
+    "sm_100": Platform("sm_100", True, "tf32x3", 148),
+    "gfx942": Platform("gfx942", True, "ieee", 304),  # fp32 matrix instructions and no tf32x3
 }
+_INTERPRETER = Platform("interpreter", True, "ieee", 4)
 _assumed: list[str] = []
 
 
@@ -55,27 +94,88 @@ def platform(device: torch.device) -> Platform:
 
 @cache
 def _platform_of(device: torch.device) -> Platform:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return Platform(True, "ieee")
-    modern = torch.cuda.get_device_capability(device) >= (8, 0)
-    return Platform(modern, "tf32x3" if modern else "ieee")
+    if device.type != "cuda":
+        return _INTERPRETER
+    if torch.version.hip is not None:
+        return _TARGETS["gfx942"]
+    major, _ = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return Platform("sm_70", False, "ieee", 80)
+    return _TARGETS["sm_80" if major == 8 else "sm_90" if major == 9 else "sm_100"]
 
 
-# How much of D a program holds, by storage type and padded 2K: the widest that spills no register on sm_80 to sm_100
-# and stays inside gfx942's 64 KiB of shared memory. Only the bf16 halves of the forward multiply 16-bit operands; every
-# other product has fp32 ones, at twice the registers.
-_PRODUCT_DIM = {
-    torch.bfloat16: {16: 128, 32: 64, 64: 64, 128: 32},
-    torch.float16: {16: 64, 32: 64, 64: 32, 128: 16},
-    torch.float32: {16: 32, 32: 64, 64: 32, 128: 16},
-    torch.float64: {16: 32, 32: 32, 64: 16, 128: 16},
+class Row(NamedTuple):
+    """The tile, block_rows of N by block_dim of D, that serves calls of at most `rows` scored rows."""
+
+    rows: float
+    config: Config
+
+
+_ANY = float("inf")
+_BF16, _FP16, _FP32, _FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+# The forward, by storage type and padded 2K.
+_FORWARD: dict[tuple[torch.dtype, int], tuple[Row, ...]] = {
+    (_BF16, 16): (
+        # 256 last tokens of 4096: 16 blocks x 16 parts = 256 programs, each with its whole 8 KB (4 tiles) on the way at
+        # once. That is all there is, 2 MB, and half of what 132 multiprocessors could have in flight: latency is left.
+        Row(1024, Config(16, 64, 4, 5)),
+        # 24 KB a program, 4 or 5 of them a multiprocessor: three times Little's law; weight traffic 0.31 of the
+        # features. With fewer row blocks than multiprocessors D is split: 4096 rows are 64 blocks x 4 parts.
+        Row(32768, Config(64, 64, 4, 4)),
+        # 32 KB a program, 3 of them; weight traffic 0.16. 65536 rows are 512 programs, 1.3 waves of 396, and in the
+        # tail one program a multiprocessor is still enough.
+        Row(_ANY, Config(128, 64, 8, 3)),
+    ),
+    # 24 heads' weights are 0.75 of the features at 64 rows; 128 rows would leave 2 programs a multiprocessor
+    (_BF16, 32): (Row(1024, Config(16, 64, 4, 4)), Row(_ANY, Config(64, 64, 4, 3))),
+    # half the columns: 64 x 64 with 3 stages is 256 bytes over 64 KB of shared memory
+    (_BF16, 64): (Row(1024, Config(16, 64, 4, 3)), Row(_ANY, Config(64, 32, 4, 4))),
+    # no longer bound by the features: the weight's tiles and products are the larger part
+    (_BF16, 128): (Row(_ANY, Config(16, 32, 8, 3)),),
+    # 16-bit features times an fp32 weight in three tf32 products: operands at twice the registers, so half the columns
+    (_FP16, 16): (Row(1024, Config(16, 64, 4, 4)), Row(_ANY, Config(64, 32, 4, 4))),
+    (_FP16, 32): (Row(_ANY, Config(16, 64, 4, 3)),),
+    (_FP16, 64): (Row(_ANY, Config(16, 32, 4, 3)),),
+    (_FP16, 128): (Row(_ANY, Config(16, 16, 8, 3)),),
+    # exact fp32 products on the plain units: an operand tile lies in registers whole; 64 rows of it spill
+    (_FP32, 16): (Row(1024, Config(16, 32, 4, 3)), Row(_ANY, Config(32, 32, 4, 3))),
+    (_FP32, 32): (Row(_ANY, Config(16, 64, 4, 2)),),
+    (_FP32, 64): (Row(_ANY, Config(16, 32, 4, 2)),),
+    (_FP32, 128): (Row(_ANY, Config(16, 16, 8, 2)),),
+    # for checking, not for speed
+    (_FP64, 16): (Row(_ANY, Config(16, 32, 4, 2)),),
+    (_FP64, 32): (Row(_ANY, Config(16, 32, 4, 2)),),
+    (_FP64, 64): (Row(_ANY, Config(16, 16, 8, 2)),),
+    (_FP64, 128): (Row(_ANY, Config(16, 16, 8, 2)),),
 }
-_OUTER_DIM = {
-    torch.bfloat16: {16: 128, 32: 64, 64: 32, 128: 16},
-    torch.float16: {16: 128, 32: 64, 64: 32, 128: 16},
-    torch.float32: {16: 64, 32: 64, 64: 32, 128: 16},
-    torch.float64: {16: 32, 32: 32, 64: 16, 128: 16},
+
+# The outer products of the backward: block_dim columns stay with a program, with the weight and the sum of its gradient
+# in registers, while block_rows at a time pass by.
+_OUTER: dict[tuple[torch.dtype, int], Config] = {
+    # 256 contiguous bytes a row; 108 registers: 4 programs a multiprocessor, 3 tiles of 4 KB each: 48 KB in flight.
+    # 32 rows a tile take 174 registers: 2 programs, 32 KB
+    (_BF16, 16): Config(16, 128, 4, 4),
+    (_BF16, 32): Config(16, 64, 4, 4),
+    (_BF16, 64): Config(16, 32, 4, 4),
+    (_BF16, 128): Config(16, 16, 8, 3),
+    # the rest have fp32 operands, three tf32 products from fp16: the widest tiles that do not spill
+    (_FP16, 16): Config(32, 128, 4, 2),
+    (_FP16, 32): Config(32, 64, 4, 2),
+    (_FP16, 64): Config(32, 32, 4, 2),
+    (_FP16, 128): Config(16, 16, 8, 2),
+    (_FP32, 16): Config(32, 64, 4, 2),
+    (_FP32, 32): Config(32, 64, 4, 2),
+    (_FP32, 64): Config(16, 32, 4, 2),
+    (_FP32, 128): Config(16, 16, 8, 2),
+    (_FP64, 16): Config(16, 32, 4, 2),
+    (_FP64, 32): Config(16, 32, 4, 2),
+    (_FP64, 64): Config(16, 16, 4, 2),
+    (_FP64, 128): Config(16, 16, 8, 2),
 }
+
+# By label, one program a group: 1024 members at a time.
+CENTRE = Config(1, 1024, 4, 1)
 
 
 def padded_columns(num_heads: int) -> int:
@@ -83,24 +183,66 @@ def padded_columns(num_heads: int) -> int:
     return max(16, 2 << (num_heads - 1).bit_length())
 
 
-def product_config(num_rows: int, columns: int, dtype: torch.dtype) -> Config:
-    """Tiles of the kernels that hold a [rows, 2K] product. Few rows or many heads: small blocks, more programs."""
-    rows = 32 if num_rows > 4096 and columns == 16 and dtype.itemsize == 2 else 16
-    warps = 8 if columns == 128 or (columns == 64 and dtype == torch.float64) else 4
-    return Config(rows, _PRODUCT_DIM[dtype][columns], warps, 3 if dtype.itemsize == 2 else 2)
+def forward_config(num_rows: int, columns: int, dtype: torch.dtype) -> Config:
+    """The forward's tile for N rows and padded 2K `columns`."""
+    return next(row.config for row in _FORWARD[dtype, columns] if num_rows <= row.rows)
+
+
+def forward_candidates(columns: int, dtype: torch.dtype) -> list[Config]:
+    """What PRUDENT_AUTOTUNE=1 chooses among: the tiles that the table gives to any number of rows, at 2 to 5 stages."""
+    tiles = [row.config for row in _FORWARD[dtype, columns]]
+    return [tile._replace(num_stages=stages) for tile in tiles for stages in range(2, tile.num_stages + 1)]
+
+
+def splits(programs: int, d: int, config: Config, device: torch.device) -> tuple[int, int]:
+    """Into how many parts D is split for each of `programs` row blocks, and a part's blocks of columns.
+
+    The largest power of two that makes at most two programs a multiprocessor, each with SPLIT_COLUMNS or more.
+    """
+    room = min(2 * platform(device).multiprocessors // programs, d // SPLIT_COLUMNS, MAX_SPLITS)
+    if room < 2:
+        return 1, 0
+    parts = 1 << (room.bit_length() - 1)
+    return parts, -(-d // (parts * config.block_dim))
+
+
+def sweep(num_rows: int) -> int:
+    """Elements of one step of the last program's centring: a power of two, from 1024, SWEEP at most."""
+    return int(min(SWEEP, max(1024, 1 << (num_rows - 1).bit_length())))
 
 
 def outer_config(columns: int, dtype: torch.dtype) -> Config:
-    """Tiles of the kernels that hold a [2K, D-block] sum."""
-    widest = {2: 64, 4: 32, 8: 0}[dtype.itemsize]
-    rows = 32 if columns <= widest else 16
-    return Config(rows, _OUTER_DIM[dtype][columns], 8 if columns == 128 else 4, 2)
+    """The tile of the backward's outer products."""
+    return _OUTER[dtype, columns]
 
 
-SMALL = Config(1, 1024, 4, 2)  # of the kernels without a product: scatter and centring
+def outer_candidates(columns: int, dtype: torch.dtype) -> list[Config]:
+    """What PRUDENT_AUTOTUNE=1 chooses among: the table's tile and those of half its columns, at 2 to 4 stages."""
+    tile = _OUTER[dtype, columns]
+    widths = {tile.block_dim, max(16, tile.block_dim // 2)}
+    return [tile._replace(block_dim=w, num_stages=s) for w in sorted(widths) for s in range(2, tile.num_stages + 1)]
+
+
+def row_shares(num_rows: int, d: int, config: Config, device: torch.device) -> tuple[int, int]:
+    """Row blocks in a share of the rows, and how many shares: four programs a multiprocessor in all, one wave."""
+    blocks = -(-num_rows // config.block_rows)
+    wanted = max(1, min(MAX_SHARES, 4 * platform(device).multiprocessors // -(-d // config.block_dim)))
+    each = -(-blocks // wanted)
+    return each, -(-blocks // each)
+
+
+def gradient_config(columns: int) -> Config:
+    """Of the kernels on [N, 2K]: 1024 values a program, 8 a thread."""
+    return Config(max(16, 1024 // columns), 0, 4, 1)
+
+
+def weight_config(columns: int) -> Config:
+    """Of the sum of the weight's partials: narrow tiles, to have many programs (128 at D = 4096) for few megabytes."""
+    return Config(0, max(16, 512 // columns), 4, 1)
+
 
 _HEADS = (5, 12, 20, 40)  # one of each padded width
-_ROWS = (64, 5000)  # on both sides of the row-block boundary
+_ROWS = (256, 8192, 65536)  # one of each row bucket: D split in 16 and in 2, and not at all
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -109,20 +251,25 @@ def shipped(target: str, full: bool = True) -> Iterable[tuple[str, Callable[[], 
     and a backward on tensors without data. Not `full`: bf16 with 5 heads, and one case of each other dtype and width.
     """
     for dtype, heads, rows in itertools.product(_DTYPES, _HEADS, _ROWS):
-        short = (dtype == torch.bfloat16 and (heads == _HEADS[0] or rows == _ROWS[0])) or (heads, rows) == (5, 64)
+        short = (dtype == torch.bfloat16 and (heads == _HEADS[0] or rows == _ROWS[0])) or (heads, rows) == (5, 256)
         if full or short:
             label = f"{str(dtype).removeprefix('torch.')}-K{heads}-N{rows}"
             yield label, _run(target, dtype, heads, rows, "tradeoff:0.4,centre=batch")
-    for label, spec, given in (
-        ("group-by-size", "mean,centre=group", {"group_size": 8}),
-        ("group-by-label", "mean,centre=group", {"group": torch.empty(64, dtype=torch.int64, device="meta")}),
+    for label, rows, given in (
+        ("group-in-block", 256, {"group_size": 8}),
+        ("group-by-size", 240, {"group_size": 24}),
+        ("group-by-label", 256, {"group": torch.empty(256, dtype=torch.int64, device="meta")}),
+        ("group-by-label-later", 2048, {"group": torch.empty(2048, dtype=torch.int64, device="meta")}),
+        ("no-norm-bf16-weight", 65536, {"norm_weight": None, "weight_dtype": torch.bfloat16}),
     ):
-        yield label, _run(target, torch.bfloat16, 5, 64, spec, **given)
+        spec = "tradeoff:0.4" if label.startswith("no") else "tradeoff:0.4,centre=group"
+        yield label, _run(target, torch.bfloat16, 5, rows, spec, **given)
 
 
 def _run(
-    target: str, dtype: torch.dtype, heads: int, rows: int, aggregation: str, **given: object
-) -> Callable[[], None]:
+    target: str, dtype: torch.dtype, heads: int, num_rows: int, aggregation: str,
+    weight_dtype: torch.dtype | None = None, **given: object,
+) -> Callable[[], None]:  # fmt: skip
     def run() -> None:
         from . import triton  # type: ignore[attr-defined]
         from .contract import Inputs
@@ -133,13 +280,14 @@ def _run(
             return torch.empty(shape, dtype=like, device="meta")
 
         values: dict[str, object] = {
-            "hidden": empty(rows, 4096, like=dtype), "weight": empty(2 * heads, 4096), "bias": empty(2 * heads),
-            "rows": empty(rows, like=torch.int64), "norm_weight": empty(4096, like=dtype),
-            "seed": empty(1, like=torch.int64), "shift": empty(heads), "scale": empty(heads), "std_ref": empty(heads),
-            "group": None, "group_size": 0, "norm_eps": 1e-6, "std_floor": 1e-3, "aggregation": aggregation,
+            "hidden": empty(num_rows, 4096, like=dtype), "weight": empty(2 * heads, 4096, like=weight_dtype or wide),
+            "bias": empty(2 * heads), "rows": empty(num_rows, like=torch.int64) if num_rows < _ROWS[-1] else None,
+            "norm_weight": empty(4096, like=dtype), "seed": empty(1, like=torch.int64), "shift": empty(heads),
+            "scale": empty(heads), "std_ref": empty(heads), "group": None, "group_size": 0, "norm_eps": 1e-6,
+            "std_floor": 1e-3, "aggregation": aggregation,
         }  # fmt: skip
         inputs = Inputs(**{**values, **given})  # type: ignore[arg-type]
-        grads = (empty(rows), empty(rows, heads), empty(rows, heads), empty())
+        grads = (empty(num_rows), empty(num_rows, heads), empty(num_rows, heads), empty())
         with assume(target):
             saved = triton.forward(inputs, True)[4]
             triton.backward(grads, inputs, saved, (True, True, True, True))

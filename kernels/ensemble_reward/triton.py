@@ -1,9 +1,9 @@
 """`ensemble_reward` on CUDA and ROCm: how the kernels of triton_forward.py and triton_backward.py are launched.
 
-Forward: one launch (two with group centring). Backward: the product's gradient, both outer products, the sum of the
-weight's partials; one more where `rows` gathers. Configurations come from a static table, never from timing, so that
-equal calls have equal bits. CPU tensors run where Triton's interpreter is on (TRITON_INTERPRET=1 before triton is
-imported): that is how the tests reach this code without a GPU.
+Forward: one launch (centring by label takes a second one beyond MAX_LABELLED_ROWS). Backward: the product's gradient
+from what the forward saved, both outer products from one read of hidden, the sum of the weight's partials; with `rows`,
+one more that combines repeated rows. configs.py says which tiles. CPU tensors run where Triton's interpreter is on
+(TRITON_INTERPRET=1 before triton is imported): that is how the tests reach this code without a GPU.
 """
 
 from __future__ import annotations
@@ -15,51 +15,48 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
-from . import reference
-from .configs import MAX_HEADS, SMALL, SWEEP, outer_config, padded_columns, platform, product_config
+from ..launch import Config, launch
+from . import configs, reference
 from .contract import Grads, Inputs, Outputs
 from .reference import cvar_tail
-from .triton_backward import outer_kernel, product_gradient_kernel, scatter_kernel, weight_gradient_kernel
+from .triton_backward import combine_kernel, outer_kernel, product_gradient_kernel, weight_gradient_kernel
 from .triton_forward import centre_kernel, forward_kernel
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _counter(device: torch.device) -> Tensor:
-    """[1] int32 zero that the forward's programs count their arrivals in; the kernel leaves it zero.
+    """[1 + MAX_SPLIT_BLOCKS] int32 zeros that the forward's programs count their arrivals in; the kernel leaves zeros.
 
     One per (device, stream): kernels of a stream run one after another. A captured graph gets its own, zeroed by each
     replay, since it may be replayed beside its stream's eager calls.
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
+        return torch.zeros(1 + configs.MAX_SPLIT_BLOCKS, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
     if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+        _counters[key] = torch.zeros(1 + configs.MAX_SPLIT_BLOCKS, dtype=torch.int32, device=device)
     return _counters[key]
 
 
 def _common(inputs: Inputs) -> dict[str, Any]:
-    """The arguments that the forward and the product's gradient share."""
-    spec, num_heads, itemsize = inputs.spec, inputs.num_heads, inputs.hidden.element_size()
-    columns = padded_columns(num_heads)
-    config = product_config(inputs.num_rows, columns, inputs.hidden.dtype)
-    target = platform(inputs.hidden.device)
+    """Every argument that more than one kernel takes; each launcher picks its kernel's."""
+    spec, num_heads, hidden = inputs.spec, inputs.num_heads, inputs.hidden
+    target = configs.platform(hidden.device)
     pick = spec.nominal_head
     if spec.kind in ("head", "cvar"):
         pick = int(spec.coefficient) if spec.kind == "head" else cvar_tail(spec.coefficient, num_heads)
-    bf16 = inputs.hidden.dtype == torch.bfloat16
+    halves = hidden.dtype == torch.bfloat16 and target.bf16_halves
     return {
-        "hidden": inputs.hidden,
-        "row_stride": inputs.hidden.stride(0),
+        "hidden": hidden,
+        "row_stride": hidden.stride(0),
         **{
             name: None if value is None else value.contiguous()
             for name in ("weight", "bias", "rows", "norm_weight", "seed", "shift", "scale", "std_ref")
             for value in (getattr(inputs, name),)
         },
         "num_rows": inputs.num_rows,
-        "d": inputs.hidden.shape[1],
+        "d": hidden.shape[1],
         "pick": pick,
         "coefficient": float(spec.coefficient),
         "norm_eps": float(inputs.norm_eps),
@@ -68,98 +65,129 @@ def _common(inputs: Inputs) -> dict[str, Any]:
         "KIND": spec.kind,
         "NOMINAL": spec.nominal.partition(":")[0],
         "FROM_SAMPLE": inputs.seed is not None and spec.source == "sample",
-        "M": config.block_rows,
-        "BD": config.block_dim,
-        "BN": columns,
-        "ACC": tl.float64 if itemsize == 8 else tl.float32,
-        "HALVES": bf16 and target.bf16_halves,
-        "PRECISION": _precision(inputs),
+        "BN": configs.padded_columns(num_heads),
+        "ACC": tl.float64 if hidden.dtype == torch.float64 else tl.float32,
+        "HALVES": halves,
+        "EXACT": halves and inputs.weight.dtype == torch.bfloat16 and inputs.norm_weight is None,
+        # fp32 operands: exactly for fp32 or fp64 hidden, in three tf32 products for 16-bit
+        "PRECISION": target.fp32_dot if hidden.element_size() == 2 else "ieee",
         "UPCAST": triton.knobs.runtime.interpret,
     }
 
 
-def _precision(inputs: Inputs) -> str:
-    """How fp32 operands are multiplied: exactly for fp32 or fp64 hidden, in three tf32 products for 16-bit."""
-    return platform(inputs.hidden.device).fp32_dot if inputs.hidden.element_size() == 2 else "ieee"
+_HEADS_ARGUMENTS = (
+    "bias", "seed", "shift", "scale", "std_ref", "num_rows", "d", "pick", "coefficient", "std_floor", "K", "KIND",
+    "NOMINAL", "FROM_SAMPLE", "BN", "ACC",
+)  # fmt: skip
+_PRODUCT_ARGUMENTS = (
+    "hidden", "row_stride", "weight", "rows", "norm_weight", "norm_eps", "HALVES", "EXACT", "PRECISION", "UPCAST",
+)  # fmt: skip
+_OUTER_ARGUMENTS = (
+    "hidden", "row_stride", "weight", "rows", "norm_weight", "num_rows", "d", "K", "BN", "ACC", "HALVES", "PRECISION",
+    "UPCAST",
+)  # fmt: skip
 
 
 def forward(inputs: Inputs, keep: bool = False) -> Outputs:
-    """(reward [N], mean [N, K], std [N, K], reward_sum [], saved) in one launch; centring by group takes one more."""
-    if inputs.num_heads > MAX_HEADS:
+    """(reward [N], mean [N, K], std [N, K], reward_sum [], saved) in one launch; saved [N, 2K + 1] if `keep`."""
+    if inputs.num_heads > configs.MAX_HEADS:
         return reference.forward(inputs, keep)
     n, k, new, dtype = inputs.num_rows, inputs.num_heads, inputs.hidden.new_empty, inputs.output_dtype
-    saved = inputs.hidden.new_zeros(n if keep else 0, 2 * k + 1, dtype=dtype)
+    saved = new(n if keep else 0, 2 * k + 1, dtype=dtype)
     reward, mean, std = new(n, dtype=dtype), new(n, k, dtype=dtype), new(n, k, dtype=dtype)
     if n == 0:
         return reward, mean, std, inputs.hidden.new_zeros((), dtype=dtype), saved
-    reward_sum = new((), dtype=dtype)
-    columns = padded_columns(k)
-    config = product_config(n, columns, inputs.hidden.dtype)
+    outputs = reward, mean, std, new((), dtype=dtype), saved
+    common = _common(inputs)
+    config = configs.forward_config(n, common["BN"], inputs.hidden.dtype)
+    _launch_forward(inputs, common, outputs, config)
+    if _centring(inputs, config)["CENTRE"] == "later":
+        _centre_by_label(reward, reward, inputs)
+    return outputs
+
+
+def _launch_forward(inputs: Inputs, common: dict[str, Any], outputs: Outputs, config: Config) -> None:
+    reward, mean, std, reward_sum, saved = outputs
+    n, d, device, dtype = inputs.num_rows, common["d"], inputs.hidden.device, reward.dtype
     programs = triton.cdiv(n, config.block_rows)
+    splits, blocks_each = configs.splits(programs, d, config, device)
+    centring = _centring(inputs, config)
+    new = inputs.hidden.new_empty
+    shares = new(splits * programs * config.block_rows * (common["BN"] + 1), dtype=dtype) if splits > 1 else None
+    table = new(centring["SWEEP"], dtype=dtype) if centring["CENTRE"] == "label" else None
     launch(
-        forward_kernel, (programs,), config, inputs.hidden.device,
-        **_common(inputs), reward=reward, mean_out=mean, std_out=std, reward_sum=reward_sum,
-        partials=new(programs, dtype=dtype), counter=_counter(inputs.hidden.device),
-        CENTRE=inputs.spec.centre == "batch", SWEEP=SWEEP,
+        forward_kernel, (programs, splits) if splits > 1 else (programs,), config, device,
+        **{name: common[name] for name in (*_HEADS_ARGUMENTS, *_PRODUCT_ARGUMENTS)}, **centring,
+        reward=reward, mean_out=mean, std_out=std, reward_sum=reward_sum, saved=saved if saved.shape[0] else None,
+        partials=new(programs, dtype=dtype), shares=shares, table=table, counters=_counter(device),
+        blocks_each=blocks_each, SPLITS=splits, M=config.block_rows, BD=config.block_dim,
     )  # fmt: skip
-    if inputs.spec.centre == "group":
-        _centre(reward, reward, inputs)
-    return reward, mean, std, reward_sum, saved
 
 
-def _centre(values: Tensor, out: Tensor, inputs: Inputs) -> None:
-    """out [N] = values [N] minus the mean of their batch or group."""
-    n, size, labels, order = values.shape[0], inputs.group_size, None, None
-    if inputs.spec.centre == "batch":
-        size = n
-    if inputs.group is not None:
-        labels, order = torch.sort(inputs.group, stable=True)
+def _centring(inputs: Inputs, config: Config) -> dict[str, Any]:
+    """How the forward centres: in each row block, by the last program, or (many labelled rows) in a later launch."""
+    n, size, centre, labels = inputs.num_rows, inputs.group_size, inputs.spec.centre, None
+    span, sweep = 1, configs.sweep(n)
+    if centre == "group" and inputs.group is not None:
+        centre = "label" if n <= configs.MAX_LABELLED_ROWS else "later"
+        labels, sweep = inputs.group.contiguous() if centre == "label" else None, max(128, triton.next_power_of_2(n))
+    elif centre == "group" and config.block_rows % size == 0:
+        centre, span = "block", size
+    elif centre == "group":
+        centre, span = "size", min(sweep, triton.next_power_of_2(size))
+    return {"CENTRE": centre, "SPAN": span, "SWEEP": sweep, "labels": labels, "size": size}
+
+
+def _centre_by_label(values: Tensor, out: Tensor, inputs: Inputs) -> None:
+    """out [N] = values [N] minus the mean of their label."""
+    assert inputs.group is not None
+    labels, order = torch.sort(inputs.group, stable=True)
     launch(
-        centre_kernel, (n if labels is not None else n // size,), SMALL, values.device,
-        values=values, value_stride=values.stride(0), out=out, labels=labels, order=order, num_rows=n, size=size,
-        SWEEP=SWEEP, ACC=tl.float64 if out.dtype == torch.float64 else tl.float32,
+        centre_kernel, (values.shape[0],), configs.CENTRE, values.device,
+        values=values, value_stride=values.stride(0), out=out, labels=labels, order=order, num_rows=values.shape[0],
+        SWEEP=configs.CENTRE.block_dim, ACC=tl.float64 if out.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
 
 
 def backward(grads: Grads, inputs: Inputs, saved: Tensor, needs: tuple[bool, bool, bool, bool]) -> Grads:
-    """Gradients of hidden, weight, bias and norm_weight, recomputing the forward; None where not needed."""
-    if inputs.num_heads > MAX_HEADS:
+    """Gradients of hidden, weight, bias and norm_weight from what the forward saved; None where not needed.
+
+    hidden is read once, and not at all where only the bias, or without a norm only hidden, needs a gradient.
+    """
+    if inputs.num_heads > configs.MAX_HEADS:
         return reference.backward(grads, inputs, saved, needs)
-    need_hidden, need_weight, need_bias, need_norm = needs
+    need_hidden, need_weight, _, need_norm = needs
     if inputs.num_rows == 0:
         targets = (inputs.hidden, inputs.weight, inputs.bias, inputs.norm_weight)
         return tuple(  # type: ignore[return-value]
             t.new_zeros(t.shape) if need and t is not None else None for t, need in zip(targets, needs, strict=True)
         )
-    scaled, along, bias = _product_gradient(grads, inputs, need_hidden, need_bias)
+    common = _common(inputs)
+    scaled, along, bias = _product_gradient(grads, inputs, common, saved, needs)
     grad_bias = None
     if bias is not None:
         assert inputs.bias is not None
         grad_bias = bias.sum(dim=0).to(inputs.bias.dtype)
     hidden = weight = norm = None
-    if need_hidden or need_weight or need_norm:
-        hidden, partials = _outer_products(scaled, along, inputs, need_hidden, need_weight or need_norm)
+    if scaled is not None:
+        hidden, partials = _outer_products(scaled, along, inputs, common, need_hidden, need_weight or need_norm)
         if partials is not None:
-            weight, norm = _weight_gradient(partials, inputs, need_weight, need_norm)
+            weight, norm = _weight_gradient(partials, inputs, common, need_weight, need_norm)
     return hidden, weight, grad_bias, norm
 
 
 def _product_gradient(
-    grads: Grads, inputs: Inputs, need_hidden: bool, need_bias: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    grads: Grads, inputs: Inputs, common: dict[str, Any], saved: Tensor, needs: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """scaled [N, padded 2K], along [N] (hidden's gradient through a norm), bias partials [programs, 2K]."""
-    n, k, dtype, new = inputs.num_rows, inputs.num_heads, inputs.output_dtype, inputs.hidden.new_empty
-    columns = padded_columns(k)
-    config = product_config(n, columns, inputs.hidden.dtype)
+    n, dtype, new = inputs.num_rows, inputs.output_dtype, inputs.hidden.new_empty
+    config = configs.gradient_config(common["BN"])
     programs = triton.cdiv(n, config.block_rows)
     d_reward, d_mean, d_std, d_sum = grads
-    if d_reward is not None and inputs.spec.centre != "none":
-        centred = new(n, dtype=dtype)
-        _centre(d_reward, centred, inputs)
-        d_reward = centred
-    scaled = new(n, columns, dtype=dtype)
-    along = new(n, dtype=dtype) if need_hidden and inputs.norm_weight is not None else None
-    bias = new(programs, 2 * k, dtype=dtype) if need_bias else None
+    d_reward, averages, size = _centred(d_reward, inputs)
+    scaled = new(n, common["BN"], dtype=dtype) if needs[0] or needs[1] or needs[3] else None
+    along = new(n, dtype=dtype) if needs[0] and inputs.norm_weight is not None else None
+    bias = new(programs, 2 * inputs.num_heads, dtype=dtype) if needs[2] else None
     strides = {
         name: 0 if tensor is None else tensor.stride(axis)
         for name, tensor, axis in (
@@ -172,66 +200,75 @@ def _product_gradient(
     }
     launch(
         product_gradient_kernel, (programs,), config, inputs.hidden.device,
-        **_common(inputs), **strides, grad_reward=d_reward, grad_mean=d_mean, grad_std=d_std, grad_sum=d_sum,
-        scaled=scaled, along=along, bias_partials=bias,
+        **{name: common[name] for name in _HEADS_ARGUMENTS}, **strides, saved=saved, grad_reward=d_reward,
+        averages=averages, grad_mean=d_mean, grad_std=d_std, grad_sum=d_sum, scaled=scaled, along=along,
+        bias_partials=bias, size=size, M=config.block_rows,
     )  # fmt: skip
     return scaled, along, bias
 
 
+def _centred(d_reward: Tensor | None, inputs: Inputs) -> tuple[Tensor | None, Tensor | None, int]:
+    """The reward's gradient, what the kernel is to take from it (one average for each `size` rows), and `size`.
+
+    By label it comes back centred, with no averages left to take.
+    """
+    n, dtype = inputs.num_rows, inputs.output_dtype
+    if d_reward is None or inputs.spec.centre == "none":
+        return d_reward, None, 1
+    if inputs.group is not None:
+        centred = inputs.hidden.new_empty(n, dtype=dtype)
+        _centre_by_label(d_reward, centred, inputs)
+        return centred, None, 1
+    size = inputs.group_size if inputs.spec.centre == "group" else n
+    return d_reward, d_reward.to(dtype).reshape(-1, size).mean(dim=1), size
+
+
 def _outer_products(
-    scaled: Tensor, along: Tensor | None, inputs: Inputs, need_hidden: bool, need_folded: bool
+    scaled: Tensor, along: Tensor | None, inputs: Inputs, common: dict[str, Any], need_hidden: bool, need_folded: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradient of hidden, and the folded weight's gradient as [shares, 2K, D] partials."""
-    n, d, k = inputs.num_rows, inputs.hidden.shape[1], inputs.num_heads
-    dtype, new = inputs.output_dtype, inputs.hidden.new_empty
-    columns = padded_columns(k)
-    config = outer_config(columns, inputs.hidden.dtype)
-    blocks = triton.cdiv(n, config.block_rows)
-    blocks_each = triton.cdiv(blocks, 16)  # at most 16 shares of the rows: 16 partials a weight
-    shares = triton.cdiv(blocks, blocks_each)
+    n, d, k = inputs.num_rows, common["d"], inputs.num_heads
+    config = configs.outer_config(common["BN"], inputs.hidden.dtype)
+    blocks_each, shares = configs.row_shares(n, d, config, inputs.hidden.device)
+    arguments = {name: common[name] for name in _OUTER_ARGUMENTS}
     out = None
-    if need_hidden:
-        out = new(n, d, dtype=inputs.hidden.dtype if inputs.rows is None else dtype)
-    partials = new(shares, 2 * k, d, dtype=dtype) if need_folded else None
-    common = _common(inputs)
-    names = ("hidden", "row_stride", "weight", "rows", "norm_weight", "num_rows", "d", "K", "BN", "ACC", "PRECISION")
+    if need_hidden and inputs.rows is None:
+        out = inputs.hidden.new_empty(n, d)
+    elif need_hidden:
+        out = inputs.hidden.new_zeros(inputs.hidden.shape)
+        scaled, along, arguments["rows"] = _combined(scaled, along, common)
+    partials = inputs.hidden.new_empty(shares, 2 * k, d, dtype=scaled.dtype) if need_folded else None
     launch(
         outer_kernel, (triton.cdiv(d, config.block_dim), shares), config, inputs.hidden.device,
-        **{name: common[name] for name in names}, scaled=scaled, along=along, grad_hidden=out, weight_partials=partials,
+        **arguments, scaled=scaled, along=along, grad_hidden=out, weight_partials=partials,
         blocks_each=blocks_each, M=config.block_rows, BD=config.block_dim,
     )  # fmt: skip
-    if out is None or inputs.rows is None:
-        return out, partials
-    return _scatter(out, inputs), partials
+    return out, partials
 
 
-def _scatter(compact: Tensor, inputs: Inputs) -> Tensor:
-    """[N, D] gradients of the gathered rows -> [R, D]; a row scored twice gets the sum, unscored rows zero."""
-    assert inputs.rows is not None
-    n, d = compact.shape
-    block = min(SMALL.block_dim, triton.next_power_of_2(d))
-    sorted_rows, order = torch.sort(inputs.rows, stable=True)
-    out = inputs.hidden.new_zeros(inputs.hidden.shape)
+def _combined(scaled: Tensor, along: Tensor | None, common: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What the scored places add to each stored row, rows ascending: scaled, along, and each row once (else -1)."""
+    config = configs.gradient_config(common["BN"])
+    sorted_rows, order = torch.sort(common["rows"], stable=True)
+    out = torch.empty_like(scaled), None if along is None else torch.empty_like(along), torch.empty_like(sorted_rows)
     launch(
-        scatter_kernel, (n, triton.cdiv(d, block)), SMALL, compact.device,
-        compact=compact, sorted_rows=sorted_rows, order=order, grad_hidden=out, num_rows=n, d=d,
-        BD=block, ACC=tl.float64 if compact.dtype == torch.float64 else tl.float32,
+        combine_kernel, (triton.cdiv(common["num_rows"], config.block_rows),), config, scaled.device,
+        scaled=scaled, along=along, sorted_rows=sorted_rows, order=order, scaled_out=out[0], along_out=out[1],
+        targets=out[2], num_rows=common["num_rows"], M=config.block_rows, BN=common["BN"], ACC=common["ACC"],
     )  # fmt: skip
     return out
 
 
 def _weight_gradient(
-    partials: Tensor, inputs: Inputs, need_weight: bool, need_norm: bool
+    partials: Tensor, inputs: Inputs, common: dict[str, Any], need_weight: bool, need_norm: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Sums the partials in ascending order, and unfolds the norm's weight from the head's."""
-    common = _common(inputs)
-    d, columns = common["d"], common["BN"]
     weight = torch.empty_like(common["weight"]) if need_weight else None
     norm = torch.empty_like(common["norm_weight"]) if need_norm and inputs.norm_weight is not None else None
-    config = outer_config(columns, inputs.hidden.dtype)
+    config = configs.weight_config(common["BN"])
     names = ("weight", "norm_weight", "d", "K", "BN", "ACC")
     launch(
-        weight_gradient_kernel, (triton.cdiv(d, config.block_dim),), config, partials.device,
+        weight_gradient_kernel, (triton.cdiv(common["d"], config.block_dim),), config, partials.device,
         **{name: common[name] for name in names}, weight_partials=partials, grad_weight=weight, grad_norm_weight=norm,
         shares=partials.shape[0], BD=config.block_dim,
     )  # fmt: skip

@@ -1,4 +1,6 @@
-"""Triton kernels of the backward: recompute to the product's gradient, both outer products from a second read."""
+"""Triton kernels of the backward: from what the forward saved to the product's gradient, then both outer products from
+one read of the hidden states.
+"""
 # mypy: ignore-errors
 
 import triton
@@ -8,32 +10,35 @@ from .triton_math import (
     aggregate_gradient,
     column_rows,
     folded_weight,
+    halves,
     noise,
+    operand,
     positions,
-    product,
     split_heads,
 )
 
 
-@triton.jit(do_not_specialize=["num_rows", "pick"])
+@triton.jit(do_not_specialize=["num_rows", "size", "pick"])
 def product_gradient_kernel(
-    hidden, row_stride, weight, bias, rows, norm_weight, seed, shift, scale, std_ref,
-    grad_reward, reward_stride, grad_mean, mean_row, mean_column, grad_std, std_row, std_column, grad_sum,
+    saved, bias, seed, shift, scale, std_ref,
+    grad_reward, reward_stride, averages, grad_mean, mean_row, mean_column, grad_std, std_row, std_column, grad_sum,
     scaled, along, bias_partials,
-    num_rows, d, pick, coefficient: tl.float64, norm_eps: tl.float64, std_floor: tl.float64,
+    num_rows, d, size, pick, coefficient: tl.float64, std_floor: tl.float64,
     K: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr, FROM_SAMPLE: tl.constexpr,
-    M: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-    ACC: tl.constexpr, HALVES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    M: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """scaled [N, BN] = dL/dproduct * rstd; along [N] = rstd^2 / D * sum_n dL/dproduct_n product_n; bias_partials
-    [programs, 2K] = the rows' dL/dproduct summed. All ACC. `grad_reward` comes already centred.
+    [programs, 2K] = the rows' dL/dproduct summed. All ACC. `averages` [N / size]: what centring takes from each group's
+    `grad_reward`; None: it comes centred.
     """
     KP: tl.constexpr = BN // 2
     program = tl.program_id(0)
     heads = tl.arange(0, KP)
-    n, row, inside = positions(program, num_rows, rows, M)
-    z, rstd = product(hidden, row_stride, weight, norm_weight, norm_eps, row, inside, d,
-                      K, M, BD, BN, ACC, HALVES, PRECISION, UPCAST)  # fmt: skip
+    n, _, inside = positions(program, num_rows, None, M)
+    source, is_real = column_rows(K, BN)
+    kept = saved + n * (2 * K + 1)
+    z = tl.load(kept[:, None] + source[None, :], mask=inside[:, None] & is_real[None, :], other=0.0)
+    rstd = tl.load(kept + 2 * K, mask=inside, other=1.0)
     mean, std, raw = split_heads(z, bias, shift, scale, std_floor, K, M, BN, ACC)
     real = inside[:, None] & (heads < K)[None, :]
 
@@ -43,6 +48,8 @@ def product_gradient_kernel(
         g = tl.zeros((M,), ACC)
         if grad_reward is not None:
             g += tl.load(grad_reward + n * reward_stride, mask=inside, other=0.0).to(ACC)
+            if averages is not None:
+                g -= tl.load(averages + n // size, mask=inside, other=0.0)
         if grad_sum is not None:
             g += tl.load(grad_sum).to(ACC)
         if FROM_SAMPLE:
@@ -67,14 +74,46 @@ def product_gradient_kernel(
     # padding must be exact zeros: it takes part in the products that follow
     d_z = tl.reshape(tl.join(tl.where(real, d_mean, 0.0), tl.where(real, d_raw, 0.0)), (M, BN))
 
-    column = tl.arange(0, BN)
-    tl.store(scaled + n[:, None] * BN + column[None, :], d_z * rstd[:, None], mask=inside[:, None])
+    if scaled is not None:
+        column = tl.arange(0, BN)
+        tl.store(scaled + n[:, None] * BN + column[None, :], d_z * rstd[:, None], mask=inside[:, None])
     if along is not None:
         share = tl.sum(d_z * z, axis=1) * rstd * rstd / d
         tl.store(along + n, share, mask=inside)
     if bias_partials is not None:
-        source, is_real = column_rows(K, BN)
         tl.store(bias_partials + program.to(tl.int64) * (2 * K) + source, tl.sum(d_z, axis=0), mask=is_real)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def combine_kernel(
+    scaled, along, sorted_rows, order, scaled_out, along_out, targets,
+    num_rows, M: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Adds what the repeats of a row contribute, before the products, which are linear in it.
+
+    Place p of the sorted rows: scaled_out [N, BN], along_out [N] and targets [N] hold the sums and the row itself where
+    p opens a run of equal rows, zeros and -1 elsewhere. Each run is added by one program in ascending order.
+    """
+    column = tl.arange(0, BN)
+    place, _, inside = positions(tl.program_id(0), num_rows, None, M)
+    row = tl.load(sorted_rows + place, mask=inside, other=-1)
+    opens = inside & (row != tl.load(sorted_rows + place - 1, mask=inside & (place > 0), other=-1))
+    sums = tl.zeros((M, BN), ACC)
+    along_sums = tl.zeros((M,), ACC)
+    mine, member = opens, place
+    more = tl.max(mine.to(tl.int32), axis=0) > 0
+    while more:
+        n = tl.load(order + member, mask=mine, other=0)
+        sums += tl.load(scaled + n[:, None] * BN + column[None, :], mask=mine[:, None], other=0.0)
+        if along is not None:
+            along_sums += tl.load(along + n, mask=mine, other=0.0)
+        member += 1
+        mine = mine & (tl.load(sorted_rows + member, mask=member < num_rows, other=-1) == row)
+        more = tl.max(mine.to(tl.int32), axis=0) > 0
+    tl.store(scaled_out + place[:, None] * BN + column[None, :], sums, mask=inside[:, None])
+    if along is not None:
+        tl.store(along_out + place, along_sums, mask=inside)
+    tl.store(targets + place, tl.where(opens, row, -1), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows", "blocks_each"])
@@ -82,12 +121,13 @@ def outer_kernel(
     hidden, row_stride, weight, rows, norm_weight, scaled, along, grad_hidden, weight_partials,
     num_rows, d, blocks_each,
     K: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, HALVES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Program (c, s): columns c BD .. of D and the s-th share of the rows, `blocks_each` blocks of M.
 
-    grad_hidden [N, D] (in place n, any float dtype) = scaled @ W' - x along; weight_partials [shares, 2K, D] ACC =
-    scaled^T @ x over the share's rows, in ascending order.
+    grad_hidden [R, D] (any float dtype) = scaled @ W' - x along, at the row that x was read from; weight_partials
+    [shares, 2K, D] ACC = scaled^T @ x over the share's rows, in ascending order. A negative entry of `rows` is no row.
+    HALVES: bf16 x, and fp32 operands as two bf16 halves each, exact to 2^-16 of each product.
     """
     columns = tl.program_id(0) * BD + tl.arange(0, BD)
     share = tl.program_id(1)
@@ -95,20 +135,35 @@ def outer_kernel(
     acc = tl.zeros((BN, BD), ACC)
     if grad_hidden is not None:
         w = tl.trans(folded_weight(weight, norm_weight, columns, d, K, BN, ACC))
+        if HALVES:
+            w_hi, w_lo = halves(w, UPCAST)
     for block in range(share * blocks_each, (share + 1) * blocks_each):
         n, row, inside = positions(block, num_rows, rows, M)
+        inside = inside & (row >= 0)
         c = tl.load(scaled + n[:, None] * BN + column[None, :], mask=inside[:, None], other=0.0)
         here = inside[:, None] & (columns < d)[None, :]
         if weight_partials is not None or along is not None:
             at = hidden + (row * row_stride)[:, None] + columns[None, :]
-            x = tl.load(at, mask=here, other=0.0).to(ACC)
+            x = tl.load(at, mask=here, other=0.0, eviction_policy="evict_first")
+        if HALVES:
+            c_hi, c_lo = halves(c, UPCAST)
         if grad_hidden is not None:
-            dx = tl.dot(c, w, input_precision=PRECISION, out_dtype=ACC)
+            if HALVES:
+                dx = tl.dot(c_lo, w_hi)
+                dx = tl.dot(c_hi, w_lo, dx)
+                dx = tl.dot(c_hi, w_hi, dx)
+            else:
+                dx = tl.dot(c, w, input_precision=PRECISION, out_dtype=ACC)
             if along is not None:
-                dx -= x * tl.load(along + n, mask=inside, other=0.0)[:, None]
-            tl.store(grad_hidden + n[:, None] * d + columns[None, :], dx.to(grad_hidden.dtype.element_ty), mask=here)
+                dx -= x.to(ACC) * tl.load(along + n, mask=inside, other=0.0)[:, None]
+            at = grad_hidden + (row * d)[:, None] + columns[None, :]
+            tl.store(at, dx.to(grad_hidden.dtype.element_ty), mask=here)
         if weight_partials is not None:
-            acc = tl.dot(tl.trans(c), x, acc, input_precision=PRECISION, out_dtype=ACC)
+            if HALVES:
+                acc = tl.dot(tl.trans(c_lo), operand(x, UPCAST), acc)
+                acc = tl.dot(tl.trans(c_hi), operand(x, UPCAST), acc)
+            else:
+                acc = tl.dot(tl.trans(c), x.to(ACC), acc, input_precision=PRECISION, out_dtype=ACC)
     if weight_partials is not None:
         source, real = column_rows(K, BN)
         at = (share.to(tl.int64) * (2 * K) + source) * d
@@ -126,7 +181,7 @@ def weight_gradient_kernel(
     at = (source.to(tl.int64) * d)[:, None] + columns[None, :]
     here = real[:, None] & (columns < d)[None, :]
     folded = tl.zeros((BN, BD), ACC)
-    for share in range(shares):
+    for share in tl.range(0, shares, loop_unroll_factor=8):  # eight loads on the way at a time
         offset = tl.cast(share, tl.int64) * (2 * K) * d
         folded += tl.load(weight_partials + offset + at, mask=here, other=0.0)
     if grad_norm_weight is not None:
@@ -137,24 +192,3 @@ def weight_gradient_kernel(
         if norm_weight is not None:
             folded *= tl.load(norm_weight + columns, mask=columns < d, other=0.0).to(ACC)[None, :]
         tl.store(grad_weight + at, folded.to(grad_weight.dtype.element_ty), mask=here)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def scatter_kernel(compact, sorted_rows, order, grad_hidden, num_rows, d, BD: tl.constexpr, ACC: tl.constexpr):
-    """Adds compact [N, D] into grad_hidden [R, D] by row: the program at the first of a run of equal rows adds the run.
-
-    `rows` may repeat; one program adds all of a row's shares in a fixed order and rounds once.
-    """
-    place = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BD + tl.arange(0, BD)
-    row = tl.load(sorted_rows + place)
-    if row == tl.load(sorted_rows + place - 1, mask=place > 0, other=-1):
-        return
-    acc = tl.zeros((BD,), ACC)
-    mine = place < num_rows
-    while mine:
-        at = tl.load(order + place) * d
-        acc += tl.load(compact + at + columns, mask=columns < d, other=0.0)
-        place += 1
-        mine = tl.load(sorted_rows + place, mask=place < num_rows, other=-1) == row
-    tl.store(grad_hidden + row * d + columns, acc.to(grad_hidden.dtype.element_ty), mask=columns < d)

@@ -1,33 +1,95 @@
-"""Triton kernel of the forward: one launch from hidden states to centred rewards; and the group centring beside it."""
+"""Triton kernels of the forward: one launch from hidden states to centred rewards.
+
+The group centring of many labels is a kernel of its own, which the backward uses too.
+"""
 # mypy: ignore-errors
 
 import triton
 import triton.language as tl
 
-from .triton_math import aggregate, noise, positions, product, split_heads
+from .triton_math import aggregate, column_rows, noise, positions, product, scaled_product, split_heads
+
+# A hand-over between programs: plain stores, a barrier, an add with release at gpu scope; whoever finds by the count
+# that it is last has acquired them all, and reads past its L1 (.cg), which may hold older lines.
 
 
-@triton.jit(do_not_specialize=["num_rows", "pick"])
+@triton.jit(do_not_specialize=["num_rows", "blocks_each", "size", "pick"])
 def forward_kernel(
-    hidden, row_stride, weight, bias, rows, norm_weight, seed, shift, scale, std_ref,
-    reward, mean_out, std_out, reward_sum, partials, counter,
-    num_rows, d, pick, coefficient: tl.float64, norm_eps: tl.float64, std_floor: tl.float64,
-    K: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr, FROM_SAMPLE: tl.constexpr, CENTRE: tl.constexpr,
-    M: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, SWEEP: tl.constexpr,
-    ACC: tl.constexpr, HALVES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    hidden, row_stride, weight, bias, rows, norm_weight, seed, shift, scale, std_ref, labels,
+    reward, mean_out, std_out, reward_sum, saved, partials, shares, table, counters,
+    num_rows, d, blocks_each, size, pick, coefficient: tl.float64, norm_eps: tl.float64, std_floor: tl.float64,
+    K: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr, FROM_SAMPLE: tl.constexpr,
+    CENTRE: tl.constexpr, SPAN: tl.constexpr, SWEEP: tl.constexpr, SPLITS: tl.constexpr,
+    M: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    ACC: tl.constexpr, HALVES: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Program p: rows p M .. p M + M - 1 whole, their partial reward sum; the last to arrive also totals and centres.
+    """Program (p, s): rows p M .. p M + M - 1, blocks s blocks_each .. of BD columns of D; SPLITS = 1: whole rows.
 
-    reward [N], mean_out and std_out [N, K], reward_sum [], all ACC; partials [programs] ACC is scratch; counter [1]
-    int32 is 0 before and after, so a CUDA graph replays it. The total adds the partials in program order whoever is
-    last, so it has the same bits in every run.
+    reward [N], mean_out and std_out [N, K], reward_sum [], saved [N, 2K + 1] or None, all ACC. Scratch in ACC: shares
+    (SPLITS [programs M, BN], then SPLITS [programs M]), partials [programs], table [SWEEP] for centring by label.
+    counters [1 + programs] int32 are 0 before and after, so a CUDA graph replays it. Of the programs of a row block the
+    last to arrive adds their shares in ascending order and does what follows the product; of those the last adds the
+    reward sums in ascending order and centres. Who is last changes no bit.
     """
+    block = tl.program_id(0)
+    n, row, inside = positions(block, num_rows, rows, M)
+    if SPLITS == 1:
+        acc, squares = product(hidden, row_stride, weight, norm_weight, row, inside, 0, d, d,
+                               K, M, BD, BN, ACC, HALVES, EXACT, PRECISION, UPCAST)  # fmt: skip
+        finish_rows(
+            acc, squares, n, inside, bias, norm_weight, seed, shift, scale, std_ref, labels,
+            reward, mean_out, std_out, reward_sum, saved, partials, table, counters,
+            num_rows, d, size, pick, coefficient, norm_eps, std_floor,
+            K, KIND, NOMINAL, FROM_SAMPLE, CENTRE, SPAN, SWEEP, M, BN, ACC,
+        )  # fmt: skip
+    else:
+        split = tl.program_id(1)
+        first = split * (blocks_each * BD)
+        end = tl.minimum(first + blocks_each * BD, d)
+        acc, squares = product(hidden, row_stride, weight, norm_weight, row, inside, first, end, d,
+                               K, M, BD, BN, ACC, HALVES, EXACT, PRECISION, UPCAST)  # fmt: skip
+        column = tl.arange(0, BN)
+        padded = tl.cast(tl.num_programs(0), tl.int64) * M
+        share_squares = shares + SPLITS * padded * BN
+        tl.store(shares + ((split * padded + n) * BN)[:, None] + column[None, :], acc)
+        tl.store(share_squares + split * padded + n, squares)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters + 1 + block, 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLITS - 1:
+            whole = tl.zeros((M, BN), ACC)
+            whole_squares = tl.zeros((M,), ACC)
+            for s in tl.static_range(SPLITS):  # unrolled: the loads do not wait for one another
+                at = s * padded + n
+                whole += tl.load(shares + (at * BN)[:, None] + column[None, :], cache_modifier=".cg")
+                whole_squares += tl.load(share_squares + at, cache_modifier=".cg")
+            tl.store(counters + 1 + block, 0)
+            finish_rows(
+                whole, whole_squares, n, inside, bias, norm_weight, seed, shift, scale, std_ref, labels,
+                reward, mean_out, std_out, reward_sum, saved, partials, table, counters,
+                num_rows, d, size, pick, coefficient, norm_eps, std_floor,
+                K, KIND, NOMINAL, FROM_SAMPLE, CENTRE, SPAN, SWEEP, M, BN, ACC,
+            )  # fmt: skip
+
+
+@triton.jit
+def finish_rows(
+    acc, squares, n, inside, bias, norm_weight, seed, shift, scale, std_ref, labels,
+    reward, mean_out, std_out, reward_sum, saved, partials, table, counters,
+    num_rows, d, size, pick, coefficient, norm_eps, std_floor,
+    K: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr, FROM_SAMPLE: tl.constexpr,
+    CENTRE: tl.constexpr, SPAN: tl.constexpr, SWEEP: tl.constexpr,
+    M: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A row block's product [M, BN] to its outputs; the last row block to come here also totals and centres."""
     KP: tl.constexpr = BN // 2
-    program = tl.program_id(0)
+    block = tl.program_id(0)
     heads = tl.arange(0, KP)
-    n, row, inside = positions(program, num_rows, rows, M)
-    z, _ = product(hidden, row_stride, weight, norm_weight, norm_eps, row, inside, d,
-                   K, M, BD, BN, ACC, HALVES, PRECISION, UPCAST)  # fmt: skip
+    z, rstd = scaled_product(acc, squares, norm_weight, norm_eps, d, M, ACC)
+    if saved is not None:
+        source, is_real = column_rows(K, BN)
+        kept = saved + n * (2 * K + 1)
+        tl.store(kept[:, None] + source[None, :], z, mask=inside[:, None] & is_real[None, :])
+        tl.store(kept + 2 * K, rstd, mask=inside)
     mean, std, _ = split_heads(z, bias, shift, scale, std_floor, K, M, BN, ACC)
     values = mean
     if FROM_SAMPLE:
@@ -38,71 +100,113 @@ def forward_kernel(
     real = inside[:, None] & (heads < K)[None, :]
     tl.store(mean_out + at, mean, mask=real)
     tl.store(std_out + at, std, mask=real)
-    tl.store(reward + n, total, mask=inside)
-    tl.store(partials + program, tl.sum(tl.where(inside, total, 0.0), axis=0))
+    centred = total
+    if CENTRE == "block":  # groups of SPAN rows, whole within a row block
+        members = tl.reshape(total, (M // SPAN, SPAN))
+        centred = tl.reshape(members - (tl.sum(members, axis=1) / SPAN)[:, None], (M,))
+    tl.store(reward + n, centred, mask=inside)
+    tl.store(partials + block, tl.sum(tl.where(inside, total, 0.0), axis=0))
 
-    # Every store above is visible to whoever reads `counter` after this program's add: barrier, then release at gpu
-    # scope. The reads below bypass L1 (.cg), which may hold older lines.
     programs = tl.num_programs(0)
     tl.debug_barrier()
-    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    arrived = tl.atomic_add(counters, 1, sem="acq_rel", scope="gpu")
     if arrived == programs - 1:
-        lane = tl.arange(0, SWEEP)
-        sums = tl.zeros((SWEEP,), ACC)
-        for start in range(0, programs, SWEEP):
+        lane = tl.arange(0, 1024)
+        sums = tl.zeros((1024,), ACC)
+        for start in range(0, programs, 1024):
             sums += tl.load(partials + start + lane, mask=start + lane < programs, other=0.0, cache_modifier=".cg")
         batch = tl.sum(sums, axis=0)
         tl.store(reward_sum, batch)
-        if CENTRE:
-            average = batch / num_rows
-            for start in range(0, num_rows, SWEEP):
-                index = tl.cast(start, tl.int64) + lane
-                value = tl.load(reward + index, mask=index < num_rows, other=0.0, cache_modifier=".cg")
-                tl.store(reward + index, value - average, mask=index < num_rows)
-        tl.store(counter, 0)
+        if CENTRE == "batch":
+            centre_batch(reward, batch / num_rows, num_rows, SWEEP)
+        elif CENTRE == "size":
+            centre_by_size(reward, num_rows, size, SPAN, SWEEP, ACC)
+        elif CENTRE == "label":
+            centre_by_label(reward, labels, table, num_rows, SWEEP, ACC)
+        tl.store(counters, 0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "size"])
-def centre_kernel(values, value_stride, out, labels, order, num_rows, size, SWEEP: tl.constexpr, ACC: tl.constexpr):
-    """out = values minus their group's mean, [N]; in place if out is values.
+@triton.jit
+def centre_batch(reward, average, num_rows, SWEEP: tl.constexpr):
+    """reward [N] less `average`, in place, by one program, which the latency of a sweep bounds: so sweeps are wide."""
+    lane = tl.arange(0, SWEEP)
+    for start in range(0, num_rows, SWEEP):
+        index = tl.cast(start, tl.int64) + lane
+        value = tl.load(reward + index, mask=index < num_rows, other=0.0, cache_modifier=".cg")
+        tl.store(reward + index, value - average, mask=index < num_rows)
 
-    By size: program p owns rows p size .. p size + size - 1. By label: `labels` ascending and `order` their rows; the
-    program whose place opens a run of equal labels owns the run and the others leave. One program sums a group in a
-    fixed order, so the bits are the same in every run, with no atomics.
+
+@triton.jit
+def centre_by_size(reward, num_rows, size, SPAN: tl.constexpr, SWEEP: tl.constexpr, ACC: tl.constexpr):
+    """reward [N] less its mean over each `size` consecutive rows, in place, SWEEP // SPAN groups at a time.
+
+    SPAN: `size` padded to a power of two, at most SWEEP, beyond which a group takes several steps.
+    """
+    EACH: tl.constexpr = SWEEP // SPAN
+    inner = tl.arange(0, SPAN)
+    for start in range(0, num_rows // size, EACH):
+        group = tl.cast(start, tl.int64) + tl.arange(0, EACH)
+        at = group[:, None] * size + inner[None, :]
+        present = (group < num_rows // size)[:, None]
+        sums = tl.zeros((EACH, SPAN), ACC)
+        for step in range(0, size, SPAN):
+            here = present & (step + inner < size)[None, :]
+            sums += tl.load(reward + at + step, mask=here, other=0.0, cache_modifier=".cg")
+        average = tl.sum(sums, axis=1) / size
+        for step in range(0, size, SPAN):
+            here = present & (step + inner < size)[None, :]
+            value = tl.load(reward + at + step, mask=here, other=0.0, cache_modifier=".cg")
+            tl.store(reward + at + step, value - average[:, None], mask=here)
+
+
+@triton.jit
+def centre_by_label(reward, labels, table, num_rows, SWEEP: tl.constexpr, ACC: tl.constexpr):
+    """reward [N <= SWEEP] less the mean of its label, in place. All rewards and labels are held, and compared with 8
+    labels at a time up to the largest: N (largest + 1) comparisons, so N is small (configs.MAX_LABELLED_ROWS).
+    """
+    lane = tl.arange(0, SWEEP)
+    inside = lane < num_rows
+    value = tl.load(reward + lane, mask=inside, other=0.0, cache_modifier=".cg")
+    label = tl.load(labels + lane, mask=inside, other=-1).to(tl.int32)
+    for start in range(0, tl.minimum(tl.max(label, axis=0) + 1, num_rows), 8):
+        which = start + tl.arange(0, 8)
+        same = which[:, None] == label[None, :]
+        sums = tl.sum(tl.where(same, value[None, :], 0.0), axis=1)
+        count = tl.sum(same.to(tl.int32), axis=1)
+        tl.store(table + which, sums / tl.maximum(count, 1), mask=which < SWEEP)
+    tl.debug_barrier()
+    known = inside & (label >= 0) & (label < num_rows)
+    average = tl.load(table + label, mask=known, other=0.0, cache_modifier=".cg")
+    tl.store(reward + lane, value - average, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def centre_kernel(values, value_stride, out, labels, order, num_rows, SWEEP: tl.constexpr, ACC: tl.constexpr):
+    """out = values minus the mean of their label, [N]; in place if out is values.
+
+    `labels` ascending and `order` their rows. The program whose place opens a run of equal labels owns the run and sums
+    it in a fixed order; the others have nothing to do.
     """
     lane = tl.arange(0, SWEEP)
     start = tl.program_id(0).to(tl.int64)
-    end = num_rows.to(tl.int64)
-    if labels is not None:
-        label = tl.load(labels + start)
-        before = tl.load(labels + start - 1, mask=start > 0, other=-1)
-        if label == before:
-            return
-    else:
-        start *= size
-        end = start + size
+    label = tl.load(labels + start)
+    before = tl.load(labels + start - 1, mask=start > 0, other=-1)
     sums = tl.zeros((SWEEP,), ACC)
     count = tl.zeros((SWEEP,), tl.int32)
     place = start
-    more = place < end
+    more = label != before
     while more:
-        index = place + lane
-        mine = index < end
-        row = index
-        if labels is not None:
-            mine = mine & (tl.load(labels + index, mask=mine, other=-1) == label)
-            row = tl.load(order + index, mask=mine, other=0)
+        mine = tl.load(labels + place + lane, mask=place + lane < num_rows, other=-1) == label
+        row = tl.load(order + place + lane, mask=mine, other=0)
         sums += tl.load(values + row * value_stride, mask=mine, other=0.0).to(ACC)
         count += mine.to(tl.int32)
         place += SWEEP
-        more = (tl.sum(mine.to(tl.int32), axis=0) == SWEEP) & (place < end)
+        more = (tl.sum(mine.to(tl.int32), axis=0) == SWEEP) & (place < num_rows)
     members = tl.sum(count, axis=0)
-    average = tl.sum(sums, axis=0) / members
+    average = tl.sum(sums, axis=0) / tl.maximum(members, 1)
     for done in range(0, members, SWEEP):
         index = start + done + lane
         mine = index < start + members
-        row = index
-        if labels is not None:
-            row = tl.load(order + index, mask=mine, other=0)
+        row = tl.load(order + index, mask=mine, other=0)
         value = tl.load(values + row * value_stride, mask=mine, other=0.0).to(ACC)
         tl.store(out + row, value - average, mask=mine)

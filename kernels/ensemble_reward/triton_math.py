@@ -48,52 +48,65 @@ def positions(block, num_rows, rows, M: tl.constexpr):
 
 @triton.jit
 def folded_weight(weight, norm_weight, columns, d, K: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
-    """[BD, BN] norm_weight * weight, in ACC; 0 in padding."""
+    """[BD, BN] norm_weight * weight, in ACC; 0 in padding. Every row block reads it again, so it is to stay in L2."""
     source, real = column_rows(K, BN)
     at = weight + (source.to(tl.int64) * d)[None, :] + columns[:, None]
-    tile = tl.load(at, mask=(columns < d)[:, None] & real[None, :], other=0.0).to(ACC)
+    tile = tl.load(at, mask=(columns < d)[:, None] & real[None, :], other=0.0, eviction_policy="evict_last").to(ACC)
     if norm_weight is not None:
         tile *= vector(norm_weight, columns, columns < d, 0.0, ACC)[:, None]
     return tile
 
 
 @triton.jit
-def dot_halves(x, w, acc, UPCAST: tl.constexpr):
-    """acc + x @ w for bf16 x and fp32 w as two bf16 halves: w = hi + lo to 2^-17, at bf16 operand width."""
-    hi = w.to(tl.bfloat16)
-    lo = (w - hi.to(tl.float32)).to(tl.bfloat16)
-    if UPCAST:  # the interpreter's dot would multiply bf16 bit patterns
-        acc = tl.dot(x.to(tl.float32), lo.to(tl.float32), acc)
-        acc = tl.dot(x.to(tl.float32), hi.to(tl.float32), acc)
-    else:
-        acc = tl.dot(x, lo, acc)
-        acc = tl.dot(x, hi, acc)
-    return acc
+def halves(value, UPCAST: tl.constexpr):
+    """fp32 as two bf16, hi + lo to 2^-17. UPCAST: as fp32 again, since the interpreter multiplies bf16 bit patterns."""
+    hi = value.to(tl.bfloat16)
+    lo = (value - hi.to(tl.float32)).to(tl.bfloat16)
+    if UPCAST:
+        hi, lo = hi.to(tl.float32), lo.to(tl.float32)
+    return hi, lo
+
+
+@triton.jit
+def operand(x, UPCAST: tl.constexpr):
+    """A bf16 tile as `tl.dot` takes it: as it is, or as fp32 under the interpreter."""
+    return x.to(tl.float32) if UPCAST else x
 
 
 @triton.jit
 def product(
-    hidden, row_stride, weight, norm_weight, norm_eps, row, inside, d,
+    hidden, row_stride, weight, norm_weight, row, inside, first, end, d,
     K: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-    ACC: tl.constexpr, HALVES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ACC: tl.constexpr, HALVES: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """[M, BN] rmsnorm(x) @ weight.T before the bias, and [M] rstd (ones without a norm), from one read of x.
+    """[M, BN] x @ (norm_weight * weight).T and [M] sum of x^2 (zeros without a norm) over columns first .. end - 1.
 
-    The norm's weight is folded into `weight`; its rstd scales the finished product (y = rstd * (x . (g W)^T)).
+    One read of x, which nothing reads again soon: evict_first. HALVES: bf16 x, and the folded weight as two bf16
+    halves; EXACT: that weight is bf16 itself, so its low half would be 0 and is left out.
     """
     acc = tl.zeros((M, BN), ACC)
     squares = tl.zeros((M,), ACC)
     at = hidden + row * row_stride
-    for start in range(0, d, BD):
+    for start in range(first, end, BD):
         columns = start + tl.arange(0, BD)
-        x = tl.load(at[:, None] + columns[None, :], mask=inside[:, None] & (columns < d)[None, :], other=0.0)
+        here = inside[:, None] & (columns < d)[None, :]
+        x = tl.load(at[:, None] + columns[None, :], mask=here, other=0.0, eviction_policy="evict_first")
         w = folded_weight(weight, norm_weight, columns, d, K, BN, ACC)
         if norm_weight is not None:
             squares += tl.sum(x.to(ACC) * x.to(ACC), axis=1)
         if HALVES:
-            acc = dot_halves(x, w, acc, UPCAST)
+            hi, lo = halves(w, UPCAST)
+            if not EXACT:
+                acc = tl.dot(operand(x, UPCAST), lo, acc)
+            acc = tl.dot(operand(x, UPCAST), hi, acc)
         else:
             acc = tl.dot(x.to(ACC), w, acc, input_precision=PRECISION, out_dtype=ACC)
+    return acc, squares
+
+
+@triton.jit
+def scaled_product(acc, squares, norm_weight, norm_eps, d, M: tl.constexpr, ACC: tl.constexpr):
+    """[M, BN] the product after the norm and before the bias, [M] rstd (1 without a norm)."""
     rstd = tl.full((M,), 1.0, ACC)
     if norm_weight is not None:
         rstd = 1.0 / tl.sqrt(squares / d + scalar(norm_eps, ACC))
