@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="folder of the results (default %(default)s)"
     )
+    parser.add_argument("--add", action="store_true", help="keep the other rows that --out has from this commit")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     here = machine.describe(arguments.device, quick=size == "smoke")
     rows = measure.run(chosen, arguments.device, size, progress=not arguments.quiet)
+    here = machine.again(here, quick=size == "smoke")
+    if arguments.add:
+        rows, here = report.merged(arguments.out / f"ops-{arguments.device}.json", rows, here)
     print(report.table(rows, here))
     written = report.write(rows, here, arguments.out)
     print(f"\nwritten: {', '.join(str(path) for path in written)}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .case import SIZES, Case
-from .ops import ensemble_reward, preference_step
+from .ops import ensemble_reward, linear_logprob, preference_step
 
-CASES: tuple[Case, ...] = (*ensemble_reward.cases(), *preference_step.cases())
+CASES: tuple[Case, ...] = (*ensemble_reward.cases(), *preference_step.cases(), *linear_logprob.cases())
 
 
 def ops() -> list[str]:

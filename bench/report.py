@@ -6,30 +6,18 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ..rlhf.files import atomic_write_json, atomic_write_text
 from .case import Check
+from .cases import CASES
 from .machine import Machine
 from .measure import Row, Timing
 
 SCHEMA = 1
-_COLUMNS = (
-    "shape",
-    "dtype",
-    "time",
-    "±",
-    "bytes",
-    "of read",
-    "of roof",
-    "eager",
-    "compile",
-    "memory",
-    "eager's",
-    "beside",
-)
+_COLUMNS = ("shape", "dtype", "time", "±", "bytes", "read", "roof", "eager", "compile", "memory", "eager's", "beside")
 _CSV = (
     "op", "mode", "shape", "dtype", "device", "variant", "check", "seconds", "q20", "q80", "rounds", "iterations",
     "bytes_moved", "flops", "bandwidth_share", "times_ours", "extra_peak_bytes", "commit", "dirty", "machine",
@@ -102,6 +90,26 @@ def load(path: Path | str) -> tuple[list[Row], Machine]:
         return [_row(fields) for fields in found["rows"]], Machine(**found["machine"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {expected}, got one with other fields ({type(error).__name__}: {error})") from None
+
+
+def merged(path: Path, rows: Sequence[Row], machine: Machine) -> tuple[list[Row], Machine]:
+    """These rows and those of `path` that they do not replace, in the cases' order; ceilings are the higher of both.
+
+    ValueError if the file is of another commit or kind of machine. These rows alone if there is none.
+    """
+    if not path.exists():
+        return list(rows), machine
+    before, then = load(path)
+    if then.commit != machine.commit or not then.same_as(machine):
+        expected = f"commit {machine.commit[:12]} and this machine"
+        raise ValueError(f"{path}: expected results of {expected} to add to, got {then.commit[:12]}, {then.name}")
+    by_name = {row.name: row for row in (*before, *rows)}
+    order = [case.name for case in CASES if case.name in by_name]
+    highest = {name: max(rate, then.matrix[name]) for name, rate in machine.matrix.items()}
+    both = replace(machine, bandwidth=max(machine.bandwidth, then.bandwidth), matrix=highest)
+    return [by_name[name] for name in dict.fromkeys([*order, *by_name])], replace(
+        both, dirty=machine.dirty or then.dirty
+    )
 
 
 def _row(fields: dict[str, Any]) -> Row:

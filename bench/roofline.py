@@ -1,4 +1,7 @@
-"""The roofline (Williams et al. 2009): what each op reaches under the machine's measured read and matrix rates."""
+"""The roofline (Williams et al. 2009): what each op reaches under the machine's measured read and matrix rates.
+
+Cases of one intensity would lie on one another, so they stand side by side, in the table's order.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def draw(rows: Sequence[Row], machine: Machine, stem: Path) -> list[Path]:
 @styled
 def _figure(rows: Sequence[Row], machine: Machine) -> Any:
     dtypes = [d for d in machine.matrix if any(row.dtype == d for row in rows)]
-    figure, cells = panels(len(dtypes), width=4.6, height=4.0, columns=2, sharey=True)
+    figure, cells = panels(len(dtypes), width=5.4, height=4.2, columns=2, sharey=True)
     for axes, dtype in zip(cells, dtypes, strict=True):
         _panel(axes, [row for row in rows if row.dtype == dtype], machine, dtype)
     label_left(cells, "GFLOP/s")
@@ -48,21 +51,48 @@ def _figure(rows: Sequence[Row], machine: Machine) -> Any:
 def _panel(axes: Any, rows: Sequence[Row], machine: Machine, dtype: str) -> None:
     intensities = [row.flops / row.bytes_moved for row in rows]
     top, bandwidth = machine.matrix[dtype], machine.bandwidth
-    x = np.geomspace(min(intensities) / 3, max([*intensities, top / bandwidth]) * 3, 200)
+    x = np.geomspace(min(intensities) / 2, max([*intensities, top / bandwidth]) * 2, 200)
     axes.plot(x, np.minimum(x * bandwidth, top) / 1e9, color="black", linewidth=1.4, label="measured ceiling")
-    for row, intensity in zip(rows, intensities, strict=True):
+    for row, place in zip(rows, _side_by_side(intensities), strict=True):
         rates = {name: row.flops / row.timings[name].median / 1e9 for name in _MARKS if name in row.timings}
-        axes.vlines(intensity, min(rates.values()), max(rates.values()), color=GREY, linewidth=0.6, zorder=1)
+        axes.vlines(place, min(rates.values()), max(rates.values()), color=GREY, linewidth=0.6, zorder=1)
         for name, rate in rates.items():
             marker, filled = _MARKS[name]
             colour = _COLOURS.get(row.op, OTHERS[0])
             face = colour if filled else "white"
-            axes.plot(intensity, rate, marker, color=colour, markerfacecolor=face, markersize=6, linestyle="none")
+            axes.plot(place, rate, marker, color=colour, markerfacecolor=face, markersize=5, linestyle="none")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    _plain_ticks(axes.xaxis)
     axes.set_xlabel("FLOP a byte of the floor")
     axes.set_title(f"{dtype}: {bandwidth / 1e9:.0f} GB/s read, {top / 1e9:.0f} GFLOP/s")
     for op in dict.fromkeys(row.op for row in rows):
-        axes.plot([], [], "o", color=_COLOURS.get(op, OTHERS[0]), label=op)
+        axes.plot([], [], "o", color=_COLOURS.get(op, OTHERS[0]), linestyle="none", label=op)
     for name, (marker, filled) in _MARKS.items():
-        axes.plot([], [], marker, color=GREY, markerfacecolor=GREY if filled else "white", label=name)
+        face = GREY if filled else "white"
+        axes.plot([], [], marker, color=GREY, markerfacecolor=face, linestyle="none", label=name)
+
+
+def _side_by_side(intensities: Sequence[float]) -> list[float]:
+    """Where to draw each case: those within 4 % of one another are set 7 % apart, around their place."""
+    order = sorted(range(len(intensities)), key=lambda i: intensities[i])
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and intensities[i] < 1.04 * intensities[groups[-1][0]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    places = list(intensities)
+    for group in groups:
+        for step, i in enumerate(sorted(group)):
+            places[i] = intensities[group[0]] * 1.07 ** (step - (len(group) - 1) / 2)
+    return places
+
+
+def _plain_ticks(axis: Any) -> None:
+    """1, 2, 5, 10: within a decade or two, powers of ten alone say little."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())

@@ -67,8 +67,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     found = config.stash[_BENCH]
     if found.machine is None:
         return
-    rows = list(found.rows.values())
-    written = report.write(rows, found.machine, found.out)
+    rows, here = list(found.rows.values()), machine.again(found.machine, quick=found.size == "smoke")
+    written = report.write(rows, here, found.out)
     terminalreporter.section("prudent: the ops")
-    terminalreporter.write_line(report.table(rows, found.machine))
+    terminalreporter.write_line(report.table(rows, here))
     terminalreporter.write_line(f"\nwritten: {', '.join(str(path) for path in written)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -206,6 +207,18 @@ def test_compare_refuses_a_broken_file_in_one_sentence(
     assert error.count("\n") == 1
 
 
+def test_a_run_in_pieces_adds_up_and_keeps_to_one_commit(tmp_path: Path, here: machine.Machine) -> None:
+    (row,) = measure.run([toy()], "cpu", "smoke", progress=False)
+    path = report.write([row, replace(row, name="another")], here, tmp_path)[0]
+    faster = replace(here, bandwidth=2 * here.bandwidth)
+    rows, both = report.merged(path, [replace(row, mode="new")], faster)
+    assert [(r.name, r.mode) for r in rows] == [(row.name, "new"), ("another", row.mode)]
+    assert both.bandwidth == faster.bandwidth
+    assert report.merged(tmp_path / "none.json", [row], here) == ([row], here)
+    with pytest.raises(ValueError, match="expected results of commit aaaa and this machine to add to"):
+        report.merged(path, [row], replace(here, commit="aaaa"))
+
+
 def test_an_unknown_op_or_size_is_refused() -> None:
     with pytest.raises(ValueError, match="bench: op: expected one of ensemble_reward"):
         cases.select("cpu", "small", ["nonsense"])
@@ -232,7 +245,7 @@ def test_make_bench_hands_the_alternating_samples_to_pytest_benchmark(tmp_path: 
     ]
     options = ["--size=smoke", "--device=cpu", f"--out={tmp_path}", f"--benchmark-json={saved}", "-k=few and fp32"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments, *options], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", *arguments, *options], cwd=ROOT, env=quick, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "few rows, norm" in done.stdout

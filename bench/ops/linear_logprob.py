@@ -1,0 +1,150 @@
+"""`linear_logprob` against logits, log-softmax and entropy in plain torch, and where installed on a GPU against the
+fused losses of liger-kernel and cut-cross-entropy, which give the target's log-probability and no entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels.linear_logprob import linear_logprob, reference
+from ...kernels.linear_logprob.contract import Inputs
+from ..case import DTYPES, Case, Check, Work, compare, compiled_variants, generator, num_sets
+
+SHAPES = {  # [T, D] against [V, D]; the full one is 50 TFLOP forward and backward, nothing for a CPU
+    "smoke": ((32, 64, 500),),
+    "small": ((512, 1024, 32000),),
+    "full": ((16384, 4096, 128256),),
+}
+_CHUNK = 1024  # rows of the fp64 reference at a time
+_OUTPUTS = ("logprob", "entropy", "lse")
+
+
+def composed(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprob, entropy, lse) [T] from the whole [T, V] of logits."""
+    logits = F.linear(hidden, weight).float()
+    lse = torch.logsumexp(logits, dim=-1)
+    logprob = logits.gather(1, target[:, None])[:, 0] - lse
+    entropy = lse - (torch.softmax(logits, dim=-1) * logits).sum(dim=-1)
+    return logprob, entropy, lse
+
+
+def fused(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    out = linear_logprob(hidden, weight, target, ignore_index=None)
+    return out.logprob, out.entropy, out.lse
+
+
+def _gradients(
+    function: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    upstream: tuple[Tensor, Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+) -> tuple[Tensor, Tensor]:
+    logprob, entropy, _ = function(hidden, weight, target)
+    dhidden, dweight = torch.autograd.grad((logprob, entropy), (hidden, weight), upstream)
+    return dhidden, dweight
+
+
+def peers(device: torch.device, grad: bool) -> dict[str, Callable[..., Any]]:
+    """The other libraries' fused losses, for a GPU. Summed, so that one gradient serves; cut-cross-entropy without its
+    filter, which leaves out gradients that are small, as on random inputs nearly all are."""
+    if device.type != "cuda":
+        return {}
+    losses: dict[str, Callable[..., Tensor]] = {}
+    if find_spec("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        losses["liger"] = partial(liger_fused_linear_cross_entropy, reduction="sum")
+    if find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        losses["cce"] = partial(linear_cross_entropy, reduction="sum", filter_eps=None)
+    return {name: partial(_loss_gradients, loss) if grad else loss for name, loss in losses.items()}
+
+
+def _loss_gradients(loss: Callable[..., Tensor], hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss(hidden, weight, target), (hidden, weight))
+
+
+def _tensors(rows: int, dim: int, vocabulary: int, dtype: str, g: torch.Generator) -> tuple[Tensor, ...]:
+    hidden = torch.randn(rows, dim, generator=g, device=g.device, dtype=DTYPES[dtype])
+    weight = torch.randn(vocabulary, dim, generator=g, device=g.device, dtype=DTYPES[dtype]).mul_(dim**-0.5)
+    return hidden, weight, torch.randint(vocabulary, (rows,), generator=g, device=g.device)
+
+
+def _make(rows: int, dim: int, vocabulary: int, dtype: str, grad: bool, device: torch.device) -> Work:
+    sets: list[tuple[Any, ...]] = [
+        _tensors(rows, dim, vocabulary, dtype, generator(device, seed)) for seed in range(num_sets(device))
+    ]
+    functions: dict[str, Any] = {"ours": fused, "eager": composed, **compiled_variants(composed, device)}
+    if not grad:
+        return Work(sets, functions | peers(device, False), lambda: _check_forward(sets[0]))
+    for hidden, weight, _ in sets:
+        hidden.requires_grad_()
+        weight.requires_grad_()
+    g = generator(device, 99)
+    upstream = torch.randn(rows, generator=g, device=device), torch.randn(rows, generator=g, device=device)
+    variants = {name: partial(_gradients, function, upstream) for name, function in functions.items()}
+    return Work(sets, variants | peers(device, True), lambda: _check_gradients(sets[0], upstream), grad=True)
+
+
+def _chunks(tensors: tuple[Any, ...]) -> Iterator[tuple[slice, Inputs]]:
+    """fp64 inputs of some rows at a time: a [T, V] of fp64 would not fit beside the rest."""
+    hidden, weight, target = tensors
+    wide = weight.detach().double()
+    for i in range(0, len(hidden), _CHUNK):
+        part = slice(i, i + _CHUNK)
+        yield part, Inputs(hidden[part].detach().double(), wide, target[part], 1.0, None, None)
+
+
+@torch.no_grad()
+def _check_forward(tensors: tuple[Any, ...]) -> Check:
+    parts = [reference.forward(inputs) for _, inputs in _chunks(tensors)]
+    exact = {name: torch.cat(part) for name, part in zip(_OUTPUTS, zip(*parts, strict=True), strict=True)}
+    ours, eager = (dict(zip(_OUTPUTS, f(*tensors), strict=True)) for f in (fused, composed))
+    return compare(ours, eager, exact)
+
+
+def _check_gradients(tensors: tuple[Any, ...], upstream: tuple[Tensor, Tensor]) -> Check:
+    hidden, weight, _ = tensors
+    dhidden = torch.empty_like(hidden, dtype=torch.float64, requires_grad=False)
+    dweight = torch.zeros_like(weight, dtype=torch.float64, requires_grad=False)
+    for part, inputs in _chunks(tensors):
+        _, entropy, lse = reference.forward(inputs)
+        grads = (upstream[0][part].double(), upstream[1][part].double(), None)
+        found = reference.backward(grads, inputs, None, entropy, lse, (True, True))
+        assert found[0] is not None
+        assert found[1] is not None
+        dhidden[part] = found[0]
+        dweight += found[1]
+    ours, eager = (_gradients(f, upstream, *tensors) for f in (fused, composed))
+    names = ("gradient of hidden", "gradient of weight")
+    return compare(*(dict(zip(names, pair, strict=True)) for pair in (ours, eager, (dhidden, dweight))))
+
+
+def pass_bytes(rows: int, dim: int, vocabulary: int, dtype: str, grad: bool) -> int:
+    """Hidden, weight and targets read, three numbers a row written; the backward reads them, entropy, lse and two
+    upstream gradients, and writes both gradients."""
+    operands = DTYPES[dtype].itemsize * dim * (rows + vocabulary)
+    forward = operands + 8 * rows + 3 * 4 * rows
+    return forward + (2 * operands + 8 * rows + 4 * 4 * rows if grad else 0)
+
+
+def cases() -> Iterator[Case]:
+    for size, shapes in SHAPES.items():
+        for dtype in DTYPES:
+            for rows, dim, vocabulary in shapes:
+                shape, product = f"{rows} x {dim} x {vocabulary}", 2 * rows * dim * vocabulary
+                devices = ("cuda",) if size == "full" else ("cpu", "cuda")
+                for mode, grad in (("forward", False), ("forward + backward", True)):
+                    moved = pass_bytes(rows, dim, vocabulary, dtype, grad)
+                    # products of the formulas; what an implementation computes twice counts once
+                    flops = 3 * product if grad else product
+                    make = partial(_make, rows, dim, vocabulary, dtype, grad)
+                    yield Case("linear_logprob", mode, shape, dtype, size, moved, flops, make, devices)
