@@ -1,0 +1,177 @@
+"""What crosses between the public op and its executions, the trainers' conventions, and every refusal, in one place.
+
+`Inputs` is the schema of the registered op in order; each backend offers
+    forward(inputs) -> (advantage [B, T], returns [B, T], reward [B, T], dropped [B] bool, stats [6])
+and is never given an empty batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+HOLES = ("skip", "zero")
+SCORE_AT = ("last", "after")
+WHITEN = ("none", "centre", "sample", "population")
+VARIANCE_EPS = 1e-8  # in all three trainers: added to the variance (sample), or its least value (population)
+
+_FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class AdvantageStats(NamedTuple):
+    """Scalars [] over the tokens that count: unmasked, in a sequence that was not dropped.
+
+    tokens, sequences  how many count
+    dropped            sequences left out because something in them was not finite
+    mean, std          of the advantages before whitening; std as the whitening takes it, 0 below two tokens
+    kl                 mean of the KL estimate over tokens, clipped as in the reward
+    """
+
+    tokens: Tensor
+    sequences: Tensor
+    dropped: Tensor
+    mean: Tensor
+    std: Tensor
+    kl: Tensor
+
+
+class AdvantageOutput(NamedTuple):
+    """What `advantages` returns. B sequences, T tokens; fp32, or fp64 when an input is fp64. No gradient.
+
+    advantage  [B, T]  whitened if asked; 0 at masked tokens
+    returns    [B, T]  advantage before whitening + value: the critic's target; 0 at masked tokens
+    reward     [B, T]  the shaped reward, score - kl_coef * KL; 0 at masked tokens
+    dropped    [B]     bool, sequences in which something was not finite: all zeros above, and out of the statistics
+    stats              AdvantageStats
+
+    With score_at="after" the step after a sequence's last token has a reward and a return too.
+    """
+
+    advantage: Tensor
+    returns: Tensor
+    reward: Tensor
+    dropped: Tensor
+    stats: AdvantageStats
+
+
+class Inputs(NamedTuple):
+    """Arguments of `prudent::advantages`, in schema order. `kl_clip` inf = not clipped."""
+
+    score: Tensor
+    logprob: Tensor | None
+    ref_logprob: Tensor | None
+    value: Tensor | None
+    mask: Tensor
+    gamma: float
+    lam: float
+    kl_coef: float
+    kl_estimator: str
+    kl_clip: float
+    holes: str
+    score_at: str
+    whiten: str
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        wide = any(t is not None and t.dtype == torch.float64 for t in self[:4])
+        return torch.float64 if wide else torch.float32
+
+    @property
+    def effective_lam(self) -> float:
+        """Without a critic there is nothing to bootstrap from: GAE at lam = 1 and values of 0 is the reward-to-go."""
+        return 1.0 if self.value is None else self.lam
+
+
+def advantage_convention(trainer: str, kl_estimator: str = "k1") -> dict[str, Any]:
+    """The keywords of `advantages` that reproduce a trainer: "trl", "openrlhf" or "verl", with its KL estimator.
+
+    Read in TRL 1.12.0 (PPOTrainer), OpenRLHF 0.11.2 (compute_approx_kl, compute_reward, get_advantages_and_returns) and
+    verl 0.9.1 (kl_penalty, compute_gae_advantage_return). Raises ValueError for another trainer, or for an estimator
+    that it has not.
+    """
+    known: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+        "trl": (("k1", "k3"), {"kl_clip": None, "holes": "zero", "score_at": "after", "whiten": "sample"}),
+        "openrlhf": (
+            ("k1", "k2", "k3"),
+            {"kl_clip": 10.0, "holes": "zero", "score_at": "last", "whiten": "population"},
+        ),
+        "verl": (
+            KL_ESTIMATORS,
+            {
+                "kl_clip": 10.0 if kl_estimator == "k3" else None,  # verl clips its k3 alone
+                "holes": "skip",
+                "score_at": "last",
+                "whiten": "sample",
+            },
+        ),
+    }
+    _require_name(trainer, "trainer", tuple(known))
+    estimators, options = known[trainer]
+    _require_name(kl_estimator, "kl_estimator", estimators)
+    return {"kl_estimator": kl_estimator, **options}
+
+
+def require(ok: bool, argument: str, expected: str, got: object) -> None:
+    """Raise the op's one form of error: `advantages: <argument>: expected <expected>, got <got>`."""
+    if not ok:
+        raise ValueError(f"advantages: {argument}: expected {expected}, got {got}")
+
+
+def _require_name(value: str, argument: str, allowed: tuple[str, ...]) -> None:
+    require(value in allowed, argument, f"one of {', '.join(allowed)}", repr(value))
+
+
+def check_inputs(inputs: Inputs) -> None:
+    """Refuse every shape, dtype, device and option outside the contract. Reads no values, so it serves fakes too."""
+    mask, score = inputs.mask, inputs.score
+    require(mask.dim() == 2, "mask", "shape [B, T]", list(mask.shape))
+    require(mask.dtype == torch.bool, "mask", "dtype bool", mask.dtype)
+    batch, length = mask.shape
+    require(isinstance(score, Tensor), "score", "a tensor", type(score).__name__)
+    require(
+        tuple(score.shape) == ((batch,) if score.dim() == 1 else (batch, length)),
+        "score",
+        f"shape [{batch}] or [{batch}, {length}], as mask's",
+        list(score.shape),
+    )
+    for name in ("logprob", "ref_logprob", "value"):
+        tensor = getattr(inputs, name)
+        require(tensor is None or isinstance(tensor, Tensor), name, "a tensor or None", type(tensor).__name__)
+        if tensor is not None:
+            expected = f"shape [{batch}, {length}], as mask's"
+            require(tuple(tensor.shape) == (batch, length), name, expected, list(tensor.shape))
+    for name in ("score", "logprob", "ref_logprob", "value"):
+        tensor = getattr(inputs, name)
+        if tensor is not None:
+            floating = "dtype bfloat16, float16, float32 or float64"
+            require(tensor.dtype in _FLOATING, name, floating, tensor.dtype)
+            require(tensor.device == mask.device, name, f"device {mask.device} (mask's)", tensor.device)
+    _check_options(inputs)
+
+
+def _check_options(inputs: Inputs) -> None:
+    for name in ("gamma", "lam"):
+        number = getattr(inputs, name)
+        require(_is_number(number) and 0 <= number <= 1, name, "a number in [0, 1]", number)
+    coef, clip = inputs.kl_coef, inputs.kl_clip
+    require(_is_number(coef) and math.isfinite(coef) and coef >= 0, "kl_coef", "a finite number >= 0", coef)
+    require(_is_number(clip) and clip > 0, "kl_clip", "a number above 0, or None", clip)
+    given = inputs.logprob is not None
+    if given != (inputs.ref_logprob is not None):
+        name = "ref_logprob" if given else "logprob"
+        require(False, name, "a tensor beside the other log-probabilities, or both None", None)
+    require(given or coef == 0, "kl_coef", "0 without logprob and ref_logprob", coef)
+    _require_name(inputs.kl_estimator, "kl_estimator", KL_ESTIMATORS)
+    _require_name(inputs.holes, "holes", HOLES)
+    _require_name(inputs.score_at, "score_at", SCORE_AT)
+    _require_name(inputs.whiten, "whiten", WHITEN)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

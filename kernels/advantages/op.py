@@ -1,0 +1,140 @@
+"""The public `advantages` and its registration as `prudent::advantages`.
+
+Under torch.compile and torch.export the registered op is called (schema, fake); a plain eager call goes straight to the
+backend. Advantages are data for the policy loss, so no gradient flows through them by either road.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..eager import is_plain
+from . import reference
+from .contract import AdvantageOutput, AdvantageStats, Inputs, Outputs, check_inputs, require
+
+_library = torch.library.Library("prudent", "FRAGMENT")
+_library.define(
+    "advantages(Tensor score, Tensor? logprob, Tensor? ref_logprob, Tensor? value, Tensor mask, float gamma, "
+    "float lam, float kl_coef, str kl_estimator, float kl_clip, str holes, str score_at, str whiten) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _backend(inputs: Inputs) -> Any:
+    """The module that executes this call: imported when first needed, so that `import prudent` stays light."""
+    if inputs.mask.is_cuda:
+        from . import triton  # type: ignore[attr-defined]
+
+        return triton
+    if inputs.mask.device.type == "cpu":
+        from . import cpu
+
+        if cpu.available():
+            return cpu
+    return reference
+
+
+def _forward(*args: Any) -> Outputs:
+    inputs = Inputs(*args)
+    check_inputs(inputs)
+    if inputs.mask.numel() == 0:
+        return _new(inputs, torch.zeros)
+    result: Outputs = _backend(inputs).forward(inputs)
+    return result
+
+
+def _new(inputs: Inputs, make: Any) -> Outputs:
+    """The outputs' shapes and dtypes, made by torch.empty or torch.zeros."""
+    (batch, length), device, dtype = inputs.mask.shape, inputs.mask.device, inputs.output_dtype
+    tokens = (make((batch, length), dtype=dtype, device=device) for _ in range(3))
+    return *tokens, make(batch, dtype=torch.bool, device=device), make(6, dtype=dtype, device=device)  # type: ignore[return-value]
+
+
+def _fake(*args: Any) -> Outputs:
+    inputs = Inputs(*args)
+    check_inputs(inputs)
+    return _new(inputs, torch.empty)
+
+
+def _mark_outputs(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    ctx.mark_non_differentiable(*output)
+
+
+def _no_gradient(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+    return (None,) * len(Inputs._fields)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("advantages", _forward, _device)
+torch.library.register_fake("prudent::advantages", _fake, lib=_library)
+torch.library.register_autograd("prudent::advantages", _no_gradient, setup_context=_mark_outputs, lib=_library)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def advantages(
+    score: Tensor,
+    logprob: Tensor | None,
+    ref_logprob: Tensor | None,
+    value: Tensor | None,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    kl_coef: float = 0.05,
+    kl_estimator: str = "k1",
+    kl_clip: float | None = None,
+    holes: str = "skip",
+    score_at: str = "last",
+    whiten: str = "sample",
+) -> AdvantageOutput:
+    """KL-shaped rewards, generalised advantage estimation (arXiv 1506.02438, eq. 16) and masked whitening in one op.
+
+        r_t = score (at the last token) - kl_coef * KL_t
+        A_t = r_t + gamma V_next - V_t + gamma lam A_next         returns_t = A_t + V_t
+        advantage = (A - mean) / std over the tokens of the batch that count
+
+    Args:
+        score: [B], one a sequence, or [B, T], one a token. This and the next three: any floating dtype.
+        logprob, ref_logprob: [B, T] log-probabilities of the sampled tokens under the policy that sampled them and the
+            reference. Both None: no KL, with kl_coef=0.
+        value: [B, T] the critic's values before each token; None: no critic, lam is not read, and the advantage is the
+            discounted reward-to-go.
+        mask: [B, T] bool or integer (not 0 = a token that counts). Padding on either side and holes (the tokens of a
+            tool between two turns) may be masked; whatever stands there, NaN too, is not read into any result.
+        gamma, lam: in [0, 1].
+        kl_coef: >= 0, the price of KL in the reward.
+        kl_estimator: "k1" d, "k2" d^2 / 2, "k3" e^-d - 1 + d, "abs" |d|, with d = logprob - ref_logprob.
+        kl_clip: bound on the size of each token's KL estimate; None: none.
+        holes: "skip": V_next and A_next are those of the next unmasked token, and a hole takes no time. "zero": a
+            masked token is a step with reward and value 0, through which gamma and lam discount.
+        score_at: "last": a [B] score comes with the last unmasked token. "after": one step later if the row is long
+            enough; that step then has a value, a reward and a return, but no KL and no advantage.
+        whiten: "sample" (A - mean) / sqrt(var + 1e-8), var with ddof 1; "population" (A - mean) / sqrt(max(var, 1e-8)),
+            ddof 0; "centre" A - mean; "none".
+        `advantage_convention("trl" | "openrlhf" | "verl")` gives the last five as that trainer has them.
+
+    Returns:
+        AdvantageOutput(advantage, returns, reward [B, T], dropped [B], stats), fp32 (fp64 if an input is). Nothing here
+        carries a gradient, whatever the inputs do. A sequence in which something is not finite is dropped: all its
+        outputs are 0, `dropped` says so, and it is in no statistic. One with no unmasked token is all 0 and does not
+        count.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came, before anything is computed.
+    """
+    require(isinstance(mask, Tensor), "mask", "a tensor", type(mask).__name__)
+    integer = not (mask.dtype.is_floating_point or mask.dtype.is_complex)
+    require(integer, "mask", "dtype bool or an integer dtype", mask.dtype)
+    clip = float("inf") if kl_clip is None else kl_clip
+    options = (gamma, lam, kl_coef, kl_estimator, clip, holes, score_at, whiten)
+    tensors = (_detached(score), _detached(logprob), _detached(ref_logprob), _detached(value))
+    inputs = Inputs(*tensors, mask if mask.dtype == torch.bool else mask != 0, *options)  # type: ignore[arg-type]
+    forward: Any = _forward if is_plain(inputs[:5]) else torch.ops.prudent.advantages
+    advantage, returns, reward, dropped, stats = forward(*inputs)
+    return AdvantageOutput(advantage, returns, reward, dropped, AdvantageStats(*stats.unbind()))

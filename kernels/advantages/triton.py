@@ -1,0 +1,61 @@
+"""`advantages` on CUDA and ROCm: two launches, a program a sequence each.
+
+The first writes everything but the whitening, and its last program the statistics; the second whitens. It is a launch
+of its own because every sequence waits for the statistics of all, and one program rewriting B T numbers would take
+longer than the launch. CPU tensors run where Triton's interpreter is on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..arrivals import arrivals
+from ..launch import launch
+from .configs import SWEEP, config
+from .contract import VARIANCE_EPS, Inputs, Outputs
+from .triton_kernels import advantage_kernel, whiten_kernel
+
+
+def _rows(name: str, stride: str, tensor: Tensor | None) -> dict[str, Any]:
+    """A tensor with its row stride, its last dimension contiguous; a [B] score is [B, 1]."""
+    if tensor is None:
+        return {name: None, stride: 0}
+    if tensor.dim() == 2 and tensor.stride(1) != 1:
+        tensor = tensor.contiguous()
+    return {name: tensor.view(torch.int8) if tensor.dtype == torch.bool else tensor, stride: tensor.stride(0)}
+
+
+def forward(inputs: Inputs) -> Outputs:
+    """(advantage, returns, reward [B, T], dropped [B], stats [6])."""
+    (batch, length), device, dtype = inputs.mask.shape, inputs.mask.device, inputs.output_dtype
+    advantage, returns, reward = (torch.empty(batch, length, dtype=dtype, device=device) for _ in range(3))
+    dropped = torch.empty(batch, dtype=torch.int8, device=device)
+    stats = torch.empty(6, dtype=dtype, device=device)
+    tile = config(length, dtype)
+    acc = tl.float64 if dtype == torch.float64 else tl.float32
+    decay = inputs.gamma * inputs.effective_lam
+    mask = _rows("mask", "mask_stride", inputs.mask)
+    launch(
+        advantage_kernel, (batch,), tile, device,
+        **_rows("score", "score_stride", inputs.score), **_rows("logprob", "logprob_stride", inputs.logprob),
+        **_rows("ref_logprob", "ref_stride", inputs.ref_logprob), **_rows("value", "value_stride", inputs.value),
+        **mask, advantage=advantage, returns=returns, reward=reward, dropped=dropped, stats=stats,
+        partials=torch.empty(5, batch, dtype=dtype, device=device), counter=arrivals(device),
+        batch=batch, length=length, decay=float(decay), value_share=float(inputs.gamma - decay),
+        hole=1.0 if inputs.holes == "skip" else float(decay), kl_coef=float(inputs.kl_coef),
+        kl_clip=float(inputs.kl_clip), ESTIMATOR=inputs.kl_estimator, PER_TOKEN=inputs.score.dim() == 2,
+        AFTER=inputs.score_at == "after", DDOF=0 if inputs.whiten == "population" else 1,
+        BLOCK=tile.block_dim, SWEEP=SWEEP, ACC=acc,
+    )  # fmt: skip
+    if inputs.whiten != "none":
+        launch(
+            whiten_kernel, (batch, triton.cdiv(length, tile.block_dim)), tile, device,
+            advantage=advantage, **mask, dropped=dropped, stats=stats, length=length, eps=VARIANCE_EPS,
+            WHITEN=inputs.whiten, BLOCK=tile.block_dim, ACC=acc,
+        )  # fmt: skip
+    return advantage, returns, reward, dropped.view(torch.bool), stats
