@@ -188,10 +188,17 @@ def forward_config(num_rows: int, columns: int, dtype: torch.dtype) -> Config:
     return next(row.config for row in _FORWARD[dtype, columns] if num_rows <= row.rows)
 
 
-def forward_candidates(columns: int, dtype: torch.dtype) -> list[Config]:
-    """What PRUDENT_AUTOTUNE=1 chooses among: the tiles that the table gives to any number of rows, at 2 to 5 stages."""
+@cache
+def forward_candidates(columns: int, dtype: torch.dtype) -> tuple[Config, ...]:
+    """What PRUDENT_AUTOTUNE=1 chooses among: the tiles of every number of rows, at as many stages and at fewer."""
     tiles = [row.config for row in _FORWARD[dtype, columns]]
-    return [tile._replace(num_stages=stages) for tile in tiles for stages in range(2, tile.num_stages + 1)]
+    return tuple(tile._replace(num_stages=stages) for tile in tiles for stages in range(2, tile.num_stages + 1))
+
+
+def bucket(num_rows: int, columns: int, d: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """What PRUDENT_AUTOTUNE=1 files a choice under: the table's bucket of rows, and what a model never changes."""
+    rows = next(row.rows for row in _FORWARD[dtype, columns] if num_rows <= row.rows)
+    return f"rows<={rows}", f"columns={columns}", f"D={d}", str(dtype)
 
 
 def splits(programs: int, d: int, config: Config, device: torch.device) -> tuple[int, int]:
@@ -216,11 +223,12 @@ def outer_config(columns: int, dtype: torch.dtype) -> Config:
     return _OUTER[dtype, columns]
 
 
-def outer_candidates(columns: int, dtype: torch.dtype) -> list[Config]:
-    """What PRUDENT_AUTOTUNE=1 chooses among: the table's tile and those of half its columns, at 2 to 4 stages."""
+@cache
+def outer_candidates(columns: int, dtype: torch.dtype) -> tuple[Config, ...]:
+    """What PRUDENT_AUTOTUNE=1 chooses among: the table's tile and half its columns, at as many stages and at fewer."""
     tile = _OUTER[dtype, columns]
-    widths = {tile.block_dim, max(16, tile.block_dim // 2)}
-    return [tile._replace(block_dim=w, num_stages=s) for w in sorted(widths) for s in range(2, tile.num_stages + 1)]
+    widths = sorted({tile.block_dim, max(16, tile.block_dim // 2)})
+    return tuple(tile._replace(block_dim=w, num_stages=s) for w in widths for s in range(2, tile.num_stages + 1))
 
 
 def row_shares(num_rows: int, d: int, config: Config, device: torch.device) -> tuple[int, int]:

@@ -185,9 +185,19 @@ def group_mean(values: Tensor, inputs: Inputs) -> Tensor:
         return values.mean().expand_as(values)
     if inputs.group is None:
         return values.view(-1, inputs.group_size).mean(dim=1).repeat_interleave(inputs.group_size)
-    sums = torch.zeros_like(values).index_add_(0, inputs.group, values)
-    counts = torch.zeros_like(values).index_add_(0, inputs.group, torch.ones_like(values))
+    sums = add_rows(torch.zeros_like(values), inputs.group, values)
+    counts = add_rows(torch.zeros_like(values), inputs.group, torch.ones_like(values))
     return (sums / counts)[inputs.group]
+
+
+def add_rows(out: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """out with values[n] added to out[rows[n]], in an order that is the same in every run.
+
+    index_add_ is serial on a CPU and by atomics on CUDA, where index_put_ sorts the rows and adds each run in order.
+    """
+    if out.is_cuda:
+        return out.index_put_((rows,), values, accumulate=True)
+    return out.index_add_(0, rows, values)
 
 
 def forward(inputs: Inputs, keep: bool = False) -> Outputs:
@@ -214,7 +224,7 @@ def backward(grads: Grads, inputs: Inputs, saved: Tensor, needs: tuple[bool, boo
         if h.rstd is not None:
             # d rstd / dx = -rstd^3 x / D, and sum_n c_n (x . W'_n) rstd = sum_n c_n product_n: no further pass over D
             dx = dx - h.x * h.rstd.square() * (d_product * h.product).sum(dim=1, keepdim=True) / h.x.shape[1]
-        hidden = dx if inputs.rows is None else dx.new_zeros(inputs.hidden.shape).index_add_(0, inputs.rows, dx)
+        hidden = dx if inputs.rows is None else add_rows(dx.new_zeros(inputs.hidden.shape), inputs.rows, dx)
         hidden = hidden.to(inputs.hidden.dtype)
     if needs[1] or needs[3]:
         d_folded = scaled.T @ h.x

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..launch import Config, launch
 from . import configs, reference
 from .contract import Grads, Inputs, Outputs
@@ -99,7 +100,12 @@ def forward(inputs: Inputs, keep: bool = False) -> Outputs:
         return reward, mean, std, inputs.hidden.new_zeros((), dtype=dtype), saved
     outputs = reward, mean, std, new((), dtype=dtype), saved
     common = _common(inputs)
-    config = configs.forward_config(n, common["BN"], inputs.hidden.dtype)
+    config = tuning.choose(
+        configs.forward_config(n, common["BN"], inputs.hidden.dtype),
+        configs.forward_candidates(common["BN"], inputs.hidden.dtype),
+        ("ensemble_reward.forward", *configs.bucket(n, common["BN"], common["d"], inputs.hidden.dtype)),
+        lambda config: _launch_forward(inputs, common, outputs, config),
+    )
     _launch_forward(inputs, common, outputs, config)
     if _centring(inputs, config)["CENTRE"] == "later":
         _centre_by_label(reward, reward, inputs)
@@ -228,8 +234,6 @@ def _outer_products(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradient of hidden, and the folded weight's gradient as [shares, 2K, D] partials."""
     n, d, k = inputs.num_rows, common["d"], inputs.num_heads
-    config = configs.outer_config(common["BN"], inputs.hidden.dtype)
-    blocks_each, shares = configs.row_shares(n, d, config, inputs.hidden.device)
     arguments = {name: common[name] for name in _OUTER_ARGUMENTS}
     out = None
     if need_hidden and inputs.rows is None:
@@ -237,13 +241,25 @@ def _outer_products(
     elif need_hidden:
         out = inputs.hidden.new_zeros(inputs.hidden.shape)
         scaled, along, arguments["rows"] = _combined(scaled, along, common)
-    partials = inputs.hidden.new_empty(shares, 2 * k, d, dtype=scaled.dtype) if need_folded else None
-    launch(
-        outer_kernel, (triton.cdiv(d, config.block_dim), shares), config, inputs.hidden.device,
-        **arguments, scaled=scaled, along=along, grad_hidden=out, weight_partials=partials,
-        blocks_each=blocks_each, M=config.block_rows, BD=config.block_dim,
+
+    def run(config: Config) -> Tensor | None:
+        blocks_each, shares = configs.row_shares(n, d, config, inputs.hidden.device)
+        partials = scaled.new_empty(shares, 2 * k, d) if need_folded else None
+        launch(
+            outer_kernel, (triton.cdiv(d, config.block_dim), shares), config, inputs.hidden.device,
+            **arguments, scaled=scaled, along=along, grad_hidden=out, weight_partials=partials,
+            blocks_each=blocks_each, M=config.block_rows, BD=config.block_dim,
+        )  # fmt: skip
+        return partials
+
+    config = tuning.choose(
+        configs.outer_config(common["BN"], inputs.hidden.dtype),
+        configs.outer_candidates(common["BN"], inputs.hidden.dtype),
+        ("ensemble_reward.outer", need_hidden, need_folded,
+         *configs.bucket(n, common["BN"], d, inputs.hidden.dtype)),
+        run,
     )  # fmt: skip
-    return out, partials
+    return out, run(config)
 
 
 def _combined(scaled: Tensor, along: Tensor | None, common: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -1,0 +1,108 @@
+"""Optional choice of a kernel's tile by timing: PRUDENT_AUTOTUNE=1. Without it the static tables serve every call.
+
+A choice is timed once for each (kernel, bucket of shapes, device, versions), then read from
+$PRUDENT_CACHE/tuning.json (~/.cache/prudent by default). It changes how work is cut, never what is computed; but the
+order of sums follows the tile, so with tuning on the last bits may differ between machines, and between two caches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .launch import Config
+
+_chosen: dict[str, Config] = {}
+
+
+def choose(
+    table_config: Config, candidates: Sequence[Config], key: tuple[object, ...], run: Callable[[Config], object]
+) -> Config:
+    """The fastest of `candidates` and the table's own, or the table's where tuning is off or cannot be done now.
+
+    `key` names the kernel and its bucket of shapes; never put a sequence length in it, or each length is timed anew.
+    `run` launches the kernel with a config, any number of times, into outputs that the real launch overwrites.
+    """
+    if os.environ.get("PRUDENT_AUTOTUNE") != "1" or not _can_time():
+        return table_config
+    candidates = [table_config, *(c for c in candidates if c != table_config)]
+    name = "|".join(str(part) for part in (*key, *_machine()))
+    if name not in _chosen:
+        kept = _read().get(name)
+        known = Config(*kept) if isinstance(kept, list) and len(kept) == len(Config._fields) else None
+        if known not in candidates:
+            if kept is not None:
+                warnings.warn(f"tuning: {cache_file()}: expected one of this version's tiles for {name}, got {kept}; "
+                              "timing it again", stacklevel=2)  # fmt: skip
+            known = min(candidates, key=lambda config: _milliseconds(run, config))
+            _write(name, known)
+        assert known is not None
+        _chosen[name] = known
+    return _chosen[name]
+
+
+def cache_file() -> Path:
+    """Where choices are kept between processes."""
+    return Path(os.environ.get("PRUDENT_CACHE") or Path.home() / ".cache" / "prudent") / "tuning.json"
+
+
+def _can_time() -> bool:
+    """A captured graph takes no timings: what is launched would be recorded into it."""
+    return torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing()
+
+
+def _machine() -> tuple[str, ...]:
+    import triton
+
+    return torch.cuda.get_device_name(), f"torch {torch.__version__}", f"triton {triton.__version__}"
+
+
+def _milliseconds(run: Callable[[Config], object], config: Config) -> float:
+    """Median time with a cold L2; infinite for a tile that this device cannot hold."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    try:
+        return float(do_bench(lambda: run(config), warmup=10, rep=50, return_mode="median"))
+    except OutOfResources:
+        return float("inf")
+
+
+def _read() -> dict[str, Any]:
+    """What the cache holds; nothing, with a warning, where it cannot be read."""
+    path = cache_file()
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"tuning: {path}: expected a JSON table, got {error}; it is written anew", stacklevel=3)
+        return {}
+    if not isinstance(found, dict):
+        warnings.warn(f"tuning: {path}: expected a JSON table, got a {type(found).__name__}; it is written anew",
+                      stacklevel=3)  # fmt: skip
+        return {}
+    return found
+
+
+def _write(name: str, config: Config) -> None:
+    """Add one choice. Written beside and moved over, so that a reader sees the old table or the new one, never half."""
+    path = cache_file()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a broken table was reported when it was read
+        table = {**_read(), name: list(config)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix="tuning.", delete=False) as file:
+            json.dump(table, file, indent=1, sort_keys=True)
+        os.replace(file.name, path)
+    except OSError as error:
+        warnings.warn(f"tuning: {path}: expected to write the choice there, got {error}; it lasts for this process",
+                      stacklevel=3)  # fmt: skip
