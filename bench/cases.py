@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .case import SIZES, Case
-from .ops import ensemble_reward, linear_logprob, preference_step
+from .ops import advantages, ensemble_reward, linear_logprob, preference_step
 
-CASES: tuple[Case, ...] = (*ensemble_reward.cases(), *preference_step.cases(), *linear_logprob.cases())
+CASES: tuple[Case, ...] = (
+    *ensemble_reward.cases(),
+    *preference_step.cases(),
+    *linear_logprob.cases(),
+    *advantages.cases(),
+)
 
 
 def ops() -> list[str]:

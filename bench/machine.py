@@ -84,7 +84,7 @@ def describe(device: str | torch.device, quick: bool = False) -> Machine:
 
 
 def read_bandwidth(device: torch.device, size: int) -> float:
-    """Bytes a second: the fastest of four reductions of a buffer of `size` bytes, in vectorised code on torch's threads."""
+    """Bytes a second of the fastest of four reductions of a buffer of `size` bytes, vectorised, on torch's threads."""
     buffer = torch.ones(size // 4, device=device)
     rows = buffer.view(-1, 4096)
     readers: tuple[Callable[[], Any], ...] = (
