@@ -121,11 +121,20 @@ def _measure(work: Work, row: Row, device: torch.device, seconds: float) -> None
     row.notes += work.notes
     if not row.check.passed:
         return
+    with torch.set_grad_enabled(work.grad):
+        calls = _ready(work, row)
+        row.memory = {name: extra_memory(call, device) for name, call in calls.items()}
+        row.samples, iterations = (_cuda_rounds if device.type == "cuda" else _cpu_rounds)(calls, seconds)
+    row.timings = {name: Timing.of(samples, iterations[name]) for name, samples in row.samples.items()}
+
+
+def _ready(work: Work, row: Row) -> dict[str, _Call]:
+    """The variants, compiled and warm. One that cannot run is left out with a note, unless it is ours."""
     calls = {}
     for name, function in work.variants.items():
-        call = _Call(function, work.inputs, work.grad)
+        call = _Call(function, work.inputs)
         try:
-            for _ in range(2 * len(work.inputs)):  # compiles, and fills what is allocated once
+            for _ in range(2 * len(work.inputs)):
                 call()
         except Exception as error:
             if name == "ours":
@@ -133,21 +142,18 @@ def _measure(work: Work, row: Row, device: torch.device, seconds: float) -> None
             row.notes.append(f"{name}: {_first_line(error)}")
             continue
         calls[name] = call
-    row.memory = {name: extra_memory(call, device) for name, call in calls.items()}
-    row.samples, iterations = (_cuda_rounds if device.type == "cuda" else _cpu_rounds)(calls, seconds)
-    row.timings = {name: Timing.of(samples, iterations[name]) for name, samples in row.samples.items()}
+    return calls
 
 
 class _Call:
     """A variant bound to its input sets, which it takes in turn."""
 
-    def __init__(self, function: Callable[..., Any], inputs: list[tuple[Any, ...]], grad: bool):
-        self.function, self.inputs, self.grad, self.turn = function, inputs, grad, 0
+    def __init__(self, function: Callable[..., Any], inputs: list[tuple[Any, ...]]):
+        self.function, self.inputs, self.turn = function, inputs, 0
 
     def __call__(self) -> Any:
         self.turn = (self.turn + 1) % len(self.inputs)
-        with torch.set_grad_enabled(self.grad):
-            return self.function(*self.inputs[self.turn])
+        return self.function(*self.inputs[self.turn])
 
 
 def _first_line(error: BaseException) -> str:

@@ -137,13 +137,15 @@ def _scored(tensors: tuple[Any, ...]) -> int:
 def _check_gradients(tensors: tuple[Any, ...], upstream: tuple[Tensor, Tensor]) -> Check:
     names = [n for n, t in zip(("hidden", "weight", "bias", "norm_weight"), tensors, strict=False) if t is not None]
     ours, eager = (dict(zip(names, _gradients(score, tensors, upstream), strict=True)) for score in (fused, composed))
-    wide: tuple[Any, ...] = tuple(None if t is None else t.detach().double().requires_grad_() for t in tensors[:4])
-    leaves = [t for t in wide if t is not None]
-    for i in range(0, wide[0].shape[0], _CHUNK):
+    parameters = [None if t is None else t.detach().double().requires_grad_() for t in tensors[1:4]]
+    leaves = [t for t in parameters if t is not None]
+    dhidden = []
+    for i in range(0, len(tensors[0]), _CHUNK):
         part = slice(i, i + _CHUNK)
-        outputs = _exact((*wide, None), part)
-        torch.autograd.backward(outputs, [g[part].double() for g in upstream], inputs=leaves)
-    return compare(ours, eager, {name: t.grad for name, t in zip(names, leaves, strict=True)})
+        x = tensors[0][part].detach().double().requires_grad_()
+        torch.autograd.backward(_exact((x, *parameters, None), slice(None)), [g[part].double() for g in upstream])
+        dhidden.append(x.grad)
+    return compare(ours, eager, dict(zip(names, [torch.cat(dhidden), *(t.grad for t in leaves)], strict=True)))
 
 
 def forward_bytes(rows: int, dim: int, dtype: str, norm: bool, gather: bool = False) -> int:
