@@ -143,9 +143,25 @@ examples:
     ),
 }
 
+# flag that comes first -> the module under `prudent.bench` that takes the rest
+BENCHES = {"--aot": "aot", "--traffic": "traffic", "--gpu-check": "gpu_check"}
+BENCH_ABOUT = """What the kernels are held to. Without one of these flags first: every op timed against eager and
+torch.compile, with its share of the machine's measured read bandwidth. What follows is passed on, --help too.
+
+  --aot        every shipped Triton launch compiled ahead of time, with no GPU: registers, spills, shared memory
+  --traffic    the bytes that the Triton kernels ask for, counted under the interpreter, against the floor
+  --gpu-check  on a GPU machine: build, correctness first, then times against the goals, into one report
+
+examples:
+  prudent bench --op ensemble_reward --size small
+  prudent bench --list
+  prudent bench --aot --target sm_90 --op ensemble_reward
+  prudent bench --traffic
+  prudent bench --gpu-check --minutes 9 --out runs/gpu"""
+
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser, with one subcommand a job."""
+    """The parser, with one subcommand a job; `bench` stands here for its help alone."""
     parser = argparse.ArgumentParser(
         prog="prudent", description="A reward engine for RLHF that knows when it does not know."
     )
@@ -174,6 +190,12 @@ def build_parser() -> argparse.ArgumentParser:
             "--keys", action="store_true", help="print every config key with its default, as YAML, and stop"
         )
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
+    commands.add_parser(
+        "bench",
+        help="the kernels' speed, machine code and bytes",
+        description=BENCH_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     return parser
 
 
@@ -191,16 +213,29 @@ def run(arguments: argparse.Namespace) -> Any:
     return getattr(module, job.run)(config, progress=not arguments.quiet, **options)
 
 
+def bench(argv: Sequence[str]) -> int:
+    """Hand the flags after `bench` to the module that the first of them names, or else to the microbenchmarks."""
+    part = BENCHES.get(argv[0]) if argv else None
+    module = import_module(f".bench.{part or '__main__'}", __package__)
+    return int(module.main(argv[1:] if part else argv))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 a wrong argument, file or setting (one sentence on stderr), 130 interrupted.
+    """Exit codes: 0 done, 1 a benchmark's check failed, 2 a wrong argument, file or setting (one sentence on stderr),
+    130 interrupted.
 
     PRUDENT_DEBUG=1 shows the traceback behind the sentence.
     """
-    arguments = build_parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    benchmarks = argv[:1] == ["bench"] and argv[1:] not in (["-h"], ["--help"])
+    arguments = None if benchmarks else build_parser().parse_args(argv)
     try:
+        if arguments is None:
+            return bench(argv[1:])
         result = run(arguments)
     except KeyboardInterrupt:
-        print(f"\nprudent: interrupted; {JOBS[arguments.command].again}", file=sys.stderr)
+        again = JOBS[arguments.command].again if arguments else "the same command starts over"
+        print(f"\nprudent: interrupted; {again}", file=sys.stderr)
         return 130
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get("PRUDENT_DEBUG") == "1":

@@ -129,3 +129,36 @@ def test_train_score_and_eval_follow_each_other_on_a_real_small_model(shared_dir
     assert judged.returncode == 0, judged.stderr
     assert "nominal" in judged.stdout
     assert (out / "eval.json").is_file()
+
+
+def test_bench_says_what_it_has_without_loading_any_of_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "prudent.bench", None)
+    with pytest.raises(SystemExit) as done:
+        cli.main(["bench", "--help"])
+    shown = capsys.readouterr().out
+    assert done.value.code == 0
+    for part in cli.BENCHES:
+        assert part in shown
+
+
+def test_bench_hands_its_flags_to_the_microbenchmarks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--list", "--device", "cpu", "--op", "ensemble_reward", "--size", "smoke"]) == 0
+    assert capsys.readouterr().out.startswith("ensemble_reward, forward")
+
+
+@pytest.mark.parametrize("part", sorted(cli.BENCHES))
+def test_each_part_of_bench_has_its_own_help(part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main(["bench", part, "--help"])
+    assert done.value.code == 0
+    assert part in capsys.readouterr().out
+
+
+def test_what_bench_refuses_is_one_sentence_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert cli.main(["bench", "--aot"]) == 2
+    assert capsys.readouterr().err == "prudent: error: bench --aot: triton is needed: pip install 'prudent[test]'\n"

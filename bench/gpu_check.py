@@ -1,0 +1,313 @@
+"""One command for a GPU machine without a network: build, correctness first, then times against the goals.
+
+    python bench/gpu_check.py --minutes 9 --out runs/gpu   in a checkout, nothing installed but torch and triton
+    python bench/gpu_check.py --dry                        the same on a CPU: interpreted, tiny sizes, no GPU numbers
+
+Stages: build (the native library), machine (its ceilings and versions), tests (every op's Triton cases on the device,
+and what else is marked gpu), determinism (100 runs), graphs (CUDA-graph capture and replay), sanitizer
+(compute-sanitizer, where present), timing (against eager, torch.compile, liger-kernel and cut-cross-entropy, where
+installed). Each runs in child processes with a limit of its own, and one that fails does not hide the next; an op whose
+correctness failed is not timed. gpu_check.json, gpu_check.md and gpu_check.log in --out are rewritten after each stage.
+pytest is used where it is installed; carry the wheels of pytest, pluggy and iniconfig otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _start_as_package() -> None:
+    """Run as a script, start again as the module: the root of the checkout is the package, whatever its folder is
+    called, so a folder with a link of the right name goes on the path. Children inherit it."""
+    folder = Path(tempfile.mkdtemp(prefix="prudent-"))
+    (folder / "prudent").symlink_to(ROOT, target_is_directory=True)
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "prudent.bench.gpu_check", *sys.argv[1:]]
+    try:
+        code = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # the link goes, not what it leads to
+    sys.exit(code)
+
+
+if __name__ == "__main__" and not __package__:
+    _start_as_package()
+
+from .gpu_goals import goals_table, markdown, verdicts  # noqa: E402
+
+# most seconds of a stage, of which the time left may allow less; timing has what is left
+STAGES = {
+    "build": 180, "machine": 90, "tests": 240, "determinism": 60, "graphs": 60, "sanitizer": 120, "timing": 3600,
+}  # fmt: skip
+_CARRY = "pytest is not installed, so the ops' test cases did not run: carry the wheels of pytest, pluggy and iniconfig"
+
+
+class Check:
+    """The run: what is known so far, written to disk after every stage."""
+
+    def __init__(self, out: Path, dry: bool, minutes: float):
+        self.out, self.dry, self.end = out, dry, time.monotonic() + 60 * minutes
+        out.mkdir(parents=True, exist_ok=True)
+        self.log = (out / "gpu_check.log").open("w", encoding="utf-8")
+        self.failed: set[str] = set()  # ops that are not to be timed
+        self.cases: list[tuple[str, str]] = []  # (op, case)
+        self.report: dict[str, Any] = {
+            "schema": 1, "dry": dry, "started": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            "commit": commit(), "machine": {}, "stages": {}, "rows": [], "goals": verdicts([]),
+        }  # fmt: skip
+        self.write()
+
+    def write(self) -> None:
+        self.report["goals"] = verdicts(self.report["rows"])
+        for name, text in (("json", json.dumps(self.report, indent=1)), ("md", markdown(self.report))):
+            part = self.out / f"gpu_check.{name}.part"
+            part.write_text(text, encoding="utf-8")
+            part.replace(self.out / f"gpu_check.{name}")
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def run(self, stage: str) -> None:
+        """One stage: passed, failed or skipped, with its notes, into the report."""
+        began = time.monotonic()
+        print(f"{stage} ...", flush=True)
+        try:
+            status, notes = getattr(self, f"stage_{stage}")(min(STAGES[stage], self.left() - 5))
+        except Exception as error:  # a fault of this script must not hide what the other stages find
+            status, notes = "failed", [f"{type(error).__name__}: {error}"]
+        seconds = time.monotonic() - began
+        self.report["stages"][stage] = {"status": status, "seconds": seconds, "notes": notes}
+        self.write()
+        print(f"{stage}: {status} in {seconds:.0f} s" + "".join(f"\n  {note}" for note in notes), flush=True)
+
+    def call(self, command: Sequence[str], limit: float, **environment: str) -> tuple[int | None, str]:
+        """(exit code, or None where the limit ended it; what it printed), which goes into the log too."""
+        if limit <= 0:
+            return None, ""
+        kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+        child = subprocess.Popen(
+            command, cwd=ROOT, env={**kept, **environment}, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            text, code = child.communicate(timeout=limit)[0], child.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            text, code = child.communicate()[0], None
+        self.log.write(f"\n$ {' '.join(command)}\n{text}\n[{'out of time' if code is None else f'exit code {code}'}]\n")
+        self.log.flush()
+        return code, text
+
+    def child(self, stage: str, limit: float, before: Sequence[str] = (), *flags: str) -> tuple[int | None, Any]:
+        """Run a stage of gpu_stages.py, under `before` if given: (exit code, its file)."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "result.json"
+            dry = ["--dry"] if self.dry else []
+            command = [*before, sys.executable, "-m", "prudent.bench.gpu_stages", stage, str(file), *dry, *flags]
+            code, text = self.call(command, limit)
+            empty: dict[str, Any] = {"notes": [], "failed": [], "rows": []}
+            found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else empty
+        if code is None:
+            found["notes"].append("out of time")
+        elif code:
+            found["notes"].append(f"exit code {code}: {last_line(text)}")
+        return code, found
+
+    def stage_build(self, limit: float) -> tuple[str, list[str]]:
+        """As setup.py builds in place, else by cmake alone; dry, the library that is there is kept."""
+        if self.dry and (ROOT / "_C.so").exists():
+            return "passed", ["dry: the library that is there was kept"]
+        code, text = self.call([sys.executable, "setup.py", "build_ext", "--inplace"], limit)
+        if code == 0:
+            return "passed", []
+        notes = [f"setup.py: {last_line(text)}"]
+        found = importlib.util.find_spec("torch")
+        torch = Path(str(found.origin)).parent if found else Path()
+        build = str(ROOT / "build" / "gpu_check")
+        configure = ["cmake", "-S", str(ROOT), "-B", build, f"-DTORCH_ROOT={torch}", f"-DCMAKE_INSTALL_PREFIX={ROOT}"]
+        for step in (configure, ["cmake", "--build", build, "--parallel"], ["cmake", "--install", build]):
+            code, text = self.call(step, limit) if shutil.which("cmake") else (1, "cmake is not installed")
+            if code != 0:
+                return "failed", [*notes, f"cmake: {last_line(text)}", "the CPU runs on the plain reference"]
+        return "passed", notes
+
+    def stage_machine(self, limit: float) -> tuple[str, list[str]]:
+        code, found = self.child("describe", limit)
+        self.cases = [(op, name) for op, name in found.get("cases", [])]
+        self.report["machine"] = found.get("machine", {})
+        return "failed" if code != 0 else "passed", found["notes"]
+
+    def stage_tests(self, limit: float) -> tuple[str, list[str]]:
+        """Every op's Triton cases and its op tests on the device; dry, two of the cases, interpreted."""
+        if importlib.util.find_spec("pytest") is None:
+            return "failed", [_CARRY]
+        end, notes, status = time.monotonic() + limit, [], "passed"
+        for op, files in test_files().items():
+            wanted, environment = files, {}
+            if not files or not files[0].endswith("triton_cases.py"):
+                status = "failed"
+                notes.append(f"{op}: no triton_cases.py to run")
+                continue
+            if self.dry:
+                environment["TRITON_INTERPRET"] = "1"
+                wanted = first_tests(files[0])
+            note, fault = self.pytest(wanted, end - time.monotonic(), environment)
+            notes.append(f"{op}: {note}")
+            if fault:
+                status = "failed"
+                self.failed |= {op} if fault == "failed" else set()
+        return status, notes
+
+    def pytest(self, wanted: Sequence[str], limit: float, environment: dict[str, str]) -> tuple[str, str]:
+        """(what was counted, "" or "failed" or "out of time") of one run."""
+        many = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") and not self.dry else []
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "junit.xml"
+            code, text = self.call([*_PYTEST, *many, f"--junitxml={file}", *wanted], limit, **environment)
+            if code is None:
+                return "out of time", "out of time"
+            if not file.exists():
+                return f"exit code {code}: {last_line(text)}", "failed"
+            suite = next(ElementTree.parse(file).iter("testsuite"))
+        total, failed, skipped = (sum(int(suite.get(k, 0)) for k in keys) for keys in _COUNTS)
+        note = f"{total - failed - skipped} passed, {failed} failed, {skipped} skipped"
+        return note, "failed" if code or total == skipped else ""
+
+    def stage_determinism(self, limit: float) -> tuple[str, list[str]]:
+        return self.correctness("determinism", limit)
+
+    def stage_graphs(self, limit: float) -> tuple[str, list[str]]:
+        return self.correctness("graphs", limit)
+
+    def correctness(self, stage: str, limit: float, before: Sequence[str] = ()) -> tuple[str, list[str]]:
+        code, found = self.child(stage, limit, before)
+        self.failed |= set(found["failed"])
+        return "failed" if code != 0 or found["failed"] else "passed", found["notes"]
+
+    def stage_sanitizer(self, limit: float) -> tuple[str, list[str]]:
+        """memcheck and racecheck over every op on small shapes. Without torch's caching allocator, which would hide an
+        access behind the end of a tensor."""
+        tool = shutil.which("compute-sanitizer")
+        if self.dry or tool is None:
+            status, notes = self.correctness("small", limit)
+            absent = "dry: without compute-sanitizer" if self.dry else "compute-sanitizer is not here: run without it"
+            return status, [absent, *notes]
+        status, notes = "passed", []
+        for name in ("memcheck", "racecheck"):
+            command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", name, "--error-exitcode", "9"]
+            one, said = self.correctness("small", limit / 2, command)
+            notes += [f"{name}: {note}" for note in said]
+            status = "failed" if one == "failed" else status
+        return status, notes
+
+    def stage_timing(self, limit: float) -> tuple[str, list[str]]:
+        """The goals' cases first. A case that takes its process down is named, and the rest go on in another."""
+        if not self.report["machine"]:
+            return "failed", ["the machine's ceilings were not measured"]
+        notes = [f"{op}: not timed, its correctness failed" for op in sorted(self.failed)]
+        todo = [name for op, name in self.cases if op not in self.failed]
+        end, whole = time.monotonic() + limit, True
+        with tempfile.TemporaryDirectory() as folder:
+            ceilings = Path(folder) / "machine.json"
+            ceilings.write_text(json.dumps(self.report["machine"]), encoding="utf-8")
+            seconds = "0.05" if self.dry else "2"
+            while todo and end - time.monotonic() > 0:
+                flags = ["--machine", str(ceilings), "--seconds", seconds, "--cases", *todo]
+                code, found = self.child("timing", end - time.monotonic(), (), *flags)
+                self.report["rows"] += found["rows"]
+                self.write()
+                done = {row["name"] for row in found["rows"]}
+                running = found.get("running")
+                todo = [name for name in todo if name not in done and name != running]
+                if code is None:
+                    todo = [running, *todo] if running else todo
+                    break
+                if code != 0:
+                    whole = False
+                    notes.append(f"{running or todo[:1]}: {found['notes'][-1]}")
+                    todo = todo if running else []
+        faults = [row["name"] for row in self.report["rows"] if not row["timings"]]
+        notes += [f"{name}: no time, see its line" for name in faults]
+        if todo:
+            notes.append(f"out of time: {len(todo)} cases not measured, the first {todo[0]}")
+        return "passed" if whole and not faults and not todo and not self.failed else "failed", notes
+
+
+_PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=20")
+_COUNTS = (("tests",), ("failures", "errors"), ("skipped",))
+
+
+def test_files() -> dict[str, list[str]]:
+    """op -> its Triton cases first, then its op tests, as paths in the checkout. ensemble_reward's may lie above."""
+    kernels = ROOT / "tests" / "kernels"
+    found = {}
+    for op in sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton.py")):
+        folders = [kernels / op, kernels] if op == "ensemble_reward" else [kernels / op]
+        files = [f / name for name in ("triton_cases.py", "test_op.py") for f in folders if (f / name).exists()]
+        found[op] = [str(file.relative_to(ROOT)) for file in files]
+    return found
+
+
+def first_tests(file: str, count: int = 2) -> list[str]:
+    """The first tests of a file that take no parameters and no marks: what a dry run runs of it."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    plain = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.decorator_list]
+    return [f"{file}::{name}" for name in plain if name.startswith("test_")][:count]
+
+
+def commit() -> str:
+    """The checkout's commit, else PRUDENT_COMMIT, else "unknown": the machine need not have git."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=30)
+        named = done.stdout.strip() if done.returncode == 0 else ""
+    except (OSError, subprocess.TimeoutExpired):
+        named = ""
+    return named or os.environ.get("PRUDENT_COMMIT", "unknown")
+
+
+def last_line(text: str) -> str:
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "nothing was printed"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 where every stage passed, else 1. What the goals came to does not move it: that is for a reader to judge."""
+    flags = argparse.ArgumentParser(
+        prog="prudent bench --gpu-check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the report (default %(default)s)")
+    flags.add_argument("--minutes", type=float, default=9.0, help="for all of it (default %(default)s)")
+    flags.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="only these; `machine` is always run"
+    )
+    flags.add_argument("--dry", action="store_true", help="on a CPU, end to end, with no GPU numbers")
+    given = flags.parse_args(argv)
+    if not given.minutes > 0:
+        raise ValueError(f"gpu_check: minutes: expected a positive number, got {given.minutes}")
+    check = Check(given.out.resolve(), given.dry, given.minutes)
+    for stage in STAGES:
+        if stage in given.stages or stage == "machine":
+            check.run(stage)
+    print(f"\n{goals_table(check.report['goals'])}\n\nwritten: {check.out}/gpu_check.json, .md and .log")
+    return 0 if all(stage["status"] == "passed" for stage in check.report["stages"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
