@@ -165,7 +165,7 @@ _OUTER: dict[tuple[torch.dtype, int], Config] = {
     (_FP16, 64): Config(32, 32, 4, 2),
     (_FP16, 128): Config(16, 16, 8, 2),
     (_FP32, 16): Config(32, 64, 4, 2),
-    (_FP32, 32): Config(32, 64, 4, 2),
+    (_FP32, 32): Config(16, 64, 4, 2),
     (_FP32, 64): Config(16, 32, 4, 2),
     (_FP32, 128): Config(16, 16, 8, 2),
     (_FP64, 16): Config(16, 32, 4, 2),

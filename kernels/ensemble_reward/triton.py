@@ -26,7 +26,7 @@ from .triton_forward import centre_kernel, forward_kernel
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def _counter(device: torch.device) -> Tensor:
+def _counters_of(device: torch.device) -> Tensor:
     """[1 + MAX_SPLIT_BLOCKS] int32 zeros that the forward's programs count their arrivals in; the kernel leaves zeros.
 
     One per (device, stream): kernels of a stream run one after another. A captured graph gets its own, zeroed by each
@@ -125,7 +125,7 @@ def _launch_forward(inputs: Inputs, common: dict[str, Any], outputs: Outputs, co
         forward_kernel, (programs, splits) if splits > 1 else (programs,), config, device,
         **{name: common[name] for name in (*_HEADS_ARGUMENTS, *_PRODUCT_ARGUMENTS)}, **centring,
         reward=reward, mean_out=mean, std_out=std, reward_sum=reward_sum, saved=saved if saved.shape[0] else None,
-        partials=new(programs, dtype=dtype), shares=shares, table=table, counters=_counter(device),
+        partials=new(programs, dtype=dtype), shares=shares, table=table, counters=_counters_of(device),
         blocks_each=blocks_each, SPLITS=splits, M=config.block_rows, BD=config.block_dim,
     )  # fmt: skip
 

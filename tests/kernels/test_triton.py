@@ -1,10 +1,10 @@
 """The Triton execution, without a GPU under Triton's interpreter and on one where there is one.
 
-The cases are in triton_cases.py and run in a child process. `@triton.jit` decides when it decorates whether a function
-is interpreted, and that holds for Triton's own library (`tl.sum`, `tl.zeros`) as for ours: once anything in this
-process has imported triton without TRITON_INTERPRET=1 (inductor does, under any torch.compile test), the interpreter
-can no longer be had here, and the other way round an interpreted triton would break inductor. The interpreter also
-patches `triton.language` in place while it runs. A process of its own has none of these problems.
+The cases are in files named triton_cases.py and run in a child process. `@triton.jit` decides when it decorates whether
+a function is interpreted, and that holds for Triton's own library (`tl.sum`, `tl.zeros`) as for ours: once anything in
+this process has imported triton without TRITON_INTERPRET=1 (inductor does, under any torch.compile test), the
+interpreter can no longer be had here, and the other way round an interpreted triton would break inductor. The
+interpreter also patches `triton.language` in place while it runs. A process of its own has none of these problems.
 """
 
 from __future__ import annotations
@@ -19,24 +19,30 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CASES = Path(__file__).with_name("triton_cases.py")
+CASES = {
+    "what is computed": Path(__file__).with_name("triton_cases.py"),
+    "how it is launched": Path(__file__).parent / "ensemble_reward" / "triton_cases.py",
+}
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def run_cases(interpret: bool) -> None:
+def run_cases(cases: Path, interpret: bool) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(cases), "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-12000:]}\n{done.stderr[-2000:]}"
 
 
-def test_every_case_holds_under_the_interpreter() -> None:
-    run_cases(interpret=True)
+@pytest.mark.parametrize("cases", CASES.values(), ids=CASES)
+def test_every_case_holds_under_the_interpreter(cases: Path) -> None:
+    run_cases(cases, interpret=True)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_every_case_holds_on_a_gpu() -> None:
-    run_cases(interpret=False)
+@pytest.mark.parametrize("cases", CASES.values(), ids=CASES)
+def test_every_case_holds_on_a_gpu(cases: Path) -> None:
+    run_cases(cases, interpret=False)
