@@ -1,0 +1,265 @@
+"""Triton device code of `preference_step`: pairs to partial gradients in one read, and the sum of the partials.
+
+A program holds whole rows in registers: M = 2 MP of them, DP = D padded to a power of two. Row 2j of a block is pair
+j's chosen response and row 2j + 1 the rejected one, so that one `tl.split` parts them. G directions of the gradient are
+vectors [DP] in registers; nothing [2K, D] is ever held. The rules of ensemble_reward/triton_math.py are kept: values
+are cast to ACC (fp32, or fp64 for fp64 features) right after use begins, and every masked load names its `other`.
+"""
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from ..ensemble_reward.triton_math import noise, scalar, softplus, vector
+
+# a program's line in `sums`, 8 numbers: sums over its pairs or rows
+LOSS = tl.constexpr(0)
+REWARD = tl.constexpr(1)
+SQUARE = tl.constexpr(2)
+STD = tl.constexpr(3)
+CORRECT = tl.constexpr(4)
+MEAN_BIAS = tl.constexpr(5)
+RAW_BIAS = tl.constexpr(6)
+SHARED_BIAS = tl.constexpr(7)
+SUMS = tl.constexpr(8)
+
+
+@triton.jit
+def read_block(features, row_stride, rows, order, start, end, pairs, d, MP: tl.constexpr, DP: tl.constexpr):
+    """[2 MP] pair, place n in the batch, whether it exists; [2 MP, DP] its features, in their own dtype."""
+    lane = tl.arange(0, 2 * MP)
+    columns = tl.arange(0, DP)
+    place = tl.cast(start, tl.int64) + lane // 2
+    rejected = (lane % 2) * tl.cast(pairs, tl.int64)
+    inside = place < end
+    pair = place
+    if order is not None:
+        pair = tl.load(order + place, mask=inside, other=0)
+    row = pair + rejected
+    if rows is not None:
+        row = tl.load(rows + place + rejected, mask=inside, other=0)
+    at = features + (row * row_stride)[:, None] + columns[None, :]
+    return pair, pair + rejected, inside, tl.load(at, mask=inside[:, None] & (columns < d)[None, :], other=0.0)
+
+
+@triton.jit
+def mean_bias(bias, K: tl.constexpr, KP: tl.constexpr, ACC: tl.constexpr):
+    heads = tl.arange(0, KP)
+    return tl.sum(vector(bias, heads, heads < K, 0.0, ACC), axis=0) / K
+
+
+@triton.jit
+def add_rows(coefficient, x):
+    """[DP]: the rows of x [M, DP], each times its coefficient [M], added."""
+    return tl.sum(coefficient[:, None] * x, axis=0)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def step_kernel(
+    features, row_stride, weight, reward_weight, bias, rows, order, starts, p_hat, margin, seed, partials, sums,
+    pairs, d, alpha: tl.float64, centre: tl.float64, std_floor: tl.float64,
+    K: tl.constexpr, KP: tl.constexpr, BRME: tl.constexpr, CENTRE: tl.constexpr, BSR: tl.constexpr,
+    MP: tl.constexpr, DP: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Program (s, h): the s-th share of head h's pairs (of all pairs for Bradley-Terry, h = 0).
+
+    `order` [P] int64 are the pairs sorted by head and `starts` [K + 1] where each head's begin; none for Bradley-Terry.
+    `rows` [2P] are in that order too, so that a block's features wait for one index and not for two.
+    partials [heads, shares, G, D] ACC = sum of coefficient * x for the directions: eq. 8's mean and raw std; then what
+    all heads' means share, Bradley-Terry and centring; then 1, whose coefficient is known when all rewards are.
+    """
+    G: tl.constexpr = (2 if BRME else 0) + (1 if CENTRE or not BRME else 0) + (1 if BSR else 0)
+    PENALTY: tl.constexpr = CENTRE or BSR
+    share, shares, head = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    columns = tl.arange(0, DP)
+    here = columns < d
+    low, high = tl.cast(0, tl.int64), tl.cast(pairs, tl.int64)
+    if BRME:
+        low, high = tl.load(starts + head), tl.load(starts + head + 1)
+        w_mean = vector(weight + head.to(tl.int64) * d, columns, here, 0.0, ACC)
+        w_raw = vector(weight + (head.to(tl.int64) + K) * d, columns, here, 0.0, ACC)
+        b_mean, b_raw = tl.load(bias + head).to(ACC), tl.load(bias + K + head).to(ACC)
+        g_mean = tl.zeros((DP,), ACC)
+        g_raw = tl.zeros((DP,), ACC)
+    if PENALTY or not BRME:
+        w_reward = vector(reward_weight, columns, here, 0.0, ACC)
+        b_reward = mean_bias(bias, K, KP, ACC)
+        g_reward = tl.zeros((DP,), ACC)
+        g_sum = tl.zeros((DP,), ACC)
+    each = tl.cdiv(tl.cdiv(high - low, shares), MP) * MP
+    begin = low + share * each
+    end = tl.minimum(begin + each, high)
+
+    zero = tl.sum(tl.zeros((2 * MP,), ACC), axis=0)
+    loss, reward_sum, square_sum, std_sum, correct = zero, zero, zero, zero, zero
+    mean_bias_sum, raw_bias_sum, shared_bias_sum = zero, zero, zero
+    lane = tl.arange(0, 2 * MP)
+    sign = tl.where(lane % 2 == 0, 1.0, -1.0).to(ACC)
+    per_pair = 1.0 / tl.full((1,), pairs, ACC)
+    for start in tl.range(begin, end, MP, num_stages=STAGES):
+        pair, n, inside, x = read_block(features, row_stride, rows, order, start, end, pairs, d, MP, DP)
+        wide = x.to(ACC)
+        real = inside.to(ACC)
+        if BRME:
+            mean = tl.sum(wide * w_mean[None, :], axis=1) + b_mean
+            raw = tl.sum(wide * w_raw[None, :], axis=1) + b_raw
+            std = softplus(raw) + scalar(std_floor, ACC)
+            p = tl.load(p_hat + pair, mask=inside, other=0.5).to(ACC)
+            residual = mean - sign * scalar(alpha, ACC) * (p - 0.5)
+            to_std = std
+            if seed is not None:
+                own = tl.zeros((1,), tl.int32) + head
+                a = tl.reshape(noise(seed, n, own, K, ACC), (2 * MP,))
+                residual += std * a
+                to_std = residual * a
+                loss += tl.sum(tl.where(inside, residual * residual, 0.0), axis=0)
+            else:
+                loss += tl.sum(tl.where(inside, residual * residual + std * std, 0.0), axis=0)
+            c_mean = tl.where(inside, 2.0 * per_pair * residual, 0.0)
+            c_raw = tl.where(inside, 2.0 * per_pair * to_std / (1.0 + tl.exp(-raw)), 0.0)
+            g_mean += add_rows(c_mean, wide)
+            g_raw += add_rows(c_raw, wide)
+            mean_bias_sum += tl.sum(c_mean, axis=0)
+            raw_bias_sum += tl.sum(c_raw, axis=0)
+            std_sum += tl.sum(tl.where(inside, std, 0.0), axis=0)
+            judged = mean
+        if PENALTY or not BRME:
+            reward = tl.sum(wide * w_reward[None, :], axis=1) + b_reward
+            chosen, rejected = tl.split(tl.reshape(reward, (MP, 2)))
+            exists, _ = tl.split(tl.reshape(real, (MP, 2)))
+            both = chosen + rejected
+            reward_sum += tl.sum(tl.where(exists != 0.0, both, 0.0), axis=0)
+            square_sum += tl.sum(tl.where(exists != 0.0, both * both, 0.0), axis=0)
+            to_chosen = tl.zeros_like(chosen)
+            to_rejected = tl.zeros_like(chosen)
+            if CENTRE:
+                to_chosen += 2.0 * scalar(centre, ACC) * per_pair * both
+                to_rejected += to_chosen
+            if not BRME:
+                behind = rejected - chosen
+                if margin is not None:
+                    place = start + tl.arange(0, MP)
+                    behind += tl.load(margin + place, mask=place < end, other=0.0).to(ACC)
+                loss += tl.sum(tl.where(exists != 0.0, softplus(behind), 0.0), axis=0)
+                # softplus is the identity from 20 on, as torch's: its slope is 1 there
+                slope = per_pair * tl.where(behind > 20.0, 1.0, 1.0 / (1.0 + tl.exp(-behind)))
+                to_chosen -= slope
+                to_rejected += slope
+                judged = reward
+            if CENTRE or not BRME:
+                c = tl.where(inside, tl.reshape(tl.join(to_chosen, to_rejected), (2 * MP,)), 0.0)
+                g_reward += add_rows(c, wide)
+                shared_bias_sum += tl.sum(c, axis=0)
+            if BSR:
+                g_sum += tl.sum(wide, axis=0)
+        first, second = tl.split(tl.reshape(tl.where(inside, judged, 0.0), (MP, 2)))
+        correct += tl.sum((first > second).to(ACC), axis=0)
+
+    program = head.to(tl.int64) * shares + share
+    out = partials + program * (G * d) + columns
+    if BRME:
+        tl.store(out, g_mean, mask=here)
+        tl.store(out + d, g_raw, mask=here)
+        out += 2 * d
+    if CENTRE or not BRME:
+        tl.store(out, g_reward, mask=here)
+        out += d
+    if BSR:
+        tl.store(out, g_sum, mask=here)
+    line = sums + program * SUMS
+    tl.store(line + LOSS, loss)
+    tl.store(line + REWARD, reward_sum)
+    tl.store(line + SQUARE, square_sum)
+    tl.store(line + STD, std_sum)
+    tl.store(line + CORRECT, correct)
+    tl.store(line + MEAN_BIAS, mean_bias_sum)
+    tl.store(line + RAW_BIAS, raw_bias_sum)
+    tl.store(line + SHARED_BIAS, shared_bias_sum)
+
+
+@triton.jit
+def add_lines(sums, first, count, which: tl.constexpr, SB: tl.constexpr, ACC: tl.constexpr):
+    """Number `which` of `count` programs from `first` on, added in a fixed order."""
+    lane = tl.arange(0, SB)
+    total = tl.zeros((SB,), ACC)
+    for start in range(0, count, SB):
+        line = tl.cast(first, tl.int64) + start + lane
+        total += tl.load(sums + line * SUMS + which, mask=start + lane < count, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def add_partials(
+    partials, first, count, which: tl.constexpr, G: tl.constexpr, columns, d, SB: tl.constexpr, BD: tl.constexpr,
+    STAGES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """[BD]: direction `which` of `count` programs from `first` on, added in a fixed order, SB of them at a time."""
+    lane = tl.arange(0, SB)
+    total = tl.zeros((SB, BD), ACC)
+    for start in tl.range(0, count, SB, num_stages=STAGES):
+        line = tl.cast(first, tl.int64) + start + lane
+        at = partials + ((line * G + which) * d)[:, None] + columns[None, :]
+        total += tl.load(at, mask=(start + lane < count)[:, None] & (columns < d)[None, :], other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=["pairs", "shares"])
+def finish_kernel(
+    partials, sums, dweight, dbias, loss, accuracy, std, pairs, shares, d, centre: tl.float64, bsr: tl.float64,
+    K: tl.constexpr, BRME: tl.constexpr, CENTRE: tl.constexpr, BSR: tl.constexpr,
+    SB: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Program (c, h): columns c BD .. of head h's two rows of dweight (of every head's for Bradley-Terry, h = 0).
+
+    The programs of column block 0 write dbias too, and the first of them the loss and its by-products.
+    """
+    G: tl.constexpr = (2 if BRME else 0) + (1 if CENTRE or not BRME else 0) + (1 if BSR else 0)
+    block, head = tl.program_id(0), tl.program_id(1)
+    programs = shares * tl.num_programs(1)
+    columns = block * BD + tl.arange(0, BD)
+    here = columns < d
+    count = tl.sum(tl.full((1,), pairs, ACC), axis=0)
+    weight = tl.sum(tl.full((1,), bsr, ACC), axis=0)
+    rewards = add_lines(sums, 0, programs, REWARD, SB, ACC)
+    mean = tl.zeros((BD,), ACC)
+    if CENTRE or not BRME:
+        mean += add_partials(partials, 0, programs, 2 if BRME else 0, G, columns, d, SB, BD, STAGES, ACC)
+    if BSR:
+        # d / d reward of bsr / (4P) S^2 is bsr / (2P) S, the same for every row
+        mean += (
+            weight
+            / (2.0 * count)
+            * rewards
+            * add_partials(partials, 0, programs, G - 1, G, columns, d, SB, BD, STAGES, ACC)
+        )
+    mean /= K
+    raw = tl.zeros((BD,), ACC)
+    if BRME:
+        mean += add_partials(partials, head * shares, shares, 0, G, columns, d, SB, BD, STAGES, ACC)
+        raw += add_partials(partials, head * shares, shares, 1, G, columns, d, SB, BD, STAGES, ACC)
+    for j in range(1 if BRME else K):
+        to = dweight + (head + j).to(tl.int64) * d + columns
+        tl.store(to, mean.to(dweight.dtype.element_ty), mask=here)
+        tl.store(to + K * d, raw.to(dweight.dtype.element_ty), mask=here)
+    if block == 0:
+        shared = add_lines(sums, 0, programs, SHARED_BIAS, SB, ACC)
+        if BSR:
+            shared += weight * rewards
+        shared /= K
+        own_raw = tl.zeros_like(shared)
+        if BRME:
+            shared += add_lines(sums, head * shares, shares, MEAN_BIAS, SB, ACC)
+            own_raw += add_lines(sums, head * shares, shares, RAW_BIAS, SB, ACC)
+        for j in range(1 if BRME else K):
+            tl.store(dbias + head + j, shared.to(dbias.dtype.element_ty))
+            tl.store(dbias + K + head + j, own_raw.to(dbias.dtype.element_ty))
+        if head == 0:
+            value = add_lines(sums, 0, programs, LOSS, SB, ACC) / count
+            if CENTRE:
+                eta = tl.sum(tl.full((1,), centre, ACC), axis=0)
+                value += eta * add_lines(sums, 0, programs, SQUARE, SB, ACC) / count
+            if BSR:
+                value += weight / (4.0 * count) * rewards * rewards
+            tl.store(loss, value)
+            tl.store(accuracy, add_lines(sums, 0, programs, CORRECT, SB, ACC) / count)
+            tl.store(std, add_lines(sums, 0, programs, STD, SB, ACC) / (2.0 * count))
