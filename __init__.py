@@ -8,20 +8,38 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .kernels import Aggregation, EnsembleOutput, ensemble_reward
+from .kernels import (
+    AdvantageOutput,
+    Aggregation,
+    EnsembleOutput,
+    LogprobOutput,
+    StepOutput,
+    advantage_convention,
+    advantages,
+    ensemble_reward,
+    linear_logprob,
+    preference_step,
+)
 
 if TYPE_CHECKING:
     from .engine import EnsembleHead, EnsembleRewardConfig, EnsembleRewardModel, Scorer
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdvantageOutput",
     "Aggregation",
     "EnsembleHead",
     "EnsembleOutput",
     "EnsembleRewardConfig",
     "EnsembleRewardModel",
+    "LogprobOutput",
     "Scorer",
+    "StepOutput",
+    "advantage_convention",
+    "advantages",
     "ensemble_reward",
+    "linear_logprob",
+    "preference_step",
 ]
 
 

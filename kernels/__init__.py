@@ -8,6 +8,7 @@ if __name__ == "kernels":
 
     sys.modules[__name__] = import_module("prudent.kernels")
 else:
+    from .advantages import AdvantageOutput, advantage_convention, advantages
     from .ensemble_reward import (
         STD_FLOOR,
         Aggregation,
@@ -17,13 +18,22 @@ else:
         nominal_reward,
         philox_normal,
     )
+    from .linear_logprob import LogprobOutput, linear_logprob
+    from .preference_step import StepOutput, preference_step
 
     __all__ = [
         "STD_FLOOR",
+        "AdvantageOutput",
         "Aggregation",
         "EnsembleOutput",
+        "LogprobOutput",
+        "StepOutput",
+        "advantage_convention",
+        "advantages",
         "aggregate",
         "ensemble_reward",
+        "linear_logprob",
         "nominal_reward",
         "philox_normal",
+        "preference_step",
     ]
