@@ -8,11 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.advantages import triton as advantages  # type: ignore[attr-defined]
+from ..kernels.advantages.contract import Inputs as AdvantageInputs
 from ..kernels.ensemble_reward import triton as ensemble  # type: ignore[attr-defined]
 from ..kernels.ensemble_reward.contract import Inputs as EnsembleInputs
+from ..kernels.linear_logprob import triton as logprob  # type: ignore[attr-defined]
+from ..kernels.linear_logprob.contract import Inputs as LogprobInputs
+from ..kernels.preference_step import triton as preference  # type: ignore[attr-defined]
+from ..kernels.preference_step.contract import Inputs as PreferenceInputs
 from .traffic import Report, counting
 
 ROWS, STORED, DIM, HEADS = 48, 80, 256, 5  # no two alike, so that a size tells what it counts
+TOKENS, VOCABULARY = 100, 500
 
 
 def _report(op: str, mode: str, call: Callable[[], Any], inputs: Sequence[Any], rows: tuple[int, ...]) -> Report:
@@ -53,6 +60,52 @@ def _ensemble_backward(op: str, mode: str) -> Report:
     return _report(op, mode, call, [inputs.hidden, saved, *grads], (ROWS, STORED))
 
 
+def _preference(op: str, mode: str) -> Report:
+    """Rows are those of both responses of each pair."""
+    g = torch.Generator().manual_seed(0)
+    brme, pairs = mode.startswith("brme"), ROWS // 2
+    inputs = PreferenceInputs(
+        features=torch.randn(ROWS, DIM, generator=g).bfloat16(), weight=torch.randn(2 * HEADS, DIM, generator=g),
+        bias=torch.zeros(2 * HEADS), rows=None,
+        head_id=torch.randint(HEADS, (pairs,), generator=g) if brme else None,
+        p_hat=torch.rand(pairs, generator=g) if brme else None, margin=None,
+        seed=torch.tensor([7]) if "sampled" in mode else None,
+        loss="brme" if brme else "bt", alpha=4.0, bsr=1e-3, centre=0.0, std_floor=1e-3,
+    )  # fmt: skip
+    read = [inputs.features, inputs.head_id, inputs.p_hat]
+    return _report(op, mode, lambda: preference.step(inputs), read, (ROWS, pairs))
+
+
+def _advantages(op: str, mode: str) -> Report:
+    g = torch.Generator().manual_seed(0)
+    logprob_, ref_logprob, value = (torch.randn(ROWS, TOKENS, generator=g) for _ in range(3))
+    mask = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    whiten = "sample" if "whitened" in mode else "none"
+    inputs = AdvantageInputs(
+        torch.randn(ROWS, generator=g), logprob_, ref_logprob, value, mask, 1.0, 0.95, 0.05, "k1", float("inf"), "skip",
+        "last", whiten,
+    )  # fmt: skip
+    return _report(op, mode, lambda: advantages.forward(inputs), [*inputs[:5]], (ROWS,))
+
+
+def _logprob(op: str, mode: str) -> Report:
+    """The matrix products are the vendor's and are not counted: the floor is of the tiles of logits that they leave."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(ROWS, DIM, generator=g), torch.randn(VOCABULARY, DIM, generator=g)
+    inputs = LogprobInputs(hidden, weight, torch.randint(VOCABULARY, (ROWS,), generator=g), 1.0, None, None)
+    logits = torch.empty(ROWS, VOCABULARY)
+    if mode == "forward, tiles":
+        return _report(op, mode, lambda: logprob.forward(inputs, None), [logits, inputs.target], (ROWS,))
+    _, entropy, lse = logprob.forward(inputs, None)
+    grads = (torch.ones(ROWS), torch.ones(ROWS), None)
+
+    def call() -> list[Tensor]:
+        logprob.backward(grads, inputs, None, entropy, lse, (True, True))
+        return [logits]  # the derivative, where the logits were
+
+    return _report(op, mode, call, [logits, inputs.target, entropy, lse, *grads], (ROWS,))
+
+
 CASES: dict[tuple[str, str], Callable[[str, str], Report]] = {
     ("ensemble_reward", "forward, norm"): _ensemble_forward,
     ("ensemble_reward", "forward"): _ensemble_forward,
@@ -61,4 +114,11 @@ CASES: dict[tuple[str, str], Callable[[str, str], Report]] = {
     ("ensemble_reward", "backward, norm"): _ensemble_backward,
     ("ensemble_reward", "backward, norm, frozen trunk"): _ensemble_backward,
     ("ensemble_reward", "backward, norm, frozen head"): _ensemble_backward,
+    ("linear_logprob", "forward, tiles"): _logprob,
+    ("linear_logprob", "backward, tiles"): _logprob,
+    ("advantages", "GAE"): _advantages,
+    ("advantages", "GAE, whitened"): _advantages,
+    ("preference_step", "bt, batch sum"): _preference,
+    ("preference_step", "brme, batch sum"): _preference,
+    ("preference_step", "brme sampled, batch sum"): _preference,
 }

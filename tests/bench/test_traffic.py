@@ -16,7 +16,9 @@ from prudent.bench.traffic import Access, Report
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
-ROWS, DIM, HEADS, BF16, FP32 = 48, 256, 5, 2, 4  # of bench/traffic_cases.py
+# as bench/traffic_cases.py has them; importing it would import the kernels without their interpreter
+ROWS, DIM, HEADS, TOKENS, VOCABULARY = 48, 256, 5, 100, 500
+BF16, FP32 = 2, 4
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,36 @@ def test_a_frozen_head_costs_no_weight_gradient(reports: Any) -> None:
     assert not report.of("weight_partials")
 
 
+@pytest.mark.parametrize("loss", ["bt", "brme", "brme sampled"])
+def test_a_training_step_reads_the_features_once_and_nothing_else_that_grows_with_them(reports: Any, loss: str) -> None:
+    report = reports["preference_step", f"{loss}, batch sum"]
+    assert read_once(report, "features", ROWS * DIM * BF16)
+    assert report.asked() <= report.floor + 8  # beyond it: the order of the pairs, sorted by head
+
+
+def test_logprobs_kernels_read_a_tile_of_logits_once_and_leave_its_derivative_in_its_place(reports: Any) -> None:
+    tiles = ROWS * VOCABULARY * FP32
+    forward, backward = (reports["linear_logprob", f"{way}, tiles"] for way in ("forward", "backward"))
+    assert read_once(forward, "tile", tiles)
+    assert not sum(access.written for access in forward.of("tile"))
+    assert read_once(backward, "tile", tiles)
+    assert written_once(backward, "tile", tiles)
+
+
+@pytest.mark.parametrize("mode", ["GAE", "GAE, whitened"])
+def test_advantages_reads_every_input_of_fp32_once(reports: Any, mode: str) -> None:
+    report = reports["advantages", mode]
+    for name in ("logprob", "ref_logprob", "value"):
+        assert read_once(report, name, ROWS * TOKENS * FP32)
+    for name in ("returns", "reward"):
+        assert written_once(report, name, ROWS * TOKENS * FP32)
+
+
+def test_whitening_costs_one_more_pass_over_the_advantages_and_the_mask(reports: Any) -> None:
+    plain, whitened = (reports["advantages", mode] for mode in ("GAE", "GAE, whitened"))
+    assert whitened.asked() - plain.asked() == TOKENS * (2 * FP32 + 1) + 1
+
+
 def test_the_table_shows_times_and_the_floor() -> None:
     access = Access("forward", "hidden", (48, 256), read=2000, distinct_read=1000, written=0, distinct_written=0)
     shared = Access("forward", "weight", (10, 256), read=30, distinct_read=10)
@@ -95,4 +127,4 @@ def test_an_unknown_op_is_named() -> None:
         [sys.executable, "-m", "prudent.bench.traffic", "--op", "no_such"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode != 0
-    assert "op: expected one of ensemble_reward" in done.stderr
+    assert "op: expected one of advantages, ensemble_reward" in done.stderr
