@@ -50,10 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(case.name for case in chosen))
         return 0
     here = machine.describe(arguments.device, quick=size == "smoke")
+    earlier = arguments.out / f"ops-{arguments.device}.json"
+    try:
+        if arguments.add:
+            report.merged(earlier, [], here)  # refused now rather than after the measuring
+    except ValueError as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        return 2
     rows = measure.run(chosen, arguments.device, size, progress=not arguments.quiet)
     here = machine.again(here, quick=size == "smoke")
     if arguments.add:
-        rows, here = report.merged(arguments.out / f"ops-{arguments.device}.json", rows, here)
+        rows, here = report.merged(earlier, rows, here)
     print(report.table(rows, here))
     written = report.write(rows, here, arguments.out)
     print(f"\nwritten: {', '.join(str(path) for path in written)}")

@@ -225,6 +225,16 @@ def test_a_run_in_pieces_adds_up_and_keeps_to_one_commit(tmp_path: Path, here: m
         report.merged(path, [row], replace(here, commit="aaaa"))
 
 
+def test_adding_to_another_commits_results_is_refused_before_anything_is_measured(
+    tmp_path: Path, here: machine.Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report.write([], replace(here, commit="aaaa"), tmp_path)
+    assert command.main(["--size=smoke", "--device=cpu", f"--out={tmp_path}", "--add"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bench: error: ")
+    assert error.count("\n") == 1
+
+
 def test_an_unknown_op_or_size_is_refused() -> None:
     with pytest.raises(ValueError, match="bench: op: expected one of ensemble_reward"):
         cases.select("cpu", "small", ["nonsense"])
