@@ -147,7 +147,7 @@ _FORWARD: dict[tuple[torch.dtype, int], tuple[Row, ...]] = {
     (_FP64, 16): (Row(_ANY, Config(16, 32, 4, 2)),),
     (_FP64, 32): (Row(_ANY, Config(16, 32, 4, 2)),),
     (_FP64, 64): (Row(_ANY, Config(16, 16, 8, 2)),),
-    (_FP64, 128): (Row(_ANY, Config(16, 16, 8, 2)),),
+    (_FP64, 128): (Row(_ANY, Config(16, 16, 16, 2)),),
 }
 
 # The outer products of the backward: block_dim columns stay with a program, with the weight and the sum of its gradient
