@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,10 +10,9 @@ from .. import native
 from .contract import KL_ESTIMATORS, VARIANCE_EPS, WHITEN, Inputs, Outputs
 
 
-@lru_cache(maxsize=1)
 def available() -> bool:
-    """True if the native library is there with this op in it; `native.load` says what happens without."""
-    return native.load() and hasattr(torch.ops.prudent_native, "advantages")
+    """True if the native library is there, loaded by the first call; `native.load` says what happens without."""
+    return native.load()
 
 
 def forward(inputs: Inputs) -> Outputs:

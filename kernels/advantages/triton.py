@@ -34,7 +34,7 @@ def forward(inputs: Inputs) -> Outputs:
     """(advantage, returns, reward [B, T], dropped [B], stats [6])."""
     (batch, length), device, dtype = inputs.mask.shape, inputs.mask.device, inputs.output_dtype
     advantage, returns, reward = (torch.empty(batch, length, dtype=dtype, device=device) for _ in range(3))
-    dropped = torch.empty(batch, dtype=torch.int8, device=device)
+    dropped = torch.empty(batch, dtype=torch.bool, device=device)
     stats = torch.empty(6, dtype=dtype, device=device)
     tile = config(length, dtype)
     acc = tl.float64 if dtype == torch.float64 else tl.float32
@@ -44,7 +44,7 @@ def forward(inputs: Inputs) -> Outputs:
         advantage_kernel, (batch,), tile, device,
         **_rows("score", "score_stride", inputs.score), **_rows("logprob", "logprob_stride", inputs.logprob),
         **_rows("ref_logprob", "ref_stride", inputs.ref_logprob), **_rows("value", "value_stride", inputs.value),
-        **mask, advantage=advantage, returns=returns, reward=reward, dropped=dropped, stats=stats,
+        **mask, advantage=advantage, returns=returns, reward=reward, dropped=dropped.view(torch.int8), stats=stats,
         partials=torch.empty(5, batch, dtype=dtype, device=device), counter=arrivals(device),
         batch=batch, length=length, decay=float(decay), value_share=float(inputs.gamma - decay),
         hole=1.0 if inputs.holes == "skip" else float(decay), kl_coef=float(inputs.kl_coef),
@@ -55,7 +55,7 @@ def forward(inputs: Inputs) -> Outputs:
     if inputs.whiten != "none":
         launch(
             whiten_kernel, (batch, triton.cdiv(length, tile.block_dim)), tile, device,
-            advantage=advantage, **mask, dropped=dropped, stats=stats, length=length, eps=VARIANCE_EPS,
+            advantage=advantage, **mask, dropped=dropped.view(torch.int8), stats=stats, length=length, eps=VARIANCE_EPS,
             WHITEN=inputs.whiten, BLOCK=tile.block_dim, ACC=acc,
         )  # fmt: skip
-    return advantage, returns, reward, dropped.view(torch.bool), stats
+    return advantage, returns, reward, dropped, stats
