@@ -1,12 +1,12 @@
 """The microbenchmarks without pytest: every op against eager and torch.compile, side by side in one run.
 
 Prints a table and writes ops-DEVICE.json, .csv, .md and a roofline to --out. A case whose check against fp64 fails gets
-no times. `make bench` is the same under pytest-benchmark; `python -m prudent.bench.compare` sets two results beside
+no times, and the exit code is then 1. `make bench` is the same under pytest-benchmark; `python -m prudent.bench.compare` sets two results beside
 each other.
 
 examples:
   python -m prudent.bench                                  every op at this device's sizes, minutes
-  python -m prudent.bench --size smoke --out /tmp/bench    does it all work, seconds a case
+  python -m prudent.bench --size smoke --out runs/smoke    does it all work, seconds a case
   python -m prudent.bench --op ensemble_reward --dtype bf16
 """
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.table(rows, here))
     written = report.write(rows, here, arguments.out)
     print(f"\nwritten: {', '.join(str(path) for path in written)}")
-    return 0
+    return int(any(row.check is not None and not row.check.passed for row in rows))
 
 
 if __name__ == "__main__":

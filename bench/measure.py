@@ -27,7 +27,7 @@ from .case import Case, Check, Work
 SECONDS = {"smoke": 0.05, "small": 3.0, "full": 3.0}  # of rounds, for each case
 ROUNDS = (5, 400)  # at least, at most
 _SAMPLE = 5e-4  # seconds: a faster call is repeated within one sample, so that the clock's own cost is below 0.1 %
-_FLUSH = 1 << 30  # bytes: twenty times an H200's L2, and 0.3 ms at its write rate, in which the host queues a call
+_FLUSH = 1 << 30  # bytes: far beyond any L2 cache, and long enough in the writing for the host to queue a call
 
 
 @dataclass

@@ -15,7 +15,7 @@ from ..case import DTYPES, Case, Check, Work, compare, compiled_variants, genera
 
 GAMMA, LAM, KL_COEF = 1.0, 0.95, 0.05
 SHAPES = {"smoke": ((4, 8),), "small": ((256, 512),), "full": ((1024, 2048),)}  # [B, T]
-_UNROLLED = 16  # steps: compiling these took over ten seconds, and it grows with them
+_UNROLLED = 16  # steps: torch.compile unrolls the loop, and its time grows with it
 _OUTPUTS = ("advantage", "returns", "reward")
 _OPERATIONS = 15  # a token: difference and price of KL, temporal difference, recurrence, return, moments, whitening
 
