@@ -1,8 +1,8 @@
 """The microbenchmarks without pytest: every op against eager and torch.compile, side by side in one run.
 
 Prints a table and writes ops-DEVICE.json, .csv, .md and a roofline to --out. A case whose check against fp64 fails gets
-no times, and the exit code is then 1. `make bench` is the same under pytest-benchmark; `python -m prudent.bench.compare` sets two results beside
-each other.
+no times, and the exit code is then 1. `make bench` is the same under pytest-benchmark; `python -m prudent.bench.compare`
+sets two results beside each other.
 
 examples:
   python -m prudent.bench                                  every op at this device's sizes, minutes
