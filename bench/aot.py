@@ -171,7 +171,7 @@ def inspect(entry: Entry) -> Compiled:
     if to.backend == "hip":
         text = kernel.asm["amdgcn"]
         registers, stack = _amd(text, "vgpr_count"), _amd(text, "private_segment_fixed_size")
-        spill = 4 * (_amd(text, "vgpr_spill_count") + _amd(text, "sgpr_spill_count"))
+        spill = 4 * _amd(text, "vgpr_spill_count")  # scalar registers spill to lanes of vector ones, not to memory
     else:
         text = kernel.asm["ptx"]
         used = _resources(kernel.asm["cubin"])
