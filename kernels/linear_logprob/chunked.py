@@ -8,7 +8,7 @@ torch_tiles.py and triton.py.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class _Call:
         for start in range(0, self.vocabulary, self.plan.columns):
             part = self.inputs.weight[start : start + self.plan.columns]
             if part.dtype != self.operand:
-                part = self.work("weight", *part.shape, self.operand).copy_(part)
+                part = self.work("weight", part.shape, self.operand).copy_(part)
             yield start, part
 
     def hidden_chunk(self, start: int, end: int) -> Tensor:
@@ -57,19 +57,19 @@ class _Call:
         if self.flat is None:
             if positions is None:
                 positions = torch.arange(start, end, device=hidden.device)
-            part = hidden[torch.unravel_index(positions, hidden.shape[:-1])]
+            part = hidden[_coordinates(positions, hidden.shape[:-1])]
         elif positions is None:
             part = self.flat[start:end]
         else:
-            part = self.work("rows", end - start, self.dim, hidden.dtype)
+            part = self.work("rows", (end - start, self.dim), hidden.dtype)
             torch.index_select(self.flat, 0, positions, out=part)
         if part.dtype != self.operand:
-            part = self.work("operand", end - start, self.dim, self.operand).copy_(part)
+            part = self.work("operand", part.shape, self.operand).copy_(part)
         return part
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """The raw logits [rows, columns] of a tile, in scratch."""
-        tile = self.work("tile", hidden.shape[0], weight.shape[0], self.accumulator)
+        tile = self.work("tile", (hidden.shape[0], weight.shape[0]), self.accumulator)
         product(hidden, weight.T, tile, False, self.work)
         return tile
 
@@ -84,6 +84,15 @@ class _Call:
         """target's shape -> [count], contiguous, in the accumulator's type."""
         flat = values.reshape(-1) if self.rows is None else values.reshape(-1)[self.rows]
         return flat.to(self.accumulator).contiguous()
+
+
+def _coordinates(positions: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """Row-major positions as an index of each dimension. torch.unravel_index copies the shape to the device."""
+    found = []
+    for size in reversed(shape):
+        found.append(positions % size)
+        positions = positions // size
+    return tuple(reversed(found))
 
 
 def _without_autocast(device: torch.device) -> Any:
@@ -101,7 +110,7 @@ def run_forward(inputs: Inputs, rows: Tensor | None, tiles: type[Any]) -> Output
     with _without_autocast(inputs.hidden.device):
         for start, end in call.row_chunks():
             hidden = call.hidden_chunk(start, end)
-            state = call.work("state", 4, end - start, call.accumulator)
+            state = call.work("state", (4, end - start), call.accumulator)
             outputs = tuple(f[start:end] for f in found)
             for column, weight in call.weight_chunks():
                 call.tiles.statistics(call.logits(hidden, weight), call.target[start:end], column, state, outputs)
@@ -153,7 +162,7 @@ def _hidden_accumulator(call: _Call, grad_hidden: Tensor | None, start: int, end
         return None
     if call.rows is None and grad_hidden.dtype == call.accumulator:
         return grad_hidden.view(-1, call.dim)[start:end]
-    return call.work("hidden gradient", end - start, call.dim, call.accumulator)
+    return call.work("hidden gradient", (end - start, call.dim), call.accumulator)
 
 
 def _store_hidden(call: _Call, total: Tensor, grad_hidden: Tensor, start: int, end: int) -> None:
@@ -163,7 +172,7 @@ def _store_hidden(call: _Call, total: Tensor, grad_hidden: Tensor, start: int, e
             flat[start:end].copy_(total)
         return
     if flat.dtype != total.dtype:  # the gathered rows are read no more
-        total = call.work("rows", end - start, call.dim, flat.dtype).copy_(total)
+        total = call.work("rows", total.shape, flat.dtype).copy_(total)
     flat.index_copy_(0, call.rows[start:end], total)
 
 

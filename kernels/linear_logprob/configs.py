@@ -18,16 +18,17 @@ MIB = 1 << 20
 # A chunk of rows holds its hidden gradient in the accumulator's type and its gathered hidden states in the operand's:
 # 4096 rows of 4096 16-bit features.
 ROW_BYTES = 96 * MIB
-# Each row chunk after the first rounds the weight's gradient once more, so they are as large as ROW_BYTES lets them be;
-# beyond 4096 rows a product is no faster, and the tile would be too narrow for the hidden gradient's product.
+# Each row chunk after the first rounds a 16-bit weight's gradient once more, so they are as large as ROW_BYTES lets
+# them be, up to where a tile of 32 MiB has fewer than 2048 columns.
 MAX_ROWS = 4096
 # A tile of logits. GPU: stays in an L2 cache of 40 MiB or more between the product that writes it and the kernel that
-# reads it. CPU: two cores' share of the cache, with its temporaries.
+# reads it. CPU: with its temporaries inside a few cores' share of the last cache.
 TILE_BYTES = {"gpu": 32 * MIB, "cpu": 4 * MIB}
-# The hidden gradient is read and written once a tile, for 2 * columns multiply-adds an element: below these the product
-# waits for memory. Above 8192 a row no longer fits a program's registers.
+# The hidden gradient's accumulator is read and written once a tile, 8 bytes for 2 * columns operations an element: a
+# GPU of 200 operations to the byte waits for memory below 800 columns.
 MIN_COLUMNS = {"gpu": 1024, "cpu": 512}
-MAX_COLUMNS = 8192
+# A row of a tile in 512 threads' registers, 16 fp32 or 8 fp64 values each; 16 fp64 values spill on sm_100.
+MAX_ROW_BYTES = 32 * 1024
 
 
 class Plan(NamedTuple):
@@ -44,7 +45,7 @@ def plan(num_rows: int, dim: int, vocabulary: int, operand: torch.dtype, accumul
     chunks = max(1, -(-num_rows // limit))
     rows = max(16, -(-num_rows // (16 * chunks)) * 16)
     columns = _power_of_two(TILE_BYTES[device] // (rows * accumulator.itemsize))
-    columns = min(MAX_COLUMNS, max(MIN_COLUMNS[device], columns))
+    columns = min(MAX_ROW_BYTES // accumulator.itemsize, max(MIN_COLUMNS[device], columns))
     return Plan(rows, min(columns, max(16, _power_of_two(2 * vocabulary - 1))))
 
 
@@ -53,14 +54,18 @@ def _power_of_two(number: int) -> int:
     return 1 << max(0, number.bit_length() - 1)
 
 
-def tile_config(columns: int) -> Config:
-    """Of both Triton kernels: a program holds one row of a tile, 8 to 16 values a thread from 1024 columns up (two to
-    four 16-byte loads in flight each). No loop, so no stages.
-    """
-    return Config(1, columns, min(16, max(1, columns // 256)), 1)
-
-
 _WIDTHS = (1024, 2048, 4096, 8192)
+
+
+def tile_config(columns: int) -> Config:
+    """Of both Triton kernels, for a tile of up to 8192 columns: a program holds one row, 8 values a thread, 16 in the
+    widest (two or four 16-byte loads in flight). No loop, so no stages. A narrower tile, as the vocabulary's last one
+    may be, takes the least width and is masked, rather than one more compiled kernel.
+    """
+    block = next(width for width in _WIDTHS if columns <= width)
+    return Config(1, block, min(16, block // 256), 1)
+
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -71,7 +76,8 @@ def shipped(target: str, full: bool = True) -> Iterable[tuple[str, Callable[[], 
     """
     for dtype, columns, softcap in itertools.product(_DTYPES, _WIDTHS, (None, 30.0)):
         short = softcap is None and (columns == 2048 or (dtype, columns) == (torch.bfloat16, 8192))
-        if full or short:
+        fits = columns * (8 if dtype == torch.float64 else 4) <= MAX_ROW_BYTES
+        if short or (full and fits):
             label = f"{str(dtype).removeprefix('torch.')}-{columns} columns" + ("-softcap" if softcap else "")
             yield label, _run(dtype, columns, softcap)
 

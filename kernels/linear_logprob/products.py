@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -15,13 +17,14 @@ class Workspace:
         self._device = device
         self._pieces: dict[str, Tensor] = {}
 
-    def __call__(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """[rows, columns] contiguous, with whatever was in it."""
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Contiguous, with whatever was in it."""
+        needed = math.prod(shape)
         piece = self._pieces.pop(name, None)
-        if piece is None or piece.numel() < rows * columns:
-            piece = torch.empty(rows * columns, dtype=dtype, device=self._device)
+        if piece is None or piece.numel() < needed:
+            piece = torch.empty(needed, dtype=dtype, device=self._device)
         self._pieces[name] = piece
-        return piece[: rows * columns].view(rows, columns)
+        return piece[:needed].view(tuple(shape))
 
 
 @cache
@@ -35,7 +38,8 @@ def operand_dtype(storage: torch.dtype, accumulator: torch.dtype, device: torch.
     """
     if device.type == "cuda" or storage == accumulator:
         return storage
-    return storage if storage == torch.bfloat16 and _fast_bf16_on_cpu() else accumulator
+    in_two = storage == torch.bfloat16 and device.type == "cpu" and _fast_bf16_on_cpu()
+    return storage if in_two else accumulator
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool, work: Workspace) -> None:
@@ -46,7 +50,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool, work: Workspace) -> No
         else:
             torch.mm(a, b, out=out)
     elif out.dtype.itemsize < a.dtype.itemsize:
-        wide = torch.mm(a, b, out=work("wide", *out.shape, a.dtype))
+        wide = torch.mm(a, b, out=work("wide", out.shape, a.dtype))
         if add:
             out.add_(wide)
         else:
@@ -64,9 +68,9 @@ def _in_two_products(a: Tensor, b: Tensor, out: Tensor, add: bool, work: Workspa
     """bf16 operands, fp32 out: the product rounded to bf16, and what the rounding dropped (the second product starts
     from minus the first, inside one fp32 sum). Exact to 2^-17 of the product.
     """
-    wide = work("wide", *out.shape, out.dtype)  # torch's mixed-type addition would allocate one each time
-    high = torch.mm(a, b, out=work("high", *out.shape, a.dtype))
-    low = torch.addmm(high, a, b, beta=-1, out=work("low", *out.shape, a.dtype))
+    wide = work("wide", out.shape, out.dtype)  # torch's mixed-type addition would allocate one each time
+    high = torch.mm(a, b, out=work("high", out.shape, a.dtype))
+    low = torch.addmm(high, a, b, beta=-1, out=work("low", out.shape, a.dtype))
     if add:
         out.add_(wide.copy_(high))
     else:

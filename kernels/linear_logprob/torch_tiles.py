@@ -38,7 +38,7 @@ class TorchTiles:
         drop = greatest - new
         greatest.copy_(new)
         tile.sub_(new[:, None])
-        powers = torch.exp(tile, out=self._work("powers", *tile.shape, tile.dtype))
+        powers = torch.exp(tile, out=self._work("powers", tile.shape, tile.dtype))
         fade = drop.exp()
         weighted.add_(total * drop).mul_(fade).add_(tile.mul_(powers).sum(dim=1))
         total.mul_(fade).add_(powers.sum(dim=1))
@@ -66,10 +66,10 @@ class TorchTiles:
         cap_slope = None
         self._cap_and_temper(tile)
         if self._softcap is not None:
-            cap_slope = torch.square(tile, out=self._work("cap", *tile.shape, tile.dtype))
+            cap_slope = torch.square(tile, out=self._work("cap", tile.shape, tile.dtype))
             cap_slope.mul_(-((self._temperature / self._softcap) ** 2)).add_(1)
         tile.sub_(lse[:, None])
-        slope = torch.exp(tile, out=self._work("powers", *tile.shape, tile.dtype))
+        slope = torch.exp(tile, out=self._work("powers", tile.shape, tile.dtype))
         factor = torch.zeros_like(lse) if d_lse is None else d_lse
         if d_logprob is not None:
             factor = factor - d_logprob
@@ -83,7 +83,7 @@ class TorchTiles:
             slope.scatter_add_(1, place, torch.where(here, d_logprob, 0)[:, None])
         if cap_slope is not None:
             slope.mul_(cap_slope)
-        return slope if dtype == slope.dtype else self._work("slope", *slope.shape, dtype).copy_(slope)
+        return slope if dtype == slope.dtype else self._work("slope", slope.shape, dtype).copy_(slope)
 
     def _cap_and_temper(self, tile: Tensor) -> None:
         if self._softcap is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -38,7 +37,7 @@ class TritonTiles:
     def statistics(self, tile: Tensor, target: Tensor, column: int, state: Tensor, found: tuple[Tensor, ...]) -> None:
         """Take a contiguous tile of raw logits into `state` [4, rows]; the last one writes `found` instead."""
         rows, columns = tile.shape
-        config = tile_config(triton.next_power_of_2(columns))
+        config = tile_config(columns)
         launch(
             statistics_kernel, (rows,), config, tile.device,
             tile=tile, target=target, state=state, logprob=found[0], entropy=found[1], lse=found[2], columns=columns,
@@ -60,7 +59,7 @@ class TritonTiles:
         row i at the start of the tile's row i. `grads` as in torch_tiles.py, contiguous.
         """
         rows, columns = tile.shape
-        config = tile_config(triton.next_power_of_2(columns))
+        config = tile_config(columns)
         slope = tile.view(dtype)[:, :columns]
         launch(
             gradient_kernel, (rows,), config, tile.device,

@@ -82,6 +82,12 @@ def test_sizes_on_both_sides_of_a_tiles_edge(t: int, d: int, v: int) -> None:
     agrees_in_fp64(make(t=t, d=d, v=v, softcap=3.0))
 
 
+@pytest.mark.parametrize("v", [1023, 1024, 1025, 4097])
+def test_tiles_as_wide_as_the_table_has_them(v: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "plan", lambda *shapes: Plan(4, 2048))
+    agrees_in_fp64(make(t=3, d=2, v=v))
+
+
 @pytest.mark.parametrize("present", [c for n in (1, 2, 3) for c in itertools.combinations(range(3), n)])
 def test_gradients_of_any_of_the_outputs(present: tuple[int, ...]) -> None:
     inputs = make(softcap=2.0, temperature=0.7)
@@ -136,8 +142,8 @@ def test_the_derivative_overwrites_its_tile_row_by_row(dtype: torch.dtype, colum
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_caps_tanh_is_torchs(dtype: torch.dtype) -> None:
-    """Through lse alone: a lone column's is its capped logit. To a few roundings of the value; in fp64, which only tests
-    use, of the cap.
+    """Through lse alone: a lone column's is its capped logit. To a few roundings of the value; in fp64, which
+    only tests use, of the cap.
     """
     raw = torch.cat([torch.linspace(-12, 12, 61), torch.tensor([1e-7, -1e-4, 0.0, 1e30, -1e30, float("inf")])])
     raw = raw.to(DEVICE, dtype)
