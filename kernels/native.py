@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_C.so"
+VERSION = 2  # of the library's ops: csrc/ensemble_reward.cpp's `version()`
 ISAS = ("generic", "avx2", "avx512", "avx512_bf16")  # from the plainest to the fastest: csrc/isa.h's order
 
 _BUILD = (
@@ -30,7 +32,9 @@ def load() -> bool:
     if LIBRARY.is_file():
         try:
             torch.ops.load_library(LIBRARY)
-            return True
+            if _version() == VERSION:
+                return True
+            reason = f"is of another version of prudent ({_version()}, expected {VERSION}): reinstall"
         except OSError as error:
             reason = f"does not load ({error})"
     warnings.warn(
@@ -39,6 +43,12 @@ def load() -> bool:
         stacklevel=2,
     )
     return False
+
+
+def _version() -> int:
+    """The loaded library's; 1 of those built before it was asked."""
+    op: Any = getattr(torch.ops.prudent_native, "version", None)
+    return 1 if op is None else int(op())
 
 
 def supported_isas() -> tuple[str, ...]:

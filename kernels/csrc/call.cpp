@@ -1,9 +1,24 @@
 #include "call.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace prudent {
 namespace {
+
+constexpr int64_t kThreadWork = int64_t(1) << 18;  // multiply-adds: fewer are not worth waking a thread
+
+void refuse_unless(bool ok, const char* argument) {
+  STD_TORCH_CHECK(ok, "ensemble_reward: ", argument, ": outside the contract");
+}
+
+bool is(const MaybeTensor& t, int64_t length, ScalarType type) {
+  return !t.has_value() || (t->dim() == 1 && t->size(0) == length && t->scalar_type() == type);
+}
+
+bool is_storage(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
+}
 
 const Isa& checked_isa(int64_t index) {
   const Isa* isa = isa_at(index);
@@ -45,18 +60,19 @@ Call::Call(const Arguments& arguments)
     : a(arguments),
       isa(checked_isa(a.isa)),
       type(type_of(a.hidden)),
-      num_rows(a.rows.has_value() ? a.rows->numel() : a.hidden.size(0)),
-      stored_rows(a.hidden.size(0)),
-      columns(a.weight.size(0)),
-      dim(a.hidden.size(1)),
-      rows(indices(a.rows)),
-      features_(static_cast<const char*>(a.hidden.const_data_ptr())),
-      row_bytes_(a.hidden.stride(0) * size_of(type)) {
-  STD_TORCH_CHECK(a.weight.size(1) == dim && columns % 2 == 0, "ensemble_reward: weight does not fit hidden");
-  STD_TORCH_CHECK(dim == 1 || a.hidden.stride(1) == 1, "ensemble_reward: hidden's last dimension is not contiguous");
-  for (int64_t n = 0; rows && n < num_rows; ++n) {
-    STD_TORCH_CHECK(rows[n] >= 0 && rows[n] < stored_rows, "ensemble_reward: rows: ", rows[n], " is out of range");
-  }
+      num_rows(0),
+      stored_rows(0),
+      columns(0),
+      dim(0) {
+  check_shapes();
+  stored_rows = a.hidden.size(0);
+  dim = a.hidden.size(1);
+  columns = a.weight.size(0);
+  rows = indices(a.rows);
+  num_rows = rows ? a.rows->numel() : stored_rows;
+  features_ = static_cast<const char*>(a.hidden.const_data_ptr());
+  row_bytes_ = a.hidden.stride(0) * size_of(type);
+  check_values();
   copies_.reserve(4);  // pointers into them are handed out
   options.heads = columns / 2;
   options.dim = dim;
@@ -75,6 +91,47 @@ Call::Call(const Arguments& arguments)
   options.std_ref = vector(a.std_ref);
 }
 
+void Call::check_shapes() const {
+  refuse_unless(a.hidden.dim() == 2 && a.hidden.size(1) > 0, "hidden");
+  const int64_t width = a.hidden.size(1);
+  refuse_unless(width == 1 || a.hidden.stride(1) == 1, "hidden");
+  refuse_unless(a.weight.dim() == 2 && is_storage(a.weight.scalar_type()), "weight");
+  const int64_t heads = a.weight.size(0) / 2;
+  refuse_unless(a.weight.size(1) == width && heads > 0 && a.weight.size(0) == 2 * heads, "weight");
+  refuse_unless(is(a.bias, 2 * heads, ScalarType::Float), "bias");
+  refuse_unless(!a.norm_weight || (is_storage(a.norm_weight->scalar_type()) &&
+                                   is(a.norm_weight, width, a.norm_weight->scalar_type())), "norm_weight");
+  refuse_unless(is(a.shift, heads, ScalarType::Float), "shift");
+  refuse_unless(is(a.scale, heads, ScalarType::Float), "scale");
+  refuse_unless(is(a.std_ref, heads, ScalarType::Float), "std_ref");
+  refuse_unless(is(a.seed, 1, ScalarType::Long), "seed");
+  refuse_unless(!a.rows || is(a.rows, a.rows->numel(), ScalarType::Long), "rows");
+  const int64_t scored = a.rows ? a.rows->numel() : a.hidden.size(0);
+  refuse_unless(is(a.group, scored, ScalarType::Long), "group");
+  refuse_unless((a.group || a.group_size > 0) == (a.centre == kGroup) && a.group_size >= 0, "group");
+  refuse_unless(a.group_size == 0 || scored % a.group_size == 0, "group");
+  refuse_unless(std::isfinite(a.norm_eps) && a.norm_eps >= 0, "norm_eps");
+  refuse_unless(std::isfinite(a.std_floor) && a.std_floor >= 0, "std_floor");
+  refuse_unless(a.nominal != kFixedHead || a.nominal_head < heads, "aggregation");
+  refuse_unless(a.kind != kHead || a.coefficient < double(heads), "aggregation");
+  refuse_unless(a.nominal != kRelativeStd || a.std_ref, "std_ref");
+}
+
+void Call::check_values() const {
+  for (int64_t n = 0; rows && n < num_rows; ++n) {
+    STD_TORCH_CHECK(rows[n] >= 0 && rows[n] < stored_rows, "ensemble_reward: rows: ", rows[n], " is out of range");
+  }
+  const Strided<int64_t> group = indices(a.group);
+  for (int64_t n = 0; group && n < num_rows; ++n) {
+    STD_TORCH_CHECK(group[n] >= 0 && group[n] < num_rows, "ensemble_reward: group: ", group[n], " is out of range");
+  }
+  const Strided<float> scale = floats(a.scale, 0), std_ref = floats(a.std_ref, 0);
+  for (int64_t k = 0; k < columns / 2; ++k) {
+    refuse_unless(!scale || scale[k] > 0, "scale");
+    refuse_unless(!std_ref || std_ref[k] > 0, "std_ref");
+  }
+}
+
 const float* Call::vector(const MaybeTensor& t) {
   const Strided<float> values = floats(t, 0);
   if (!values || values.stride == 1) return values.data;
@@ -89,7 +146,7 @@ void Call::fill(const Weights& w) const {
                               [&](int64_t begin, int64_t end) { isa.pack(w, begin, end); });
 }
 
-Weights Call::pack(bool for_dx) {
+Weights Call::fold() {
   Weights w{};
   const Tensor& weight = a.weight;
   w.source = {weight.const_data_ptr(), weight.stride(0), weight.stride(1), type_of(weight), columns, dim, nullptr};
@@ -102,17 +159,18 @@ Weights Call::pack(bool for_dx) {
     fill(norm);
     w.source.norm = norm.packed;
   }
-  const bool dots = isa.dots && type == kBFloat16 && w.source.type == kBFloat16 && !options.normed;
+  return w;
+}
+
+void Call::pack(Weights& w, bool for_dx) {
+  const bool dots = isa.dots && type == kBFloat16 && w.source.type == kBFloat16 && !options.normed && !for_dx;
+  owned_.push_back(torch::stable::empty({columns, padded(dim)}, dots ? ScalarType::BFloat16 : ScalarType::Float));
   if (dots) {
-    owned_.push_back(torch::stable::empty({columns, padded(dim)}, ScalarType::BFloat16));
     w.dots = static_cast<BFloat*>(owned_.back().mutable_data_ptr());
-  }
-  if (!dots || for_dx) {
-    owned_.push_back(new_floats({columns, padded(dim)}));
+  } else {
     w.packed = static_cast<float*>(owned_.back().mutable_data_ptr());
   }
   fill(w);
-  return w;
 }
 
 void Call::centre(float* values) const {
@@ -121,7 +179,6 @@ void Call::centre(float* values) const {
     const Strided<int64_t> group = indices(a.group);
     std::vector<double> sums(num_rows), counts(num_rows);
     for (int64_t n = 0; n < num_rows; ++n) {
-      STD_TORCH_CHECK(group[n] >= 0 && group[n] < num_rows, "ensemble_reward: group: ", group[n], " is out of range");
       sums[group[n]] += values[n];
       counts[group[n]] += 1;
     }
@@ -129,7 +186,6 @@ void Call::centre(float* values) const {
     return;
   }
   const int64_t size = a.centre == kBatch ? num_rows : a.group_size;
-  STD_TORCH_CHECK(size > 0 && num_rows % size == 0, "ensemble_reward: group: size ", size, " does not divide the rows");
   for (int64_t begin = 0; begin < num_rows; begin += size) {
     double sum = 0;
     for (int64_t n = begin; n < begin + size; ++n) sum += values[n];
@@ -137,9 +193,34 @@ void Call::centre(float* values) const {
   }
 }
 
+int64_t Call::threads() const {
+  const int64_t work = num_rows * padded(dim) * columns / kThreadWork;
+  return std::clamp<int64_t>(work, 1, torch::stable::get_num_threads());
+}
+
 int64_t Call::grain(int64_t block) const {
-  // about 10 us of multiply-adds: less is not worth waking a thread
-  return std::max<int64_t>(1, (int64_t(1) << 20) / (block * padded(dim) * columns));
+  return std::max<int64_t>(1, kThreadWork / (block * padded(dim) * columns));
+}
+
+Scratch::Scratch(const Call& call) {
+  const int64_t heads = call.options.heads, lanes_floats = kRows * (kLanesFixed + kLanesHead * heads);
+  memory_.reset(new float[lanes_floats + scratch_floats(call.columns)]);
+  float* at = memory_.get();
+  const auto take = [&](float** array, int64_t each) {
+    *array = at;
+    at += each * kRows;
+  };
+  for (float** one : {&lanes.square, &lanes.rstd, &lanes.reward, &lanes.d_reward}) take(one, 1);
+  for (float** two : {&lanes.product, &lanes.d_product}) take(two, 2 * heads);
+  for (float** each : {&lanes.mean, &lanes.std, &lanes.raw, &lanes.noise, &lanes.values, &lanes.relative,
+                       &lanes.to_mean, &lanes.to_values, &lanes.d_mean, &lanes.d_std}) {
+    take(each, heads);
+  }
+  lanes.row = row;
+  block.product = lanes.product;
+  block.by_column = true;
+  block.square = call.options.normed ? lanes.square : nullptr;
+  block.scratch = at;
 }
 
 }  // namespace prudent

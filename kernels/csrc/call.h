@@ -5,10 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <memory>
 #include <optional>
 #include <vector>
 
-#include "heads.h"
 #include "isa.h"
 
 namespace prudent {
@@ -45,16 +45,20 @@ int64_t size_of(Type type);
 
 Tensor new_floats(std::vector<int64_t> shape);
 
+// Refuses whatever is outside the contract, in few words: contract.py finds the many.
 class Call {
  public:
   explicit Call(const Arguments& a);
 
-  // The weight in the order the loops want; dx needs it in fp32 whatever the products take.
-  Weights pack(bool for_dx);
+  // The weight and the norm weight it is multiplied with, in fp32.
+  Weights fold();
+  // The folded weight in the order the loops want: for the products, or for dx, which needs it in fp32.
+  void pack(Weights& w, bool for_dx);
   const void* row(int64_t stored) const { return features_ + stored * row_bytes_; }
   // values minus their mean over the batch or group, in place. Summed in fp64 in the order of the rows.
   void centre(float* values) const;
-  // How many blocks of `rows` rows are worth a thread.
+  // How many threads so many rows are worth, and how many blocks of `rows` rows are worth a thread.
+  int64_t threads() const;
   int64_t grain(int64_t rows) const;
 
   const Arguments& a;
@@ -65,13 +69,26 @@ class Call {
   Strided<int64_t> rows;
 
  private:
+  void check_shapes() const;
+  void check_values() const;
   const float* vector(const MaybeTensor& t);
   void fill(const Weights& w) const;
 
-  const char* features_;
-  int64_t row_bytes_;
+  const char* features_ = nullptr;
+  int64_t row_bytes_ = 0;
   std::vector<std::vector<float>> copies_;  // of the short vectors that are not contiguous
   std::vector<Tensor> owned_;
+};
+
+// What a thread needs for kRows rows beside their features.
+struct Scratch {
+  explicit Scratch(const Call& call);
+  Lanes lanes{};
+  Block block{};
+  int64_t row[kRows];
+
+ private:
+  std::unique_ptr<float[]> memory_;
 };
 
 }  // namespace prudent

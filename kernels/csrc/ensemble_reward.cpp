@@ -7,7 +7,6 @@
 #include <tuple>
 
 #include "call.h"
-#include "philox.h"
 
 namespace prudent {
 namespace {
@@ -16,51 +15,63 @@ using torch::stable::parallel_for;
 
 float* data(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
-// What a thread needs beside the rows themselves.
-struct Scratch {
-  explicit Scratch(const Call& call)
-      : heads(call.options), product(kRows * call.columns), sums(scratch_floats(call.columns)) {
-    block.product = product.data();
-    block.square = call.options.normed ? square.data() : nullptr;
-    block.scratch = sums.data();
+// [count][rows of b] to consecutive rows of `out`, `width` wide.
+void store_rows(const float* lanes, int64_t count, int rows, float* out, int64_t width) {
+  for (int r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < count; ++j) out[r * width + j] = lanes[j * kRows + r];
   }
-  Heads heads;
-  Block block;
+}
 
- private:
-  std::vector<float> product, sums;
-  std::array<float, kRows> square;
+// The rows of a block: to the four outputs and, with keep, to saved [N, 2K + 1].
+struct Outputs {
+  float *reward, *mean, *std, *saved;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Arguments& a) {
+void score(const Call& call, const Weights& weights, int64_t first, int rows, Scratch& s, const Outputs& out) {
+  const Options& o = call.options;
+  const int64_t k = o.heads;
+  s.block.rows = s.lanes.rows = rows;
+  for (int r = 0; r < rows; ++r) {
+    s.row[r] = first + r;
+    s.block.x[r] = call.row(call.rows ? call.rows[first + r] : first + r);
+    const int64_t next = std::min(first + rows + r, call.num_rows - 1);
+    s.block.next[r] = call.row(call.rows ? call.rows[next] : next);
+  }
+  call.isa.product[call.type](weights, s.block);
+  if (o.normed) call.isa.normalise(o, s.lanes);
+  call.isa.evaluate(o, s.lanes);
+  call.isa.aggregate(o, s.lanes);
+  std::copy_n(s.lanes.reward, rows, out.reward + first);
+  store_rows(s.lanes.mean, k, rows, out.mean + first * k, k);
+  store_rows(s.lanes.std, k, rows, out.std + first * k, k);
+  if (out.saved == nullptr) return;
+  if (!o.normed) std::fill_n(s.lanes.rstd, kRows, 1.0f);
+  float* saved = out.saved + first * (2 * k + 1);
+  store_rows(s.lanes.product, 2 * k, rows, saved, 2 * k + 1);
+  store_rows(s.lanes.rstd, 1, rows, saved + 2 * k, 2 * k + 1);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Arguments& a, bool keep) {
   Call call(a);
   const int64_t n = call.num_rows, k = call.options.heads;
   Tensor reward = new_floats({n}), mean = new_floats({n, k}), std = new_floats({n, k}), total = new_floats({});
+  Tensor saved = new_floats({keep ? n : 0, 2 * k + 1});
+  const Outputs out{data(reward), data(mean), data(std), keep ? data(saved) : nullptr};
   if (n > 0) {
-    const Weights weights = call.pack(false);
-    const bool plenty = n >= int64_t(2 * kRows) * torch::stable::get_num_threads();
-    const int64_t rows = plenty ? kRows : 4;  // few rows: smaller blocks, so that every thread has some
+    Weights weights = call.fold();
+    call.pack(weights, false);
+    // few rows: smaller blocks, so that every thread has some
+    const int64_t each = (n + call.threads() - 1) / call.threads(), rows = std::min<int64_t>(kRows, (each + 3) / 4 * 4);
     parallel_for(0, (n + rows - 1) / rows, call.grain(rows), [&](int64_t begin, int64_t end) {
       Scratch scratch(call);
-      Block& block = scratch.block;
-      Heads& heads = scratch.heads;
       for (int64_t first = begin * rows; first < std::min(n, end * rows); first += rows) {
-        block.rows = int(std::min(rows, n - first));
-        for (int r = 0; r < block.rows; ++r) block.x[r] = call.row(call.rows ? call.rows[first + r] : first + r);
-        call.isa.product[call.type](weights, block);
-        for (int r = 0; r < block.rows; ++r) {
-          const float square = block.square == nullptr ? 0 : block.square[r];
-          heads.evaluate(first + r, block.product + r * 2 * k, square);
-          data(reward)[first + r] = heads.reward();
-          std::copy_n(heads.mean.data(), k, data(mean) + (first + r) * k);
-          std::copy_n(heads.std.data(), k, data(std) + (first + r) * k);
-        }
+        score(call, weights, first, int(std::min(rows, n - first)), scratch, out);
       }
     });
   }
-  *data(total) = float(std::accumulate(data(reward), data(reward) + n, 0.0));
-  call.centre(data(reward));
-  return {reward, mean, std, total};
+  *data(total) = float(std::accumulate(out.reward, out.reward + n, 0.0));
+  call.centre(out.reward);
+  return {reward, mean, std, total, saved};
 }
 
 // The stored rows that are scored, each once and in order, with the positions that score them: repeats of a row share
@@ -130,18 +141,20 @@ int64_t chunk_rows(int64_t distinct, int64_t heads) {
 
 class Backward {
  public:
-  Backward(Call& call, const Gradients& grads, const Needs& needs)
+  Backward(Call& call, const Gradients& grads, const Tensor& saved, const Needs& needs)
       : call_(call),
         needs_(needs),
         plan_(call),
-        weights_(call.pack(needs.hidden)),
+        weights_(call.fold()),
         d_reward_(call.num_rows),
         mean_(floats(grads.mean, 1)),
         std_(floats(grads.std, 1)),
         mean_row_(mean_ ? grads.mean->stride(0) : 0),
         std_row_(std_ ? grads.std->stride(0) : 0),
+        saved_(static_cast<const float*>(saved.const_data_ptr())),
         chunk_(chunk_rows(plan_.distinct(), call.options.heads)),
         chunks_(std::max<int64_t>(1, (plan_.distinct() + chunk_ - 1) / chunk_)) {
+    if (needs.hidden) call.pack(weights_, true);
     const Strided<float> reward = floats(grads.reward, 0), sum = floats(grads.sum, 0);
     for (int64_t n = 0; reward && n < call.num_rows; ++n) d_reward_[n] = reward[n];
     if (reward) call.centre(d_reward_.data());
@@ -180,56 +193,69 @@ class Backward {
   }
 
  private:
-  void chunk(int64_t index, float* partial, float* bias) {
+  void chunk(int64_t index, float* partial, float* bias) const {
     const int64_t columns = call_.columns, dim = call_.dim, last = std::min(plan_.distinct(), (index + 1) * chunk_);
     if (partial != nullptr) std::memset(partial, 0, size_t(columns * padded(dim)) * sizeof(float));
     std::fill_n(bias, columns, 0.0f);
     Scratch scratch(call_);
-    Block& block = scratch.block;
-    std::vector<float> coefficient(kRows * columns), d_product(columns);
+    std::vector<float> coefficient(kRows * columns);
     std::array<float, kRows> shrink;
     GradientBlock gradient{};
     gradient.coefficient = coefficient.data();
-    gradient.shrink = call_.options.normed ? shrink.data() : nullptr;
+    gradient.shrink = call_.options.normed && needs_.hidden ? shrink.data() : nullptr;
     gradient.need_dx = needs_.hidden;
     gradient.partial = partial;
     for (int64_t first = index * chunk_; first < last; first += kRows) {
-      block.rows = gradient.rows = int(std::min<int64_t>(kRows, last - first));
-      for (int r = 0; r < block.rows; ++r) {
+      gradient.rows = int(std::min<int64_t>(kRows, last - first));
+      for (int r = 0; r < gradient.rows; ++r) {
         const int64_t row = plan_.row(first + r);
-        block.x[r] = gradient.x[r] = call_.row(row);
+        gradient.x[r] = call_.row(row);
         gradient.dx[r] = dx_ == nullptr ? nullptr : dx_ + row * dim * size_of(call_.type);
       }
-      call_.isa.product[call_.type](weights_, block);
-      for (int r = 0; r < block.rows; ++r) {
-        const float square = block.square == nullptr ? 0 : block.square[r];
-        shrink[r] = add_positions(first + r, block.product + r * columns, square, scratch.heads, d_product.data(),
-                                  coefficient.data() + r * columns, bias);
-      }
+      coefficients(first, gradient.rows, scratch, coefficient.data(), shrink.data(), bias);
       if (needs_.hidden || partial != nullptr) call_.isa.gradient[call_.type](weights_, gradient);
     }
   }
 
-  // One stored row's coefficients, summed over the positions that score it, and what its norm takes off dx.
-  float add_positions(int64_t i, const float* product, float square, Heads& heads, float* d_product,
-                      float* coefficient, float* bias) const {
-    const int64_t columns = call_.columns;
-    float shrink = 0;
-    std::fill_n(coefficient, columns, 0.0f);
-    for (int64_t at = plan_.begin(i); at < plan_.end(i); ++at) {
-      const int64_t n = plan_.position(at);
-      heads.evaluate(n, product, square);
-      heads.product_gradient(d_reward_[n], mean_ ? mean_.data + n * mean_row_ : nullptr, mean_.stride,
-                             std_ ? std_.data + n * std_row_ : nullptr, std_.stride, d_product);
-      float dot = 0;
-      for (int64_t j = 0; j < columns; ++j) {
-        bias[j] += d_product[j];
-        coefficient[j] += d_product[j] * heads.rstd;
-        dot += d_product[j] * heads.product[j];
+  // Of stored rows first .. first + rows - 1 of the plan, each summed over the positions that score it: the
+  // coefficients [rows][columns] and what the norm takes off dx. Adds the positions' gradients to `bias`.
+  void coefficients(int64_t first, int rows, Scratch& s, float* coefficient, float* shrink, float* bias) const {
+    const int64_t columns = call_.columns, end = plan_.end(first + rows - 1);
+    std::fill_n(coefficient, rows * columns, 0.0f);
+    std::fill_n(shrink, rows, 0.0f);
+    int r = 0;
+    for (int64_t at = plan_.begin(first); at < end; at += kRows) {
+      s.lanes.rows = int(std::min<int64_t>(kRows, end - at));
+      for (int lane = 0; lane < s.lanes.rows; ++lane) load_position(plan_.position(at + lane), lane, s);
+      call_.isa.evaluate(call_.options, s.lanes);
+      call_.isa.differentiate(call_.options, s.lanes);
+      for (int lane = 0; lane < s.lanes.rows; ++lane) {
+        while (at + lane >= plan_.end(first + r)) ++r;
+        const float rstd = s.lanes.rstd[lane];
+        float dot = 0;
+        for (int64_t j = 0; j < columns; ++j) {
+          const float d_product = s.lanes.d_product[j * kRows + lane];
+          bias[j] += d_product;
+          coefficient[r * columns + j] += d_product * rstd;
+          dot += d_product * s.lanes.product[j * kRows + lane];
+        }
+        shrink[r] += rstd * rstd * dot / float(call_.dim);
       }
-      shrink += heads.rstd * heads.rstd * dot / float(call_.dim);
     }
-    return shrink;
+  }
+
+  // Position n's products, rstd and outer gradients.
+  void load_position(int64_t n, int lane, Scratch& s) const {
+    const int64_t columns = call_.columns, heads = call_.options.heads;
+    const float* saved = saved_ + n * (columns + 1);
+    s.row[lane] = n;
+    for (int64_t j = 0; j < columns; ++j) s.lanes.product[j * kRows + lane] = saved[j];
+    s.lanes.rstd[lane] = saved[columns];
+    s.lanes.d_reward[lane] = d_reward_[n];
+    for (int64_t k = 0; k < heads; ++k) {
+      s.lanes.d_mean[k * kRows + lane] = mean_ ? mean_.data[n * mean_row_ + k * mean_.stride] : 0;
+      s.lanes.d_std[k * kRows + lane] = std_ ? std_.data[n * std_row_ + k * std_.stride] : 0;
+    }
   }
 
   void finish(const float* partials, MaybeTensor& weight, MaybeTensor& norm_weight) const {
@@ -248,10 +274,12 @@ class Backward {
   Call& call_;
   const Needs needs_;
   const Plan plan_;
-  const Weights weights_;
+  Weights weights_;
   std::vector<float> d_reward_;
   const Strided<float> mean_, std_;
-  const int64_t mean_row_, std_row_, chunk_, chunks_;
+  const int64_t mean_row_, std_row_;
+  const float* saved_;  // [N, 2K + 1]
+  const int64_t chunk_, chunks_;
   char* dx_ = nullptr;
 };
 
@@ -266,16 +294,19 @@ class Backward {
   {hidden,     weight,   bias,      rows, norm_weight, seed,             shift,   scale,        std_ref, group,    \
    group_size, norm_eps, std_floor, kind, coefficient, source_is_sample, nominal, nominal_head, centre,  isa}
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> ensemble_reward_forward(PRUDENT_PARAMETERS) {
-  return forward(PRUDENT_ARGUMENTS);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ensemble_reward_forward(PRUDENT_PARAMETERS, bool keep) {
+  return forward(PRUDENT_ARGUMENTS, keep);
 }
 
 std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> ensemble_reward_backward(
     MaybeTensor grad_reward, MaybeTensor grad_mean, MaybeTensor grad_std, MaybeTensor grad_sum, PRUDENT_PARAMETERS,
-    bool need_hidden, bool need_weight, bool need_bias, bool need_norm_weight) {
+    Tensor saved, bool need_hidden, bool need_weight, bool need_bias, bool need_norm_weight) {
   const Arguments arguments PRUDENT_ARGUMENTS;
   Call call(arguments);
-  return Backward(call, {grad_reward, grad_mean, grad_std, grad_sum},
+  STD_TORCH_CHECK(saved.scalar_type() == ScalarType::Float && saved.dim() == 2 && saved.is_contiguous() &&
+                      saved.size(0) == call.num_rows && saved.size(1) == call.columns + 1,
+                  "ensemble_reward: saved: expected what the forward kept");
+  return Backward(call, {grad_reward, grad_mean, grad_std, grad_sum}, saved,
                   {need_hidden, need_weight, need_bias, need_norm_weight})
       .run();
 }
@@ -286,13 +317,22 @@ int64_t supported_isas() {
   return bits;
 }
 
-// The noise's integers at counters first .. first + count, for the tests: [count, 4].
-Tensor philox_words(Tensor seed, int64_t first, int64_t count) {
-  Tensor words = torch::stable::empty({count, 4}, ScalarType::Long);
+// Raised with every change of a schema below or of what an argument means; native.py holds the same number.
+int64_t version() { return 2; }
+
+// Words 0 and 1 of the noise's integers at counters first .. first + count, for the tests: [count, 2].
+Tensor philox_words(Tensor seed, int64_t first, int64_t count, int64_t isa) {
+  Tensor words = torch::stable::empty({count, 2}, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(words.mutable_data_ptr());
-  for (int64_t i = 0; i < count; ++i) {
-    const Words w = philox(indices(seed)[0], first + i);
-    std::copy_n(w.w, 4, out + 4 * i);
+  int64_t counter[kRows];
+  uint32_t found[2 * kRows];
+  for (int64_t at = 0; at < count; at += kRows) {
+    std::iota(counter, counter + kRows, first + at);
+    isa_at(isa)->words(indices(seed)[0], counter, found);
+    for (int64_t i = 0; i < std::min<int64_t>(kRows, count - at); ++i) {
+      out[2 * (at + i)] = found[i];
+      out[2 * (at + i) + 1] = found[kRows + i];
+    }
   }
   return words;
 }
@@ -303,13 +343,14 @@ Tensor philox_words(Tensor seed, int64_t first, int64_t count) {
   "float coefficient, bool source_is_sample, int nominal, int nominal_head, int centre, int isa"
 
 STABLE_TORCH_LIBRARY(prudent_native, m) {
-  m.def("ensemble_reward_forward(" PRUDENT_SCHEMA ") -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("ensemble_reward_forward(" PRUDENT_SCHEMA ", bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "ensemble_reward_backward(Tensor? grad_reward, Tensor? grad_mean, Tensor? grad_std, Tensor? grad_sum, "
       PRUDENT_SCHEMA
-      ", bool need_hidden, bool need_weight, bool need_bias, bool need_norm_weight) -> (Tensor?, Tensor?, Tensor?, "
-      "Tensor?)");
-  m.def("philox_words(Tensor seed, int first, int count) -> Tensor");
+      ", Tensor saved, bool need_hidden, bool need_weight, bool need_bias, bool need_norm_weight) "
+      "-> (Tensor?, Tensor?, Tensor?, Tensor?)");
+  m.def("philox_words(Tensor seed, int first, int count, int isa) -> Tensor");
+  m.def("version() -> int");
   m.def("supported_isas() -> int");
 }
 
@@ -321,6 +362,7 @@ STABLE_TORCH_LIBRARY_IMPL(prudent_native, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(prudent_native, CompositeExplicitAutograd, m) {
   m.impl("supported_isas", TORCH_BOX(&supported_isas));
+  m.impl("version", TORCH_BOX(&version));
 }
 
 }  // namespace prudent

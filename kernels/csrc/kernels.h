@@ -1,4 +1,4 @@
-// What crosses between the op (ensemble_reward.cpp) and the loops compiled once per instruction set (kernels_impl.h).
+// What crosses between the op (ensemble_reward.cpp) and the loops compiled once per instruction set (kernels_*.h).
 // Plain data and function pointers: the units built with wider instructions include nothing of the standard library,
 // because an inline function of theirs could be the copy that the linker keeps for everybody.
 #pragma once
@@ -43,13 +43,52 @@ struct Weights {
 // The products of up to kRows rows with every column.
 struct Block {
   const void* x[kRows];
+  const void* next[kRows];  // the rows that will be asked for next, or null
   int rows;
-  float* product;  // [rows][columns]
-  float* square;   // [rows] sums of squares, or null
+  float* product;  // [rows][columns], or [columns][kRows]
+  bool by_column;  // the second; rows past the last hold anything
+  float* square;   // [kRows] sums of squares, or null
   float* scratch;  // scratch_floats(columns)
 };
 
 inline constexpr int64_t scratch_floats(int64_t columns) { return kRows * (columns + 1) * kMaxWidth; }
+
+// The orders of spec.py: these integers come from there.
+enum Kind : int64_t { kTradeoff, kNominal, kMean, kMin, kMax, kMedian, kLcb, kUwo, kSoftmin, kCvar, kHead };
+enum Nominal : int64_t { kLeastStd, kRelativeStd, kMeanOfHeads, kFixedHead };
+enum Centre : int64_t { kNone, kBatch, kGroup };
+
+struct Options {
+  int64_t heads;
+  int64_t dim;
+  int64_t kind;
+  double coefficient;
+  int64_t nominal;
+  int64_t nominal_head;
+  bool sampled;  // a seed is given and the aggregation takes the samples
+  int64_t seed;
+  float std_floor;
+  bool normed;
+  float norm_eps;
+  const float* bias;  // [2K] or null, as the next three [K]
+  const float* shift;
+  const float* scale;
+  const float* std_ref;
+};
+
+// kRows rows' products to their K Gaussians, their rewards and the gradients of both: reference.py with a row in each
+// lane, so every array is [...][kRows]. Lanes past the last row hold anything.
+struct Lanes {
+  int rows;
+  const int64_t* row;  // the noise's counters
+  float *square, *rstd, *reward, *d_reward;  // one each
+  float *product, *d_product;                // 2K each; the product after the norm and before the bias
+  float *mean, *std, *raw, *noise, *values, *relative;  // K each
+  float *to_mean, *to_values;  // K each: d reward / d mean through the nominal head alone, d reward / d value
+  float *d_mean, *d_std;       // K each
+};
+
+constexpr int64_t kLanesFixed = 4, kLanesHead = 14;  // arrays of kRows in Lanes: so many, and so many for each head
 
 // dx_r = sum_j coefficient[r][j] W_j - shrink[r] x_r, and dW_j += sum_r coefficient[r][j] x_r.
 struct GradientBlock {
@@ -57,7 +96,7 @@ struct GradientBlock {
   void* dx[kRows];
   int rows;
   const float* coefficient;  // [rows][columns]
-  const float* shrink;       // [rows], null without a norm
+  const float* shrink;       // [rows]; null without a norm, and then x is read for `partial` alone
   bool need_dx;
   float* partial;  // [padded / W][columns][W], added to; null if not needed
 };
@@ -80,6 +119,11 @@ struct Isa {
   void (*product[3])(const Weights&, const Block&);  // by Type
   void (*gradient[3])(const Weights&, const GradientBlock&);
   void (*finish)(const Finish&, int64_t slab_begin, int64_t slab_end);
+  void (*normalise)(const Options&, Lanes&);  // square to rstd, and the products with it
+  void (*evaluate)(const Options&, Lanes&);   // product to mean, std, raw, noise, values
+  void (*aggregate)(const Options&, Lanes&);  // those to reward
+  void (*differentiate)(const Options&, Lanes&);  // d_reward, d_mean, d_std to d_product
+  void (*words)(int64_t seed, const int64_t* counter, uint32_t* out);  // kRows counters to out [2][kRows]
 };
 
 extern const Isa kGeneric;

@@ -1,6 +1,7 @@
 // The backward's loops: dx from the packed weight, dW into a chunk's partial sums, and the sum of the partials.
 #pragma once
 
+#include "kernels_heads.h"
 #include "kernels_product.h"
 
 namespace prudent {
@@ -78,7 +79,10 @@ template <class T>
 void gradients(const Weights& w, const GradientBlock& g) {
   const int64_t columns = w.source.columns, dim = w.source.dim;
   const int64_t tiles = (columns + 4) / 5, size = columns / tiles, wider = columns % tiles;
-  for_stretches<T>(g.x, g.rows, dim, columns, [&](const T* const* x, int64_t d, int64_t length) {
+  const bool read = g.shrink != nullptr || g.partial != nullptr;
+  // what is not read is walked along dx, which is as wide
+  const void* const* rows = read ? g.x : const_cast<const void* const*>(g.dx);
+  for_stretches<T>(rows, g.rows, dim, columns, read, [&](const T* const* x, int64_t d, int64_t length) {
     if (g.need_dx) {
       T last[kRows][kSlab];
       T* dx[kRows];
@@ -151,12 +155,17 @@ constexpr bool kDots = false;
 #endif
 
 // Each unit's one symbol.
-#define PRUDENT_ISA(symbol, name)                                                       \
-  const Isa symbol = {name,                                                             \
-                      kDots,                                                            \
-                      pack,                                                             \
+#define PRUDENT_ISA(symbol, name)                                           \
+  const Isa symbol = {name,                                                 \
+                      kDots,                                                \
+                      pack,                                                 \
                       {products<Multiply<float>>, products<Multiply<Half>>, bfloat_products}, \
-                      {gradients<float>, gradients<Half>, gradients<BFloat>},           \
-                      finish}
+                      {gradients<float>, gradients<Half>, gradients<BFloat>}, \
+                      finish,                                               \
+                      normalise,                                            \
+                      evaluate,                                             \
+                      aggregate,                                            \
+                      differentiate,                                        \
+                      words}
 
 }  // namespace prudent

@@ -61,9 +61,11 @@ void pack(const Weights& w, int64_t slab_begin, int64_t slab_end) {
 }
 
 // Calls body(x, first, length) over stretches of features whose weights stay in the first-level cache; the last,
-// partial slab is copied out and padded with zeros, so that no loop below knows of tails.
+// partial slab is copied out and padded with zeros, so that no loop below knows of tails. Without `read`, x is only
+// walked.
 template <class T, class Body>
-inline void for_stretches(const void* const* x, int rows, int64_t dim, int64_t columns, const Body& body) {
+inline void for_stretches(const void* const* x, int rows, int64_t dim, int64_t columns, bool read,
+                          const Body& body) {
   constexpr int64_t kWeightBytes = 20 << 10;
   int64_t stretch = kWeightBytes / (4 * columns) / kSlab * kSlab;
   stretch = stretch < 2 * kSlab ? 2 * kSlab : stretch > 1024 ? 1024 : stretch;
@@ -77,8 +79,9 @@ inline void for_stretches(const void* const* x, int rows, int64_t dim, int64_t c
     T last[kRows][kSlab];
     memset(static_cast<void*>(last), 0, sizeof last);
     for (int r = 0; r < rows; ++r) {
-      memcpy(static_cast<void*>(last[r]), static_cast<const T*>(x[r]) + whole, size_t(dim - whole) * sizeof(T));
       at[r] = last[r];
+      if (!read) continue;
+      memcpy(static_cast<void*>(last[r]), static_cast<const T*>(x[r]) + whole, size_t(dim - whole) * sizeof(T));
     }
     body(at, whole, kSlab);
   }
@@ -114,29 +117,28 @@ struct Dot {
 };
 #endif
 
-constexpr int64_t kPrefetchBytes = 1024;
+// Asked for ahead: a row's next kilobyte, or the whole next block where both fit the second-level cache.
+constexpr int64_t kAheadBytes = 1024, kBlockBytes = 256 << 10;
 
 // sums: [R][columns + 1][W], the square first
 template <class P, int R, int C, bool kSquare>
-inline void tile(const typename P::Element* const* x, int64_t length, const typename P::Weight* w, int64_t columns,
-                 float* sums, int64_t first) {
+inline void tile(const typename P::Element* const* x, const typename P::Element* const* ahead, int64_t length,
+                 const typename P::Weight* w, int64_t columns, float* sums, int64_t first) {
   const int64_t row = (columns + 1) * W;
-  const typename P::Element* at[R];
+  const typename P::Element *at[R], *soon[R];
   F total[R][C], squares[R];
   for (int r = 0; r < R; ++r) {
     at[r] = x[r];
+    soon[r] = ahead[r];
     squares[r] = kSquare ? load(sums + r * row) : zero();
     for (int c = 0; c < C; ++c) total[r][c] = load(sums + r * row + (1 + first + c) * W);
   }
   w += first * P::kEach;
-  // A row's next stretch comes 15 rows later, which no hardware prefetcher expects: asking for it is 12 to 20 % of the
-  // whole time (Zen 5, D = 4096). Once is enough; the other tiles of columns read the same features again.
-  const int64_t ahead = first == 0 ? kPrefetchBytes : 0;
   for (int64_t d = 0; d < length; d += P::kStep, w += columns * P::kEach) {
     typename P::Vector v[R];
     for (int r = 0; r < R; ++r) {
       v[r] = P::read(at[r] + d);
-      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at[r] + d) + ahead));
+      if (first == 0) __builtin_prefetch(soon[r] + d, 0, 2);  // once: the other tiles read the same features again
     }
     for (int r = 0; r < R && kSquare; ++r) squares[r] = P::square(v[r], squares[r]);
     for (int c = 0; c < C; ++c) {
@@ -163,14 +165,15 @@ inline void tile_of(int64_t c, Args... args) {
 }
 
 template <class P, int R>
-inline int rows_of(int r, int rows, const typename P::Element* const* x, int64_t length, const typename P::Weight* w,
-                   int64_t columns, float* sums, int64_t first, int64_t count, bool square) {
+inline int rows_of(int r, int rows, const typename P::Element* const* x, const typename P::Element* const* ahead,
+                   int64_t length, const typename P::Weight* w, int64_t columns, float* sums, int64_t first,
+                   int64_t count, bool square) {
   for (; r + R <= rows; r += R) {
     float* out = sums + r * (columns + 1) * W;
     if (square) {
-      tile_of<P, R, true>(count, x + r, length, w, columns, out, first);
+      tile_of<P, R, true>(count, x + r, ahead + r, length, w, columns, out, first);
     } else {
-      tile_of<P, R, false>(count, x + r, length, w, columns, out, first);
+      tile_of<P, R, false>(count, x + r, ahead + r, length, w, columns, out, first);
     }
   }
   return r;
@@ -180,24 +183,41 @@ template <class P>
 void products(const Weights& w, const Block& b) {
   const int64_t columns = w.source.columns;
   const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns, size = columns / tiles, wider = columns % tiles;
+  const int64_t row = (columns + 1) * W;
+  const int64_t bytes = b.rows * w.source.dim * int64_t(sizeof(typename P::Element));
+  const bool whole = b.next[0] != nullptr && bytes <= kBlockBytes;
   float* sums = b.scratch;
-  memset(sums, 0, size_t(b.rows * (columns + 1) * W) * sizeof(float));
+  memset(sums, 0, size_t(b.rows * row) * sizeof(float));
   for_stretches<typename P::Element>(
-      b.x, b.rows, w.source.dim, columns, [&](const typename P::Element* const* x, int64_t d, int64_t length) {
+      b.x, b.rows, w.source.dim, columns, true, [&](const typename P::Element* const* x, int64_t d, int64_t length) {
+        const typename P::Element* ahead[kRows];
+        for (int r = 0; r < b.rows; ++r) {
+          ahead[r] = whole ? static_cast<const typename P::Element*>(b.next[r]) + d
+                           : x[r] + kAheadBytes / int64_t(sizeof(typename P::Element));
+        }
         const typename P::Weight* at = P::weights(w) + d / P::kStep * columns * P::kEach;
         for (int64_t t = 0, first = 0; t < tiles; ++t) {
           const int64_t count = size + (t < wider);
           const bool square = t == 0 && b.square != nullptr;
-          int r = rows_of<P, kTileRows>(0, b.rows, x, length, at, columns, sums, first, count, square);
-          r = rows_of<P, 2>(r, b.rows, x, length, at, columns, sums, first, count, square);
-          rows_of<P, 1>(r, b.rows, x, length, at, columns, sums, first, count, square);
+          int r = rows_of<P, kTileRows>(0, b.rows, x, ahead, length, at, columns, sums, first, count, square);
+          r = rows_of<P, 2>(r, b.rows, x, ahead, length, at, columns, sums, first, count, square);
+          rows_of<P, 1>(r, b.rows, x, ahead, length, at, columns, sums, first, count, square);
           first += count;
         }
       });
-  for (int r = 0; r < b.rows; ++r) {
-    const float* row = sums + r * (columns + 1) * W;
-    if (b.square != nullptr) b.square[r] = sum(load(row));
-    for (int64_t j = 0; j < columns; ++j) b.product[r * columns + j] = sum(load(row + (1 + j) * W));
+  for (int first = 0; first < b.rows; first += W) {
+    const float* at = sums + first * row;
+    if (b.square != nullptr) store(b.square + first, sums_of(at, row));
+    for (int64_t c = 0; c < columns; ++c) {
+      const F product = sums_of(at + (1 + c) * W, row);
+      if (b.by_column) {
+        store(b.product + c * kRows + first, product);
+      } else {
+        float lanes[W];
+        store(lanes, product);
+        for (int r = first; r < b.rows && r < first + W; ++r) b.product[r * columns + c] = lanes[r - first];
+      }
+    }
   }
 }
 

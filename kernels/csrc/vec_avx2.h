@@ -39,10 +39,20 @@ inline void store(Half* p, F v) {
 inline F add(F a, F b) { return _mm256_add_ps(a, b); }
 inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-inline float sum(F v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+
+// Lane r: the sum of the vector at p + r * stride. Every vector is added up alike, 4 lanes apart, then 2 and 1.
+inline F sums_of(const float* p, int64_t stride) {
+  F quarter[4];  // [i]: in 128-bit lane l, vector 4 l + i
+  for (int i = 0; i < 4; ++i) {
+    const F a = load(p + i * stride), b = load(p + (4 + i) * stride);
+    quarter[i] = add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  }
+  F half[2];
+  for (int i = 0; i < 2; ++i) {
+    const F a = quarter[2 * i], b = quarter[2 * i + 1];
+    half[i] = add(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  }
+  return add(_mm256_shuffle_ps(half[0], half[1], 0x88), _mm256_shuffle_ps(half[0], half[1], 0xdd));
 }
 
 }  // namespace

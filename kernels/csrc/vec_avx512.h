@@ -39,11 +39,23 @@ inline void store(Half* p, F v) {
 inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-inline float sum(F v) {
-  const __m256 s = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-  t = _mm_add_ps(t, _mm_movehl_ps(t, t));
-  return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+
+// Lane r: the sum of the vector at p + r * stride. Every vector is added up alike, 8 lanes apart, then 4, 2 and 1.
+inline F sums_of(const float* p, int64_t stride) {
+  F quarter[4];  // [i]: in 128-bit lane l, vector 4 l + i
+  for (int i = 0; i < 4; ++i) {
+    const F a = load(p + i * stride), b = load(p + (4 + i) * stride);
+    const F c = load(p + (8 + i) * stride), d = load(p + (12 + i) * stride);
+    const F low = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    const F high = add(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+    quarter[i] = add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+  }
+  F half[2];
+  for (int i = 0; i < 2; ++i) {
+    const F a = quarter[2 * i], b = quarter[2 * i + 1];
+    half[i] = add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  }
+  return add(_mm512_shuffle_ps(half[0], half[1], 0x88), _mm512_shuffle_ps(half[0], half[1], 0xdd));
 }
 
 }  // namespace

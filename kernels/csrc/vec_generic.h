@@ -72,7 +72,16 @@ inline void store(Half* p, F v) {
 inline F add(F a, F b) { return a + b; }
 inline F mul(F a, F b) { return a * b; }
 inline F fma(F a, F b, F c) { return a * b + c; }
-inline float sum(F v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+
+// Lane r: the sum of the vector at p + r * stride.
+inline F sums_of(const float* p, int64_t stride) {
+  F all;
+  for (int r = 0; r < W; ++r) {
+    const F v = load(p + r * stride);
+    all[r] = (v[0] + v[1]) + (v[2] + v[3]);
+  }
+  return all;
+}
 
 }  // namespace
 }  // namespace prudent

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -79,107 +79,96 @@ class Inputs(NamedTuple):
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
 
 
-def require(ok: bool, argument: str, expected: str, got: object) -> None:
-    """Raise the op's one form of error: `ensemble_reward: <argument>: expected <expected>, got <got>`."""
-    if not ok:
-        raise ValueError(f"ensemble_reward: {argument}: expected {expected}, got {got}")
+def refuse(argument: str, expected: str, got: object) -> NoReturn:
+    """The op's one form of error: `ensemble_reward: <argument>: expected <expected>, got <got>`."""
+    raise ValueError(f"ensemble_reward: {argument}: expected {expected}, got {got}")
 
 
 def check_inputs(inputs: Inputs) -> None:
     """Refuse every shape, dtype, device and option outside the contract. Reads no values, so it serves fakes too."""
     hidden, weight = inputs.hidden, inputs.weight
-    for name in ("hidden", "weight"):
-        value = getattr(inputs, name)
-        require(isinstance(value, Tensor), name, "a tensor", type(value).__name__)
-        require(value.dtype in _STORAGE, name, "dtype bfloat16, float16, float32 or float64", value.dtype)
-        require(value.dim() == 2, name, "2 dimensions after flattening", tuple(value.shape))
-    dim = hidden.shape[1]
-    require(dim > 0, "hidden", "a last dimension above 0", tuple(hidden.shape))
-    require(
-        hidden.stride(1) == 1 or dim == 1,
-        "hidden",
-        "a contiguous last dimension (stride 1)",
-        f"stride {hidden.stride(1)}",
-    )
-    shape = f"[2K, {dim}] with K >= 1 (rows 0..K-1 mean, K..2K-1 raw std)"
-    require(
-        weight.shape[1] == dim and weight.shape[0] >= 2 and weight.shape[0] % 2 == 0,
-        "weight",
-        shape,
-        list(weight.shape),
-    )
-    heads = inputs.num_heads
-    require(
-        weight.dtype != torch.float64 or hidden.dtype == torch.float64,
-        "weight",
-        "float64 only beside float64 hidden",
-        weight.dtype,
-    )
-    _check_vector(inputs.bias, "bias", 2 * heads, hidden)
-    _check_vector(inputs.norm_weight, "norm_weight", dim, hidden, storage=True)
-    for name in ("shift", "scale", "std_ref"):
-        _check_vector(getattr(inputs, name), name, heads, hidden)
+    for name, value in (("hidden", hidden), ("weight", weight)):
+        if not isinstance(value, Tensor):
+            refuse(name, "a tensor", type(value).__name__)
+        if value.dtype not in _STORAGE:
+            refuse(name, "dtype bfloat16, float16, float32 or float64", value.dtype)
+        if value.dim() != 2:
+            refuse(name, "2 dimensions after flattening", tuple(value.shape))
+    dim, double = hidden.shape[1], hidden.dtype == torch.float64
+    if dim <= 0:
+        refuse("hidden", "a last dimension above 0", list(hidden.shape))
+    if hidden.stride(1) != 1 and dim != 1:
+        refuse("hidden", "a contiguous last dimension (stride 1)", f"stride {hidden.stride(1)}")
+    columns, width = weight.shape
+    if width != dim or columns < 2 or columns % 2 != 0:
+        refuse("weight", f"[2K, {dim}] with K >= 1 (rows 0..K-1 mean, K..2K-1 raw std)", list(weight.shape))
+    if weight.dtype == torch.float64 and not double:
+        refuse("weight", "float64 only beside float64 hidden", weight.dtype)
+    heads = columns // 2
+    _check_vector(inputs.bias, "bias", columns, double)
+    _check_vector(inputs.norm_weight, "norm_weight", dim, double, storage=True)
+    _check_vector(inputs.shift, "shift", heads, double)
+    _check_vector(inputs.scale, "scale", heads, double)
+    _check_vector(inputs.std_ref, "std_ref", heads, double)
     _check_seed_and_indices(inputs)
     _check_group(inputs)
     _check_options(inputs, heads)
 
 
-def _check_vector(value: Tensor | None, name: str, length: int, hidden: Tensor, storage: bool = False) -> None:
+def _check_vector(value: Tensor | None, name: str, length: int, double: bool, storage: bool = False) -> None:
     if value is None:
         return
-    require(isinstance(value, Tensor), name, "a tensor or None", type(value).__name__)
-    require(tuple(value.shape) == (length,), name, f"shape [{length}]", list(value.shape))
-    allowed = _STORAGE if storage else (torch.float32, torch.float64)
-    require(value.dtype in allowed, name, "a floating dtype" if storage else "dtype float32", value.dtype)
-    require(
-        value.dtype != torch.float64 or hidden.dtype == torch.float64,
-        name,
-        "float64 only beside float64 hidden",
-        value.dtype,
-    )
+    if not isinstance(value, Tensor):
+        refuse(name, "a tensor or None", type(value).__name__)
+    if value.dim() != 1 or value.shape[0] != length:
+        refuse(name, f"shape [{length}]", list(value.shape))
+    if value.dtype not in (_STORAGE if storage else _STORAGE[2:]):
+        refuse(name, "a floating dtype" if storage else "dtype float32", value.dtype)
+    if value.dtype == torch.float64 and not double:
+        refuse(name, "float64 only beside float64 hidden", value.dtype)
 
 
 def _check_seed_and_indices(inputs: Inputs) -> None:
-    for name, shape in (("seed", (1,)), ("rows", None), ("group", (inputs.num_rows,))):
-        value = getattr(inputs, name)
+    device = inputs.hidden.device
+    for name, value in (("seed", inputs.seed), ("rows", inputs.rows), ("group", inputs.group)):
         if value is None:
             continue
-        require(isinstance(value, Tensor), name, "a tensor or None", type(value).__name__)
-        require(value.dtype == torch.int64, name, "dtype int64", value.dtype)
-        expected = "1 dimension" if shape is None else f"shape {list(shape)}"
-        require(value.dim() == 1 if shape is None else tuple(value.shape) == shape, name, expected, list(value.shape))
-    for name in Inputs._fields[1:10]:
-        value = getattr(inputs, name)
-        if value is not None:
-            require(
-                value.device == inputs.hidden.device, name, f"device {inputs.hidden.device} (hidden's)", value.device
-            )
+        if not isinstance(value, Tensor):
+            refuse(name, "a tensor or None", type(value).__name__)
+        if value.dtype != torch.int64:
+            refuse(name, "dtype int64", value.dtype)
+        if value.dim() != 1:
+            refuse(name, "1 dimension", list(value.shape))
+    if inputs.seed is not None and inputs.seed.shape[0] != 1:
+        refuse("seed", "shape [1]", list(inputs.seed.shape))
+    if inputs.group is not None and inputs.group.shape[0] != inputs.num_rows:
+        refuse("group", f"shape [{inputs.num_rows}]", list(inputs.group.shape))
+    for at in range(1, 10):
+        value = inputs[at]
+        if value is not None and value.device != device:
+            refuse(Inputs._fields[at], f"device {device} (hidden's)", value.device)
 
 
 def _check_group(inputs: Inputs) -> None:
     centre, size = inputs.spec.centre, inputs.group_size
-    require(size >= 0, "group", "a group size above 0 or an int64 tensor of labels", size)
+    if size < 0:
+        refuse("group", "a group size above 0 or an int64 tensor of labels", size)
     given = inputs.group is not None or size > 0
-    require(given or centre != "group", "group", "labels [N] or a group size with centre='group'", None)
-    require(
-        not given or centre == "group", "group", "centre='group' beside it (it has no other use)", f"centre={centre!r}"
-    )
-    if size > 0:
-        require(inputs.num_rows % size == 0, "group", f"a size that divides the {inputs.num_rows} rows", size)
+    if centre == "group" and not given:
+        refuse("group", "labels [N] or a group size with centre='group'", None)
+    if given and centre != "group":
+        refuse("group", "centre='group' beside it (it has no other use)", f"centre={centre!r}")
+    if size > 0 and inputs.num_rows % size != 0:
+        refuse("group", f"a size that divides the {inputs.num_rows} rows", size)
 
 
 def _check_options(inputs: Inputs, heads: int) -> None:
-    require(
-        math.isfinite(inputs.norm_eps) and inputs.norm_eps >= 0, "norm_eps", "a finite number >= 0", inputs.norm_eps
-    )
-    require(
-        math.isfinite(inputs.std_floor) and inputs.std_floor >= 0, "std_floor", "a finite number >= 0", inputs.std_floor
-    )
+    for name, value in (("norm_eps", inputs.norm_eps), ("std_floor", inputs.std_floor)):
+        if not (math.isfinite(value) and value >= 0):
+            refuse(name, "a finite number >= 0", value)
     inputs.spec.check_heads(heads)
-    if inputs.spec.nominal == "relative_std":
-        require(
-            inputs.std_ref is not None, "std_ref", "each head's own typical std [K] with nominal=relative_std", None
-        )
+    if inputs.spec.nominal == "relative_std" and inputs.std_ref is None:
+        refuse("std_ref", "each head's own typical std [K] with nominal=relative_std", None)
 
 
 def check_values(inputs: Inputs) -> None:
@@ -190,7 +179,8 @@ def check_values(inputs: Inputs) -> None:
     def inside(name: str, value: Tensor, bound: int, of: str) -> None:
         if value.numel():
             low, high = (int(v) for v in torch.aminmax(value))
-            require(low >= 0 and high < bound, name, f"values in [0, {bound}) ({of})", low if low < 0 else high)
+            if low < 0 or high >= bound:
+                refuse(name, f"values in [0, {bound}) ({of})", low if low < 0 else high)
 
     if inputs.rows is not None:
         inside("rows", inputs.rows, inputs.hidden.shape[0], "rows of hidden")
@@ -198,5 +188,5 @@ def check_values(inputs: Inputs) -> None:
         inside("group", inputs.group, inputs.num_rows, "labels, dense or not, below N")
     for name in ("scale", "std_ref"):
         value = getattr(inputs, name)
-        if value is not None:
-            require(bool((value > 0).all()), name, "values above 0", value.tolist())
+        if value is not None and not bool((value > 0).all()):
+            refuse(name, "values above 0", value.tolist())

@@ -33,19 +33,22 @@ def _spec_numbers(aggregation: str) -> tuple[int, float, bool, int, int, int]:
     )
 
 
+@lru_cache(maxsize=2)
+def _op(name: str) -> Any:
+    return getattr(torch.ops.prudent_native, name).default
+
+
 def forward(inputs: Inputs, keep: bool = False) -> Outputs:
-    """(reward [N], mean [N, K], std [N, K], reward_sum [], saved), fp32."""
-    isa = native.isa_index()
-    op: Any = torch.ops.prudent_native.ensemble_reward_forward.default
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = op(*inputs[:-1], *_spec_numbers(inputs.aggregation), isa)
-    saved = result[1].new_zeros(inputs.num_rows if keep else 0, 2 * inputs.num_heads + 1)
-    return *result, saved
+    """(reward [N], mean [N, K], std [N, K], reward_sum [], saved), fp32. Raises RuntimeError outside the contract."""
+    numbers = _spec_numbers(inputs.aggregation)
+    result: Outputs = _op("ensemble_reward_forward")(*inputs[:-1], *numbers, native.isa_index(), keep)
+    return result
 
 
 def backward(grads: Grads, inputs: Inputs, saved: Tensor, needs: tuple[bool, bool, bool, bool]) -> Grads:
     """Gradients of hidden, weight, bias and norm_weight (None where not needed) from those of the four outputs."""
-    isa = native.isa_index()
-    op: Any = torch.ops.prudent_native.ensemble_reward_backward.default
+    numbers = _spec_numbers(inputs.aggregation)
     outer = (g if g is None or g.dtype == torch.float32 else g.float() for g in grads)
-    result: Grads = op(*outer, *inputs[:-1], *_spec_numbers(inputs.aggregation), isa, *needs)
+    op = _op("ensemble_reward_backward")
+    result: Grads = op(*outer, *inputs[:-1], *numbers, native.isa_index(), saved, *needs)
     return result

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .contract import EnsembleOutput, Grads, Inputs, Outputs, check_inputs, check_values, require
+from ..eager import is_plain
+from . import cpu, reference
+from .contract import EnsembleOutput, Grads, Inputs, Outputs, check_inputs, check_values, refuse
 from .spec import Aggregation
 
 STD_FLOOR = (
@@ -39,19 +40,28 @@ def _backend(inputs: Inputs) -> Any:
         from . import triton  # type: ignore[attr-defined]
 
         return triton
-    if inputs.hidden.device.type == "cpu" and inputs.hidden.dtype != torch.float64:
-        from . import cpu
-
-        if cpu.available():
-            return cpu
+    if inputs.hidden.is_cpu and inputs.hidden.dtype != torch.float64 and cpu.available():
+        return cpu
     return reference
 
 
 def _forward(*args: Any) -> Outputs:
-    inputs, keep = Inputs(*args[:14]), args[14]
+    return _run(Inputs(*args[:14]), args[14])
+
+
+def _run(inputs: Inputs, keep: bool) -> Outputs:
+    """Refused in words, or computed. C++ checks all it is given, in less time than Python: words only if it refuses."""
+    backend = _backend(inputs)
+    if backend is cpu:
+        try:
+            return cpu.forward(inputs, keep)
+        except RuntimeError:
+            check_inputs(inputs)
+            check_values(inputs)
+            raise  # not for the arguments
     check_inputs(inputs)
     check_values(inputs)
-    result: Outputs = _backend(inputs).forward(inputs, keep)
+    result: Outputs = backend.forward(inputs, keep)
     return result
 
 
@@ -136,22 +146,16 @@ class _EagerEnsembleReward(torch.autograd.Function):
         return _autograd_backward(ctx, *grads)
 
 
-def _is_plain(inputs: Inputs) -> bool:
-    """True for ordinary eager tensors: no compile or export trace, no subclass, no functorch level.
-
-    What is no tensor at all passes here and is refused by name in `check_inputs`.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) for t in inputs[: len(_SAVED)] if isinstance(t, Tensor))
+def _flattened(hidden: Tensor) -> Tensor:
+    if hidden.shape[-1] == 0:
+        refuse("hidden", "a last dimension above 0", list(hidden.shape))
+    # refused before flattening, which would hide it behind a copy
+    if hidden.stride(-1) != 1 and hidden.shape[-1] != 1:
+        refuse("hidden", "a contiguous last dimension (stride 1)", f"stride {hidden.stride(-1)}")
+    return hidden.reshape(-1, hidden.shape[-1])
 
 
 def _spec_text(aggregation: str | Aggregation, centre: str | None) -> str:
-    """The spec as the op's schema takes it. A string goes through unparsed: the compiler need not trace the parser."""
-    if isinstance(aggregation, str) and centre is None:
-        return aggregation
     return str(Aggregation.parse(aggregation).with_centre(centre))
 
 
@@ -202,48 +206,27 @@ def ensemble_reward(
     Raises:
         ValueError: naming the argument, what was expected and what came, before anything is computed.
     """
-    require(
-        isinstance(hidden, Tensor) and hidden.dim() >= 1,
-        "hidden",
-        "a tensor [..., D]",
-        list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__,
-    )
-    require(hidden.shape[-1] > 0, "hidden", "a last dimension above 0", list(hidden.shape))
-    require(isinstance(weight, Tensor), "weight", "a tensor", type(weight).__name__)
-    # refused before flattening, which would hide it behind a copy
-    require(
-        hidden.stride(-1) == 1 or hidden.shape[-1] == 1,
-        "hidden",
-        "a contiguous last dimension (stride 1)",
-        f"stride {hidden.stride(-1)}",
-    )
-    by_size = isinstance(group, int) and not isinstance(group, bool)
-    require(
-        group is None or by_size or isinstance(group, Tensor),
-        "group",
-        "a tensor of labels or a size",
-        type(group).__name__,
-    )
-    require(not by_size or int(group) > 0, "group", "a size above 0", group)  # type: ignore[arg-type]
-    inputs = Inputs(
-        hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1]),
-        weight.contiguous(),
-        bias,
-        rows,
-        norm_weight,
-        seed,
-        shift,
-        scale,
-        std_ref,
-        None if by_size else group,  # type: ignore[arg-type]
-        group if by_size else 0,  # type: ignore[arg-type]
-        norm_eps,
-        std_floor,
-        _spec_text(aggregation, centre),
-    )
+    if not isinstance(hidden, Tensor) or hidden.dim() < 1:
+        got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        refuse("hidden", "a tensor [..., D]", got)
+    if hidden.dim() != 2:
+        hidden = _flattened(hidden)
+    if not isinstance(weight, Tensor):
+        refuse("weight", "a tensor", type(weight).__name__)
+    group_size = 0
+    if group is not None and not isinstance(group, Tensor):
+        if type(group) is not int:
+            refuse("group", "a tensor of labels or a size", type(group).__name__)
+        if group <= 0:
+            refuse("group", "a size above 0", group)
+        group, group_size = None, group
+    # a string goes through unparsed: the compiler need not trace the parser
+    text = aggregation if isinstance(aggregation, str) and centre is None else _spec_text(aggregation, centre)
+    vectors = bias, rows, norm_weight, seed, shift, scale, std_ref, group
+    inputs = Inputs(hidden, weight.contiguous(), *vectors, group_size, norm_eps, std_floor, text)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:5])
-    if not _is_plain(inputs):
+    if not is_plain(inputs[:10]):
         return EnsembleOutput(*torch.ops.prudent.ensemble_reward(*inputs, keep)[:4])
     if keep:
         return EnsembleOutput(*_EagerEnsembleReward.apply(*inputs, True)[:4])  # type: ignore[no-untyped-call]
-    return EnsembleOutput(*_forward(*inputs, False)[:4])
+    return EnsembleOutput(*_run(inputs, False)[:4])

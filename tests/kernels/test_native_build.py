@@ -130,6 +130,28 @@ def test_a_library_that_does_not_load_is_named_in_the_warning(monkeypatch: pytes
         assert not cpu.available()
 
 
+@needs_library
+@pytest.mark.usefixtures("fresh_choice")
+@pytest.mark.parametrize("found", [1, native.VERSION + 1])
+def test_a_library_of_another_version_is_not_used_and_the_warning_says_reinstall(
+    monkeypatch: pytest.MonkeyPatch, found: int
+) -> None:
+    monkeypatch.setattr(native, "_version", lambda: found)
+    monkeypatch.delenv("PRUDENT_NATIVE", raising=False)
+    with pytest.warns(RuntimeWarning, match=rf"another version of prudent \({found}, expected.*reinstall") as caught:
+        got, want = one_call()
+    assert len(caught) == 1
+    assert torch.equal(got, want)
+    assert not cpu.available()
+
+
+@needs_library
+def test_a_library_from_before_versions_counts_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native._version() == native.VERSION
+    monkeypatch.setattr(torch.ops, "prudent_native", object())
+    assert native._version() == 1
+
+
 @pytest.mark.usefixtures("fresh_choice")
 def test_asked_to_go_without_it_there_is_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRUDENT_NATIVE", "0")

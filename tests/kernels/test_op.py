@@ -10,7 +10,7 @@ import torch
 from torch.library import opcheck
 
 import prudent
-from prudent.kernels.ensemble_reward import op, reference
+from prudent.kernels.ensemble_reward import cpu, op, reference
 from prudent.kernels.ensemble_reward.contract import Inputs
 
 K, D, N = 3, 9, 8
@@ -279,6 +279,30 @@ def test_refused_with_argument_expectation_and_what_came(changes: dict[str, Any]
     arguments: dict[str, Any] = {"hidden": torch.zeros(N, D), "weight": torch.zeros(2 * K, D)} | changes
     with pytest.raises(ValueError, match=says):
         prudent.ensemble_reward(**arguments)
+
+
+@pytest.mark.parametrize(("changes", "says"), REFUSED, ids=[f"{next(iter(c))}-{i}" for i, (c, _) in enumerate(REFUSED)])
+def test_refused_in_the_same_words_with_and_without_the_native_library(
+    changes: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: dict[str, Any] = {"hidden": torch.zeros(N, D), "weight": torch.zeros(2 * K, D)} | changes
+    words = []
+    for available in (cpu.available(), False):
+        monkeypatch.setattr(cpu, "available", lambda available=available: available)
+        with pytest.raises(ValueError, match=says) as caught:
+            prudent.ensemble_reward(**arguments)
+        words.append(str(caught.value))
+    assert words[0] == words[1]
+
+
+def test_an_error_that_is_not_about_the_arguments_comes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(inputs: Inputs, keep: bool) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(cpu, "available", lambda: True)
+    monkeypatch.setattr(cpu, "forward", fails)
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        prudent.ensemble_reward(torch.zeros(N, D), torch.zeros(2 * K, D))
 
 
 def test_the_registered_op_refuses_with_the_same_words_even_on_fake_tensors() -> None:

@@ -1,0 +1,276 @@
+"""What the fused reward head costs on this CPU beside the bare matrix product, plain eager torch and torch.compile.
+
+    python -m prudent.bench.cpu_ensemble [--shapes 8192x4096 65536x1024 16x4096] [--dtypes bf16 fp32] [--out FILE]
+
+Every candidate of a case runs in one process on the same tensors, in turns; the tables hold medians over the turns.
+
+    linear     F.linear(hidden, weight) alone, weight [2K, D] in hidden's dtype: one read of the features
+    ours       prudent.ensemble_reward: with the trunk's RMSNorm, without it, with the norm and sampling
+    eager      RMSNorm as transformers writes it, F.linear, softplus, trade-off of the nominal and the worst head
+    compiled   torch.compile of that
+    gradients  forward + backward of the same three, for hidden, weight, bias and norm weight; `head gradients` without
+               hidden, as on a frozen trunk
+
+Before a case is timed, ours is held against the reference in fp64; a case whose check fails is reported as failed,
+without times. `--out FILE` writes FILE.json (times, commit, date, machine, versions) and FILE.md; a run that adds cases
+to an existing FILE keeps the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ensemble_reward
+from ..kernels import native
+from ..kernels.ensemble_reward import reference
+from ..kernels.ensemble_reward.contract import Inputs
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+HEADS, NORM_EPS, STD_FLOOR, LAM = 5, 1e-6, 1e-3, 0.4
+FEW_ROWS = 64  # up to here a case is about the call's overhead, and a turn times many calls
+CALLS = 200  # of them
+
+Score = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Times = dict[str, list[float]]
+
+
+class Goal(NamedTuple):
+    """The ratio of two medians, or with `above` their difference in microseconds, held to a bound."""
+
+    what: str
+    first: str
+    second: str
+    bound: float
+    kind: str = "at most"
+
+    def value(self, medians: dict[str, float]) -> float:
+        a, b = medians[self.first], medians[self.second]
+        return (a - b) * 1e6 if self.kind == "above" else a / b
+
+    def holds(self, value: float) -> bool:
+        return value >= self.bound if self.kind == "at least" else value <= self.bound
+
+    def row(self, medians: dict[str, float]) -> str:
+        value = self.value(medians)
+        unit = " us" if self.kind == "above" else "x"
+        kind = "at most" if self.kind == "above" else self.kind
+        holds = "yes" if self.holds(value) else "NO"
+        return f"| {self.what} | {value:.2f}{unit} | {kind} {self.bound:g}{unit} | {holds} |"
+
+
+HEADER = """# `ensemble_reward` on a CPU, beside the bare matrix product
+
+Written by `python -m prudent.bench.cpu_ensemble --out FILE`, whose docstring says what each line is. K = 5 heads. All
+times of a case come from one process, in turns.
+"""
+
+RATES = (
+    Goal("ours, norm / linear", "ours norm", "linear", 1.3),
+    Goal("ours, norm and sampling / linear", "ours sampled", "linear", 1.3),
+    Goal("ours, no norm / linear", "ours bare", "linear", 1.15),
+    Goal("eager / ours, norm", "eager", "ours norm", 20, "at least"),
+    Goal("compiled / ours, norm", "compiled", "ours norm", 6, "at least"),
+    Goal("eager / ours, gradients", "eager gradients", "ours gradients", 10, "at least"),
+    Goal("compiled / ours, gradients", "compiled gradients", "ours gradients", 4, "at least"),
+    Goal("eager / ours, head gradients", "eager head gradients", "ours head gradients", 10, "at least"),
+    Goal("compiled / ours, head gradients", "compiled head gradients", "ours head gradients", 4, "at least"),
+)
+OVERHEADS = (
+    Goal("ours, norm, less linear", "ours norm", "linear", 15, "above"),
+    Goal("ours, norm and sampling, less linear", "ours sampled", "linear", 15, "above"),
+    Goal("ours, no norm, less linear", "ours bare", "linear", 15, "above"),
+)
+
+
+def composed(hidden: Tensor, weight: Tensor, bias: Tensor, norm: Tensor | None) -> Tensor:
+    """[N] rewards as people compose them: transformers' RMSNorm, a linear layer, Gaussian heads in fp32."""
+    if norm is not None:
+        x = hidden.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS)
+        hidden = norm * x.to(hidden.dtype)
+    mean, raw = (F.linear(hidden, weight).float() + bias).chunk(2, dim=-1)
+    std = F.softplus(raw) + STD_FLOOR
+    nominal = mean.gather(1, std.argmin(dim=1, keepdim=True))[:, 0]
+    return LAM * nominal + (1.0 - LAM) * mean.amin(dim=1)
+
+
+def ours(hidden: Tensor, weight: Tensor, bias: Tensor, norm: Tensor | None, seed: Tensor | None = None) -> Tensor:
+    return ensemble_reward(hidden, weight, bias, norm_weight=norm, norm_eps=NORM_EPS, seed=seed).reward
+
+
+class Case:
+    """One shape and dtype: its tensors, its check and what is timed."""
+
+    def __init__(self, rows: int, dim: int, dtype: str):
+        g = torch.Generator().manual_seed(0)
+        self.few = rows <= FEW_ROWS
+        self.hidden = torch.randn(rows, dim, generator=g).to(DTYPES[dtype])
+        self.weight = (torch.randn(2 * HEADS, dim, generator=g) / dim**0.5).to(DTYPES[dtype])
+        self.bias = torch.randn(2 * HEADS, generator=g)
+        self.norm = (1 + 0.1 * torch.randn(dim, generator=g)).to(DTYPES[dtype])
+        self.seed, self.d_reward = torch.tensor([7]), torch.randn(rows, generator=g)
+        torch.compiler.reset()  # every case its own compilations, without a limit reached by those before
+        self.compiled: Score = torch.compile(composed, dynamic=False)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.hidden, self.weight, self.bias, self.norm
+
+    def gradients(self, score: Score, frozen: bool = False) -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in self.tensors]
+        leaves[0].requires_grad_(not frozen)
+        with torch.enable_grad():
+            reward = score(*leaves)
+        return torch.autograd.grad(reward, leaves[frozen:], self.d_reward)
+
+    def candidates(self) -> dict[str, tuple[Callable[[], Any], int]]:
+        """name -> what runs, and in every how many-th turn: what is slow, less often."""
+        x, w, b, g = self.tensors
+        found: dict[str, tuple[Callable[[], Any], int]] = {
+            "linear": (lambda: F.linear(x, w), 1),
+            "ours norm": (lambda: ours(x, w, b, g), 1),
+            "ours sampled": (lambda: ours(x, w, b, g, self.seed), 1),
+            "ours bare": (lambda: ours(x, w, b, None), 1),
+            "eager": (lambda: composed(x, w, b, g), 8),
+            "compiled": (lambda: self.compiled(x, w, b, g), 8),
+        }
+        scores: tuple[tuple[str, Score, int], ...] = (
+            ("ours", ours, 8),
+            ("eager", composed, 16),
+            ("compiled", self.compiled, 16),
+        )
+        for name, score, every in () if self.few else scores:
+            found[f"{name} gradients"] = (partial(self.gradients, score), every)
+            found[f"{name} head gradients"] = (partial(self.gradients, score, frozen=True), every)
+        return found
+
+    def check(self) -> str:
+        """What is wrong with ours, '' for nothing: its error against fp64 at most eager's, and 2e-5 of the largest."""
+        leaves = [t.double().requires_grad_() for t in self.tensors]
+        x, w, b, g = leaves
+        inputs = Inputs(x, w, b, None, g, None, None, None, None, None, 0, NORM_EPS, STD_FLOOR, f"tradeoff:{LAM}")
+        exact = [e := reference.forward(inputs)[0], *torch.autograd.grad(e, leaves, self.d_reward.double())]
+        names = ("reward", *(f"gradient of {name}" for name in ("hidden", "weight", "bias", "norm_weight")))
+        with torch.no_grad():
+            rewards = [score(*self.tensors) for score in (ours, composed)]
+        found, eager = ([r, *self.gradients(s)] for r, s in zip(rewards, (ours, composed), strict=True))
+        for name, want, got, plain in zip(names, exact, found, eager, strict=True):
+            error, bound = (float((t.double() - want).abs().max().detach()) for t in (got, plain))
+            if not error <= bound + 2e-5 * float(want.detach().abs().max()):
+                return f"{name}: error {error:.3g}, of eager {bound:.3g}"
+        return ""
+
+
+def measure(case: Case, seconds: float) -> Times:
+    """name -> seconds a call, one number a turn, for about `seconds` of turns."""
+    candidates, times, turn = case.candidates(), Times(), 0
+    with torch.no_grad():
+        for run, _ in candidates.values():
+            _time(run, 3)
+        stop = time.perf_counter() + seconds
+        while turn == 0 or time.perf_counter() < stop:
+            for name, (run, every) in candidates.items():
+                if turn % every == 0:
+                    times.setdefault(name, []).append(_time(run, CALLS if case.few else 1))
+            turn += 1
+    return times
+
+
+def _time(run: Callable[[], Any], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def run_case(rows: int, dim: int, dtype: str, seconds: float) -> dict[str, Any]:
+    """A case's record: machine and versions, and `times` {name: {median, least, count}} in seconds, or `failed`."""
+    case = Case(rows, dim, dtype)
+    record: dict[str, Any] = {"rows": rows, "dim": dim, "dtype": dtype, "heads": HEADS} | _here()
+    record["failed"] = case.check()
+    record["times"] = {}
+    for name, times in ({} if record["failed"] else measure(case, seconds)).items():
+        record["times"][name] = {"median": statistics.median(times), "least": min(times), "count": len(times)}
+    return record
+
+
+def _here() -> dict[str, Any]:
+    return {
+        "commit": _git("rev-parse", "--short=12", "HEAD")
+        + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        "date": str(date.today()),
+        "machine": _processor(),
+        "threads": torch.get_num_threads(),
+        "isa": native.isa() if native.load() else "none: the reference",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).parent
+    done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def table(name: str, record: dict[str, Any]) -> str:
+    """One case as markdown: the times, and the goals beside what came out."""
+    few = record["rows"] <= FEW_ROWS
+    where = "{machine}, {threads} threads, {isa}, torch {torch}, commit {commit}, {date}."
+    lines = [f"## {name}", "", where.format(**record), ""]
+    if record["failed"]:
+        return "\n".join([*lines, f"NOT TIMED, the check failed: {record['failed']}.", ""])
+    unit, scale = ("us", 1e6) if few else ("ms", 1e3)
+    lines += [f"| | median, {unit} | least, {unit} | turns |", "|---|---|---|---|"]
+    for candidate, t in record["times"].items():
+        lines.append(f"| {candidate} | {t['median'] * scale:.2f} | {t['least'] * scale:.2f} | {t['count']} |")
+    medians = {candidate: t["median"] for candidate, t in record["times"].items()}
+    lines += ["", "| | measured | goal | holds |", "|---|---|---|---|"]
+    lines += [goal.row(medians) for goal in (OVERHEADS if few else RATES)]
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["8192x4096", "65536x1024", "16x4096"], metavar="ROWSxDIM")
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of turns for each case")
+    parser.add_argument("--out", type=Path, help="FILE: writes FILE.json and FILE.md")
+    given = parser.parse_args()
+    path = given.out and given.out.with_suffix(".json")
+    records: dict[str, Any] = json.loads(path.read_text()) if path and path.is_file() else {}
+    for shape in given.shapes:
+        rows, dim = (int(number) for number in shape.split("x"))
+        for dtype in given.dtypes:
+            record = run_case(rows, dim, dtype, given.seconds)
+            records[f"[{rows}, {dim}] {dtype}"] = record
+            print(table(f"[{rows}, {dim}] {dtype}", record), flush=True)
+    if path:
+        path.write_text(json.dumps(records, indent=2) + "\n")
+        text = [HEADER, *(table(name, record) for name, record in records.items())]
+        path.with_suffix(".md").write_text("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
