@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = arguments.size or cases.default_size(arguments.device)
     chosen = cases.select(arguments.device, size, arguments.op)
     chosen = [case for case in chosen if not arguments.dtype or case.dtype in arguments.dtype]
+    chosen = [case for case in chosen if arguments.case in case.name]
     if arguments.list:
         print("\n".join(case.name for case in chosen))
         return 0

@@ -245,6 +245,8 @@ def test_an_unknown_op_or_size_is_refused() -> None:
 def test_the_command_lists_its_cases(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--list", "--device", "cpu", "--op", "ensemble_reward", "--dtype", "bf16"]) == 0
     assert "ensemble_reward, forward, norm, 8192 x 4096, bf16" in capsys.readouterr().out.splitlines()
+    assert command.main(["--list", "--device", "cpu", "--case", "few rows", "--dtype", "fp32"]) == 0
+    assert capsys.readouterr().out == "ensemble_reward, few rows, norm, 16 x 4096, fp32\n"
 
 
 @pytest.mark.slow
