@@ -42,8 +42,9 @@ MAX_LABELLED_ROWS = 1024
 
 # D is split in parts of at least this many columns (4 tiles of 64: what a program can have in flight at once), ...
 SPLIT_COLUMNS = 256
-# ... at most this many, because one program adds the parts (their loads are unrolled: two registers a part), ...
-MAX_SPLITS = 16
+# ... at most this many, because one program adds the parts (their loads are unrolled: two registers a part, and eight
+# or more of the wide tiles that take 8 warps), ...
+MAX_SPLITS, MAX_WIDE_SPLITS = 16, 4
 # ... and only while there are no more row blocks than multiprocessors, so that is how many arrival counters there are
 MAX_SPLIT_BLOCKS = 304
 
@@ -127,7 +128,7 @@ _FORWARD: dict[tuple[torch.dtype, int], tuple[Row, ...]] = {
         # tail one program a multiprocessor is still enough.
         Row(_ANY, Config(128, 64, 8, 3)),
     ),
-    # 24 heads' weights are 0.75 of the features at 64 rows; 128 rows would leave 2 programs a multiprocessor
+    # 12 heads' weight is 0.75 of the features at 64 rows; 128 rows would leave 2 programs a multiprocessor
     (_BF16, 32): (Row(1024, Config(16, 64, 4, 4)), Row(_ANY, Config(64, 64, 4, 3))),
     # half the columns: 64 x 64 with 3 stages is 256 bytes over 64 KB of shared memory
     (_BF16, 64): (Row(1024, Config(16, 64, 4, 3)), Row(_ANY, Config(64, 32, 4, 4))),
@@ -147,7 +148,7 @@ _FORWARD: dict[tuple[torch.dtype, int], tuple[Row, ...]] = {
     (_FP64, 16): (Row(_ANY, Config(16, 32, 4, 2)),),
     (_FP64, 32): (Row(_ANY, Config(16, 32, 4, 2)),),
     (_FP64, 64): (Row(_ANY, Config(16, 16, 8, 2)),),
-    (_FP64, 128): (Row(_ANY, Config(16, 16, 16, 2)),),
+    (_FP64, 128): (Row(_ANY, Config(16, 16, 8, 2)),),
 }
 
 # The outer products of the backward: block_dim columns stay with a program, with the weight and the sum of its gradient
@@ -206,7 +207,8 @@ def splits(programs: int, d: int, config: Config, device: torch.device) -> tuple
 
     The largest power of two that makes at most two programs a multiprocessor, each with SPLIT_COLUMNS or more.
     """
-    room = min(2 * platform(device).multiprocessors // programs, d // SPLIT_COLUMNS, MAX_SPLITS)
+    most = MAX_SPLITS if config.num_warps < 8 else MAX_WIDE_SPLITS
+    room = min(2 * platform(device).multiprocessors // programs, d // SPLIT_COLUMNS, most)
     if room < 2:
         return 1, 0
     parts = 1 << (room.bit_length() - 1)
@@ -240,8 +242,8 @@ def row_shares(num_rows: int, d: int, config: Config, device: torch.device) -> t
 
 
 def gradient_config(columns: int) -> Config:
-    """Of the kernels on [N, 2K]: 1024 values a program, 8 a thread."""
-    return Config(max(16, 1024 // columns), 0, 4, 1)
+    """Of the kernels on [N, 2K]: 1024 values a program, 8 a thread (2048 of the widest, by as many more threads)."""
+    return Config(max(16, 1024 // columns), 0, 8 if columns == 128 else 4, 1)
 
 
 def weight_config(columns: int) -> Config:

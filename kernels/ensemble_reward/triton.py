@@ -24,19 +24,25 @@ from .triton_backward import combine_kernel, outer_kernel, product_gradient_kern
 from .triton_forward import centre_kernel, forward_kernel
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
+_spare_counters: dict[torch.device, list[Tensor]] = {}
 
 
 def _counters_of(device: torch.device) -> Tensor:
     """[1 + MAX_SPLIT_BLOCKS] int32 zeros that the forward's programs count their arrivals in; the kernel leaves zeros.
 
-    One per (device, stream): kernels of a stream run one after another. A captured graph gets its own, zeroed by each
-    replay, since it may be replayed beside its stream's eager calls.
+    One row per (device, stream): kernels of a stream run one after another. A captured graph may be replayed beside its
+    stream's eager calls, so each call in it has a row of its own: one of those that the stream's first eager call
+    zeroed, or where none is left a new one, which the graph then zeroes in each replay.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda":
         return torch.zeros(1 + configs.MAX_SPLIT_BLOCKS, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        spare = _spare_counters.get(device)
+        return spare.pop() if spare else torch.zeros(1 + configs.MAX_SPLIT_BLOCKS, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
     if key not in _counters:
-        _counters[key] = torch.zeros(1 + configs.MAX_SPLIT_BLOCKS, dtype=torch.int32, device=device)
+        _counters[key], *spare = torch.zeros(32, 1 + configs.MAX_SPLIT_BLOCKS, dtype=torch.int32, device=device)
+        _spare_counters.setdefault(device, []).extend(spare)  # their memory lives as long as the row that is kept
     return _counters[key]
 
 
