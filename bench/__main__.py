@@ -1,8 +1,8 @@
 """The microbenchmarks without pytest: every op against eager and torch.compile, side by side in one run.
 
 Prints a table and writes ops-DEVICE.json, .csv, .md and a roofline to --out. A case whose check against fp64 fails gets
-no times, and the exit code is then 1. `make bench` is the same under pytest-benchmark; `python -m prudent.bench.compare`
-sets two results beside each other.
+no times, and the exit code is then 1. `make bench` is the same under pytest-benchmark, and `python -m
+prudent.bench.compare` sets two results beside each other.
 
 examples:
   python -m prudent.bench                                  every op at this device's sizes, minutes
@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
                         "full: small and the shapes of the goals (a GPU's default)")  # fmt: skip
     parser.add_argument("--op", action="append", default=[], choices=cases.ops(), help="only this op; repeatable")
     parser.add_argument("--dtype", action="append", default=[], choices=tuple(DTYPES), help="only this one; repeatable")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name (--list) has TEXT in it")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="folder of the results (default %(default)s)"
     )
