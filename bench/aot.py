@@ -282,16 +282,16 @@ def common(found: Sequence[Entry]) -> list[int]:
 
 
 def readme_block(op: str, rows: Sequence[Compiled]) -> str:
-    """The marked block of the op's README from `rows`, all its shipped launches compiled: the common cases, and the
-    worst of all."""
+    """The marked block of the op's README from `rows`, the launches of its short table for every target: each kernel's
+    common case, and the worst of all."""
     shown = [rows[i] for i in common([row.entry for row in rows])]
     worst = (
-        f"Over all {len(rows)} launches that the table can ask for: at most {max(row.registers for row in rows)} "
+        f"Over all {len(rows)} launches that the command compiles: at most {max(row.registers for row in rows)} "
         f"registers and {max(row.stack for row in rows)} bytes of stack a thread, "
         f"{max(row.shared for row in rows) / 1024:.1f} KiB of shared memory a program, and "
         f"{sum(row.spill > 0 for row in rows)} that spill."
     )
-    command = f"`prudent bench --aot --full --op {op}` compiles them ahead of time; nothing here was run on a GPU."
+    command = f"`prudent bench --aot --op {op}` compiles them ahead of time; nothing here was run on a GPU."
     return f"{BEGIN}\n{command}\n\n{table(shown, markdown=True)}\n\n{worst}\n{END}"
 
 
@@ -315,7 +315,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--op", nargs="+", choices=ops(), default=ops(), help="default: all")
     flags.add_argument("--full", action="store_true", help="every row of the tables, not the common ones (minutes)")
     flags.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    flags.add_argument("--write-readme", action="store_true", help="compile all and put the table in each op's README")
+    flags.add_argument("--write-readme", action="store_true", help="put the common table in each op's README too")
     return flags
 
 
@@ -325,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("triton") is None:
         raise ImportError("bench --aot: triton is needed: pip install 'prudent[test]'")
     if given.write_readme:
-        given.target, given.full = list(TARGETS), True
+        given.target, given.full = list(TARGETS), False
     rows: list[Compiled] = []
     for op in given.op:
         rows += (found := survey([op], given.target, given.full, progress=True))

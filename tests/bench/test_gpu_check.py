@@ -152,6 +152,34 @@ def test_what_there_was_no_time_for_is_said(check: Check, monkeypatch: pytest.Mo
     assert check.stage_timing(10) == ("failed", ["out of time: 2 cases not measured, the first b"])
 
 
+def sanitized(
+    check: Check, monkeypatch: pytest.MonkeyPatch, canary: int, found: dict[str, int]
+) -> tuple[str, list[str]]:
+    """stage_sanitizer on a machine whose compute-sanitizer ends with these exit codes."""
+    check.dry, check.cases = False, [("ensemble_reward", "forward"), ("advantages", "GAE")]
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: "/bin/compute-sanitizer")
+    monkeypatch.setattr(check, "call", lambda command, limit: (canary, "Device not supported"))
+    monkeypatch.setattr(
+        check, "child", lambda stage, limit, before: (found[before[-1]], {"notes": ["said"], "failed": [], "rows": []})
+    )
+    return check.stage_sanitizer(10)
+
+
+def test_a_sanitizer_that_cannot_run_condemns_nothing(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = sanitized(check, monkeypatch, 1, {})
+    assert said == ("passed", ["compute-sanitizer does not run here: Device not supported"])
+    assert check.failed == set()
+
+
+def test_a_bad_access_condemns_every_op_and_a_hazard_is_for_a_reader(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sanitized(check, monkeypatch, 0, {"memcheck": 0, "racecheck": 9})[0] == "failed"
+    assert check.failed == set()
+    assert sanitized(check, monkeypatch, 0, {"memcheck": 9, "racecheck": 0})[0] == "failed"
+    assert check.failed == {"ensemble_reward", "advantages"}
+
+
 def test_the_report_says_of_each_case_what_there_is_to_say() -> None:
     failed = row("wrong op", timings={}, check={"passed": False}, notes=["far off"])
     lines = [gpu_goals._case_line(r) for r in (row("fine", bandwidth_share=0.5, memory={"ours": 2**20}), failed)]
