@@ -50,7 +50,7 @@ def test_no_less_exact_than_plain_torch_in_fp32(
     make_batch: Callable[..., Any], dtype: torch.dtype, length: int
 ) -> None:
     inputs = Inputs(*make_batch("holes", length=length, dtype=dtype), *options(whiten="population"))
-    exact = reference.forward(Inputs(*(t.double() for t in inputs[:4]), *inputs[4:]))  # type: ignore[arg-type, union-attr]
+    exact = reference.forward(Inputs(*(t.double() for t in inputs[:4]), *inputs[4:]))
     for ours, plain, true in zip(cpu.forward(inputs), reference.forward(inputs), exact, strict=True):
         if ours.dtype != torch.bool:
             allowed = (plain - true).abs().max() + 2e-6 * true.abs().max()

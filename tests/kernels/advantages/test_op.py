@@ -46,7 +46,7 @@ def test_outputs_carry_no_gradient_whatever_the_inputs_do(make_batch: Callable[.
 
 def test_compiled_whole_with_dynamic_batch_and_length(make_batch: Callable[..., Any]) -> None:
     def run(*batch: torch.Tensor) -> AdvantageOutput:
-        return advantages(*batch, kl_estimator="k3", kl_clip=10.0)  # type: ignore[arg-type]
+        return advantages(*batch, kl_estimator="k3", kl_clip=10.0)
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True)
     torch._dynamo.reset()
@@ -59,7 +59,7 @@ def test_compiled_whole_with_dynamic_batch_and_length(make_batch: Callable[..., 
 def test_exported_with_dynamic_batch_and_length(make_batch: Callable[..., Any]) -> None:
     class Advantages(torch.nn.Module):
         def forward(self, *batch: torch.Tensor) -> torch.Tensor:
-            return advantages(*batch).advantage  # type: ignore[arg-type]
+            return advantages(*batch).advantage
 
     b, t = torch.export.Dim("b"), torch.export.Dim("t")
     shapes = (({0: b}, *[{0: b, 1: t}] * 4),)

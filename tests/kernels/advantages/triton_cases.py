@@ -61,7 +61,7 @@ def test_every_option_is_the_reference_in_fp64(
     score[4] = float("nan")
     if at % 3 == 0:
         score = torch.randn(mask.shape, dtype=torch.float64)
-    inputs = Inputs(*on_device(score, *floats, mask), *options(*chosen))  # type: ignore[misc]
+    inputs = Inputs(*on_device(score, *floats, mask), *options(*chosen))
     close(execution.forward(inputs), reference.forward(inputs), 1e-11)
     without = inputs._replace(value=None, logprob=None, ref_logprob=None, kl_coef=0.0)
     close(execution.forward(without), reference.forward(without), 1e-11)
@@ -70,7 +70,7 @@ def test_every_option_is_the_reference_in_fp64(
 def test_a_dropped_sequence_that_spans_chunks_is_all_zero(make_batch: Callable[..., Any], small_blocks: None) -> None:
     batch = on_device(*make_batch("full", batch=3, length=45))
     batch[3][1, 20] = float("inf")  # tokens 21 to 44 are finite, and stored before it is met
-    inputs = Inputs(*batch, *options(score_at="after", whiten="none"))  # type: ignore[misc]
+    inputs = Inputs(*batch, *options(score_at="after", whiten="none"))
     ours = execution.forward(inputs)
     assert not any(t[1].any() for t in ours[:3])
     close(ours, reference.forward(inputs), 1e-11)
@@ -81,8 +81,8 @@ def test_a_dropped_sequence_that_spans_chunks_is_all_zero(make_batch: Callable[.
 def test_no_less_exact_than_plain_torch_in_fp32(
     make_batch: Callable[..., Any], dtype: torch.dtype, length: int
 ) -> None:
-    inputs = Inputs(*on_device(*make_batch("holes", batch=4, length=length, dtype=dtype)), *options())  # type: ignore[misc]
-    exact = reference.forward(Inputs(*(t.double() for t in inputs[:4]), *inputs[4:]))  # type: ignore[arg-type, union-attr]
+    inputs = Inputs(*on_device(*make_batch("holes", batch=4, length=length, dtype=dtype)), *options())
+    exact = reference.forward(Inputs(*(t.double() for t in inputs[:4]), *inputs[4:]))
     for ours, plain, true in zip(execution.forward(inputs), reference.forward(inputs), exact, strict=True):
         if ours.dtype != torch.bool:
             allowed = (plain - true).abs().max() + 2e-6 * true.abs().max()
@@ -107,7 +107,7 @@ def test_equal_calls_have_equal_bits_and_leave_the_counter_zero(
 ) -> None:
     counter = arrivals.arrivals(DEVICE)
     monkeypatch.setattr(execution, "arrivals", lambda device: counter)
-    inputs = Inputs(*on_device(*make_batch("holes", batch=7, dtype=torch.float32)), *options())  # type: ignore[misc]
+    inputs = Inputs(*on_device(*make_batch("holes", batch=7, dtype=torch.float32)), *options())
     first = execution.forward(inputs)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, execution.forward(inputs), strict=True))
@@ -118,7 +118,7 @@ def test_more_sequences_than_the_last_program_sums_at_a_time(
     make_batch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(execution, "SWEEP", 4)
-    inputs = Inputs(*on_device(*make_batch("holes", batch=11)), *options())  # type: ignore[misc]
+    inputs = Inputs(*on_device(*make_batch("holes", batch=11)), *options())
     close(execution.forward(inputs), reference.forward(inputs), 1e-11)
 
 
@@ -137,9 +137,9 @@ def test_rows_of_any_stride_expanded_and_transposed(make_batch: Callable[..., An
 def test_the_public_op_through_triton(make_batch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     batch = on_device(*make_batch("holes", dtype=torch.float32))
     monkeypatch.setattr(op, "_backend", lambda inputs: reference)
-    expected = advantages(*batch)  # type: ignore[arg-type]
+    expected = advantages(*batch)
     monkeypatch.setattr(op, "_backend", lambda inputs: execution)
-    ours = advantages(*batch)  # type: ignore[arg-type]
+    ours = advantages(*batch)
     close([*ours[:4], *ours.stats], [*expected[:4], *expected.stats], 1e-5)
     assert ours.dropped.dtype == torch.bool
 
@@ -148,7 +148,7 @@ def test_two_launches_and_one_without_whitening(make_batch: Callable[..., Any]) 
     batch = on_device(*make_batch("holes"))
     for whiten, expected in (("sample", 2), ("none", 1)):
         with recording() as launches:
-            execution.forward(Inputs(*batch, *options(whiten=whiten)))  # type: ignore[misc]
+            execution.forward(Inputs(*batch, *options(whiten=whiten)))
         assert len(launches) == expected
 
 
@@ -165,7 +165,7 @@ def test_addresses_beyond_two_to_the_31_elements(make_batch: Callable[..., Any])
 @needs_gpu
 @pytest.mark.gpu
 def test_a_captured_graph_replays_beside_eager_calls(make_batch: Callable[..., Any]) -> None:
-    inputs = Inputs(*on_device(*make_batch("holes", batch=70, dtype=torch.float32)), *options())  # type: ignore[misc]
+    inputs = Inputs(*on_device(*make_batch("holes", batch=70, dtype=torch.float32)), *options())
     expected = execution.forward(inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
