@@ -8,7 +8,7 @@ recorded sample. Its statistics, JSON, comparison and histogram then work as on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -20,7 +20,8 @@ class Recorded:
     """A clock on which the next call of `play` takes as long as the next sample."""
 
     def __init__(self) -> None:
-        self.now, self.samples = 0.0, iter(())  # type: float, Iterator[float]
+        self.now = 0.0
+        self.samples: Iterator[float] = iter(())
 
     def record(self, samples: Sequence[float]) -> None:
         self.now, self.samples = 0.0, iter(samples)

@@ -108,8 +108,8 @@ def test_every_combination_of_needs_gives_those_gradients_and_no_others(needs: t
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_it_is_as_exact_as_torchs_own_operations(dtype: torch.dtype, softcap: float | None) -> None:
-    """The same tiles by torch_tiles.py, which test_values.py holds to plain torch's error: apart by fp32's rounding, and
-    in 16-bit gradients by one rounding a row chunk.
+    """The same tiles by torch_tiles.py, which test_values.py holds to plain torch's error: apart by fp32's rounding,
+    and in 16-bit gradients by one rounding a row chunk.
     """
     inputs = make(dtype, 9, 16, 50, softcap=softcap)
     ours, torchs = (both_ways(inputs, module, some_grads(inputs)) for module in (execution, chunked))
