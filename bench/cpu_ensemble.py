@@ -10,6 +10,7 @@ Every candidate of a case runs in one process on the same tensors, in turns; the
     compiled   torch.compile of that
     gradients  forward + backward of the same three, for hidden, weight, bias and norm weight; `head gradients` without
                hidden, as on a frozen trunk
+    fresh      writing zeros to a new tensor like hidden: what its gradient costs before any arithmetic
 
 Before a case is timed, ours is held against the reference in fp64; a case whose check fails is reported as failed,
 without times. `--out FILE` writes FILE.json (times, commit, date, machine, versions) and FILE.md; a run that adds cases
@@ -38,6 +39,7 @@ from .. import ensemble_reward
 from ..kernels import native
 from ..kernels.ensemble_reward import reference
 from ..kernels.ensemble_reward.contract import Inputs
+from .machine import cpu_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEADS, NORM_EPS, STD_FLOOR, LAM = 5, 1e-6, 1e-3, 0.4
@@ -153,6 +155,8 @@ class Case:
             ("eager", composed, 16),
             ("compiled", self.compiled, 16),
         )
+        if not self.few:
+            found["fresh"] = (lambda: torch.empty_like(x).zero_(), 8)
         for name, score, every in () if self.few else scores:
             found[f"{name} gradients"] = (partial(self.gradients, score), every)
             found[f"{name} head gradients"] = (partial(self.gradients, score, frozen=True), every)
@@ -209,11 +213,13 @@ def run_case(rows: int, dim: int, dtype: str, seconds: float) -> dict[str, Any]:
 
 
 def _here() -> dict[str, Any]:
+    timed = ("CMakeLists.txt", "kernels/csrc", "kernels/native.py", "kernels/eager.py", "bench/cpu_ensemble.py")
+    timed += tuple(f"kernels/ensemble_reward/{name}.py" for name in ("contract", "cpu", "op", "reference", "spec"))
+    changed = _git("status", "--porcelain", "--", *timed) not in ("", "unknown")
     return {
-        "commit": _git("rev-parse", "--short=12", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _git("rev-parse", "--short=12", "HEAD") + (" and changes" if changed else ""),
         "date": str(date.today()),
-        "machine": _processor(),
+        "machine": cpu_name(),
         "threads": torch.get_num_threads(),
         "isa": native.isa() if native.load() else "none: the reference",
         "python": platform.python_version(),
@@ -222,16 +228,9 @@ def _here() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
-    here = Path(__file__).parent
-    done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def table(name: str, record: dict[str, Any]) -> str:

@@ -133,9 +133,9 @@ void clear_unscored(const Call& call, const Plan& plan, char* dx, int64_t row_by
 }
 
 // Rows to a chunk: from the shapes alone, so that the sums are. At most 64 chunks, and partial sums that stay small
-// beside the features.
+// beside the features: 8 K D bytes beside 2 D or 4 D for every row.
 int64_t chunk_rows(int64_t distinct, int64_t heads) {
-  const int64_t least = std::max<int64_t>(64, 8 * heads), rows = std::max(least, (distinct + 63) / 64);
+  const int64_t least = std::max<int64_t>(256, 32 * heads), rows = std::max(least, (distinct + 63) / 64);
   return (rows + kRows - 1) / kRows * kRows;
 }
 

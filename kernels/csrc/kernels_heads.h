@@ -171,7 +171,11 @@ inline V reward_of(const Options& o, const Lanes& b, Part part) {
   }
   order_weights(o, b, part);
   V total{};
-  for (int64_t k = 0; k < o.heads; ++k) total += part(b.values, k) * part(b.to_values, k);
+  for (int64_t k = 0; k < o.heads; ++k) {
+    // an infinite head without weight takes no part; a NaN spoils the row even so
+    const V value = part(b.values, k), weight = part(b.to_values, k);
+    total += select((weight == 0.0f) & ~is_nan(value), V{}, value * weight);
+  }
   return total;
 }
 

@@ -143,10 +143,9 @@ def _check_seed_and_indices(inputs: Inputs) -> None:
         refuse("seed", "shape [1]", list(inputs.seed.shape))
     if inputs.group is not None and inputs.group.shape[0] != inputs.num_rows:
         refuse("group", f"shape [{inputs.num_rows}]", list(inputs.group.shape))
-    for at in range(1, 10):
-        value = inputs[at]
-        if value is not None and value.device != device:
-            refuse(Inputs._fields[at], f"device {device} (hidden's)", value.device)
+    for name, other in zip(Inputs._fields[1:10], inputs[1:10], strict=True):
+        if isinstance(other, Tensor) and other.device != device:
+            refuse(name, f"device {device} (hidden's)", other.device)
 
 
 def _check_group(inputs: Inputs) -> None:

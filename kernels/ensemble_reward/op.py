@@ -213,16 +213,18 @@ def ensemble_reward(
         hidden = _flattened(hidden)
     if not isinstance(weight, Tensor):
         refuse("weight", "a tensor", type(weight).__name__)
-    group_size = 0
-    if group is not None and not isinstance(group, Tensor):
+    labels, group_size = None, 0
+    if isinstance(group, Tensor):
+        labels = group
+    elif group is not None:
         if type(group) is not int:
             refuse("group", "a tensor of labels or a size", type(group).__name__)
         if group <= 0:
             refuse("group", "a size above 0", group)
-        group, group_size = None, group
+        group_size = group
     # a string goes through unparsed: the compiler need not trace the parser
     text = aggregation if isinstance(aggregation, str) and centre is None else _spec_text(aggregation, centre)
-    vectors = bias, rows, norm_weight, seed, shift, scale, std_ref, group
+    vectors = bias, rows, norm_weight, seed, shift, scale, std_ref, labels
     inputs = Inputs(hidden, weight.contiguous(), *vectors, group_size, norm_eps, std_floor, text)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:5])
     if not is_plain(inputs[:10]):

@@ -121,7 +121,10 @@ def aggregate(mean: Tensor, std: Tensor, values: Tensor, spec: Aggregation, std_
         variance = values.var(dim=1, correction=0)
         spread = variance.sqrt() if spec.kind == "lcb" else variance
         return values.mean(dim=1) - spec.coefficient * spread
-    return (values * _order_weights(values, spec)).sum(dim=1)
+    weight = _order_weights(values, spec)
+    # an infinite head without weight takes no part, where 0 * inf would be NaN; a NaN spoils the row even so
+    taken = (weight != 0) | values.isnan()
+    return torch.where(taken, values * weight, torch.zeros_like(values)).sum(dim=1)
 
 
 def _order_weights(values: Tensor, spec: Aggregation) -> Tensor:

@@ -340,6 +340,19 @@ def test_softplus_keeps_its_relative_precision_from_tiny_to_huge() -> None:
     torch.testing.assert_close(slope.double(), torch.sigmoid(raw[:-5].double()), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("spec", "want"), [("min", 1.0), ("median", 2.0), ("cvar:0.4", 1.5), ("head:1", 1.0), ("max", torch.inf)]
+)
+def test_an_infinite_head_counts_only_where_it_is_taken(spec: str, want: float) -> None:
+    options = dict.fromkeys(("bias", "scale", "std_ref", "norm_weight", "seed"))
+    shift = torch.tensor([-torch.inf, -1.0, -2.0])
+    inputs = make(n=2, d=3, k=3, hidden=torch.zeros(2, 3), weight=torch.zeros(6, 3), aggregation=spec, **options)
+    for execution in (cpu, reference):
+        reward = execution.forward(inputs._replace(shift=shift))[0]
+        assert reward.tolist() == [want, want]
+        assert execution.forward(inputs._replace(shift=torch.tensor([torch.nan, -1.0, -2.0])))[0].isnan().all()
+
+
 def one_weight(hidden: Tensor) -> Inputs:
     """K = D = 1, weight 1 for the mean and 0 for the std: the mean is the feature and d_hidden is d_mean."""
     options = dict.fromkeys(("bias", "shift", "scale", "std_ref", "norm_weight", "seed"))
