@@ -266,7 +266,10 @@ def aggregate(
             spread = tl.sqrt(spread)
         reward = middle - lam * spread
     else:
-        reward = over_heads(values * order_weights(values, pick, heads, K, KP, KIND, ACC), heads, K)
+        weights = order_weights(values, pick, heads, K, KP, KIND, ACC)
+        # an infinite head without weight takes no part, where 0 * inf would be NaN; a NaN spoils the row even so
+        taken = (weights != 0.0) | (values != values)
+        reward = over_heads(tl.where(taken, values * weights, 0.0), heads, K)
     return reward
 
 
