@@ -259,8 +259,9 @@ def test_a_nan_wins_and_a_tie_goes_to_the_lowest_head() -> None:
 
 
 def test_an_infinite_head_that_has_no_weight_takes_no_part() -> None:
+    shift = torch.tensor([-3.0, -1.0, -float("inf"), -1.0])
     inputs = make(n=6, k=4, rows=None, bias=None, scale=None, weight=torch.zeros(8, 33), dtype=torch.float32,
-                  shift=torch.tensor([-3.0, -1.0, -float("inf"), -1.0]), hidden=torch.ones(6, 33), seed=None)  # fmt: skip
+                  shift=shift, hidden=torch.ones(6, 33), seed=None)  # fmt: skip
     right = {"min": 1.0, "head:0": 3.0, "median": 2.0, "cvar:0.5": 1.0, "max": float("inf"), "mean": float("inf")}
     for spec, reward in right.items():
         assert execution.forward(inputs._replace(aggregation=spec))[0].tolist() == [reward] * 6, spec
