@@ -191,11 +191,13 @@ class Run {
     for (int64_t first = c.begin; first < c.end; first += kBlockPairs) {
       const int64_t last = std::min(first + kBlockPairs, c.end);
       block.rows = gradient.rows = int(2 * (last - first));
-      for (int64_t i = first; i < last; ++i) {
-        for (int64_t side = 0; side < 2; ++side) {
-          const int64_t stored = row(pair(i) + side * pairs_);
-          block.x[2 * (i - first) + side] = gradient.x[2 * (i - first) + side] = features + stored * row_bytes;
-        }
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t i = first + r / 2, side = r % 2;
+        const auto at = [&](int64_t j) {
+          return features + row(pair(std::min(j, c.end - 1)) + side * pairs_) * row_bytes;
+        };
+        block.x[r] = gradient.x[r] = at(i);
+        block.next[r] = at(i + kBlockPairs);
       }
       isa_.product[type_](weights_[c.group], block);
       for (int64_t i = first; i < last; ++i) {

@@ -1,4 +1,4 @@
-"""The static table of `preference_step`'s Triton kernels: tiles by padded D, loss and dtype, each with its reason.
+"""The static table of `preference_step`'s Triton kernels: tiles by padded D and dtype, each with its reason.
 
 Never keyed on timing, nor on P but to have no more programs than work. Every statement about registers and shared
 memory is what `prudent bench --aot --op preference_step` prints; nothing here was timed on a GPU.
@@ -11,8 +11,8 @@ K = 5. The weights are read once a program.
 
 **Bytes in flight.** At 4.8 TB/s and 0.8 us of latency an H200 needs 29 KB on the way to each of its 132
 multiprocessors. A program has (stages - 1) blocks under way while it works on another, a block being 4 MP D bytes in
-16 bits: at D = 4096 16 KiB, so 3 stages of two resident programs (Bradley-Terry, 64 registers) have 64 KiB under way
-and 4 stages of one program (eq. 8, 112 registers and more) 48 KiB.
+16 bits: at D = 4096 16 KiB, so 4 stages have 48 KiB under way for a resident program, of which there is one for eq. 8
+(112 registers a thread and more) and there are two on sm_90 for Bradley-Terry (64).
 """
 
 from __future__ import annotations
@@ -32,9 +32,13 @@ _MAX_DIM = {"bt": 8192, "brme": 4096}
 LEAST_PAIRS = 4  # to a program: its partial sum of 4 D bytes a direction is then a quarter of 8 rows of 2 D or less
 
 
-def max_dim(loss: str, dtype: torch.dtype) -> int:
-    """Widest D that the kernels take; wider features run the reference on the device."""
-    return 2048 if dtype == torch.float64 else _MAX_DIM[loss]
+def max_dim(loss: str, dtype: torch.dtype, lanes: int) -> int:
+    """Widest D that the kernels take; wider features run the reference on the device, and so does fp64 on AMD, whose
+    loop runs out of scalar registers.
+    """
+    if dtype == torch.float64:
+        return 0 if lanes == 64 else _MAX_DIM[loss] // 4
+    return _MAX_DIM[loss]
 
 
 def finish_config(dtype: torch.dtype) -> Config:
@@ -49,20 +53,20 @@ def padded(dim: int) -> int:
     return max(128, 1 << (dim - 1).bit_length())
 
 
-def step_config(dim: int, dtype: torch.dtype, loss: str, lanes: int) -> Config:
+def step_config(dim: int, dtype: torch.dtype, lanes: int) -> Config:
     """(pairs, padded D, warps, stages) of the kernel that reads the features, on warps of `lanes` threads.
 
     Warps: 8 features of a row to a thread (fp64, which only correctness asks for: 4), so that a vector of D costs 8
     registers; 16 to a thread at D = 8192 and 32 lanes, where a program of more warps would leave 64 registers to a
-    thread. Pairs: two where one pair's rows are under 8 KiB in fp32. Stages: what the bytes in flight need, inside 64
-    KiB of shared memory; 2 with 64 lanes (AMD), where more stages run out of scalar registers for their addresses.
+    thread. Pairs: two where one pair's rows are at most 8 KiB in fp32. Stages: what the bytes in flight need, inside 64
+    KiB of shared memory; fewer with 64 lanes (AMD), where more run out of scalar registers for their addresses.
     """
     wide = padded(dim)
     each = 4 if dtype == torch.float64 else 8
     warps = max(1, min(16, wide // (each * lanes)))
     pairs = 2 if wide <= 1024 and dtype != torch.float64 else 1
     block = 2 * pairs * wide * dtype.itemsize
-    stages = 2 if lanes == 64 else 4 if loss == "brme" else 3
+    stages = 4 if lanes == 32 else 2 if wide > 1024 else 1
     while stages > 1 and (stages - 1) * block > 56 * 1024:
         stages -= 1
     return Config(pairs, wide, warps, stages)
@@ -95,7 +99,7 @@ def shipped(target: str, full: bool = True) -> Iterable[tuple[str, Callable[[], 
     lanes = 64 if target.startswith("gfx") else 32
     for dtype, dim, name in itertools.product(_DTYPES, _DIMS, _OPTIONS):
         short = dtype in (torch.bfloat16, torch.float32) and dim in (4096, 576)
-        if dim <= max_dim(_OPTIONS[name]["loss"], dtype) and (full or short):
+        if dim <= max_dim(_OPTIONS[name]["loss"], dtype, lanes) and (full or short):
             yield f"{str(dtype).removeprefix('torch.')}-D{dim}-{name}", _run(lanes, dtype, dim, **_OPTIONS[name])
 
 

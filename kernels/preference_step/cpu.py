@@ -12,7 +12,7 @@ from .contract import Inputs, Outputs
 
 
 def available() -> bool:
-    """True if the native library is there and has this op; `native.load` says what happens without."""
+    """True if the native library is there, loaded by the first call; `native.load` says what happens without."""
     return native.load()
 
 

@@ -25,10 +25,10 @@ LANES = 32 if torch.version.hip is None else 64  # threads of a warp
 def step(inputs: Inputs, lanes: int = LANES) -> Outputs:
     """(loss [], dweight [2K, D], dbias [2K], accuracy [], std []); widths past `max_dim` run the reference."""
     features, d, heads, pairs = inputs.features, inputs.features.shape[1], inputs.num_heads, inputs.num_pairs
-    if d > max_dim(inputs.loss, features.dtype):
+    if d > max_dim(inputs.loss, features.dtype, lanes):
         return reference.step(inputs)
     brme, dtype, device = inputs.loss == "brme", inputs.output_dtype, features.device
-    config = step_config(d, features.dtype, inputs.loss, lanes)
+    config = step_config(d, features.dtype, lanes)
     finish = finish_config(features.dtype)
     groups = heads if brme else 1
     shares = shares_of(pairs, groups, d)

@@ -2,8 +2,8 @@
 
 A program holds whole rows in registers: M = 2 MP of them, DP = D padded to a power of two. Row 2j of a block is pair
 j's chosen response and row 2j + 1 the rejected one, so that one `tl.split` parts them. G directions of the gradient are
-vectors [DP] in registers; nothing [2K, D] is ever held. The rules of ensemble_reward/triton_math.py are kept: values
-are cast to ACC (fp32, or fp64 for fp64 features) right after use begins, and every masked load names its `other`.
+vectors [DP] in registers; nothing [2K, D] is ever held. The rules of ensemble_reward/triton_math.py are kept: features
+are cast to ACC (fp32, or fp64 for fp64 features) before any arithmetic, and every masked load names its `other`.
 """
 # mypy: ignore-errors
 
