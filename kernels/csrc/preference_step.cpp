@@ -2,7 +2,7 @@
 // pairs stays in the second-level cache between its products and its share of the gradient.
 //
 // Only what a pair trains is computed. Bradley-Terry sees the mean of the heads, which is one column: the mean of their
-// weights. Eq. 8 sees one head: the pairs are sorted by head, and a block has that head's two columns. The penalties act
+// weights. Eq. 8 sees one head: the pairs are sorted by head, and a block has that head's two columns. Penalties act
 // on the mean of heads: one column more, and one or two directions of the gradient that every head shares.
 // No result depends on the number of threads.
 #include <algorithm>
@@ -128,7 +128,8 @@ class Run {
     const int64_t most = std::max<int64_t>(32, (pairs_ + 63) / 64);
     for (int64_t g = 0; g < groups_; ++g) {
       const int64_t count = start[g + 1] - start[g], pieces = (count + most - 1) / most;
-      const int64_t size = pieces == 0 ? 0 : ((count + pieces - 1) / pieces + kBlockPairs - 1) / kBlockPairs * kBlockPairs;
+      const int64_t even = pieces == 0 ? 0 : (count + pieces - 1) / pieces;
+      const int64_t size = (even + kBlockPairs - 1) / kBlockPairs * kBlockPairs;
       first_chunk_.push_back(int64_t(chunks_.size()));
       for (int64_t at = start[g]; at < start[g + 1]; at += size) {
         chunks_.push_back({g, at, std::min(at + size, start[g + 1])});
