@@ -23,10 +23,12 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from .case import Case, Check, Work
+from .machine import read_bandwidth
 
 SECONDS = {"smoke": 0.05, "small": 3.0, "full": 3.0}  # of rounds, for each case
 ROUNDS = (5, 400)  # at least, at most
 _SAMPLE = 5e-4  # seconds: a faster call is repeated within one sample, so that the clock's own cost is below 0.1 %
+_READ = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes of the buffer whose reading gives a row's bandwidth
 _FLUSH = 1 << 30  # bytes: far beyond any L2 cache, and long enough in the writing for the host to queue a call
 
 
@@ -50,7 +52,8 @@ class Timing:
 class Row:
     """A measured case. Where the check failed or did not run there are no times: no speed-up of a wrong op.
 
-    memory: a variant's extra peak bytes, beyond the inputs and what it returns. notes: what could not be had, and why.
+    bandwidth: bytes a second read just before or after the case, whichever was more: a shared machine's changes within
+    minutes. memory: a variant's extra peak bytes, beyond the inputs and what it returns. notes: what is missing, why.
     samples: each variant's seconds a call, round by round; not part of the written results.
     """
 
@@ -62,6 +65,7 @@ class Row:
     device: str
     bytes_moved: int
     flops: int
+    bandwidth: float = 0.0
     check: Check | None = None
     timings: dict[str, Timing] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
@@ -78,15 +82,15 @@ class Row:
             return None
         return self.timings[variant].median / self.timings["ours"].median
 
-    def share(self, bandwidth: float) -> float | None:
-        """Of the read bandwidth (bytes a second): the floor's bytes over our time."""
-        return self.bytes_moved / self.timings["ours"].median / bandwidth if "ours" in self.timings else None
+    def share(self) -> float | None:
+        """Of the read bandwidth: the floor's bytes over our time."""
+        return self.bytes_moved / self.timings["ours"].median / self.bandwidth if "ours" in self.timings else None
 
-    def roof_share(self, bandwidth: float, matrix: float) -> float | None:
-        """Of the roofline: the larger of the bytes' time and the operations' time, over ours."""
+    def roof_share(self, matrix: float) -> float | None:
+        """Of the roofline: the larger of the bytes' time and the operations' at `matrix` a second, over ours."""
         if "ours" not in self.timings:
             return None
-        return max(self.bytes_moved / bandwidth, self.flops / matrix) / self.timings["ours"].median
+        return max(self.bytes_moved / self.bandwidth, self.flops / matrix) / self.timings["ours"].median
 
 
 def run(cases: Sequence[Case], device: str | torch.device, size: str = "small", progress: bool = True) -> list[Row]:
@@ -103,6 +107,7 @@ def run(cases: Sequence[Case], device: str | torch.device, size: str = "small", 
 def measure(case: Case, device: torch.device, seconds: float) -> Row:
     """One case: its check, then times and memory if the check passed."""
     row = Row(case.name, case.op, case.mode, case.shape, case.dtype, device.type, case.bytes_moved, case.flops)
+    row.bandwidth = read_bandwidth(device, _READ[device.type])
     torch.compiler.reset()  # without it the limit on recompilations, counted over all cases, would end in eager
     try:
         _measure(case.make(device), row, device, seconds)
@@ -113,6 +118,7 @@ def measure(case: Case, device: torch.device, seconds: float) -> Row:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    row.bandwidth = max(row.bandwidth, read_bandwidth(device, _READ[device.type]))
     return row
 
 

@@ -60,8 +60,8 @@ def to_json(rows: Sequence[Row], machine: Machine) -> dict[str, Any]:
         del fields["samples"]
         fields["check"] = None if row.check is None else _finite(row.check)
         fields["ratio"] = {name: row.ratio(name) for name in row.timings if name != "ours"}
-        fields["bandwidth_share"] = row.share(machine.bandwidth)
-        fields["roof_share"] = row.roof_share(machine.bandwidth, machine.matrix[row.dtype])
+        fields["bandwidth_share"] = row.share()
+        fields["roof_share"] = row.roof_share(machine.matrix[row.dtype])
         listed.append(fields)
     return {"schema": SCHEMA, "machine": asdict(machine), "rows": listed}
 
@@ -132,7 +132,7 @@ def to_csv(rows: Sequence[Row], machine: Machine) -> str:
         for name in row.timings or ["ours"]:
             t = row.timings.get(name)
             times = [t.median, t.q20, t.q80, t.rounds, t.iterations] if t else [""] * 5
-            share = row.share(machine.bandwidth) if name == "ours" else None
+            share = row.share() if name == "ours" else None
             derived = [row.bytes_moved, row.flops, share, row.ratio(name), row.memory.get(name)]
             out.writerow([*head, name, state(row), *times, *derived, *tail])
     return text.getvalue()
@@ -177,8 +177,8 @@ def _cells(row: Row, machine: Machine) -> list[str]:
         seconds(ours.median),
         f"{(ours.q80 - ours.q20) / 2 / ours.median:.0%}",
         size(row.bytes_moved),
-        f"{row.share(machine.bandwidth):.0%}",
-        f"{row.roof_share(machine.bandwidth, machine.matrix[row.dtype]):.0%}",
+        f"{row.share():.0%}",
+        f"{row.roof_share(machine.matrix[row.dtype]):.0%}",
         _times(row.ratio("eager")),
         _times(row.ratio("compiled")),
         size(row.memory.get("ours")),

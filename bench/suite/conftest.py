@@ -67,7 +67,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     found = config.stash[_BENCH]
     if found.machine is None:
         return
-    rows, here = list(found.rows.values()), machine.again(found.machine, quick=found.size == "smoke")
+    rows = list(found.rows.values())
+    here = machine.again(found.machine, [row.bandwidth for row in rows], quick=found.size == "smoke")
     written = report.write(rows, here, found.out)
     terminalreporter.section("prudent: the ops")
     terminalreporter.write_line(report.table(rows, here))

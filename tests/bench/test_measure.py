@@ -83,6 +83,7 @@ def test_a_run_writes_json_csv_markdown_and_picture_that_agree(tmp_path: Path, h
     assert all(line["commit"] == here.commit and line["check"] == "passed" for line in lines)
     assert "ensemble_reward: forward, norm" in written[2].read_text(encoding="utf-8")
     assert all(path.stat().st_size > 1000 for path in written[3:])
+    assert row.share() == pytest.approx(row.bytes_moved / row.timings["ours"].median / row.bandwidth)
     loaded, machine_again = report.load(written[0])
     assert loaded == rows
     assert machine_again == here
@@ -180,7 +181,7 @@ def test_compare_marks_only_what_leaves_both_ranges(
         timing = measure.Timing(median, median * 0.95, median * 1.05, 9, 1)
         eager = measure.Timing(1.0, 1.0, 1.0, 9, 1)
         check = Check(True, "y", 0.0, 0.0, 1e-6)
-        return measure.Row(name, "toy", "m", "s", "fp32", "cpu", 8, 8, check, {"ours": timing, "eager": eager})
+        return measure.Row(name, "toy", "m", "s", "fp32", "cpu", 8, 8, 1e9, check, {"ours": timing, "eager": eager})
 
     other = replace(here, name="another processor")
     for folder, machine_of, rows in (
