@@ -25,8 +25,8 @@ import torch
 
 from ..launch import Config
 
-# Widest D whose vectors fit a program's registers, by loss. Eq. 8 holds twice the vectors: at 8192 it spills 16 bytes a
-# thread, and 320 with both penalties.
+# Widest D whose vectors fit a program's registers, by loss. Eq. 8 holds twice the vectors, and would spill at
+# 8192.
 _MAX_DIM = {"bt": 8192, "brme": 4096}
 
 LEAST_PAIRS = 4  # to a program: its partial sum of 4 D bytes a direction is then a quarter of 8 rows of 2 D or less
