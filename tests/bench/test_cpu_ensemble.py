@@ -1,0 +1,62 @@
+"""The CPU op timed side by side: nothing is reported of an op whose check fails, and every goal is in the table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from prudent.bench import cpu_ensemble
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes seconds and is torch's own business."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(cpu_ensemble, "CALLS", 2)
+
+
+def run(out: Path, shape: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    command = ["cpu_ensemble", "--shapes", shape, "--dtypes", "fp32", "--seconds", "0", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    cpu_ensemble.main()
+    return out.with_suffix(".md").read_text()
+
+
+def test_every_candidate_is_timed_every_goal_judged_and_a_second_run_adds_to_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "times", "70x32", monkeypatch)
+    text = run(tmp_path / "times", "4x32", monkeypatch)
+    found = json.loads((tmp_path / "times.json").read_text())
+    assert list(found) == ["[70, 32] fp32", "[4, 32] fp32"]
+    for goal in (*cpu_ensemble.RATES, *cpu_ensemble.OVERHEADS):
+        assert f"| {goal.what} |" in text
+    for record in found.values():
+        assert record["failed"] == ""
+        assert all(times["median"] >= times["least"] > 0 for times in record["times"].values())
+        assert {"commit", "date", "machine", "torch", "threads", "isa"} <= set(record)
+
+
+def test_an_op_that_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cpu_ensemble.ours
+
+    def wrong(hidden: Tensor, weight: Tensor, bias: Tensor, norm: Tensor | None, seed: Tensor | None = None) -> Tensor:
+        return right(hidden, weight, bias, norm, seed) * 1.01
+
+    monkeypatch.setattr(cpu_ensemble, "ours", wrong)
+    text = run(tmp_path / "times", "70x32", monkeypatch)
+    assert "NOT TIMED, the check failed: reward: error" in text
+    assert json.loads((tmp_path / "times.json").read_text())["[70, 32] fp32"]["times"] == {}
+
+
+def test_a_goal_is_a_ratio_held_from_its_side_or_a_difference_in_microseconds() -> None:
+    medians = {"a": 3e-6, "b": 2e-6}
+    assert cpu_ensemble.Goal("", "a", "b", 1.5).row(medians) == "|  | 1.50x | at most 1.5x | yes |"
+    assert cpu_ensemble.Goal("", "a", "b", 1.4).row(medians).endswith("| NO |")
+    assert cpu_ensemble.Goal("", "a", "b", 1.6, "at least").row(medians).endswith("| NO |")
+    assert cpu_ensemble.Goal("", "a", "b", 1.5, "above").row(medians) == "|  | 1.00 us | at most 1.5 us | yes |"
