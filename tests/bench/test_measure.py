@@ -256,7 +256,9 @@ def test_make_bench_hands_the_alternating_samples_to_pytest_benchmark(tmp_path: 
     saved = tmp_path / "benchmark.json"
     arguments = ["--confcutdir=bench/suite", "bench/suite", "-pno:cacheprovider", "--benchmark-only", "-k=few and fp32"]
     options = ["--size=smoke", "--device=cpu", f"--out={tmp_path}", f"--benchmark-json={saved}", "--benchmark-quiet"]
-    quick = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}  # torch.compile then refuses, which a run survives
+    # without the outer run's: pytest-benchmark refuses to measure in a worker of xdist
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    quick = {**outside, "TORCH_COMPILE_DISABLE": "1"}  # torch.compile then refuses, which a run survives
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments, *options], cwd=ROOT, env=quick, capture_output=True, text=True
     )
