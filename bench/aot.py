@@ -26,12 +26,21 @@ from tqdm import tqdm
 from ..kernels.launch import Launch, recording
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
-# ptxas may leave two words a thread in local memory to reach its next step of occupancy; more is a spill
+# bytes of spilled registers a thread: ptxas may spill a word or two to reach its next step of occupancy
 STACK_BUDGET = 8
 # all of a gfx942 program's, and three programs on an sm_90 multiprocessor
 SHARED_BUDGET = 64 * 1024
-# of a kernel that multiplies, and so streams a matrix: the warp then reads 256 contiguous bytes or more at a time
+# of a kernel's widest load, in bytes a thread: a warp then reads 256 contiguous bytes or more at a time
 LOAD_BUDGET = 8
+# (op, kernel) that may load less at a time, and why; 4 bytes a thread are still 128 contiguous ones a warp
+NARROW = {
+    (
+        "advantages",
+        "advantage",
+    ): "rows of any stride and length, masked token by token; a small op beside a model's step",
+    ("advantages", "whiten"): "as `advantage`",
+    ("ensemble_reward", "product_gradient"): "reads rows of 2K + 1 numbers, which only one number's size aligns",
+}
 
 
 class Target(NamedTuple):
@@ -69,8 +78,9 @@ class Entry(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What the machine code of one entry uses. Bytes a thread: `stack`, `spill`, `widest_load`; `shared` a program.
+    """What the machine code of one entry uses. Bytes a thread: `stack`, `widest_load`; `shared` a program.
 
+    `stack`: local memory, where spilled registers go (the kernels have no arrays or calls that would be there too).
     `programs`: how many fit a multiprocessor by registers, shared memory and warps (0: not estimated). `matrix`: the
     instruction, "fp32 multiply-add" where the product is exact fp32 and no unit does it, or "none needed".
     """
@@ -78,27 +88,33 @@ class Compiled(NamedTuple):
     entry: Entry
     registers: int
     stack: int
-    spill: int
     shared: int
     widest_load: int
     matrix: str
-    multiplies: bool
     programs: int
 
     def over_budget(self) -> list[str]:
         """What breaks the budget, a phrase each; empty inside it."""
         over = []
-        if self.spill:
-            over.append(f"{self.spill} bytes spilled")
         if self.stack > STACK_BUDGET:
-            over.append(f"{self.stack} bytes of stack, {STACK_BUDGET} allowed")
+            over.append(f"{self.stack} bytes of stack (spilled registers), {STACK_BUDGET} allowed")
         if self.shared > SHARED_BUDGET:
             over.append(f"{self.shared} bytes of shared memory, {SHARED_BUDGET} allowed")
-        if self.multiplies and self.widest_load < LOAD_BUDGET:
+        if self.widest_load < LOAD_BUDGET and not narrow_reason(self.entry):
             over.append(f"no load wider than {self.widest_load} bytes")
         if self.matrix == "missing":
             over.append("no matrix instruction")
         return over
+
+
+def kernel_name(entry: Entry) -> str:
+    """As the tables print it."""
+    return entry.launch.kernel.__name__.removesuffix("_kernel")
+
+
+def narrow_reason(entry: Entry) -> str:
+    """Why the entry's kernel may load less than LOAD_BUDGET bytes at a time; "" where it may not."""
+    return NARROW.get((entry.op, kernel_name(entry)), "")
 
 
 def ops() -> list[str]:
@@ -170,12 +186,13 @@ def inspect(entry: Entry) -> Compiled:
     to, shared = TARGETS[entry.target], kernel.metadata.shared
     if to.backend == "hip":
         text = kernel.asm["amdgcn"]
-        registers, stack = _amd(text, "vgpr_count"), _amd(text, "private_segment_fixed_size")
-        spill = 4 * _amd(text, "vgpr_spill_count")  # scalar registers spill to lanes of vector ones, not to memory
+        registers = _amd(text, "vgpr_count")
+        # scalar registers spill to lanes of vector ones, not to memory
+        stack = max(_amd(text, "private_segment_fixed_size"), 4 * _amd(text, "vgpr_spill_count"))
     else:
         text = kernel.asm["ptx"]
         used = _resources(kernel.asm["cubin"])
-        registers, stack, spill = used["REG"], used["STACK"], used["LOCAL"]
+        registers, stack = used["REG"], used["STACK"]
     dots = re.findall(r"tt\.dot [^\n]*", kernel.asm["ttir"])
     # NVIDIA's matrix units take every product but that of fp32 operands at full precision
     on_units = [dot for dot in dots if to.backend == "hip" or "inputPrecision" in dot or "xf32> *" not in dot]
@@ -185,7 +202,7 @@ def inspect(entry: Entry) -> Compiled:
         matrix = found.group(1).replace(".mma_async", "").removeprefix("v_") if found else "missing"
     programs = _programs(to, registers, shared, entry.launch.config.num_warps)
     widest = _widest_load(text, to.backend)
-    return Compiled(entry, registers, stack, spill, shared, widest, matrix, bool(dots), programs)
+    return Compiled(entry, registers, stack, shared, widest, matrix, programs)
 
 
 def _amd(text: str, name: str) -> int:
@@ -193,7 +210,7 @@ def _amd(text: str, name: str) -> int:
 
 
 def _resources(binary: bytes) -> dict[str, int]:
-    """REG, STACK and LOCAL, as the cuobjdump of Triton's package prints them."""
+    """REG and STACK, as the cuobjdump of Triton's package prints them. Spills are in STACK; its LOCAL is 0 all the same."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -201,7 +218,7 @@ def _resources(binary: bytes) -> dict[str, int]:
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
 
 
 def _widest_load(text: str, backend: str) -> int:
@@ -244,9 +261,8 @@ def config_cells(entry: Entry) -> tuple[str, ...]:
     """A row's first CONFIG_COLUMNS cells."""
     config, others = entry.launch.config, len(entry.labels) - 1
     case = entry.labels[0] + (f" and {others} more" if others else "")
-    name = entry.launch.kernel.__name__.removesuffix("_kernel")
     tile = f"{config.block_rows} x {config.block_dim}"
-    return name, entry.target, case, tile, str(config.num_warps), str(config.num_stages)
+    return kernel_name(entry), entry.target, case, tile, str(config.num_warps), str(config.num_stages)
 
 
 def cells(compiled: Compiled) -> tuple[str, ...]:
@@ -285,14 +301,35 @@ def readme_block(op: str, rows: Sequence[Compiled]) -> str:
     """The marked block of the op's README from `rows`, the launches of its short table for every target: each kernel's
     common case, and the worst of all."""
     shown = [rows[i] for i in common([row.entry for row in rows])]
+    spilling, most = sum(row.stack > 0 for row in rows), max(row.stack for row in rows)
     worst = (
         f"Over all {len(rows)} launches that the command compiles: at most {max(row.registers for row in rows)} "
-        f"registers and {max(row.stack for row in rows)} bytes of stack a thread, "
-        f"{max(row.shared for row in rows) / 1024:.1f} KiB of shared memory a program, and "
-        f"{sum(row.spill > 0 for row in rows)} that spill."
+        f"registers a thread and {max(row.shared for row in rows) / 1024:.1f} KiB of shared memory a program; "
+        + (
+            f"{spilling} spill, at most {most} bytes of stack a thread."
+            if spilling
+            else "none has a stack to spill to."
+        )
     )
     command = f"`prudent bench --aot --op {op}` compiles them ahead of time; nothing here was run on a GPU."
-    return f"{BEGIN}\n{command}\n\n{table(shown, markdown=True)}\n\n{worst}\n{END}"
+    said = "\n\n".join([worst, *remarks(rows)])
+    return f"{BEGIN}\n{command}\n\n{table(shown, markdown=True)}\n\n{said}\n{END}"
+
+
+def remarks(rows: Iterable[Compiled]) -> list[str]:
+    """What a reader of the table would ask about, a sentence each."""
+    rows = list(rows)
+    said = [
+        f"Loads of less than {LOAD_BUDGET} bytes are allowed in `{name}`: {reason}."
+        for (op, name), reason in NARROW.items()
+        if any((row.entry.op, kernel_name(row.entry)) == (op, name) for row in rows)
+    ]
+    if any(row.matrix == "mma.sync" and row.entry.target in ("sm_90", "sm_100") for row in rows):
+        said.append(
+            "mma.sync on sm_90 and sm_100 is where a tile has fewer than the 64 rows of a wgmma or tcgen05.mma, so that a "
+            "small batch has a program for every multiprocessor or the gradient's sums stay in registers."
+        )
+    return said
 
 
 def write_readme(op: str, rows: Sequence[Compiled]) -> Path:
@@ -331,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += (found := survey([op], given.target, given.full, progress=True))
         if given.write_readme:
             print(f"written: {write_readme(op, found)}", file=sys.stderr)
-    print(table(rows, given.markdown))
+    print("\n\n".join([table(rows, given.markdown), *remarks(rows)]))
     over = [(row, phrase) for row in rows for phrase in row.over_budget()]
     for row, phrase in over:
         print(f"out of budget: {', '.join(config_cells(row.entry)[:3])}: {phrase}", file=sys.stderr)

@@ -18,6 +18,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -76,7 +77,8 @@ class Check:
 
     def write(self) -> None:
         self.report["goals"] = verdicts(self.report["rows"])
-        for name, text in (("json", json.dumps(self.report, indent=1)), ("md", markdown(self.report))):
+        shown = without_bandwidth(self.report) if self.dry else self.report
+        for name, text in (("json", json.dumps(shown, indent=1)), ("md", markdown(shown))):
             part = self.out / f"gpu_check.{name}.part"
             part.write_text(text, encoding="utf-8")
             part.replace(self.out / f"gpu_check.{name}")
@@ -155,7 +157,7 @@ class Check:
         return "failed" if code != 0 else "passed", found["notes"]
 
     def stage_tests(self, limit: float) -> tuple[str, list[str]]:
-        """Every op's Triton cases and its op tests on the device; dry, two of the cases, interpreted."""
+        """Every op's Triton cases and its tests on the device; dry, two of the cases, interpreted."""
         if importlib.util.find_spec("pytest") is None:
             return "failed", [_CARRY]
         end, notes, status = time.monotonic() + limit, [], "passed"
@@ -258,18 +260,29 @@ class Check:
 
 
 _PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=20")
+_NAMES_DEVICE = re.compile(r"\bDEVICE\b")
 _COUNTS = (("tests",), ("failures", "errors"), ("skipped",))
 
 
 def test_files() -> dict[str, list[str]]:
-    """op -> its Triton cases first, then its op tests, as paths in the checkout. ensemble_reward's may lie above."""
+    """op -> its Triton cases first, then its op tests and whatever test file of its folder names DEVICE, the GPU where
+    there is one; paths in the checkout. ensemble_reward's may lie above."""
     kernels = ROOT / "tests" / "kernels"
     found = {}
     for op in sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton.py")):
         folders = [kernels / op, kernels] if op == "ensemble_reward" else [kernels / op]
         files = [f / name for name in ("triton_cases.py", "test_op.py") for f in folders if (f / name).exists()]
+        tests = sorted((kernels / op).glob("test_*.py"))
+        files += [file for file in tests if file not in files and _NAMES_DEVICE.search(file.read_text("utf-8"))]
         found[op] = [str(file.relative_to(ROOT)) for file in files]
     return found
+
+
+def without_bandwidth(report: dict[str, Any]) -> dict[str, Any]:
+    """The report without ceilings and shares of them: a dry run's are a busy CPU's over a few rows, and say nothing."""
+    rates = {"bandwidth": None, "matrix": {}} if report["machine"] else {}
+    rows = [{**row, **dict.fromkeys(("bandwidth", "bandwidth_share", "roof_share"))} for row in report["rows"]]
+    return {**report, "machine": {**report["machine"], **rates}, "rows": rows}
 
 
 def first_tests(file: str, count: int = 2) -> list[str]:

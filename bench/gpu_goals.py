@@ -143,7 +143,7 @@ def _case_line(row: Row) -> str:
     cells = (
         row["name"],
         f"{1e6 * timing['median']:.1f} µs",
-        "" if share is None else f"{100 * share:.1f} %",
+        NOT_MEASURED if share is None else f"{100 * share:.1f} %",
         others,
         "" if memory is None else f"{memory / 2**20:.1f} MiB",
     )

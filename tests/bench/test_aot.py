@@ -48,19 +48,47 @@ def test_the_signature_is_what_tritons_launcher_would_make() -> None:
 def test_the_machine_code_is_read(target: str) -> None:
     found = aot.inspect(aot.Entry("none", target, ("copy",), launch()))
     assert 0 < found.registers <= 64
-    assert (found.stack, found.spill, found.shared) == (0, 0, 0)
+    assert (found.stack, found.shared) == (0, 0)
     assert found.widest_load == 16  # 1024 floats over 4 warps
     assert found.matrix == "none needed"
     assert found.programs == (0 if target == "gfx942" else 16)  # 64 warps of a multiprocessor, 4 a program
     assert found.over_budget() == []
 
 
+def spilling() -> Launch:
+    """A shipped kernel that holds 8192 columns, told to hold them in one warp: 256 values a thread."""
+    wide = next(e.launch for e in aot.entries("linear_logprob", "sm_90", True) if "8192 columns" in e.labels[0])
+    return wide._replace(config=wide.config._replace(num_warps=1))
+
+
+def test_a_kernel_that_spills_is_over_its_budget() -> None:
+    found = aot.inspect(aot.Entry("linear_logprob", "sm_90", ("one warp",), spilling()))
+    assert found.stack > aot.STACK_BUDGET
+    assert found.over_budget() == [f"{found.stack} bytes of stack (spilled registers), {aot.STACK_BUDGET} allowed"]
+    assert f"1 spill, at most {found.stack} bytes of stack a thread." in aot.readme_block("linear_logprob", [found])
+
+
+def test_a_narrow_load_needs_a_written_reason() -> None:
+    entry = aot.Entry("none", "sm_90", ("copy",), launch())
+    narrow = aot.Compiled(entry, 32, 0, 0, 4, "none needed", 1)
+    assert narrow.over_budget() == ["no load wider than 4 bytes"]
+    (op, name), reason = next(iter(aot.NARROW.items()))
+    kernel = next(e for e in aot.entries(op, "sm_90", False) if aot.kernel_name(e) == name)
+    excused = narrow._replace(entry=kernel)
+    assert excused.over_budget() == []
+    assert f"`{name}`: {reason}." in aot.remarks([excused])[0]
+
+
+@pytest.mark.parametrize(("op", "name"), aot.NARROW)
+def test_each_reason_is_of_a_shipped_kernel(op: str, name: str) -> None:
+    assert name in {aot.kernel_name(entry) for entry in aot.entries(op, "sm_90", True)}
+
+
 def test_each_breach_of_the_budget_is_named() -> None:
     entry = aot.Entry("none", "sm_90", ("copy",), launch())
-    worst = aot.Compiled(entry, 255, 16, 32, 100_000, 4, "missing", True, 1)
+    worst = aot.Compiled(entry, 255, 16, 100_000, 4, "missing", 1)
     assert worst.over_budget() == [
-        "32 bytes spilled",
-        "16 bytes of stack, 8 allowed",
+        "16 bytes of stack (spilled registers), 8 allowed",
         "100000 bytes of shared memory, 65536 allowed",
         "no load wider than 4 bytes",
         "no matrix instruction",

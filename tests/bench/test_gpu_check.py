@@ -73,17 +73,20 @@ def test_what_changes_from_run_to_run_or_ignores_its_seed_is_found(
     ops = {
         "restless": (lambda device, seed: lambda: [torch.tensor(next(count))], True),
         "deaf": (lambda device, seed: lambda: [torch.tensor(1)], True),
+        "lost": (lambda device, seed: lambda: [torch.tensor(float("nan"))], True),
         "broken": (lambda device, seed: lambda: [][0], True),
     }
     monkeypatch.setattr(gpu_stages, "OPS", ops)
     result = gpu_stages.Result(tmp_path / "result.json")
     gpu_stages.determinism(result, torch.device("cpu"), True)
     assert result.content["notes"] == [
-        "restless: run 2 of 3 has other bits", "deaf: holds", "broken: IndexError: list index out of range",
+        "restless: run 2 of 3 has other bits, or a value that is not finite", "deaf: holds",
+        "lost: run 2 of 3 has other bits, or a value that is not finite", "broken: IndexError: list index out of range",
     ]  # fmt: skip
     gpu_stages.graphs(result, torch.device("cpu"), True)
     assert "deaf: a refreshed seed leaves a replay as it was" in result.content["notes"]
-    assert result.content["failed"] == ["restless", "broken", "deaf"]
+    assert "lost: a value is not finite" in result.content["notes"]
+    assert result.content["failed"] == ["restless", "lost", "broken", "deaf"]
 
 
 def test_a_command_is_ended_at_its_limit_with_all_it_started(check: Check) -> None:
@@ -194,6 +197,13 @@ def test_every_op_with_triton_kernels_has_cases_to_run_on_the_device() -> None:
         assert gpu_check.first_tests(found[0])
 
 
+def test_a_test_file_that_names_the_device_is_run_on_it() -> None:
+    kernels = ROOT / "tests" / "kernels"
+    aware = {str(f.relative_to(ROOT)) for f in kernels.glob("*/test_*.py") if "DEVICE" in f.read_text(encoding="utf-8")}
+    assert "tests/kernels/linear_logprob/test_values.py" in aware
+    assert aware <= {file for found in gpu_check.test_files().values() for file in found}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run it without --dry")
 def test_a_dry_run_goes_from_end_to_end_in_a_checkout_of_any_name(tmp_path: Path) -> None:
@@ -210,4 +220,7 @@ def test_a_dry_run_goes_from_end_to_end_in_a_checkout_of_any_name(tmp_path: Path
     assert report["dry"] is True
     text = (tmp_path / "gpu_check.md").read_text()
     assert "nothing here is a GPU's number" in text
+    assert "read bandwidth:" not in text
+    assert {row["bandwidth_share"] for row in report["rows"]} == {None}
+    assert report["machine"]["bandwidth"] is None
     assert "| 256 last tokens: device time | at most 12.0 µs | not measured | not measured |" in text
