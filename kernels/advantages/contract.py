@@ -7,11 +7,12 @@ and is never given an empty batch.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..checks import Checks, is_number
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 HOLES = ("skip", "zero")
@@ -19,7 +20,8 @@ SCORE_AT = ("last", "after")
 WHITEN = ("none", "centre", "sample", "population")
 VARIANCE_EPS = 1e-8  # in all three trainers: added to the variance (sample), or its least value (population)
 
-_FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+checks = Checks("advantages", "mask")
+require = checks.require
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -117,12 +119,6 @@ def advantage_convention(trainer: str, kl_estimator: str = "k1") -> dict[str, An
     return {"kl_estimator": kl_estimator, **options}
 
 
-def require(ok: bool, argument: str, expected: str, got: object) -> None:
-    """Raise the op's one form of error: `advantages: <argument>: expected <expected>, got <got>`."""
-    if not ok:
-        raise ValueError(f"advantages: {argument}: expected {expected}, got {got}")
-
-
 def _require_name(value: str, argument: str, allowed: tuple[str, ...]) -> None:
     require(value in allowed, argument, f"one of {', '.join(allowed)}", repr(value))
 
@@ -133,7 +129,7 @@ def check_inputs(inputs: Inputs) -> None:
     require(mask.dim() == 2, "mask", "shape [B, T]", list(mask.shape))
     require(mask.dtype == torch.bool, "mask", "dtype bool", mask.dtype)
     batch, length = mask.shape
-    require(isinstance(score, Tensor), "score", "a tensor", type(score).__name__)
+    checks.tensor(score, "score")
     require(
         tuple(score.shape) == ((batch,) if score.dim() == 1 else (batch, length)),
         "score",
@@ -142,36 +138,31 @@ def check_inputs(inputs: Inputs) -> None:
     )
     for name in ("logprob", "ref_logprob", "value"):
         tensor = getattr(inputs, name)
-        require(tensor is None or isinstance(tensor, Tensor), name, "a tensor or None", type(tensor).__name__)
+        checks.tensor(tensor, name, optional=True)
         if tensor is not None:
             expected = f"shape [{batch}, {length}], as mask's"
             require(tuple(tensor.shape) == (batch, length), name, expected, list(tensor.shape))
     for name in ("score", "logprob", "ref_logprob", "value"):
         tensor = getattr(inputs, name)
         if tensor is not None:
-            floating = "dtype bfloat16, float16, float32 or float64"
-            require(tensor.dtype in _FLOATING, name, floating, tensor.dtype)
-            require(tensor.device == mask.device, name, f"device {mask.device} (mask's)", tensor.device)
+            checks.floating(tensor, name)
+            checks.device(tensor, name, mask)
     _check_options(inputs)
 
 
 def _check_options(inputs: Inputs) -> None:
     for name in ("gamma", "lam"):
         number = getattr(inputs, name)
-        require(_is_number(number) and 0 <= number <= 1, name, "a number in [0, 1]", number)
+        require(is_number(number) and 0 <= number <= 1, name, "a number in [0, 1]", number)
     coef, clip = inputs.kl_coef, inputs.kl_clip
-    require(_is_number(coef) and math.isfinite(coef) and coef >= 0, "kl_coef", "a finite number >= 0", coef)
-    require(_is_number(clip) and clip > 0, "kl_clip", "a number above 0, or None", clip)
+    checks.not_negative(coef, "kl_coef")
+    require(is_number(clip) and clip > 0, "kl_clip", "a number above 0, or None", clip)
     given = inputs.logprob is not None
     if given != (inputs.ref_logprob is not None):
         name = "ref_logprob" if given else "logprob"
-        require(False, name, "a tensor beside the other log-probabilities, or both None", None)
+        checks.refuse(name, "a tensor beside the other log-probabilities, or both None", None)
     require(given or coef == 0, "kl_coef", "0 without logprob and ref_logprob", coef)
     _require_name(inputs.kl_estimator, "kl_estimator", KL_ESTIMATORS)
     _require_name(inputs.holes, "holes", HOLES)
     _require_name(inputs.score_at, "score_at", SCORE_AT)
     _require_name(inputs.whiten, "whiten", WHITEN)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

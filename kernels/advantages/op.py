@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..eager import is_plain
 from . import reference
-from .contract import AdvantageOutput, AdvantageStats, Inputs, Outputs, check_inputs, require
+from .contract import AdvantageOutput, AdvantageStats, Inputs, Outputs, check_inputs, checks, require
 
 _library = torch.library.Library("prudent", "FRAGMENT")
 _library.define(
@@ -128,7 +128,7 @@ def advantages(
     Raises:
         ValueError: naming the argument, what was expected and what came, before anything is computed.
     """
-    require(isinstance(mask, Tensor), "mask", "a tensor", type(mask).__name__)
+    checks.tensor(mask, "mask")
     integer = not (mask.dtype.is_floating_point or mask.dtype.is_complex)
     require(integer, "mask", "dtype bool or an integer dtype", mask.dtype)
     clip = float("inf") if kl_clip is None else kl_clip

@@ -30,7 +30,10 @@ def kl_estimate(logprob: Tensor, ref_logprob: Tensor, estimator: str, clip: floa
 
 
 def forward(inputs: Inputs) -> Outputs:
-    """(advantage, returns, reward [B, T], dropped [B], stats [6]), computed in the output's dtype."""
+    """(advantage, returns, reward [B, T], dropped [B], stats [6]), computed in the output's dtype.
+
+    Statistics and whitening are taken in fp64, as the other executions take them: squares of 1e20 overflow fp32.
+    """
     mask, dtype = inputs.mask, inputs.output_dtype
     zero = torch.zeros((), dtype=dtype, device=mask.device)
     position = torch.arange(mask.shape[1], device=mask.device)
@@ -56,8 +59,8 @@ def forward(inputs: Inputs) -> Outputs:
     returns = torch.where(step & ~dropped[:, None], advantage + value, zero)
     reward = torch.where(dropped[:, None], zero, reward)
     stats = _stats(torch.where(kept, advantage, zero), torch.where(kept, kl, zero), kept, dropped, inputs)
-    advantage = torch.where(kept, _whitened(advantage, stats, inputs.whiten), zero)
-    return advantage, returns, reward, dropped, stats
+    advantage = torch.where(kept, _whitened(advantage.double(), stats, inputs.whiten).to(dtype), zero)
+    return advantage, returns, reward, dropped, stats.to(dtype)
 
 
 def _gae(reward: Tensor, value: Tensor, step: Tensor, inputs: Inputs) -> Tensor:
@@ -77,8 +80,8 @@ def _gae(reward: Tensor, value: Tensor, step: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _stats(advantage: Tensor, kl: Tensor, kept: Tensor, dropped: Tensor, inputs: Inputs) -> Tensor:
-    """[6], in AdvantageStats' order, from advantages and KL that are 0 where not kept."""
-    tokens = kept.sum().to(advantage.dtype)
+    """[6] fp64, in AdvantageStats' order, from advantages and KL that are 0 where not kept."""
+    advantage, kl, tokens = advantage.double(), kl.double(), kept.sum().double()
     some = tokens.clamp(min=1)
     mean = advantage.sum() / some
     squares = torch.where(kept, advantage - mean, torch.zeros_like(mean)).square().sum()

@@ -12,16 +12,16 @@ backward a whole pass over them. [0, 2K + 1] unless `keep`.
 
 from __future__ import annotations
 
-import math
-import os
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..checks import Checks, values_are_read
 from .spec import Aggregation
 
-_STORAGE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+checks = Checks("ensemble_reward", "hidden")
+refuse = checks.refuse
 
 
 class EnsembleOutput(NamedTuple):
@@ -79,62 +79,38 @@ class Inputs(NamedTuple):
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
 
 
-def refuse(argument: str, expected: str, got: object) -> NoReturn:
-    """The op's one form of error: `ensemble_reward: <argument>: expected <expected>, got <got>`."""
-    raise ValueError(f"ensemble_reward: {argument}: expected {expected}, got {got}")
-
-
 def check_inputs(inputs: Inputs) -> None:
     """Refuse every shape, dtype, device and option outside the contract. Reads no values, so it serves fakes too."""
     hidden, weight = inputs.hidden, inputs.weight
     for name, value in (("hidden", hidden), ("weight", weight)):
-        if not isinstance(value, Tensor):
-            refuse(name, "a tensor", type(value).__name__)
-        if value.dtype not in _STORAGE:
-            refuse(name, "dtype bfloat16, float16, float32 or float64", value.dtype)
+        checks.tensor(value, name)
+        checks.floating(value, name)
         if value.dim() != 2:
             refuse(name, "2 dimensions after flattening", tuple(value.shape))
-    dim, double = hidden.shape[1], hidden.dtype == torch.float64
+    dim = hidden.shape[1]
     if dim <= 0:
         refuse("hidden", "a last dimension above 0", list(hidden.shape))
-    if hidden.stride(1) != 1 and dim != 1:
-        refuse("hidden", "a contiguous last dimension (stride 1)", f"stride {hidden.stride(1)}")
+    checks.last_dimension(hidden, "hidden")
     columns, width = weight.shape
     if width != dim or columns < 2 or columns % 2 != 0:
         refuse("weight", f"[2K, {dim}] with K >= 1 (rows 0..K-1 mean, K..2K-1 raw std)", list(weight.shape))
-    if weight.dtype == torch.float64 and not double:
-        refuse("weight", "float64 only beside float64 hidden", weight.dtype)
+    checks.width(weight, "weight", hidden)
     heads = columns // 2
-    _check_vector(inputs.bias, "bias", columns, double)
-    _check_vector(inputs.norm_weight, "norm_weight", dim, double, storage=True)
-    _check_vector(inputs.shift, "shift", heads, double)
-    _check_vector(inputs.scale, "scale", heads, double)
-    _check_vector(inputs.std_ref, "std_ref", heads, double)
+    checks.vector(inputs.bias, "bias", columns, hidden)
+    checks.vector(inputs.norm_weight, "norm_weight", dim, hidden, storage=True)
+    checks.vector(inputs.shift, "shift", heads, hidden)
+    checks.vector(inputs.scale, "scale", heads, hidden)
+    checks.vector(inputs.std_ref, "std_ref", heads, hidden)
     _check_seed_and_indices(inputs)
     _check_group(inputs)
     _check_options(inputs, heads)
 
 
-def _check_vector(value: Tensor | None, name: str, length: int, double: bool, storage: bool = False) -> None:
-    if value is None:
-        return
-    if not isinstance(value, Tensor):
-        refuse(name, "a tensor or None", type(value).__name__)
-    if value.dim() != 1 or value.shape[0] != length:
-        refuse(name, f"shape [{length}]", list(value.shape))
-    if value.dtype not in (_STORAGE if storage else _STORAGE[2:]):
-        refuse(name, "a floating dtype" if storage else "dtype float32", value.dtype)
-    if value.dtype == torch.float64 and not double:
-        refuse(name, "float64 only beside float64 hidden", value.dtype)
-
-
 def _check_seed_and_indices(inputs: Inputs) -> None:
-    device = inputs.hidden.device
     for name, value in (("seed", inputs.seed), ("rows", inputs.rows), ("group", inputs.group)):
         if value is None:
             continue
-        if not isinstance(value, Tensor):
-            refuse(name, "a tensor or None", type(value).__name__)
+        checks.tensor(value, name, optional=True)
         if value.dtype != torch.int64:
             refuse(name, "dtype int64", value.dtype)
         if value.dim() != 1:
@@ -144,8 +120,7 @@ def _check_seed_and_indices(inputs: Inputs) -> None:
     if inputs.group is not None and inputs.group.shape[0] != inputs.num_rows:
         refuse("group", f"shape [{inputs.num_rows}]", list(inputs.group.shape))
     for name, other in zip(Inputs._fields[1:10], inputs[1:10], strict=True):
-        if isinstance(other, Tensor) and other.device != device:
-            refuse(name, f"device {device} (hidden's)", other.device)
+        checks.device(other, name, inputs.hidden)
 
 
 def _check_group(inputs: Inputs) -> None:
@@ -162,9 +137,8 @@ def _check_group(inputs: Inputs) -> None:
 
 
 def _check_options(inputs: Inputs, heads: int) -> None:
-    for name, value in (("norm_eps", inputs.norm_eps), ("std_floor", inputs.std_floor)):
-        if not (math.isfinite(value) and value >= 0):
-            refuse(name, "a finite number >= 0", value)
+    checks.not_negative(inputs.norm_eps, "norm_eps")
+    checks.not_negative(inputs.std_floor, "std_floor")
     inputs.spec.check_heads(heads)
     if inputs.spec.nominal == "relative_std" and inputs.std_ref is None:
         refuse("std_ref", "each head's own typical std [K] with nominal=relative_std", None)
@@ -172,19 +146,11 @@ def _check_options(inputs: Inputs, heads: int) -> None:
 
 def check_values(inputs: Inputs) -> None:
     """Refuse indices, labels and scales out of range: on CPU; elsewhere with PRUDENT_DEBUG=1 (it stalls the stream)."""
-    if inputs.hidden.device.type != "cpu" and os.environ.get("PRUDENT_DEBUG") != "1":
+    if not values_are_read(inputs.hidden):
         return
 
-    def inside(name: str, value: Tensor, bound: int, of: str) -> None:
-        if value.numel():
-            low, high = (int(v) for v in torch.aminmax(value))
-            if low < 0 or high >= bound:
-                refuse(name, f"values in [0, {bound}) ({of})", low if low < 0 else high)
-
-    if inputs.rows is not None:
-        inside("rows", inputs.rows, inputs.hidden.shape[0], "rows of hidden")
-    if inputs.group is not None:
-        inside("group", inputs.group, inputs.num_rows, "labels, dense or not, below N")
+    checks.indices(inputs.rows, "rows", inputs.hidden.shape[0], "rows of hidden")
+    checks.indices(inputs.group, "group", inputs.num_rows, "labels, dense or not, below N")
     for name in ("scale", "std_ref"):
         value = getattr(inputs, name)
         if value is not None and not bool((value > 0).all()):

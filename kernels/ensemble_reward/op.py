@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..eager import is_plain
 from . import cpu, reference
-from .contract import EnsembleOutput, Grads, Inputs, Outputs, check_inputs, check_values, refuse
+from .contract import EnsembleOutput, Grads, Inputs, Outputs, check_inputs, check_values, checks, refuse
 from .spec import Aggregation
 
 STD_FLOOR = (
@@ -147,11 +147,10 @@ class _EagerEnsembleReward(torch.autograd.Function):
 
 
 def _flattened(hidden: Tensor) -> Tensor:
+    checks.tensor(hidden, "hidden")
     if hidden.shape[-1] == 0:
         refuse("hidden", "a last dimension above 0", list(hidden.shape))
-    # refused before flattening, which would hide it behind a copy
-    if hidden.stride(-1) != 1 and hidden.shape[-1] != 1:
-        refuse("hidden", "a contiguous last dimension (stride 1)", f"stride {hidden.stride(-1)}")
+    checks.last_dimension(hidden, "hidden")  # before flattening, which would hide it behind a copy
     return hidden.reshape(-1, hidden.shape[-1])
 
 
@@ -211,8 +210,8 @@ def ensemble_reward(
         refuse("hidden", "a tensor [..., D]", got)
     if hidden.dim() != 2:
         hidden = _flattened(hidden)
-    if not isinstance(weight, Tensor):
-        refuse("weight", "a tensor", type(weight).__name__)
+    if not isinstance(weight, Tensor) or weight.layout != torch.strided:
+        checks.tensor(weight, "weight")
     labels, group_size = None, 0
     if isinstance(group, Tensor):
         labels = group
@@ -226,7 +225,7 @@ def ensemble_reward(
     text = aggregation if isinstance(aggregation, str) and centre is None else _spec_text(aggregation, centre)
     vectors = bias, rows, norm_weight, seed, shift, scale, std_ref, labels
     inputs = Inputs(hidden, weight.contiguous(), *vectors, group_size, norm_eps, std_floor, text)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:5])
+    keep = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs[:5])
     if not is_plain(inputs[:10]):
         return EnsembleOutput(*torch.ops.prudent.ensemble_reward(*inputs, keep)[:4])
     if keep:

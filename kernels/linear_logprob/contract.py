@@ -10,13 +10,15 @@ with grads = gradients of the three outputs (None = zero) and needs = two bools;
 from __future__ import annotations
 
 import math
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_STORAGE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+from ..checks import Checks, is_number, values_are_read
+
+checks = Checks("linear_logprob", "hidden")
+require = checks.require
 
 
 class LogprobOutput(NamedTuple):
@@ -58,33 +60,21 @@ class Inputs(NamedTuple):
         return self.hidden.dtype if self.hidden.dtype == self.weight.dtype else self.accumulator
 
 
-def require(ok: bool, argument: str, expected: str, got: object) -> None:
-    """Raise the op's one form of error: `linear_logprob: <argument>: expected <expected>, got <got>`."""
-    if not ok:
-        raise ValueError(f"linear_logprob: {argument}: expected {expected}, got {got}")
-
-
 def check_inputs(inputs: Inputs) -> None:
     """Refuse every shape, dtype, device and option outside the contract. Reads no values, so it serves fakes too."""
     hidden, weight, target = inputs[:3]
     for name in ("hidden", "weight"):
         value = getattr(inputs, name)
-        require(isinstance(value, Tensor), name, "a tensor", type(value).__name__)
-        require(value.dtype in _STORAGE, name, "dtype bfloat16, float16, float32 or float64", value.dtype)
-    require(isinstance(target, Tensor), "target", "a tensor", type(target).__name__)
+        checks.tensor(value, name)
+        checks.floating(value, name)
+    checks.tensor(target, "target")
     require(hidden.dim() >= 1 and hidden.shape[-1] > 0, "hidden", "shape [..., D] with D >= 1", list(hidden.shape))
     dim = hidden.shape[-1]
     fits = weight.dim() == 2 and weight.shape[1] == dim and weight.shape[0] > 0
     require(fits, "weight", f"shape [V, {dim}] with V >= 1", list(weight.shape))
-    for name in ("hidden", "weight"):
-        stride = getattr(inputs, name).stride(-1)
-        require(stride == 1 or dim == 1, name, "a contiguous last dimension (stride 1)", f"stride {stride}")
-    require(
-        weight.dtype != torch.float64 or hidden.dtype == torch.float64,
-        "weight",
-        "float64 only beside float64 hidden",
-        weight.dtype,
-    )
+    checks.last_dimension(hidden, "hidden")
+    checks.last_dimension(weight, "weight")
+    checks.width(weight, "weight", hidden)
     require(target.dtype == torch.int64, "target", "dtype int64", target.dtype)
     require(
         target.shape == hidden.shape[:-1],
@@ -92,9 +82,8 @@ def check_inputs(inputs: Inputs) -> None:
         f"shape {list(hidden.shape[:-1])} (hidden's leading dimensions)",
         list(target.shape),
     )
-    for name in ("weight", "target"):
-        device = getattr(inputs, name).device
-        require(device == hidden.device, name, f"device {hidden.device} (hidden's)", device)
+    checks.device(weight, "weight", hidden)
+    checks.device(target, "target", hidden)
     _check_options(inputs)
 
 
@@ -103,9 +92,13 @@ def _check_options(inputs: Inputs) -> None:
         value = getattr(inputs, name)
         if name == "softcap" and value is None:
             continue
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
         allowed = "a finite number above 0" + (" or None" if name == "softcap" else "")
-        require(number and math.isfinite(value) and value > 0, name, allowed, value)
+        require(is_number(value) and math.isfinite(value) and value > 0, name, allowed, value)
+        # the kernels multiply by the inverse
+        greatest = torch.finfo(inputs.accumulator).max
+        usable = value <= greatest and 1 / value <= greatest
+        of = "fp64" if inputs.accumulator == torch.float64 else "fp32"
+        require(usable, name, f"a number that is finite in {of}, and whose inverse is", value)
     index = inputs.ignore_index
     whole = index is None or (isinstance(index, int) and not isinstance(index, bool))
     require(whole, "ignore_index", "an integer or None", index)
@@ -114,7 +107,7 @@ def _check_options(inputs: Inputs) -> None:
 def check_values(inputs: Inputs) -> None:
     """Refuse targets that are no token: on CPU; elsewhere with PRUDENT_DEBUG=1 (it makes the host wait)."""
     target = inputs.target
-    if target.device.type != "cpu" and os.environ.get("PRUDENT_DEBUG") != "1":
+    if not values_are_read(target):
         return
     vocabulary = inputs.weight.shape[0]
     wrong = (target < 0) | (target >= vocabulary)
@@ -122,7 +115,7 @@ def check_values(inputs: Inputs) -> None:
         wrong &= target != inputs.ignore_index
     if bool(wrong.any()):
         besides = "" if inputs.ignore_index is None else f" or {inputs.ignore_index} (ignore_index)"
-        require(False, "target", f"values in [0, {vocabulary}){besides}", int(target[wrong][0]))
+        checks.refuse("target", f"values in [0, {vocabulary}){besides}", int(target[wrong][0]))
 
 
 def kept_rows(target: Tensor, ignore_index: int | None) -> Tensor | None:

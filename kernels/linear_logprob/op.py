@@ -157,7 +157,8 @@ def linear_logprob(
             checked on a CPU, elsewhere with PRUDENT_DEBUG=1; unchecked, one outside [0, V) has logprob NaN.
     """
     args = (hidden, weight, target, temperature, softcap, ignore_index)
-    if not is_plain(args):
+    meta = isinstance(hidden, Tensor) and hidden.is_meta  # shapes alone: what the registered fake gives
+    if meta or not is_plain(args):
         return LogprobOutput(*torch.ops.prudent.linear_logprob(*args))
     differentiable = (t for t in args[:2] if isinstance(t, Tensor))
     if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):

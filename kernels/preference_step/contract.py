@@ -7,15 +7,18 @@ with loss, accuracy and std in `output_dtype` and the gradients in the dtypes of
 
 from __future__ import annotations
 
-import math
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..checks import Checks, values_are_read
+
 LOSSES = ("bt", "brme")
-_STORAGE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+NUMBERS = ("alpha", "bsr", "centre", "std_floor")
+
+checks = Checks("preference_step", "features")
+require = checks.require
 
 
 class StepOutput(NamedTuple):
@@ -77,60 +80,41 @@ class Inputs(NamedTuple):
 TENSORS = Inputs._fields[:8]
 
 
-def require(ok: bool, argument: str, expected: str, got: object) -> None:
-    """Raise the op's one form of error: `preference_step: <argument>: expected <expected>, got <got>`."""
-    if not ok:
-        raise ValueError(f"preference_step: {argument}: expected {expected}, got {got}")
-
-
 def check_inputs(inputs: Inputs) -> None:
     """Refuse every shape, dtype, device and option outside the contract. Reads no values, so it serves fakes too."""
     for name in TENSORS:
-        value = getattr(inputs, name)
-        optional = name not in ("features", "weight", "bias")
-        if not (optional and value is None):
-            expected = "a tensor or None" if optional else "a tensor"
-            require(isinstance(value, Tensor), name, expected, type(value).__name__)
+        checks.tensor(getattr(inputs, name), name, optional=name not in ("features", "weight", "bias"))
     _check_matrices(inputs)
     _check_rows(inputs)
     _check_loss(inputs)
     pairs = inputs.num_pairs
-    _check_vector(inputs, "bias", 2 * inputs.num_heads)
-    _check_vector(inputs, "p_hat", pairs)
-    _check_vector(inputs, "margin", pairs)
+    checks.vector(inputs.bias, "bias", 2 * inputs.num_heads, inputs.features)
+    checks.vector(inputs.p_hat, "p_hat", pairs, inputs.features)
+    checks.vector(inputs.margin, "margin", pairs, inputs.features)
     for name, length in (("head_id", pairs), ("seed", 1)):
         value = getattr(inputs, name)
         if value is not None:
             require(value.dtype == torch.int64, name, "dtype int64", value.dtype)
             require(tuple(value.shape) == (length,), name, f"shape [{length}]", list(value.shape))
     for name in TENSORS[1:]:
-        value = getattr(inputs, name)
-        if value is not None:
-            device = inputs.features.device
-            require(value.device == device, name, f"device {device} (features')", value.device)
+        checks.device(getattr(inputs, name), name, inputs.features)
 
 
 def _check_matrices(inputs: Inputs) -> None:
     features, weight = inputs.features, inputs.weight
     for name, value in (("features", features), ("weight", weight)):
-        require(value.dtype in _STORAGE, name, "dtype bfloat16, float16, float32 or float64", value.dtype)
+        checks.floating(value, name)
         require(value.dim() == 2, name, "2 dimensions", list(value.shape))
     dim = features.shape[1]
     require(dim > 0, "features", "a last dimension above 0", list(features.shape))
-    require(
-        features.stride(1) == 1 or dim == 1,
-        "features",
-        "a contiguous last dimension (stride 1)",
-        f"stride {features.stride(1)}",
-    )
+    checks.last_dimension(features, "features")
     require(
         weight.shape[1] == dim and weight.shape[0] >= 2 and weight.shape[0] % 2 == 0,
         "weight",
         f"[2K, {dim}] with K >= 1 (rows 0..K-1 mean, K..2K-1 raw std)",
         list(weight.shape),
     )
-    wide = features.dtype == torch.float64
-    require(weight.dtype != torch.float64 or wide, "weight", "float64 only beside float64 features", weight.dtype)
+    checks.width(weight, "weight", features)
 
 
 def _check_rows(inputs: Inputs) -> None:
@@ -143,16 +127,6 @@ def _check_rows(inputs: Inputs) -> None:
     require(inputs.num_rows > 0 and inputs.num_rows % 2 == 0, name, expected, inputs.num_rows)
 
 
-def _check_vector(inputs: Inputs, name: str, length: int) -> None:
-    value = getattr(inputs, name)
-    if value is None:
-        return
-    require(tuple(value.shape) == (length,), name, f"shape [{length}]", list(value.shape))
-    require(value.dtype in (torch.float32, torch.float64), name, "dtype float32", value.dtype)
-    wide = inputs.features.dtype == torch.float64
-    require(value.dtype != torch.float64 or wide, name, "float64 only beside float64 features", value.dtype)
-
-
 def _check_loss(inputs: Inputs) -> None:
     require(inputs.loss in LOSSES, "loss", f"one of {', '.join(LOSSES)}", repr(inputs.loss))
     brme = inputs.loss == "brme"
@@ -162,21 +136,16 @@ def _check_loss(inputs: Inputs) -> None:
         require(given == brme, name, expected, f"{'one' if given else 'none'} with {inputs.loss!r}")
     require(inputs.seed is None or brme, "seed", "none with loss 'bt', which draws no noise", "one")
     require(inputs.margin is None or not brme, "margin", "none with loss 'brme', which has no margin", "one")
-    for name in ("alpha", "bsr", "centre", "std_floor"):
-        value = getattr(inputs, name)
-        require(math.isfinite(value) and value >= 0, name, "a finite number >= 0", value)
+    for name in NUMBERS:
+        checks.not_negative(getattr(inputs, name), name)
 
 
 def check_values(inputs: Inputs) -> None:
     """Refuse indices and probabilities out of range: on CPU; elsewhere with PRUDENT_DEBUG=1 (it stalls the stream)."""
-    if inputs.features.device.type != "cpu" and os.environ.get("PRUDENT_DEBUG") != "1":
+    if not values_are_read(inputs.features):
         return
-    bounds = (("rows", inputs.features.shape[0], "rows of features"), ("head_id", inputs.num_heads, "heads"))
-    for name, bound, of in bounds:
-        value = getattr(inputs, name)
-        if value is not None:
-            low, high = (int(v) for v in torch.aminmax(value))
-            require(low >= 0 and high < bound, name, f"values in [0, {bound}) ({of})", low if low < 0 else high)
+    checks.indices(inputs.rows, "rows", inputs.features.shape[0], "rows of features")
+    checks.indices(inputs.head_id, "head_id", inputs.num_heads, "heads")
     if inputs.p_hat is not None:
         least, most = (float(v) for v in torch.aminmax(inputs.p_hat))
         require(least > 0 and most < 1, "p_hat", "values in (0, 1)", most if least > 0 else least)

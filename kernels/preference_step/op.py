@@ -13,7 +13,7 @@ from torch import Tensor
 from ..eager import is_plain
 from ..ensemble_reward import STD_FLOOR
 from . import reference
-from .contract import TENSORS, Inputs, Outputs, StepOutput, check_inputs, check_values
+from .contract import NUMBERS, TENSORS, Inputs, Outputs, StepOutput, check_inputs, check_values, checks
 
 _library = torch.library.Library("prudent", "FRAGMENT")
 _library.define(
@@ -111,10 +111,11 @@ def preference_step(
     Raises:
         ValueError: naming the argument, what was expected and what came, before anything is computed.
     """
-    inputs = Inputs(
-        features, weight, bias, rows, head_id, p_hat, margin, seed, loss, float(alpha), float(bsr), float(centre),
-        float(std_floor),
-    )  # fmt: skip
+    numbers = alpha, bsr, centre, std_floor
+    for name, number in zip(NUMBERS, numbers, strict=True):
+        checks.not_negative(number, name)
+    tensors = features, weight, bias, rows, head_id, p_hat, margin, seed
+    inputs = Inputs(*tensors, loss, *(float(number) for number in numbers))
     run = _step if is_plain(inputs[: len(TENSORS)]) else torch.ops.prudent.preference_step
     with torch.no_grad():
         result, dweight, dbias, accuracy, std = run(*inputs)

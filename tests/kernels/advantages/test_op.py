@@ -282,3 +282,18 @@ def test_the_registered_op_refuses_with_the_same_words_even_on_fake_tensors() ->
         pytest.raises(ValueError, match=r"advantages: score: expected shape \[4\] or \[4, 6\]"),
     ):
         torch.ops.prudent.advantages(*bad)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("whiten", ["sample", "population"])
+def test_scores_whose_squares_overflow_fp32_are_whitened(
+    native: bool, whiten: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    score, mask = torch.tensor([1e25, -1e25]), torch.ones(2, 2, dtype=torch.bool)
+    out = advantages(score, None, None, None, mask, kl_coef=0.0, whiten=whiten)
+    # two tokens of +1e25 and two of -1e25: the deviation over ddof 3, or over 4
+    each = 1.0 if whiten == "population" else 0.75**0.5
+    torch.testing.assert_close(out.advantage, each * score.sign()[:, None].expand(2, 2))
+    torch.testing.assert_close(out.stats.std, torch.tensor(1e25 / each))

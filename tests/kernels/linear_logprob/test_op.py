@@ -145,6 +145,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 0.0}, "temperature: expected a finite number above 0, got 0.0"),
     ({"temperature": float("nan")}, "temperature: expected a finite number above 0, got nan"),
     ({"temperature": float("inf")}, "temperature: expected a finite number above 0, got inf"),
+    ({"temperature": 1e-45}, "temperature: expected a number that is finite in fp32, and whose inverse is, got 1e-45"),
+    ({"softcap": 1e39}, r"softcap: expected a number that is finite in fp32, and whose inverse is, got 1e\+39"),
+    ({"weight": torch.zeros(V, D).to_sparse()}, "weight: expected a dense tensor, got torch.sparse_coo"),
     ({"temperature": "hot"}, "temperature: expected a finite number above 0, got hot"),
     ({"softcap": -1.0}, "softcap: expected a finite number above 0 or None, got -1.0"),
     ({"softcap": 0.0}, "softcap: expected a finite number above 0 or None"),
@@ -168,3 +171,18 @@ def test_refused_with_argument_expectation_and_what_came(
 def test_fakes_are_refused_in_the_same_words() -> None:
     with torch._subclasses.FakeTensorMode(), pytest.raises(ValueError, match=r"linear_logprob: weight: expected shape"):
         linear_logprob(torch.zeros(T, D), torch.zeros(V, D + 1), torch.zeros(T, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("ignore_index", [-100, None])
+def test_meta_tensors_have_their_shapes_and_gradients(ignore_index: int | None) -> None:
+    hidden = torch.empty(2, T, D, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight = torch.empty(V, D, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    target = torch.empty(2, T, dtype=torch.int64, device="meta")
+    out = linear_logprob(hidden, weight, target, ignore_index=ignore_index)
+    assert all(o.is_meta and o.shape == (2, T) and o.dtype == torch.float32 for o in out)
+    out.logprob.sum().backward()
+    for leaf in (hidden, weight):
+        assert leaf.grad is not None
+        assert leaf.grad.shape == leaf.shape
+    with pytest.raises(ValueError, match=r"linear_logprob: weight: expected shape"):
+        linear_logprob(hidden, weight[:, 1:], target)

@@ -149,6 +149,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"bsr": -1.0}, "bsr: expected a finite number >= 0, got -1.0"),
     ({"centre": float("nan")}, "centre: expected a finite number >= 0, got nan"),
     (BRME | {"alpha": float("inf")}, "alpha: expected a finite number >= 0, got inf"),
+    (BRME | {"alpha": None}, "alpha: expected a finite number >= 0, got None"),
+    (BRME | {"alpha": "x"}, "alpha: expected a finite number >= 0, got x"),
+    ({"bsr": True}, "bsr: expected a finite number >= 0, got True"),
+    ({"weight": torch.zeros(2 * K, D).to_sparse()}, "weight: expected a dense tensor, got torch.sparse_coo"),
     (BRME | {"std_floor": -0.1}, "std_floor: expected a finite number >= 0"),
 ]  # fmt: skip
 
