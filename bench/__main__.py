@@ -5,9 +5,9 @@ no times, and the exit code is then 1. `make bench` is the same under pytest-ben
 prudent.bench.compare` sets two results beside each other.
 
 examples:
-  python -m prudent.bench                                  every op at this device's sizes, minutes
-  python -m prudent.bench --size smoke --out runs/smoke    does it all work, seconds a case
-  python -m prudent.bench --op ensemble_reward --dtype bf16
+  prudent bench                                  every op at this device's sizes, minutes
+  prudent bench --size smoke --out runs/smoke    does it all work, seconds a case
+  prudent bench --op ensemble_reward --dtype bf16
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .case import DTYPES, SIZES
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m prudent.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="prudent bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=SIZES, help="smoke: tiny; small: minutes on two cores (the CPU's default); "
@@ -51,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         print("\n".join(case.name for case in chosen))
         return 0
+    if not chosen:
+        given = (("op", arguments.op), ("dtype", arguments.dtype))
+        asked = [f"--{name} {' '.join(value)}" for name, value in given if value]
+        asked += [f"--case {arguments.case!r}"] if arguments.case else []
+        print(f"bench: error: no case of size {size} has {' and '.join(asked)}; --list names them", file=sys.stderr)
+        return 2
     here = machine.describe(arguments.device, quick=size == "smoke")
     earlier = arguments.out / f"ops-{arguments.device}.json"
     try:

@@ -210,7 +210,7 @@ def _amd(text: str, name: str) -> int:
 
 
 def _resources(binary: bytes) -> dict[str, int]:
-    """REG and STACK, as the cuobjdump of Triton's package prints them. Spills are in STACK; its LOCAL is 0 all the same."""
+    """REG and STACK, as the cuobjdump of Triton's package prints them. Spills are in STACK; LOCAL is 0 even then."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -326,8 +326,8 @@ def remarks(rows: Iterable[Compiled]) -> list[str]:
     ]
     if any(row.matrix == "mma.sync" and row.entry.target in ("sm_90", "sm_100") for row in rows):
         said.append(
-            "mma.sync on sm_90 and sm_100 is where a tile has fewer than the 64 rows of a wgmma or tcgen05.mma, so that a "
-            "small batch has a program for every multiprocessor or the gradient's sums stay in registers."
+            "mma.sync on sm_90 and sm_100 is where a tile has fewer than the 64 rows of a wgmma or tcgen05.mma, so "
+            "that a small batch has a program for every multiprocessor or the gradient's sums stay in registers."
         )
     return said
 

@@ -250,6 +250,18 @@ def test_the_command_lists_its_cases(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == "ensemble_reward, few rows, norm, 16 x 4096, fp32\n"
 
 
+def test_a_selection_without_a_case_is_refused_and_leaves_earlier_results_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ops-cpu.json").write_text("earlier")
+    arguments = ["--device", "cpu", "--op", "advantages", "--case", "nope", "--out", str(tmp_path)]
+    assert command.main(arguments) == 2
+    assert capsys.readouterr().err == (
+        "bench: error: no case of size small has --op advantages and --case 'nope'; --list names them\n"
+    )
+    assert (tmp_path / "ops-cpu.json").read_text() == "earlier"
+
+
 @pytest.mark.slow
 def test_make_bench_hands_the_alternating_samples_to_pytest_benchmark(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
