@@ -1,0 +1,167 @@
+"""What was sampled, as token tensors: whole rows for one forward pass, and what is known of each response token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Samples(NamedTuple):
+    """N sampled responses; the samples of one prompt stand together.
+
+    prompts       N lists of ids up to where the response begins (the same one for samples of the same prompt)
+    responses     N lists of drawn ids, the stop token included where one was drawn; at least one token each
+    stopped       N: whether the last id is a drawn stop token (False: cut at max_new_tokens)
+    prompt_index  N: number of the prompt in the run's list of prompts
+    """
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    stopped: list[bool]
+    prompt_index: list[int]
+
+
+class TokenBatch(NamedTuple):
+    """One forward pass over B sequences with R response tokens in all.
+
+    input_ids       [B, T] int64, right padded; packed: [1, S], the sequences one after another
+    position_ids    the same shape; restart at 0 for each sequence
+    attention_mask  [B, T] int64, 1 where a token is; None when packed: the attention goes by the positions
+    rows            [R] int64 into hidden.view(-1, D): the states that predict the response tokens
+    targets         [R] int64: the response tokens
+    sequence        [R] int64: which of the B sequences
+    offset          [R] int64: its place in its response
+    last            [B] int64 into hidden.view(-1, D): the last token read, after `closing`: where rewards are read
+
+    Response tokens stand in the order of `sequence`, then `offset`.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    rows: Tensor
+    targets: Tensor
+    sequence: Tensor
+    offset: Tensor
+    last: Tensor
+
+
+@dataclass
+class Experience:
+    """What one step of the loop learns from: N rows, T the longest response; fp32, on the policy's device.
+
+    Numbers of tokens that are not there (`mask` False) are 0. `score` and what follows it is filled by shaping.
+    """
+
+    samples: Samples
+    mask: Tensor  # [N, T] bool: the token was drawn, the stop token included
+    logprob: Tensor  # [N, T] of the sampling policy, at the sampling temperature
+    ref_logprob: Tensor  # [N, T] of the reference, at the same temperature
+    entropy: Tensor  # [N, T] nats, of the sampling policy
+    value: Tensor | None  # [N, T] the critic before each token; None without a critic
+    reward: Tensor  # [N] aggregated, before penalty, clip and centring; NaN where scoring failed
+    nominal: Tensor | None = None  # [N] BRME's nominal reward; None where the source has one head or none
+    worst: Tensor | None = None  # [N]
+    head_mean: Tensor | None = None  # [N, K]
+    head_std: Tensor | None = None  # [N, K]
+    score: Tensor | None = None  # [N] what the estimator uses: after penalty, clip and centring
+    advantage: Tensor | None = None  # [N, T]
+    returns: Tensor | None = None  # [N, T]
+    dropped: Tensor | None = None  # [N] bool: left out of the update
+    kl: Tensor | None = None  # [N] nats a sequence
+
+
+def sequence_length(samples: Samples, index: int, closing: int = 0) -> int:
+    """Tokens of sample `index` in `token_batch` with `closing` closing ids."""
+    prompt, response = len(samples.prompts[index]), len(samples.responses[index])
+    return prompt + response + closing - (samples.stopped[index] or not closing)
+
+
+def token_batch(
+    samples: Samples,
+    indices: Sequence[int],
+    *,
+    closing: Sequence[int] = (),
+    packed: bool,
+    device: torch.device | str,
+) -> TokenBatch:
+    """The tensors of one forward pass over the samples `indices`, in that order.
+
+    With `closing`, a sequence is prompt, response and closing, where a drawn stop token gives way to closing: rewards
+    are then read at the same kind of token whether the answer ended or was cut, as `rollout.Turn` has it. The stop
+    token stays a target all the same. Without, it is the prompt and the response but for its last id, which nothing
+    after it needs.
+
+    Raises:
+        ValueError: for no sample, an empty prompt or an empty response.
+    """
+    if not len(indices):
+        raise ValueError("samples: expected at least one in a batch, got none")
+    sequences, targets = [], []
+    for index in indices:
+        prompt, response = samples.prompts[index], samples.responses[index]
+        if not prompt or not response:
+            part = "response" if prompt else "prompt"
+            raise ValueError(f"samples: expected at least one token in every {part}, got none in that of row {index}")
+        said = response[:-1] if samples.stopped[index] or not closing else response
+        sequences.append([*prompt, *said, *closing])
+        targets.append(response)
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    counts = torch.tensor([len(ids) for ids in targets])
+    first = torch.tensor([len(samples.prompts[index]) - 1 for index in indices])  # predicts a response's first token
+    width = int(lengths.max())
+    if packed:
+        start = lengths.cumsum(0) - lengths
+        input_ids = torch.tensor([[token for ids in sequences for token in ids]])
+        position_ids = (torch.arange(input_ids.shape[1]) - start.repeat_interleave(lengths))[None]
+        attention_mask = None
+    else:
+        start = torch.arange(len(sequences)) * width
+        # the padding's id is of no consequence: no token attends to what stands after it
+        input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in sequences])
+        position_ids = torch.arange(width).expand(len(sequences), width).contiguous()
+        attention_mask = (position_ids < lengths[:, None]).long().to(device)
+    sequence = torch.arange(len(sequences)).repeat_interleave(counts)
+    offset = torch.arange(len(sequence)) - (counts.cumsum(0) - counts)[sequence]
+    return TokenBatch(
+        input_ids.to(device),
+        position_ids.to(device),
+        attention_mask,
+        ((start + first)[sequence] + offset).to(device),
+        torch.tensor([token for ids in targets for token in ids]).to(device),
+        sequence.to(device),
+        offset.to(device),
+        (start + lengths - 1).to(device),
+    )
+
+
+def micro_batches(
+    samples: Samples, indices: Sequence[int], budget_tokens: int, packed: bool, closing: int = 0
+) -> list[list[int]]:
+    """`indices` cut into batches of at most `budget_tokens` tokens (padding counted unless packed), longest first.
+
+    A sample that is longer than the budget is a batch of its own. The cut depends on lengths and numbers alone.
+    """
+    lengths = {index: sequence_length(samples, index, closing) for index in indices}
+    batches: list[list[int]] = []
+    used = 0  # tokens of the last batch, if packed
+    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
+        if batches:
+            tokens = used + lengths[index] if packed else (len(batches[-1]) + 1) * lengths[batches[-1][0]]
+            if tokens <= budget_tokens:
+                batches[-1].append(index)
+                used += lengths[index]
+                continue
+        batches.append([index])
+        used = lengths[index]
+    return batches
+
+
+def response_mask(samples: Samples, device: torch.device | str) -> Tensor:
+    """[N, T] bool: where the response has a token; T is the longest response."""
+    counts = torch.tensor([len(response) for response in samples.responses])
+    return (torch.arange(int(counts.max())) < counts[:, None]).to(device)
