@@ -89,7 +89,7 @@ def load_pairs(
     counts = dict.fromkeys(("rows", "pairs", "prompts", "bad_rows", "duplicates", "equal", "below_gap"), 0)
     pairs: list[PreferencePair] = []
     seen: set[str] = set()
-    for where, row in tqdm(_rows(name), desc="reading pairs", unit="row", delay=1, disable=not progress):
+    for where, row in tqdm(read_rows(name), desc="reading pairs", unit="row", delay=1, disable=not progress):
         if limit is not None and counts["rows"] >= limit:
             break
         counts["rows"] += 1
@@ -151,8 +151,8 @@ def _key(text: Text) -> str:
     return text if isinstance(text, str) else json.dumps(text, sort_keys=True)
 
 
-def _rows(name: str) -> Iterator[tuple[str, Any]]:
-    """(where, row) of a file or dataset; a line that is no JSON comes as the RowError that says so."""
+def read_rows(name: str) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a file or dataset (as `load_pairs` names them); a line that is no JSON comes as its RowError."""
     path = Path(name)
     kind = _FILES.get(path.suffix.lower())
     if path.is_file():

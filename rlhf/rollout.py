@@ -23,6 +23,7 @@ from ..engine.config import max_positions
 from ..engine.text import ItemEncoder
 from .decode import Sampled, Sampling, sample_batch
 from .files import atomic_file
+from .rows import Text
 
 
 class Request(NamedTuple):
@@ -62,9 +63,11 @@ class Turn:
     def _ids(self, item: dict[str, Any]) -> list[int]:
         return self._encoder.encode(item)[0]
 
-    def prompt(self, text: str) -> list[int]:
-        """The ids up to where the response begins."""
-        return self._ids({"prompt": text, "response": "", "complete": False})
+    def prompt(self, item: Text) -> list[int]:
+        """The ids up to where the response begins; messages need a tokeniser with a chat template."""
+        # messages take a message: two texts alone may be joined without a template
+        response: Text = "" if isinstance(item, str) else [{"role": "assistant", "content": ""}]
+        return self._ids({"prompt": item, "response": response, "complete": False})
 
 
 def plan(lengths: Sequence[int], samples: Sequence[int], batch_rows: int) -> list[list[int]]:
@@ -79,11 +82,16 @@ def plan(lengths: Sequence[int], samples: Sequence[int], batch_rows: int) -> lis
     return batches
 
 
-def uniforms(request: Request, sampling: Sampling, seed: int) -> Tensor:
-    """[S, max_new_tokens] numbers in [0, 1) that belong to this prompt and seed, whatever else is sampled."""
-    digest = hashlib.sha256(f"{seed}\n{request.prompt}".encode()).digest()
+def keyed_uniforms(key: str, *shape: int) -> Tensor:
+    """fp32 numbers in [0, 1) on the CPU that belong to `key`, whatever else is sampled."""
+    digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.rand(request.samples, sampling.max_new_tokens, generator=generator)
+    return torch.rand(shape, generator=generator)
+
+
+def uniforms(request: Request, sampling: Sampling, seed: int) -> Tensor:
+    """[S, max_new_tokens] numbers in [0, 1) that belong to this prompt and seed."""
+    return keyed_uniforms(f"{seed}\n{request.prompt}", request.samples, sampling.max_new_tokens)
 
 
 def sample(

@@ -47,6 +47,19 @@ def pairs_of_row(row: Any, min_score_gap: float) -> tuple[list[dict[str, Any]], 
     raise RowError(f"expected the fields chosen and rejected, or prompt and responses with scores, got {found}")
 
 
+def prompt_of_row(row: Any) -> Text:
+    """The prompt a row states, or the one that its pair of responses shares. Raises RowError."""
+    if not isinstance(row, Mapping):
+        raise RowError(f"expected an object with fields, got {type(row).__name__}")
+    given = _first(row, _PROMPT)
+    if given is not None:
+        return _text(given, "prompt")
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        shared: Text = _given_pair(row)["prompt"]
+        return shared
+    raise RowError(f"expected the field prompt, got {', '.join(map(str, row)) or 'none'}")
+
+
 def _given_pair(row: Mapping[str, Any]) -> dict[str, Any]:
     chosen, rejected = (_text(row[name], name) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
