@@ -143,6 +143,78 @@ examples:
     ),
 }
 
+# `prudent study NAME`: what was claimed, tried on this machine
+STUDIES = {
+    "toy": Job(
+        "study.toy",
+        "ToyConfig",
+        "run_toy",
+        "BRME's toy of 8 prompts and 8 responses: does a pessimistic reward lead PPO to the optimal actor?",
+        """BRME's toy (arXiv 2409.15360, section 4, figure 1). 16 preference pairs leave most of the 64 cells
+without a label, and a policy trained by PPO on one reward model goes there. Three more reward models of other seeds are
+the uncertainty set. Every seed repeats the whole of it; prints how often each reward leads to the optimal actor. What the
+paper leaves open (widths, rates, steps) is a key, and the table of settings shows what hangs on it.
+Writes toy.json, toy.md and toy.png.
+
+examples:
+  prudent study toy
+  prudent study toy --seeds 100 --set sensitivity=false --output runs/toy
+  prudent study toy --set reward.scale=1 --set policy.kl=0.1 --output runs/toy_other""",
+        (
+            Flag("--output", "output", "folder for the results (default runs/study/toy)"),
+            Flag("--seeds", "seeds", "independent repetitions (default 20)", int),
+        ),
+        "the same command starts over",
+    ),
+    "stochastic": Job(
+        "study.stochastic",
+        "StochasticConfig",
+        "run_stochastic",
+        "lemma 1's stochastic case: what rewards that mean nothing do to a good policy",
+        """BRME (arXiv 2409.15360) 6.2 and appendix E: a reward that is the same for every response leaves the policy
+alone; one drawn at random hurts; the least of five draws hurts less. Policies that solve the toy are trained on each,
+with several optimisers, and what is left of them is measured over many seeds.
+Writes stochastic.json, stochastic.md and stochastic.png.
+
+examples:
+  prudent study stochastic
+  prudent study stochastic --seeds 100 --set steps=400 --output runs/stochastic""",
+        (
+            Flag("--output", "output", "folder for the results (default runs/study/stochastic)"),
+            Flag("--seeds", "seeds", "independent repetitions (default 40)", int),
+        ),
+        "the same command starts over",
+    ),
+    "learning": Job(
+        "study.learning",
+        "LearningConfig",
+        "run_learning",
+        "PPO on a small language model: gold beside proxy for every lambda, the single head, and PET",
+        """A language model's own samples, ordered by VADER with a quarter of the labels flipped, train a single head, a
+BRME ensemble, and PET on both; PPO then maximises each of them, and VADER says what that was worth. One PPO run a
+reward, seed and KL coefficient, several at a time; a run that is finished is not done again.
+Writes learning.json, learning.md and learning.png; runs/ holds every run with its own report.
+
+examples:
+  prudent study learning --model path/to/stories260k
+  prudent study learning --model path/to/model --set kl=[0] --set seeds=1 --output runs/quick""",
+        (
+            Flag("--model", "model", "a small causal language model: local folder or hub name"),
+            Flag("--output", "output", "folder for results and runs (default runs/study/learning)"),
+            Flag("--seeds", "seeds", "repetitions, each with its own samples, labels and heads (default 3)", int),
+        ),
+        "the same command goes on where it was",
+    ),
+}
+
+STUDY_ABOUT = """Claims about pessimism, tried out over many seeds: each study writes its table, its picture and every
+number, whatever they say. `prudent study STUDY --help` teaches the rest.
+
+examples:
+  prudent study toy
+  prudent study stochastic
+  prudent study learning --model path/to/stories260k"""
+
 # flag that comes first -> the module under `prudent.bench` that takes the rest
 BENCHES = {"--aot": "aot", "--traffic": "traffic", "--gpu-check": "gpu_check"}
 BENCH_ABOUT = """What the kernels are held to. Without one of these flags first: every op timed against eager and
@@ -168,28 +240,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"prudent {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, job in JOBS.items():
-        sub = commands.add_parser(
-            name, help=job.summary, description=job.about, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        for flag in job.flags:
-            if flag.type is bool:
-                sub.add_argument(flag.name, dest=flag.key, action="store_true", default=None, help=flag.help)
-            else:
-                sub.add_argument(flag.name, dest=flag.key, type=flag.type, metavar=flag.key.upper(), help=flag.help)
-        sub.add_argument("--config", metavar="FILE", help="YAML file of config keys")
-        sub.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="one config key, repeatable; flags win over it, and it over --config",
-        )
-        for option in job.options:
-            sub.add_argument(f"--{option}", action="store_true", help=OPTIONS[option])
-        sub.add_argument(
-            "--keys", action="store_true", help="print every config key with its default, as YAML, and stop"
-        )
-        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+        _add_job(commands, name, job)
+    study = commands.add_parser(
+        "study",
+        help="claims about pessimism, tried out over many seeds",
+        description=STUDY_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    studies = study.add_subparsers(dest="study", required=True, metavar="STUDY")
+    for name, job in STUDIES.items():
+        _add_job(studies, name, job)
     commands.add_parser(
         "bench",
         help="the kernels' speed, machine code and bytes",
@@ -199,9 +259,36 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_job(commands: Any, name: str, job: Job) -> None:
+    sub = commands.add_parser(
+        name, help=job.summary, description=job.about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for flag in job.flags:
+        if flag.type is bool:
+            sub.add_argument(flag.name, dest=flag.key, action="store_true", default=None, help=flag.help)
+        else:
+            sub.add_argument(flag.name, dest=flag.key, type=flag.type, metavar=flag.key.upper(), help=flag.help)
+    sub.add_argument("--config", metavar="FILE", help="YAML file of config keys")
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one config key, repeatable; flags win over it, and it over --config",
+    )
+    for option in job.options:
+        sub.add_argument(f"--{option}", action="store_true", help=OPTIONS[option])
+    sub.add_argument("--keys", action="store_true", help="print every config key with its default, as YAML, and stop")
+    sub.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _job(arguments: argparse.Namespace) -> Job:
+    return STUDIES[arguments.study] if arguments.command == "study" else JOBS[arguments.command]
+
+
 def run(arguments: argparse.Namespace) -> Any:
     """Load the job's config from file, --set and flags (the last wins), and run the job."""
-    job = JOBS[arguments.command]
+    job = _job(arguments)
     module = import_module(f".rlhf.{job.module}", __package__)
     from .rlhf.config import config_template, load_config
 
@@ -234,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return bench(argv[1:])
         result = run(arguments)
     except KeyboardInterrupt:
-        again = JOBS[arguments.command].again if arguments else "the same command starts over"
+        again = _job(arguments).again if arguments else "the same command starts over"
         print(f"\nprudent: interrupted; {again}", file=sys.stderr)
         return 130
     except (ValueError, ImportError, OSError) as error:

@@ -1,0 +1,1 @@
+"""Claims about pessimism, tried out over many seeds; `prudent study` runs them."""
