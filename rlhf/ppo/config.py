@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -70,10 +70,17 @@ class KLConfig(JobConfig):
 
     coef: float = Field(default=0.05, ge=0)
     place: Literal["reward", "loss"] = "reward"
-    estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
+    estimator: Literal["k1", "k2", "k3", "abs"] = "k1"  # in the loss k2: k1's gradient there has mean 0
     chi2: float = Field(default=0.0, ge=0)  # times sqrt of the chi-squared divergence, in the loss (arXiv 2403.03185)
     target: float | None = Field(default=None, gt=0)  # nats a sequence; adapts coef (arXiv 1909.08593)
     horizon: int = Field(default=10_000, ge=1)  # sequences, of the adaption
+
+    @model_validator(mode="before")
+    @classmethod
+    def _estimator_of_the_place(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("place") == "loss":
+            return {"estimator": "k2", **values}
+        return values
 
 
 class UpdateConfig(JobConfig):
