@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ...kernels import Aggregation
-from ..config import JobConfig
+from ..config import JobConfig, load_config
+from ..files import atomic_write_text
+from .stop import parse_rule
+
+TRACKERS = ("wandb", "trackio")
 
 
 class PolicyConfig(JobConfig):
@@ -148,6 +153,23 @@ class PPOConfig(JobConfig):
             raise ValueError("reward.source: a value is needed")
         if self.recipe == "pet" and self.data is None:
             raise ValueError("data: expected preference pairs with recipe pet, got none")
+        if self.kl.target is not None and not self.kl.coef:
+            raise ValueError(f"kl.coef: expected above 0 with kl.target {self.kl.target:g}, which multiplies it, got 0")
+        if self.rollout.min_new_tokens > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"rollout.min_new_tokens: expected at most max_new_tokens {self.rollout.max_new_tokens}, "
+                f"got {self.rollout.min_new_tokens}"
+            )
+        samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+        if self.update.minibatches > samples:
+            raise ValueError(
+                f"update.minibatches: expected at most the {samples} samples of a step, got {self.update.minibatches}"
+            )
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ValueError(f"trackers: expected any of {', '.join(TRACKERS)}, got {name!r}")
+        for rule in self.stop_when:
+            parse_rule(rule)
         return self
 
     @property
@@ -156,3 +178,76 @@ class PPOConfig(JobConfig):
         if self.policy.critic == "auto":
             return "shared" if self.update.estimator == "gae" else "none"
         return self.policy.critic
+
+
+# what a resumed run may change: nothing that its numbers depend on, but for how many steps there are
+_FREE = ("output", "steps", "save_every", "memory_budget", "trackers")
+
+
+def refuse_unread(config: PPOConfig, device: str) -> None:
+    """Raise ValueError for a key that was set and that nothing in this combination reads; say what would read it."""
+    policy, kl, update = config.policy, config.kl, config.update
+    unread: list[tuple[str, JobConfig, tuple[str, ...], bool, str]] = [
+        (
+            "policy",
+            policy,
+            ("lora_rank", "lora_alpha", "lora_dropout"),
+            policy.mode == "full",
+            "policy.mode full: lora reads it",
+        ),
+        (
+            "update",
+            update,
+            ("value_clip", "value_coef", "value_lr"),
+            config.critic == "none",
+            "critic none: estimator gae has one",
+        ),
+        ("update", update, ("lam",), update.estimator != "gae", f"estimator {update.estimator}: gae reads it"),
+        ("kl", kl, ("place", "estimator"), not kl.coef, "kl.coef 0: set one above 0"),
+        ("kl", kl, ("horizon",), kl.target is None, "a fixed kl.coef: set kl.target"),
+        (
+            "reward",
+            config.reward,
+            ("timeout",),
+            config.reward.kind not in ("auto", "http"),
+            f"reward.kind {config.reward.kind}: http reads it",
+        ),
+    ]
+    for group, values, keys, is_unread, why in unread:
+        for key in keys if is_unread else ():
+            if getattr(values, key) != type(values).model_fields[key].default:
+                raise ValueError(f"{group}.{key}: has no effect with {why}")
+    if config.memory_budget is not None and device == "cpu":
+        raise ValueError("memory_budget: has no effect on a CPU: it limits what a process takes of a GPU's memory")
+
+
+def open_folder(config: PPOConfig, resume: bool) -> dict[str, Any] | None:
+    """Claim the output folder. What ppo.json holds if the run in it is finished, else None.
+
+    Raises:
+        ValueError: for a folder with other files, a run without `resume`, or a run with another config.
+    """
+    folder, saved = config.output, config.output / "config.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output: expected a folder, got {folder}, which is a file")
+    if not saved.exists() and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"output: expected a new or empty folder or one of a run, got {folder} with other files")
+    metrics = folder / "metrics.jsonl"
+    begun = metrics.exists() and metrics.stat().st_size > 0
+    if not begun and not (folder / "ppo.json").exists():
+        # new, or of a run that ended before its first step: a mended command may have it
+        atomic_write_text(saved, config.to_yaml())
+        return None
+    if not resume:
+        raise ValueError(f"output: {folder} holds a run already: go on with it by --resume, or choose another folder")
+    before, now = load_config(PPOConfig, saved).model_dump(), config.model_dump()
+    changed = [key for key in now if key not in _FREE and before[key] != now[key]]
+    if changed:
+        raise ValueError(f"output: {folder} holds a run with another {', '.join(changed)}: choose another folder")
+    done = folder / "ppo.json"
+    outcome: dict[str, Any] | None = json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
+    if outcome is not None and outcome["stopped"] is None and config.steps > outcome["steps"]:
+        outcome = None  # more steps were asked for
+    if outcome is None:
+        atomic_write_text(saved, config.to_yaml())
+    return outcome

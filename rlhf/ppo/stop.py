@@ -1,0 +1,184 @@
+"""When a run should end early: rules over its metrics, such as "disagreement > 3x for 5 then rollback"."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+# every name that a line of metrics.jsonl can hold
+METRICS = (
+    "reward/mean",
+    "reward/nominal",
+    "reward/worst",
+    "reward/gap",
+    "reward/head_std",
+    "reward/disagreement",
+    "reward/head_std_ratio",
+    "reward/disagreement_ratio",
+    "kl/sequence",
+    "kl/token",
+    "kl/chi2",
+    "kl/coef",
+    "policy/entropy",
+    "policy/loss",
+    "policy/clip_fraction",
+    "policy/update_kl",
+    "policy/grad_norm",
+    "value/loss",
+    "value/explained_variance",
+    "text/length",
+    "text/truncated",
+    "gold/mean",
+    "samples/dropped",
+    "update/skipped",
+    "update/epochs",
+    "time/rollout",
+    "time/score",
+    "time/update",
+    "time/tokens_per_second",
+    "memory/peak_gib",
+)
+SHORT = {
+    "disagreement": "reward/disagreement",
+    "gap": "reward/gap",
+    "std": "reward/head_std",
+    "kl": "kl/sequence",
+    "length": "text/length",
+    "truncated": "text/truncated",
+    "entropy": "policy/entropy",
+}
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+}
+_FORM = "NAME > VALUE for STEPS then stop (or: <, >=, <=; VALUEx for times its start; then rollback)"
+_RULE = re.compile(
+    r"(?P<name>[\w/]+)\s*(?P<compare>>=|<=|>|<)\s*(?P<value>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)(?P<times>x?)"
+    r"(\s+for\s+(?P<steps>\d+)(\s+steps?)?)?(\s+then\s+(?P<action>stop|rollback))?"
+)
+
+
+class Rule(NamedTuple):
+    """`metric` `compare` `value`, or `value` times its start, at `steps` steps in a row: then stop or roll back."""
+
+    text: str
+    metric: str
+    compare: str
+    value: float
+    relative: bool
+    steps: int = 1
+    rollback: bool = False
+
+
+class Fired(NamedTuple):
+    """A rule that held for as long as it asks: first at `since`, with `value` at `step`."""
+
+    rule: Rule
+    since: int
+    step: int
+    value: float
+
+    def __str__(self) -> str:
+        held = f"{self.rule.text!r} held from step {self.since} to {self.step}"
+        return f"{held}, where {self.rule.metric} was {self.value:.4g}"
+
+
+def parse_rule(text: str) -> Rule:
+    """The rule that `text` says; ValueError naming the form, or the nearest metric, if it says none."""
+    text = " ".join(text.split())
+    found = _RULE.fullmatch(text)
+    if found is None:
+        raise ValueError(f"stop_when: expected {_FORM}, got {text!r}")
+    name = found["name"]
+    metric = SHORT.get(name, name)
+    if metric not in METRICS:
+        near = difflib.get_close_matches(name, [*SHORT, *METRICS], n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}?" if near else f"the metrics are {', '.join([*SHORT, *METRICS])}"
+        raise ValueError(f"stop_when: unknown metric {name!r} in {text!r}: {hint}")
+    value, steps = float(found["value"]), int(found["steps"] or 1)
+    if not math.isfinite(value) or (found["times"] and value <= 0):
+        raise ValueError(f"stop_when: expected a finite number, above 0 before x, got {found['value']} in {text!r}")
+    if steps < 1:
+        raise ValueError(f"stop_when: expected at least 1 step, got {steps} in {text!r}")
+    return Rule(text, metric, found["compare"], value, bool(found["times"]), steps, found["action"] == "rollback")
+
+
+@dataclass
+class _Watch:
+    """What is known of one rule: its metric's start, and since which step it holds (None: it does not)."""
+
+    rule: Rule
+    start: float | None = None
+    since: int | None = None
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> Fired | None:
+        rule = self.rule
+        if rule.metric not in metrics:
+            raise ValueError(
+                f"stop_when: {rule.text!r} watches {rule.metric}, which this run does not measure; it measures "
+                + ", ".join(name for name in METRICS if name in metrics)
+            )
+        value = metrics[rule.metric]
+        if rule.relative and self.start is None:
+            if math.isnan(value):
+                return None  # the first step that has a number is the start
+            if value <= 0 or math.isinf(value):
+                raise ValueError(
+                    f"stop_when: expected {rule.metric} to start above 0, so that times its start means something in "
+                    f"{rule.text!r}, got {value:.4g} at step {step}: give a number without x"
+                )
+            self.start = value
+        bound = rule.value * (self.start or 0.0) if rule.relative else rule.value
+        if not _COMPARE[rule.compare](value, bound):  # NaN compares false, infinity is more than any bound
+            self.since = None
+            return None
+        self.since = step if self.since is None else self.since
+        return Fired(rule, self.since, step, value) if step - self.since + 1 >= rule.steps else None
+
+
+@dataclass
+class StopRules:
+    """All rules of a run; `observe` every step's metrics in turn."""
+
+    texts: Sequence[str]
+    _watches: list[_Watch] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._watches = [_Watch(parse_rule(text)) for text in self.texts]
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> Fired | None:
+        """The first rule that has now held for long enough, if any; the rules see every step.
+
+        Raises:
+            ValueError: for a metric that this run does not measure, or a start that has no multiples.
+        """
+        fired = [found for watch in self._watches if (found := watch.observe(step, metrics)) is not None]
+        return fired[0] if fired else None
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether any rule may ask for an earlier checkpoint."""
+        return any(watch.rule.rollback for watch in self._watches)
+
+    @property
+    def bad_since(self) -> int | None:
+        """The step since which the longest-holding rule that rolls back holds: its checkpoint is before that."""
+        held = [watch.since for watch in self._watches if watch.rule.rollback and watch.since is not None]
+        return min(held, default=None)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, by the rules' texts: a rule added on resume begins anew."""
+        return {watch.rule.text: {"start": watch.start, "since": watch.since} for watch in self._watches}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        for watch in self._watches:
+            known = state.get(watch.rule.text, {})
+            watch.start, watch.since = known.get("start"), known.get("since")
