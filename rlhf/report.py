@@ -14,11 +14,11 @@ from ..kernels import EnsembleOutput
 from . import plots
 from .best_of_n import SCORERS, TITLES, Study, findings
 from .data import PreferencePair
+from .page import render_page
 from .rollout import Rollout
 from .runlog import read_metrics
 from .statistics import BestOfN, Bin, Interval
 
-_TEMPLATE = Path(__file__).with_name("report_template.html")
 _WIDTH, _MARGIN = 420, 14  # of the strip that shows the heads, pixels
 
 
@@ -264,11 +264,8 @@ def _figures(metrics: Mapping[str, Any], page: Page, folder: Path) -> dict[str, 
 
 def render(config: Any, metrics: Mapping[str, Any], page: Page) -> str:
     """The whole page. `config`: the run's DemoConfig."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return render_page(
+        "report_template.html",
         config=config,
         metrics=metrics,
         counts=metrics["counts"],

@@ -1,0 +1,275 @@
+"""What a run's numbers show, in sentences. Every statement follows from an interval by a rule written down here.
+
+A metric's value at one step is a mean over that step's samples, so it jumps about. A run is cut into blocks of steps;
+the noise of one step is estimated from the differences of neighbouring steps (von Neumann 1941), which a slow trend
+hardly touches; two blocks differ if the 95 % interval of their difference leaves 0 out. The intervals are about the
+samples of this run. What another seed would do, one run cannot say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from statistics import NormalDist, fmean
+from typing import Any, NamedTuple
+
+BLOCKS = 8  # a run is cut into so many at most
+FEWEST = 3  # steps of a block at least: six steps are needed to say anything
+RISES, FALLS, FLAT = "rises", "falls", "no change shown"
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Series(NamedTuple):
+    """One metric of a run where it was measured and finite."""
+
+    steps: list[int]
+    values: list[float]
+
+
+class Change(NamedTuple):
+    """The mean of the last block minus that of another, with a 95 % interval; `step`: where the other block ends."""
+
+    step: int
+    first: float
+    last: float
+    low: float
+    high: float
+
+    @property
+    def value(self) -> float:
+        return self.last - self.first
+
+    @property
+    def verdict(self) -> str:
+        """`rises` or `falls` where the interval leaves 0 out, else `no change shown`."""
+        return RISES if self.low > 0 else FALLS if self.high < 0 else FLAT
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3g} [{self.low:+.3g}, {self.high:+.3g}]"
+
+
+def by_step(rows: Rows) -> list[dict[str, Any]]:
+    """One row a step, in order: lines of the same step are joined, the later winning (a run may go back and repeat)."""
+    merged: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        merged.setdefault(int(row["step"]), {}).update(row)
+    return [merged[step] for step in sorted(merged)]
+
+
+def series(rows: Rows, name: str) -> Series:
+    """The metric `name` of `by_step` rows; steps without it, and null or infinite values, are left out."""
+    found = [(row["step"], row[name]) for row in rows if _finite(row.get(name))]
+    return Series([int(step) for step, _ in found], [float(value) for _, value in found])
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def ends(found: Series) -> tuple[float, float] | None:
+    """The mean of the first block and of the last, or the first and last value of a run too short for blocks."""
+    if not found.values:
+        return None
+    blocks = _blocks(len(found.values)) or [range(1), range(len(found.values) - 1, len(found.values))]
+    return tuple(fmean(found.values[i] for i in block) for block in (blocks[0], blocks[-1]))  # type: ignore[return-value]
+
+
+def change(found: Series) -> Change | None:
+    """From the first block to the last; None for a run too short for two blocks."""
+    blocks = _blocks(len(found.values))
+    return _difference(found, blocks[0], blocks[-1], 1) if blocks else None
+
+
+def since(found: Series, step: int) -> Change | None:
+    """From the block that ends at `step` to the last."""
+    blocks = [block for block in _blocks(len(found.values)) if found.steps[block[-1]] <= step]
+    return _difference(found, blocks[-1], _blocks(len(found.values))[-1], 1) if blocks else None
+
+
+def fall(found: Series) -> Change | None:
+    """The fall from the highest block to the last, if there is one beyond noise.
+
+    The highest block is picked for being high, so its fall is held to an interval at 1 - 0.05 / (number of blocks it
+    was picked from) (Bonferroni): without that, noise alone would show a fall in most runs.
+    """
+    blocks = _blocks(len(found.values))
+    if not blocks:
+        return None
+    highest = max(blocks[:-1], key=lambda block: fmean(found.values[i] for i in block))
+    picked = _difference(found, highest, blocks[-1], len(blocks) - 1)
+    if picked.verdict == FALLS:
+        return picked
+    whole = _difference(found, blocks[0], blocks[-1], 1)
+    return whole if whole.verdict == FALLS else None
+
+
+def block_length(steps: int) -> str:
+    """What `ends` averages over in a run of so many steps, in words."""
+    blocks = _blocks(steps)
+    return count(len(blocks[-1]), "step") if blocks else "step alone"
+
+
+def _blocks(steps: int) -> list[range]:
+    """Equal blocks of at least FEWEST steps, at most BLOCKS; [] if there are not steps for two."""
+    parts = min(BLOCKS, steps // FEWEST)
+    if parts < 2:
+        return []
+    return [range(steps * i // parts, steps * (i + 1) // parts) for i in range(parts)]
+
+
+def _difference(found: Series, first: range, last: range, looks: int) -> Change:
+    """The last block against another; `looks`: how many such comparisons it was picked from."""
+    values = found.values
+    before, after = (fmean(values[i] for i in block) for block in (first, last))
+    n = len(values)
+    variance = sum((b - a) ** 2 for a, b in pairwise(values)) / (2 * (n - 1))
+    error = math.sqrt(variance * (1 / len(first) + 1 / len(last)))
+    # of normal noise, that estimate is as exact as a variance with so many degrees of freedom
+    freedom = 2 * (n - 1) ** 2 / (3 * n - 4)
+    reach = error * student_quantile(1 - 0.025 / looks, freedom)
+    return Change(found.steps[first[-1]], before, after, after - before - reach, after - before + reach)
+
+
+def student_quantile(probability: float, freedom: float) -> float:
+    """Quantile of Student's t by expansion about the normal's (Abramowitz & Stegun 26.7.5).
+
+    Within 2 % of the table from 5 degrees of freedom on, 6 % at 3, always on the small side.
+    """
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
+
+
+def findings(rows: Rows, *, versus: str) -> list[str]:
+    """The outcome in sentences, the headline first.
+
+    rows: of metrics.jsonl.   versus: what the heads' doubt is compared with ("on the preference data", "at the start").
+    """
+    rows = by_step(rows)
+    if not rows:
+        return ["No step was finished."]
+    lines = [headline(rows)]
+    lines += [
+        line for line in (_reward(rows), _doubt(rows, versus), _distance(rows), _text(rows), _faults(rows)) if line
+    ]
+    return lines
+
+
+def headline(rows: Rows) -> str:
+    """What happened to the gold reward while the proxy was optimised; `rows` of `by_step`."""
+    proxy, gold = series(rows, "reward/mean"), series(rows, "gold/mean")
+    up = change(proxy)
+    if up is None:
+        return f"{count(len(rows), 'step')}: too few to tell a change from noise ({2 * FEWEST} are needed)."
+    if not gold.values:
+        said = {
+            RISES: "The proxy reward rose",
+            FALLS: "The proxy reward fell",
+            FLAT: "The proxy reward shows no change",
+        }
+        return f"{said[up.verdict]}. No gold scorer watched: whether it was hacked, this run cannot say."
+    overall, down = change(gold), fall(gold)
+    if overall is None:
+        return "The gold reward was measured at too few steps to tell a change from noise."
+    if down is not None:
+        beyond = since(proxy, down.step)
+        verdict = beyond.verdict if beyond else FLAT
+        when = f"after step {down.step} the gold reward fell ({down})"
+        if verdict == RISES:
+            return f"Over-optimisation: {when} while the proxy rose ({beyond})."
+        if verdict == FALLS:
+            return f"The policy got worse: {when}, and so did the proxy ({beyond}). That is no over-optimisation."
+        return f"The policy got worse: {when}, and the proxy shows no change since."
+    said = f"gold {overall}, proxy {up}"
+    if overall.verdict == RISES:
+        with_proxy = "with the proxy" if up.verdict == RISES else f"while the proxy {_plain(up.verdict)}"
+        return f"The gold reward rose {with_proxy} ({said}): no over-optimisation is shown."
+    if up.verdict == RISES:
+        return f"The proxy rose and the gold reward did not follow, as far as can be told ({said})."
+    if up.verdict == FALLS:
+        return f"The proxy fell, and the gold reward shows no change ({said})."
+    return f"Neither proxy nor gold reward moved, as far as can be told ({said})."
+
+
+def _plain(verdict: str) -> str:
+    return {RISES: "rose", FALLS: "fell", FLAT: "shows no change"}[verdict]
+
+
+def _reward(rows: Rows) -> str:
+    parts = []
+    names = {"proxy": "reward/mean", "nominal": "reward/nominal", "worst case": "reward/worst", "gold": "gold/mean"}
+    for title, name in names.items():
+        found = ends(series(rows, name))
+        if found is not None:
+            parts.append(f"{title} {found[0]:+.3f} to {found[1]:+.3f}")
+    return f"From start to end: {', '.join(parts)}." if parts else ""
+
+
+def _doubt(rows: Rows, versus: str) -> str:
+    parts = []
+    for title, name in (("disagree", "reward/disagreement_ratio"), ("say they are unsure", "reward/head_std_ratio")):
+        found = series(rows, name)
+        last = ends(found)
+        if last is None:
+            continue
+        moved = change(found)
+        trend = (
+            "" if moved is None or moved.verdict == FLAT else f" and {'growing' if moved.value > 0 else 'shrinking'}"
+        )
+        parts.append(f"{title} {last[1]:.2f} times as much as {versus}{trend}")
+    return f"At the end the heads {', and '.join(parts)}." if parts else ""
+
+
+def _distance(rows: Rows) -> str:
+    kl, token, chi2 = (ends(series(rows, f"kl/{name}")) for name in ("sequence", "token", "chi2"))
+    if kl is None:
+        return ""
+    extra = [f"{token[1]:.3f} a token"] if token else []
+    extra += [f"chi-squared {chi2[1]:.3g}"] if chi2 else []
+    return f"The policy ended {kl[1]:.2f} nats a response from the reference{_bracket(extra)}."
+
+
+def _text(rows: Rows) -> str:
+    parts = []
+    length, cut, entropy = (series(rows, name) for name in ("text/length", "text/truncated", "policy/entropy"))
+    found = ends(length)
+    if found:
+        moved = change(length)
+        parts.append(f"responses went from {found[0]:.1f} to {found[1]:.1f} tokens{_shown(moved)}")
+    found = ends(cut)
+    if found:
+        parts.append(f"the share cut off from {100 * found[0]:.0f} to {100 * found[1]:.0f} %")
+    found = ends(entropy)
+    if found:
+        parts.append(f"the entropy of a token from {found[0]:.2f} to {found[1]:.2f} nats{_shown(change(entropy))}")
+    return _capital("; ".join(parts)) + "." if parts else ""
+
+
+def _faults(rows: Rows) -> str:
+    dropped, skipped = (int(sum(series(rows, name).values)) for name in ("samples/dropped", "update/skipped"))
+    parts = [f"{count(dropped, 'sample')} without a finite reward left out"] if dropped else []
+    parts += [f"{count(skipped, 'update')} skipped for a loss that was not finite"] if skipped else []
+    return _capital(", ".join(parts)) + "." if parts else ""
+
+
+def _shown(moved: Change | None) -> str:
+    return "" if moved is None or moved.verdict != FLAT else " (no change shown)"
+
+
+def _bracket(parts: Sequence[str]) -> str:
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def count(number: int, what: str) -> str:
+    """`3 steps`, `1 step`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
