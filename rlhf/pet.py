@@ -39,7 +39,7 @@ def best_samples(rewards: Tensor) -> Tensor:
 
 
 def pet_gap(best: Tensor, reference: Tensor, config: PETConfig) -> Tensor:
-    """Mean over rows of r(best of n) - r(reference), as `config.hinge` and `config.detach_reference` say; 0 without rows.
+    """Mean over rows of r(best of n) - r(reference), hinged and detached as `config` says; 0 without rows.
 
     best, reference: [B] -> [].
     """
