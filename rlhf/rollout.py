@@ -69,6 +69,10 @@ class Turn:
         response: Text = "" if isinstance(item, str) else [{"role": "assistant", "content": ""}]
         return self._ids({"prompt": item, "response": response, "complete": False})
 
+    def whole(self, item: Text, response: Text) -> list[int]:
+        """The ids of a prompt and its complete response, closed."""
+        return self._ids({"prompt": item, "response": response, "complete": True})
+
 
 def plan(lengths: Sequence[int], samples: Sequence[int], batch_rows: int) -> list[list[int]]:
     """Batches of request numbers: one prompt length and one number of samples each, about `batch_rows` rows at most."""
