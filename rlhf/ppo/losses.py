@@ -1,8 +1,8 @@
 """The terms of a PPO step's loss, per token or per sequence: sums and normalisation are the update's.
 
-Notation: R response tokens, B sequences; pi the policy that is trained, pi_old the one that sampled, pi_ref the reference;
-l = log pi - log pi_ref. Every function returns one number a token (or sequence), so that micro-batches of any size add up
-to the same mean over a minibatch.
+Notation: R response tokens, B sequences; pi the policy that is trained, pi_old the one that sampled, pi_ref the
+reference; l = log pi - log pi_ref. Every function returns one number a token (or sequence), so that micro-batches of
+any size add up to the same mean over a minibatch.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def kl_estimate(log_ratio: Tensor, estimator: Estimator) -> Tensor:
 
 
 def _expm1(log_ratio: Tensor) -> Tensor:
-    """e^l - 1, and its tangent from l = 10 on: one sequence far from the reference has a large gradient, not infinity."""
+    """e^l - 1, and its tangent from l = 10 on: a sequence far from the reference has a large gradient, not infinity."""
     bound = math.exp(CHI2_KNEE)
     beyond = bound * (1 + log_ratio - CHI2_KNEE) - 1
     return torch.where(log_ratio < CHI2_KNEE, torch.expm1(log_ratio.clamp(max=CHI2_KNEE)), beyond)

@@ -125,7 +125,7 @@ def group_relative(score: Tensor, group: Tensor, kept: Tensor) -> Tensor:
 
 def _groups(experience: Experience) -> Tensor:
     """[N] int64: 0 .. number of prompts - 1, on the CPU."""
-    return torch.tensor(experience.samples.prompt_index).unique(return_inverse=True)[1]
+    return torch.unique(torch.tensor(experience.samples.prompt_index), return_inverse=True)[1]
 
 
 def _score(experience: Experience, config: PPOConfig, kept: Tensor, group: Tensor) -> Tensor:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...kernels.linear_logprob.contract import LogprobOutput
-from .batch import Experience, TokenBatch, micro_batches, token_batch
+from .batch import Experience, TokenBatch, micro_batches, sequence_length, token_batch
 from .config import PPOConfig
 from .losses import chi2_estimate, chi2_price, kl_estimate, policy_loss, sequence_sum, value_loss
 
@@ -33,17 +32,36 @@ class Trainable(Protocol):
 
 
 def open_optimizer(policy: Trainable, config: PPOConfig) -> torch.optim.Optimizer:
-    """AdamW over `policy.parameter_groups`, or bitsandbytes' 8-bit AdamW, paged or not.
+    """AdamW over `policy.parameter_groups(config)`: torch's, or bitsandbytes' with 8-bit moments, paged or not.
 
     Raises:
-        ImportError: naming the extra, where bitsandbytes is asked for and missing.
+        ImportError: naming the extra, where update.optimizer asks for bitsandbytes and it is not installed.
     """
-    raise NotImplementedError
+    groups, chosen = policy.parameter_groups(config), config.update
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    if chosen.optimizer == "adamw":
+        on_gpu = all(p.is_cuda for group in groups for p in group["params"])
+        # fused: the other form on a GPU makes temporary copies of every trained parameter
+        return torch.optim.AdamW(groups, weight_decay=chosen.weight_decay, fused=on_gpu)
+    try:
+        import bitsandbytes  # type: ignore[import-not-found]
+    except ImportError:
+        message = f"update.optimizer {chosen.optimizer} needs bitsandbytes: pip install 'prudent[bitsandbytes]'"
+        raise ImportError(message) from None
+    kind = bitsandbytes.optim.AdamW8bit if chosen.optimizer == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
+    optimizer: torch.optim.Optimizer = kind(groups, weight_decay=chosen.weight_decay)
+    return optimizer
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, config: PPOConfig, step: int) -> None:
-    """Each group's rate in step `step` (from 0) of the loop: its own times min(1, (step + 1) / update.warmup)."""
-    raise NotImplementedError
+    """Each group's rate in step `step` (from 0) of the loop: its own times min(1, (step + 1) / update.warmup).
+
+    A function of the step alone: a resumed run has nothing to restore.
+    """
+    share = min(1.0, (step + 1) / max(1, config.update.warmup))
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * share
 
 
 def update(
@@ -56,4 +74,254 @@ def update(
     generator: torch.Generator,
     progress: bool = False,
 ) -> dict[str, float]:
-    raise NotImplementedError
+    """Move the policy (and its critic) by PPO on what `shape` made of one step's samples.
+
+    An epoch cuts the samples that are not dropped, shuffled, into update.minibatches of nearly equal numbers of rows;
+    each is one optimizer step on
+
+        mean over tokens of [policy_loss + value_coef value_loss - entropy_coef entropy + kl_coef KL (kl.place loss)]
+        + kl.chi2 sqrt(chi^2)                                                   of the minibatch's sequences
+
+    A minibatch goes through the model in micro-batches of at most update.micro_tokens tokens, one graph in memory at a
+    time. Each one's loss is divided by the tokens of the whole minibatch, so the gradients add up to the gradient of
+    one big batch, whatever the lengths. sqrt(chi^2) is no sum over micro-batches: where kl.chi2 is above 0 and there
+    are several, a first pass without gradient finds the minibatch's chi^2 under the policy as it is, and with it the
+    slope of the square root, a constant for all of them. It costs one forward more; the ratios of the sampling policy
+    would be free, but right only for the first optimizer step.
+
+    Before a step, KL(sampling || updated) a token is known; above update.max_kl the step is not made and the update
+    ends. Where loss or gradient is not finite the step is not made either, and counted.
+
+    Args:
+        policy: its mode (train, eval) is restored afterwards.
+        experience: from `shape`.
+        kl_coef: the price of KL now; read only with kl.place loss, as `shape` has taken the reward's.
+        generator: on the CPU; decides the cut into minibatches and what dropout drops. torch's own generators are left
+            as they were.
+        progress: a bar over tokens on stderr.
+
+    Returns:
+        policy/loss, policy/clip_fraction, value/loss   means over the minibatches
+        policy/update_kl      nats a token, KL(sampling || updated) before the last minibatch's step
+        policy/grad_norm      before clipping, mean over the steps made
+        policy/entropy        nats a token, of the sampling policy
+        value/explained_variance   1 - var(returns - value) / var(returns), of the values as sampled
+        kl/chi2               estimate of chi^2(sampling policy || reference) over sequences
+        update/epochs         minibatches gone through / minibatches an epoch
+        update/steps, update/skipped   optimizer steps made, and left out for a number that was not finite
+        NaN where there is nothing to measure; value/* only with a critic to fit.
+
+    Raises:
+        ValueError: for experience without advantages.
+    """
+    if experience.advantage is None or experience.dropped is None:
+        raise ValueError("experience.advantage: expected what shape() fills in, got None")
+    kept = torch.nonzero(~experience.dropped)[:, 0].tolist()
+    work = _Work(policy, experience, config, kl_coef)
+    count = min(config.update.minibatches, len(kept))
+    tokens = sum(sequence_length(experience.samples, row) for row in kept) * config.update.epochs
+    tally = _Tally(count)
+    training = policy.training
+    policy.train()
+    try:
+        with (
+            _dropout_seed(generator, experience.mask.device),
+            tqdm(total=tokens, desc="update", unit="tok", unit_scale=True, disable=not progress, leave=False) as bar,
+        ):
+            for rows in _minibatches(kept, count, config.update.epochs, generator):
+                if not _step(work, optimizer, rows, tally, bar):
+                    break
+    finally:
+        policy.train(training)
+        optimizer.zero_grad(set_to_none=True)
+    return {**tally.metrics(value=work.critic != "none"), **_sampled(experience)}
+
+
+def _minibatches(kept: list[int], count: int, epochs: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """`epochs` times all rows, shuffled anew and cut into `count` parts whose sizes differ by one at most."""
+    for _ in range(epochs):
+        order = [kept[i] for i in torch.randperm(len(kept), generator=generator).tolist()]
+        for part in range(count):
+            yield order[part * len(order) // count : (part + 1) * len(order) // count]
+
+
+@contextmanager
+def _dropout_seed(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Dropout draws from torch's global generators: seeded here from ours, and given back as they were."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class _Means(NamedTuple):
+    """Of one minibatch, or one micro-batch's share of it: the loss that was differentiated, and means over tokens."""
+
+    loss: float
+    policy: float
+    clipped: float
+    kl: float
+    value: float
+
+
+def _step(work: _Work, optimizer: torch.optim.Optimizer, rows: list[int], tally: _Tally, bar: Any) -> bool:
+    """One minibatch: gradient, then an optimizer step unless something forbids it. -> whether the update goes on"""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad(set_to_none=True)
+    means = work.gradient(rows, bar)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, work.config.update.max_grad_norm))
+    if not (math.isfinite(means.loss) and math.isfinite(norm)):
+        tally.skip()
+        return True
+    limit = work.config.update.max_kl
+    if limit is not None and means.kl > limit:
+        tally.stopped_at(means)
+        return False
+    optimizer.step()
+    tally.add(means, norm)
+    return True
+
+
+class _Work:
+    """What stays the same from minibatch to minibatch."""
+
+    def __init__(self, policy: Trainable, experience: Experience, config: PPOConfig, kl_coef: float) -> None:
+        self.policy = policy
+        self.experience = experience
+        self.config = config
+        self.kl_coef = kl_coef if config.kl.place == "loss" else 0.0
+        self.critic = config.critic if experience.returns is not None else "none"
+        self.packed = bool(config.packed)
+        micro = config.update.micro_tokens
+        self.micro_tokens = AUTO_MICRO_TOKENS if micro == "auto" else micro
+
+    def gradient(self, rows: list[int], bar: Any) -> _Means:
+        """Leave the gradient of the minibatch `rows` in `.grad`."""
+        samples, weight = self.experience.samples, self.config.kl.chi2
+        micros = micro_batches(samples, rows, self.micro_tokens, self.packed)
+        tokens = sum(len(samples.responses[row]) for row in rows)
+        # the slope of the square root needs the whole minibatch's mean; one micro-batch is the whole
+        chi2 = self._chi2(micros) if weight > 0 and len(micros) > 1 else None
+        total = torch.zeros(len(_Means._fields), dtype=torch.float64, device=self.experience.mask.device)
+        for indices in micros:
+            total += self._micro_batch(indices, tokens, len(rows), chi2)
+            bar.update(sum(sequence_length(samples, row) for row in indices))
+        return _Means(*total.tolist())
+
+    def _batch(self, indices: list[int]) -> tuple[TokenBatch, tuple[Tensor, Tensor]]:
+        """The forward pass's tensors, and where its response tokens stand in the experience's [N, T]."""
+        device = self.experience.mask.device
+        batch = token_batch(self.experience.samples, indices, packed=self.packed, device=device)
+        return batch, (torch.tensor(indices, device=device)[batch.sequence], batch.offset)
+
+    def _chi2_terms(self, logprob: Tensor, batch: TokenBatch, at: tuple[Tensor, Tensor]) -> Tensor:
+        log_ratio = logprob - self.experience.ref_logprob[at]
+        longest = self.experience.mask.shape[1]
+        return chi2_estimate(sequence_sum(log_ratio, batch.sequence, batch.offset, len(batch.last), longest))
+
+    @torch.no_grad()
+    def _chi2(self, micros: list[list[int]]) -> float:
+        """The minibatch's chi^2 under the policy as it is."""
+        total, count = torch.zeros((), dtype=torch.float64, device=self.experience.mask.device), 0
+        for indices in micros:
+            batch, at = self._batch(indices)
+            out = self.policy.logprobs(self.policy.hidden(batch, "actor"), batch, self.config.rollout.temperature)
+            total += self._chi2_terms(out.logprob, batch, at).sum()
+            count += len(indices)
+        return float(total) / count
+
+    def _micro_batch(self, indices: list[int], tokens: int, sequences: int, chi2: float | None) -> Tensor:
+        """Add one micro-batch's share of the minibatch's gradient to `.grad`. -> its `_Means`, [5] fp64"""
+        experience, config, update = self.experience, self.config, self.config.update
+        assert experience.advantage is not None
+        batch, at = self._batch(indices)
+        hidden = self.policy.hidden(batch, "actor")
+        out = self.policy.logprobs(hidden, batch, config.rollout.temperature)
+        old = experience.logprob[at]
+        surrogate, clipped = policy_loss(out.logprob, old, experience.advantage[at], update.clip)
+        loss = surrogate.sum() / tokens
+        if update.entropy_coef > 0:
+            loss = loss - update.entropy_coef * out.entropy.sum() / tokens
+        if self.kl_coef > 0:
+            price = kl_estimate(out.logprob - experience.ref_logprob[at], config.kl.estimator)
+            loss = loss + self.kl_coef * price.sum() / tokens
+        if config.kl.chi2 > 0:
+            terms = self._chi2_terms(out.logprob, batch, at)
+            _, slope = chi2_price(float(terms.detach().mean()) if chi2 is None else chi2)
+            loss = loss + config.kl.chi2 * slope * terms.sum() / sequences
+        shared = self._value_loss(hidden, batch, at, tokens) if self.critic == "shared" else None
+        if shared is not None:
+            loss = loss + update.value_coef * shared
+        loss.backward()
+        value, whole = loss.new_zeros(()) if shared is None else shared.detach(), loss.detach()
+        if self.critic == "adapter":
+            # after the actor's backward pass: one graph at a time, and checkpointing runs the forward again, which
+            # must find the adapter that it ran with
+            own = self._value_loss(self.policy.hidden(batch, "critic"), batch, at, tokens)
+            (update.value_coef * own).backward()
+            value = own.detach()
+            whole = whole + update.value_coef * value
+        kl = kl_estimate(old - out.logprob.detach(), "k3").sum() / tokens
+        means = (whole, surrogate.detach().sum() / tokens, clipped.sum() / tokens, kl, value)
+        return torch.stack([mean.double() for mean in means])
+
+    def _value_loss(self, hidden: Tensor, batch: TokenBatch, at: tuple[Tensor, Tensor], tokens: int) -> Tensor:
+        experience = self.experience
+        assert experience.returns is not None
+        assert experience.value is not None
+        values = self.policy.values(hidden[batch.rows])
+        clip = self.config.update.value_clip
+        return value_loss(values, experience.value[at], experience.returns[at], clip).sum() / tokens
+
+
+class _Tally:
+    """What happened to the minibatches of an update."""
+
+    def __init__(self, minibatches: int) -> None:
+        self.minibatches = minibatches
+        self.means: list[_Means] = []
+        self.norms: list[float] = []
+        self.skipped = 0
+
+    def add(self, means: _Means, norm: float) -> None:
+        self.means.append(means)
+        self.norms.append(norm)
+
+    def skip(self) -> None:
+        self.skipped += 1
+
+    def stopped_at(self, means: _Means) -> None:
+        self.means.append(means)
+
+    def metrics(self, value: bool) -> dict[str, float]:
+        gone_through = len(self.norms) + self.skipped
+        metrics = {
+            "policy/loss": _mean([m.policy for m in self.means]),
+            "policy/clip_fraction": _mean([m.clipped for m in self.means]),
+            "policy/update_kl": self.means[-1].kl if self.means else math.nan,
+            "policy/grad_norm": _mean(self.norms),
+            "update/epochs": gone_through / self.minibatches if self.minibatches else 0.0,
+            "update/steps": float(len(self.norms)),
+            "update/skipped": float(self.skipped),
+        }
+        return {**metrics, "value/loss": _mean([m.value for m in self.means])} if value else metrics
+
+
+def _mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def _sampled(experience: Experience) -> dict[str, float]:
+    """What the experience itself says: entropy, the critic's explained variance, chi^2."""
+    assert experience.dropped is not None
+    assert experience.kl is not None
+    counted = experience.mask & ~experience.dropped[:, None]
+    metrics = {
+        "policy/entropy": float(experience.entropy[counted].double().mean()),
+        "kl/chi2": float(chi2_estimate(experience.kl[~experience.dropped].double()).mean()),
+    }
+    if experience.returns is not None and experience.value is not None:
+        returns, value = experience.returns[counted].double(), experience.value[counted].double()
+        left, whole = float((returns - value).var(correction=0)), float(returns.var(correction=0))
+        metrics["value/explained_variance"] = 1 - left / whole if whole > 0 else math.nan
+    return metrics
