@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from .files import atomic_folder, atomic_write_json
 from .fit import FitConfig, PairFeatures, fit_heads
 from .given import check_given, load_stage1, load_tokenizer
 from .losses import partition
+from .reward_adapter import save_head
 from .runlog import RunLog
 from .statistics import hidden_norms, pair_correct
 from .train_config import TrainConfig, TrainResult, open_folder, refuse_unread
@@ -36,7 +38,8 @@ def run_train(config: TrainConfig, *, resume: bool = False, progress: bool = Tru
 
     The run folder (`config.output`): config.yaml (resolved), data.json (counts), metrics.jsonl, tensorboard/,
     features/, checkpoints/, stage1/ (the single-head model: its reward differences are Bradley-Terry logits), model/
-    (the final model, calibrated on training features, with its tokeniser), train.json (final metrics; written last).
+    (the final model, calibrated on training features, with its tokeniser), adapter/ (mode lora: the final model's LoRA,
+    unmerged, and its heads: `reward_adapter`), train.json (final metrics; written last).
 
     Args:
         config: see `TrainConfig`.
@@ -198,6 +201,7 @@ class _Run:
             model.score = _copy(model.score)
             calibrate(model.score, torch.cat(self._features("model", model, self.train[:_CALIBRATION_PAIRS])))
             self._save("model", model, model.score)
+        self._save_adapter(model.score)
         return single, _Scored(model.score, self._features("model", model, self.held_out) if self.held_out else None)
 
     def _saved(self, name: str) -> EnsembleRewardModel | None:
@@ -273,6 +277,16 @@ class _Run:
         with atomic_folder(target) as folder:
             whole.save_pretrained(folder)
             self.tokenizers[name].save_pretrained(folder)
+
+    def _save_adapter(self, head: EnsembleHead) -> None:
+        """The final stage's LoRA with its calibrated heads, for a policy on the same trunk."""
+        target, trained = self.folder / "adapter", self.folder / "checkpoints" / self.config.stage / "adapter"
+        if target.exists() or not trained.exists():  # a stage 1 that was given has no LoRA here
+            return
+        with atomic_folder(target) as folder:
+            shutil.copytree(trained, folder, dirs_exist_ok=True)
+            save_head(head, folder)
+            self.tokenizers["model"].save_pretrained(folder)
 
     def _accuracies(self, single: _Scored, final: _Scored) -> dict[str, float]:
         result = {"single head (stage 1)": single.accuracy("mean")}

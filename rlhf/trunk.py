@@ -14,8 +14,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..engine import EnsembleHead, EnsembleRewardModel
 from ..kernels import EnsembleOutput
+from .files import atomic_folder
 from .fit import FitConfig, pair_metrics, step_noise
 from .losses import bradley_terry, brme, bsr
+from .reward_adapter import save_lora
 from .runlog import RunLog
 from .statistics import hidden_norms
 from .trunk_config import TrunkConfig
@@ -185,7 +187,8 @@ def train_trunk(
     resume: bool = False,
     progress: bool = True,
 ) -> EnsembleRewardModel:
-    """Train trunk and heads on rows of `collate`; checkpoints go to `folder`. LoRA comes back merged into the trunk."""
+    """Train trunk and heads on rows of `collate`; checkpoints go to `folder`. LoRA comes back merged into the trunk, and
+    unmerged in `folder`/adapter."""
     wrapped: Any = _with_lora(model, config, losses.seed) if mode == "lora" else model
     on_gpu = torch.cuda.is_available()
     options: dict[str, Any] = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
@@ -232,6 +235,9 @@ def train_trunk(
     trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
     if held_out:
         trainer.evaluate()
+    if mode == "lora":
+        with atomic_folder(folder / "adapter") as target:
+            save_lora(wrapped, "default", target, trunk_prefix=("model", model.model.base_model_prefix))
     trained: EnsembleRewardModel = wrapped.merge_and_unload() if mode == "lora" else model
     trained.requires_grad_(False)
     trained.train(False)

@@ -1,0 +1,83 @@
+"""The reward as an adapter: what `prudent train` with mode lora keeps beside the merged model, to sit on a policy's trunk.
+
+A folder holds a LoRA in peft's format, named as in the causal language model (so that PeftModel.from_pretrained loads
+it on that), the heads (head.safetensors, head.json) and the tokeniser.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from ..engine import EnsembleHead
+
+_WEIGHTS = "adapter_model.safetensors"  # peft's name
+_ROOT = "base_model.model."  # peft's, before every name in the model it wraps
+
+
+def save_lora(model: Any, adapter: str, folder: Path, *, trunk_prefix: tuple[str, str] | None = None) -> None:
+    """One LoRA of a PeftModel, as `PeftModel.from_pretrained` reads it.
+
+    Args:
+        model: the PeftModel.
+        adapter: its name there; the saved one has none.
+        folder: is there already.
+        trunk_prefix: (name of the trunk in the wrapped model, name to save it under) where these differ.
+    """
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if "lora_" in name}
+    if trunk_prefix is not None:
+        own, saved = (f"{_ROOT}{prefix}." for prefix in trunk_prefix)
+        state = {saved + name.removeprefix(own): tensor for name, tensor in state.items()}
+    save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+    config = copy.deepcopy(model.peft_config[adapter])
+    config.inference_mode, config.modules_to_save, config.task_type = True, None, "CAUSAL_LM"
+    config.save_pretrained(folder)
+
+
+def save_head(head: EnsembleHead, folder: Path) -> None:
+    """Weights, calibration and settings of an ensemble head: head.safetensors and head.json."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    save_file(tensors, folder / "head.safetensors")
+    settings = {
+        "hidden_size": head.hidden_size,
+        "num_heads": head.num_heads,
+        "aggregation": str(head.aggregation),
+        "std_floor": head.std_floor,
+    }
+    (folder / "head.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def is_reward_adapter(folder: Path | str) -> bool:
+    """Whether `folder` holds a LoRA with heads."""
+    return all((Path(folder) / name).is_file() for name in ("adapter_config.json", _WEIGHTS, "head.json"))
+
+
+def load_head(folder: Path | str) -> EnsembleHead:
+    """The heads of a folder that `save_head` wrote, frozen, in eval mode, on the CPU, in fp32.
+
+    Raises:
+        ValueError: for a folder without heads, or with heads that do not fit its settings.
+    """
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / "head.json").read_text(encoding="utf-8"))
+        head = EnsembleHead(
+            settings["hidden_size"],
+            settings["num_heads"],
+            aggregation=settings["aggregation"],
+            std_floor=settings["std_floor"],
+        )
+        head.load_state_dict(load_file(folder / "head.safetensors"))
+    except (OSError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder}: expected head.json and head.safetensors, as `prudent train` with mode lora saves them, "
+            f"got {error}"
+        ) from error
+    return head.requires_grad_(False).eval()
