@@ -125,7 +125,8 @@ def group_relative(score: Tensor, group: Tensor, kept: Tensor) -> Tensor:
 
 def _groups(experience: Experience) -> Tensor:
     """[N] int64: 0 .. number of prompts - 1, on the CPU."""
-    return torch.unique(torch.tensor(experience.samples.prompt_index), return_inverse=True)[1]
+    inverse: Tensor = torch.unique(torch.tensor(experience.samples.prompt_index), return_inverse=True)[1]
+    return inverse
 
 
 def _score(experience: Experience, config: PPOConfig, kept: Tensor, group: Tensor) -> Tensor:

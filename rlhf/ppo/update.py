@@ -104,12 +104,9 @@ def update(
         policy/loss, policy/clip_fraction, value/loss   means over the minibatches
         policy/update_kl      nats a token, KL(sampling || updated) before the last minibatch's step
         policy/grad_norm      before clipping, mean over the steps made
-        policy/entropy        nats a token, of the sampling policy
-        value/explained_variance   1 - var(returns - value) / var(returns), of the values as sampled
-        kl/chi2               estimate of chi^2(sampling policy || reference) over sequences
         update/epochs         minibatches gone through / minibatches an epoch
         update/steps, update/skipped   optimizer steps made, and left out for a number that was not finite
-        NaN where there is nothing to measure; value/* only with a critic to fit.
+        NaN where there is nothing to measure; value/loss only with a critic to fit.
 
     Raises:
         ValueError: for experience without advantages.
@@ -134,7 +131,7 @@ def update(
     finally:
         policy.train(training)
         optimizer.zero_grad(set_to_none=True)
-    return {**tally.metrics(value=work.critic != "none"), **_sampled(experience)}
+    return tally.metrics(value=work.critic != "none")
 
 
 def _minibatches(kept: list[int], count: int, epochs: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -309,19 +306,3 @@ class _Tally:
 
 def _mean(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else math.nan
-
-
-def _sampled(experience: Experience) -> dict[str, float]:
-    """What the experience itself says: entropy, the critic's explained variance, chi^2."""
-    assert experience.dropped is not None
-    assert experience.kl is not None
-    counted = experience.mask & ~experience.dropped[:, None]
-    metrics = {
-        "policy/entropy": float(experience.entropy[counted].double().mean()),
-        "kl/chi2": float(chi2_estimate(experience.kl[~experience.dropped].double()).mean()),
-    }
-    if experience.returns is not None and experience.value is not None:
-        returns, value = experience.returns[counted].double(), experience.value[counted].double()
-        left, whole = float((returns - value).var(correction=0)), float(returns.var(correction=0))
-        metrics["value/explained_variance"] = 1 - left / whole if whole > 0 else math.nan
-    return metrics
