@@ -49,7 +49,7 @@ def pet_gap(best: Tensor, reference: Tensor, config: PETConfig) -> Tensor:
     if config.hinge == "none":
         total, rows = gap.sum(), gap.new_tensor(float(len(gap)))
     else:
-        total = gap.clamp_min(0).sum()
+        total = gap.relu().sum()  # not clamp, whose gradient at 0 is 1
         rows = (gap.detach() > 0).sum() if config.hinge == "active" else gap.new_tensor(float(len(gap)))
     return total / rows.clamp_min(1)
 
