@@ -119,17 +119,34 @@ def _blocks(steps: int) -> list[range]:
     return [range(steps * i // parts, steps * (i + 1) // parts) for i in range(parts)]
 
 
+def difference(one: Series, other: Series) -> Change | None:
+    """The last block of `other` minus that of `one`, two runs of the same steps; None if either is too short."""
+    if not (_blocks(len(one.values)) and _blocks(len(other.values))):
+        return None
+    parts = [(found, _blocks(len(found.values))[-1]) for found in (one, other)]
+    means = [fmean(found.values[i] for i in block) for found, block in parts]
+    squares = [_noise(found.values)[0] / len(block) for found, block in parts]
+    freedom = [_noise(found.values)[1] for found, _ in parts]
+    together = sum(squares) ** 2 / (sum(s**2 / f for s, f in zip(squares, freedom, strict=True)) or 1.0)  # Welch
+    reach = math.sqrt(sum(squares)) * student_quantile(0.975, max(together, min(freedom)))
+    gap = means[1] - means[0]
+    return Change(one.steps[-1], means[0], means[1], gap - reach, gap + reach)
+
+
 def _difference(found: Series, first: range, last: range, looks: int) -> Change:
     """The last block against another; `looks`: how many such comparisons it was picked from."""
-    values = found.values
-    before, after = (fmean(values[i] for i in block) for block in (first, last))
-    n = len(values)
-    variance = sum((b - a) ** 2 for a, b in pairwise(values)) / (2 * (n - 1))
+    before, after = (fmean(found.values[i] for i in block) for block in (first, last))
+    variance, freedom = _noise(found.values)
     error = math.sqrt(variance * (1 / len(first) + 1 / len(last)))
-    # of normal noise, that estimate is as exact as a variance with so many degrees of freedom
-    freedom = 2 * (n - 1) ** 2 / (3 * n - 4)
     reach = error * student_quantile(1 - 0.025 / looks, freedom)
     return Change(found.steps[first[-1]], before, after, after - before - reach, after - before + reach)
+
+
+def _noise(values: Sequence[float]) -> tuple[float, float]:
+    """Variance of one step's value about its trend, and the degrees of freedom of that estimate in normal noise."""
+    n = len(values)
+    variance = sum((b - a) ** 2 for a, b in pairwise(values)) / (2 * (n - 1))
+    return variance, 2 * (n - 1) ** 2 / (3 * n - 4)
 
 
 def student_quantile(probability: float, freedom: float) -> float:
@@ -168,12 +185,7 @@ def headline(rows: Rows) -> str:
     if up is None:
         return f"{count(len(rows), 'step')}: too few to tell a change from noise ({2 * FEWEST} are needed)."
     if not gold.values:
-        said = {
-            RISES: "The proxy reward rose",
-            FALLS: "The proxy reward fell",
-            FLAT: "The proxy reward shows no change",
-        }
-        return f"{said[up.verdict]}. No gold scorer watched: whether it was hacked, this run cannot say."
+        return f"The proxy reward {_plain(up.verdict)} ({up}). Without a gold scorer, no one can tell if it was hacked."
     overall, down = change(gold), fall(gold)
     if overall is None:
         return "The gold reward was measured at too few steps to tell a change from noise."

@@ -103,7 +103,10 @@ def number(value: float | None) -> str:
 
 
 def before_and_after(samples_rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Prompt by prompt, the first sample of the first step and of the last; `after` is None if there is one step."""
+    """Prompt by prompt, the first sample of the first step and of the last: {"step", "response", "gold", "facts"}.
+
+    `after` is None if there is one step; a prompt that one of the two steps lacks is left out.
+    """
     steps = [row["step"] for row in samples_rows]
     if not steps:
         return []
@@ -133,7 +136,13 @@ def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
         parts.append(f"{row['length']} tokens")
     if row.get("stopped") is False:
         parts.append("cut off")
-    return {"step": row["step"], "response": row["response"], "facts": ", ".join(parts)}
+    gold = row.get("gold")
+    return {
+        "step": row["step"],
+        "response": row["response"],
+        "gold": "" if gold is None else f"{gold:+.2f}",
+        "facts": ", ".join(parts),
+    }
 
 
 def _text(prompt: str | Sequence[Mapping[str, str]]) -> str:
@@ -197,7 +206,7 @@ def _estimator(config: PPOConfig) -> str:
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Groups of keys expanded to dotted keys."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return found
