@@ -12,41 +12,35 @@ the first are keys of the config, with a table of what hangs on them, and of the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
+import torch
 from pydantic import Field
+from torch import Tensor
+from tqdm import tqdm
 
 from ..config import JobConfig
+from ..files import atomic_write_json, atomic_write_text
+from ..plot_style import require_matplotlib, save_png
+from ..statistics import Interval, mean_interval
+from . import toy_report
+from .networks import repeated
+from .toy_world import (
+    SIZE,
+    Judged,
+    ToyPolicyConfig,
+    ToyRewardConfig,
+    fresh_policies,
+    preference_pairs,
+    reward_models,
+    right,
+    train_policies,
+)
 
-
-class ToyRewardConfig(JobConfig):
-    """The reward models: MLPs on one-hot prompt and response, trained with the Bradley-Terry loss.
-
-    scale is what makes the paper's picture appear at all: with torch's own initial weights (1) an MLP is close to linear
-    in prompt and response, sees all 8 responses preferred to others, and no model errs in the same cells as the rest.
-    """
-
-    width: int = Field(64, ge=1)
-    layers: int = Field(2, ge=1)  # hidden ones
-    activation: Literal["tanh", "relu"] = "tanh"
-    scale: float = Field(3.0, gt=0)  # times torch.nn.Linear's initial weights
-    steps: int = Field(1000, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    normalise: Literal["none", "model", "prompt"] = "none"  # z-scores a model; or each prompt's mean taken off
-
-
-class ToyPolicyConfig(JobConfig):
-    """The policy and its PPO."""
-
-    width: int = Field(64, ge=1)
-    steps: int = Field(200, ge=1)  # of sampling
-    epochs: int = Field(4, ge=1)
-    samples: int = Field(16, ge=1)  # a prompt and step
-    clip: float = Field(0.2, gt=0, lt=1)
-    lr: float = Field(3e-3, gt=0)
-    kl: float = Field(0.0, ge=0)  # times log(policy / initial policy), taken off the reward
+LAMBDAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 class ToyConfig(JobConfig):
@@ -62,21 +56,186 @@ class ToyConfig(JobConfig):
     sensitivity: bool = True  # also the table of other settings
 
 
+# what the paper leaves open, one thing changed at a time
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "as above": {},
+    "initial weights of the reward models x 1 (torch's own)": {"reward": {"scale": 1.0}},
+    "initial weights of the reward models x 5": {"reward": {"scale": 5.0}},
+    "relu in the reward models": {"reward": {"activation": "relu"}},
+    "relu, initial weights x 1": {"reward": {"activation": "relu", "scale": 1.0}},
+    "reward models of one hidden layer of 256": {"reward": {"layers": 1, "width": 256}},
+    "reward models trained 200 steps at 1e-2": {"reward": {"steps": 200, "lr": 1e-2}},
+    "each reward model z-scored": {"reward": {"normalise": "model"}},
+    "each reward model centred by prompt": {"reward": {"normalise": "prompt"}},
+    "an uncertainty set of 7": {"set": {"models": 7}},
+    "no KL": {"policy": {"kl": 0.0}},
+    "KL coefficient 0.1": {"policy": {"kl": 0.1}},
+    "KL coefficient 0.1, 600 PPO steps": {"policy": {"kl": 0.1, "steps": 600}},
+}
+
+
+class Arm(NamedTuple):
+    """A reward: table [S, 8, 8], plus `worst` times the model of the set that the policy fares worst with (eq. 6)."""
+
+    table: Tensor
+    worst: float = 0.0
+
+
 @dataclass(frozen=True)
 class ToyResult:
-    """folder: where toy.json, toy.md and toy.png are. text: the table."""
+    """folder: where toy.json, toy.md and toy.png are. metrics: what toy.json holds. str() is the table."""
 
     folder: Path
-    text: str
     metrics: dict[str, Any]
 
     def __str__(self) -> str:
-        return f"{self.text}\n{self.folder / 'toy.png'}"
+        return f"{toy_report.markdown(self.metrics)}\n{self.folder / 'toy.png'}"
 
 
 def run_toy(config: ToyConfig, *, progress: bool = True) -> ToyResult:
-    """Train every arm's policies and write toy.json, toy.md and toy.png.
+    """Train every arm's policies and write toy.json, toy.md and toy.png into `config.output`.
 
     Raises ImportError naming the extra if matplotlib is not installed.
     """
-    raise ValueError("study toy: not finished")
+    require_matplotlib()
+    settings = SETTINGS if config.sensitivity else {"as above": {}}
+    known: dict[str, tuple[Tensor, Tensor]] = {}
+    compared = ("single", f"tradeoff:{config.lam:g}", "worst of the set", "mean of all")
+    table: dict[str, Any] = {}
+    main: dict[str, Any] = {}
+    for name, change in tqdm(settings.items(), desc="toy", unit="setting", disable=not progress):
+        changed = _changed(config, change)
+        key = changed.reward.model_dump_json() + str(changed.models)
+        if key not in known:
+            known[key] = _reward_models(changed)
+        rewards, fitted = known[key]
+        every = arms(rewards, changed.lam)
+        if not change:
+            sweep = {f"lambda {lam:g}": arms(rewards, lam)[f"tradeoff:{lam:g}"] for lam in LAMBDAS}
+            results, policies = train_arms(every | sweep, rewards[:, 1:], changed)
+            main = {
+                "arms": {arm: results[arm] for arm in every},
+                "lambda": {f"{lam:g}": results[f"lambda {lam:g}"] for lam in LAMBDAS},
+                "pairs_ranked_right": float(fitted.mean()),
+                "reward_models_right": [float(n) for n in right(rewards).double().mean(dim=0)],
+                "example": _example(rewards, every, policies, results),
+            }
+        else:
+            results, _ = train_arms({arm: every[arm] for arm in compared}, rewards[:, 1:], changed)
+        table[name] = {arm: results[arm] for arm in compared}
+    metrics = {"config": config.model_dump(mode="json", exclude={"output"}), **main, "settings": table}
+    metrics["torch"] = torch.__version__
+    atomic_write_json(config.output / "toy.json", metrics)
+    atomic_write_text(config.output / "toy.md", toy_report.markdown(metrics))
+    save_png(toy_report.picture(metrics), config.output / "toy.png")
+    return ToyResult(config.output, metrics)
+
+
+def _changed(config: ToyConfig, change: Mapping[str, dict[str, Any]]) -> ToyConfig:
+    update: dict[str, Any] = dict(change.get("set", {}))
+    for group in ("reward", "policy"):
+        if group in change:
+            update[group] = getattr(config, group).model_copy(update=change[group])
+    return config.model_copy(update=update)
+
+
+def _reward_models(config: ToyConfig) -> tuple[Tensor, Tensor]:
+    """Every setting has the same pairs; a model's initial weights follow from the seed and the shapes."""
+    pairs = preference_pairs(config.seeds, torch.Generator().manual_seed(config.first_seed))
+    generator = torch.Generator().manual_seed(config.first_seed + 1)
+    return reward_models(pairs, 1 + config.models, config.reward, generator)
+
+
+def arms(rewards: Tensor, lam: float) -> dict[str, Arm]:
+    """[S, 1 + M, 8, 8] rewards, the nominal model first -> each arm's reward."""
+    nominal, others = rewards[:, 0], rewards[:, 1:].amin(dim=1)
+    everyone = rewards.amin(dim=1)
+    truth = torch.eye(SIZE).expand_as(nominal)
+    return {
+        "single": Arm(nominal),
+        f"tradeoff:{lam:g}": Arm(lam * nominal + (1 - lam) * others),
+        f"tradeoff:{lam:g}, nominal in the set": Arm(lam * nominal + (1 - lam) * everyone),
+        f"tradeoff:{lam:g}, one worst model (eq. 6)": Arm(lam * nominal, 1 - lam),
+        "worst of the set": Arm(others),
+        "worst of all": Arm(everyone),
+        "mean of all": Arm(rewards.mean(dim=1)),
+        "max of all": Arm(rewards.amax(dim=1)),
+        "the truth": Arm(truth * nominal.std(dim=(1, 2), keepdim=True)),
+    }
+
+
+def train_arms(
+    arms: Mapping[str, Arm], others: Tensor, config: ToyConfig
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """PPO on every arm at once, from the same initial policies with the same random numbers.
+
+    others [S, M, 8, 8]: the uncertainty set. Returns each arm's outcome, and its policies [S, 8, 8].
+    """
+    count, seeds = len(arms), config.seeds
+    nominal = next(iter(arms.values())).table
+    unit = nominal.std(dim=(1, 2), keepdim=True)  # one unit for a seed's arms: the KL coefficient means the same
+    tables = torch.stack([arm.table / unit for arm in arms.values()])  # [A, S, 8, 8]
+    worst = torch.tensor([arm.worst for arm in arms.values()])[:, None, None, None]
+    others = others / unit[:, None]
+
+    def reward(probability: Tensor, drawn: Tensor) -> Judged:
+        policy = probability.view(count, seeds, SIZE, SIZE)
+        table = tables
+        if bool(worst.any()):
+            expected = (policy[:, :, None] * others).sum(dim=(3, 4))  # [A, S, M]
+            table = tables + worst * others[torch.arange(seeds), expected.argmin(dim=2)]
+        flat = table.reshape(-1, SIZE, SIZE)
+        return Judged(flat.gather(2, drawn), (probability * flat).sum(dim=2, keepdim=True))
+
+    generator = torch.Generator().manual_seed(config.first_seed + 2)
+    layers = repeated(fresh_policies(seeds, config.policy, generator), count)
+    final = train_policies(layers, reward, config.policy, generator, seeds=seeds).view(count, seeds, SIZE, SIZE)
+    policies = dict(zip(arms, final, strict=True))
+    base = right(final[0])
+    return {name: outcome(policy, arms[name].table, base) for name, policy in policies.items()}, policies
+
+
+def outcome(policy: Tensor, table: Tensor, base: Tensor) -> dict[str, Any]:
+    """policy and its reward table [S, 8, 8], base [S] the first arm's prompts right -> counts, means, 95 % intervals.
+
+    followed: the share of prompts where the policy's likeliest response is the one its reward likes best.
+    """
+    found = right(policy)
+    optimal = int((found == SIZE).sum())
+    best = policy.diagonal(dim1=1, dim2=2).mean(dim=1)
+    return {
+        "optimal": optimal,
+        "optimal_share": list(wilson(optimal, len(found))),
+        "right": list(mean_interval(found)),
+        "right_minus_single": list(mean_interval(found - base)),
+        "probability_of_the_best": list(mean_interval(best)),
+        "followed": float((policy.argmax(dim=2) == table.argmax(dim=2)).double().mean()),
+        "right_by_seed": found.tolist(),
+    }
+
+
+def wilson(hits: int, trials: int) -> Interval:
+    """A share and its 95 % score interval (Wilson 1927), which does not collapse at 0 or at all."""
+    z, share = 1.959964, hits / trials
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * (share * (1 - share) / trials + z * z / (4 * trials * trials)) ** 0.5
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def _example(
+    rewards: Tensor, every: Mapping[str, Arm], policies: Mapping[str, Tensor], results: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One seed to draw: the first in which the single model fails and the trade-off succeeds, as in the paper's figure;
+    where there is none, the first whose gain from the trade-off is the median."""
+    name = list(every)[1]
+    single, tradeoff = (torch.tensor(results[arm]["right_by_seed"]) for arm in ("single", name))
+    like = (single < SIZE) & (tradeoff == SIZE)
+    gain = tradeoff - single
+    seed = int((like if bool(like.any()) else gain == gain.median()).nonzero()[0])
+    tables = {"single": rewards[seed, 0], name: every[name].table[seed]}
+    return {
+        "seed": seed,
+        "like_figure_1": int(like.sum()),
+        "rewards": {name: table.tolist() for name, table in tables.items()},
+        "policies": {name: policies[name][seed].tolist() for name in every},
+    }

@@ -1,0 +1,191 @@
+"""BRME's toy (arXiv 2409.15360, section 4): its preference pairs, its reward models, and PPO on its 8 x 8 cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ..config import JobConfig
+from ..losses import bradley_terry
+from ..ppo.losses import policy_loss
+from .networks import Layers, forward, networks, trained
+
+SIZE = 8  # prompts, and responses to each
+
+
+class ToyRewardConfig(JobConfig):
+    """The reward models: MLPs on one-hot prompt and response, trained with the Bradley-Terry loss.
+
+    `scale` decides how much the models differ where no label is: the table of settings shows 1 beside it.
+    """
+
+    width: int = Field(64, ge=1)
+    layers: int = Field(2, ge=1)  # hidden ones
+    activation: Literal["tanh", "relu"] = "tanh"
+    scale: float = Field(3.0, gt=0)  # times torch.nn.Linear's initial weights
+    steps: int = Field(1000, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    normalise: Literal["none", "model", "prompt"] = "none"  # z-scores a model; or takes each prompt's mean off
+
+
+class ToyPolicyConfig(JobConfig):
+    """The policy, a 3-layer MLP from a one-hot prompt to 8 logits, and its PPO.
+
+    kl is large enough for PPO to find the best response of whatever reward it is given (toy.md says how often): without
+    it policies settle early on a response that is good for many prompts, which is PPO's doing and not the reward's.
+    """
+
+    width: int = Field(64, ge=1)
+    steps: int = Field(200, ge=1)  # of sampling
+    epochs: int = Field(4, ge=1)
+    samples: int = Field(16, ge=1)  # a prompt and step
+    clip: float = Field(0.2, gt=0, lt=1)
+    lr: float = Field(3e-3, gt=0)
+    kl: float = Field(0.3, ge=0)  # times log(policy / initial policy), off a reward in the nominal model's own stds
+    optimizer: Literal["adam", "sgd"] = "adam"
+
+
+class Judged(NamedTuple):
+    """What a reward says of a step's draws: reward [N, 8, n], and its exact mean under the policy, value [N, 8, 1]."""
+
+    reward: Tensor
+    value: Tensor
+
+
+# (probability [N, 8, 8], drawn [N, 8, n] int64) -> Judged
+RewardFunction = Callable[[Tensor, Tensor], Judged]
+
+
+def preference_pairs(seeds: int, generator: torch.Generator) -> Tensor:
+    """[S, 16, 3] int64 (prompt, chosen, rejected): every prompt's own response against two random others."""
+    others = torch.rand(seeds, SIZE, SIZE, generator=generator)
+    others.diagonal(dim1=1, dim2=2).fill_(-1.0)
+    rejected = others.topk(2, dim=2).indices.reshape(seeds, 2 * SIZE)
+    prompt = torch.arange(SIZE).repeat_interleave(2).expand_as(rejected)
+    return torch.stack([prompt, prompt, rejected], dim=2)
+
+
+def reward_models(
+    pairs: Tensor, models: int, config: ToyRewardConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """`models` networks a seed, other initial weights and the same pairs [S, P, 3].
+
+    Returns:
+        rewards [S, models, 8, 8], and the share of the pairs that each model ranks right [S, models].
+    """
+    seeds = pairs.shape[0]
+    count = seeds * models
+    layers = networks(count, [2 * SIZE, *[config.width] * config.layers, 1], generator, config.scale)
+    cells = _cells()
+    prompt, chosen, rejected = (t.repeat_interleave(models, dim=0) for t in pairs.unbind(dim=2))
+    sides = cells[torch.cat([prompt * SIZE + chosen, prompt * SIZE + rejected], dim=1)]  # [count, 2P, 16]
+    adam = torch.optim.Adam(trained(layers), lr=config.lr)
+    for _ in range(config.steps):
+        reward = forward(layers, sides, config.activation)[..., 0]
+        adam.zero_grad()
+        # the mean over all pairs of all networks, times their number: each gets the gradient of its own mean
+        loss = bradley_terry(*(side.flatten() for side in reward.chunk(2, dim=1)))
+        (loss * count).backward()  # type: ignore[no-untyped-call]
+        adam.step()
+    with torch.no_grad():
+        better, worse = forward(layers, sides, config.activation)[..., 0].chunk(2, dim=1)
+        rewards = forward(layers, cells.expand(count, -1, -1), config.activation).view(seeds, models, SIZE, SIZE)
+    ranked_right = (better > worse).double().mean(dim=1).view(seeds, models)
+    return normalised(rewards, config.normalise), ranked_right
+
+
+def _cells() -> Tensor:
+    """[64, 16]: one-hot prompt and one-hot response of every cell, prompt after prompt."""
+    one_hot = torch.eye(SIZE)
+    return torch.cat([one_hot.repeat_interleave(SIZE, dim=0), one_hot.repeat(SIZE, 1)], dim=1)
+
+
+def normalised(rewards: Tensor, how: Literal["none", "model", "prompt"]) -> Tensor:
+    """[..., 8, 8] rewards: untouched, each model to mean 0 and std 1 over its cells, or each prompt to mean 0.
+
+    Bradley-Terry leaves a constant a prompt open, which differs between models and which a minimum over models sees.
+    """
+    if how == "prompt":
+        return rewards - rewards.mean(dim=-1, keepdim=True)
+    if how == "model":
+        centred = rewards - rewards.mean(dim=(-2, -1), keepdim=True)
+        return centred / rewards.std(dim=(-2, -1), keepdim=True)
+    return rewards
+
+
+def fresh_policies(count: int, config: ToyPolicyConfig, generator: torch.Generator) -> Layers:
+    """`count` untrained policies."""
+    return networks(count, [SIZE, config.width, config.width, SIZE], generator)
+
+
+def log_policy(layers: Layers) -> Tensor:
+    """[N, 8, 8] log-probabilities: policy, prompt, response."""
+    prompts = torch.eye(SIZE).expand(layers[0][0].shape[0], SIZE, SIZE)
+    return F.log_softmax(forward(layers, prompts), dim=2)
+
+
+def train_policies(
+    layers: Layers,
+    reward: RewardFunction,
+    config: ToyPolicyConfig,
+    generator: torch.Generator,
+    *,
+    seeds: int,
+    each_step: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """PPO on N = arms * seeds policies, in place; arm after arm, and the arms of one seed see the same random numbers.
+
+    The advantage is the reward less its exact mean under the policy (what a perfect critic would say), not whitened.
+
+    Args:
+        layers: the policies to start from; also what `config.kl` holds them near.
+        reward: see `RewardFunction`.
+        each_step: called with the probabilities [N, 8, 8] before every step and at the end.
+
+    Returns:
+        [N, 8, 8] the final probabilities.
+    """
+    count = layers[0][0].shape[0]
+    with torch.no_grad():
+        reference = log_policy(layers)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.SGD
+    optimizer = kind(trained(layers), lr=config.lr)
+    for _ in range(config.steps):
+        with torch.no_grad():
+            old = log_policy(layers)
+            probability = old.exp()
+            if each_step is not None:
+                each_step(probability)
+            uniform = torch.rand(seeds, SIZE, config.samples, generator=generator).repeat(count // seeds, 1, 1)
+            drawn = draw(probability, uniform)
+            judged = reward(probability, drawn)
+            price = config.kl * (old - reference)
+            value = judged.value - (probability * price).sum(dim=2, keepdim=True)
+            advantage = judged.reward - price.gather(2, drawn) - value
+            old_logprob = old.gather(2, drawn)
+        for _ in range(config.epochs):
+            loss, _ = policy_loss(log_policy(layers).gather(2, drawn), old_logprob, advantage, config.clip)
+            optimizer.zero_grad()
+            loss.mean(dim=(1, 2)).sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    with torch.no_grad():
+        probability = log_policy(layers).exp()
+        if each_step is not None:
+            each_step(probability)
+    return probability
+
+
+def draw(probability: Tensor, uniform: Tensor) -> Tensor:
+    """Responses by inversion: probability [N, 8, 8], uniform [N, 8, n] in [0, 1) -> [N, 8, n] int64."""
+    edges = probability.cumsum(dim=2)[..., :-1].contiguous()
+    return torch.searchsorted(edges, uniform, right=True)
+
+
+def right(table: Tensor) -> Tensor:
+    """[..., 8, 8] -> [...] int64: for how many of the 8 prompts the greatest of the row is the right response."""
+    return (table.argmax(dim=-1) == torch.arange(SIZE)).sum(dim=-1)
