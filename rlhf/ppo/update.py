@@ -19,6 +19,9 @@ from .losses import chi2_estimate, chi2_price, kl_estimate, policy_loss, sequenc
 AUTO_MICRO_TOKENS = 8192  # where update.micro_tokens is still auto: nobody has planned the memory
 
 
+At = tuple[Tensor, Tensor]  # row and column of each response token in an experience's [N, T] tables
+
+
 class Trainable(Protocol):
     """What the update needs of a `Policy`."""
 
@@ -105,7 +108,8 @@ def update(
         policy/update_kl      nats a token, KL(sampling || updated) before the last minibatch's step
         policy/grad_norm      before clipping, mean over the steps made
         update/epochs         minibatches gone through / minibatches an epoch
-        update/steps, update/skipped   optimizer steps made, and left out for a number that was not finite
+        update/steps, update/skipped   optimizer steps made, and left out: for a number that was not finite, or because
+                              no sample was left
         NaN where there is nothing to measure; value/loss only with a critic to fit.
 
     Raises:
@@ -114,10 +118,12 @@ def update(
     if experience.advantage is None or experience.dropped is None:
         raise ValueError("experience.advantage: expected what shape() fills in, got None")
     kept = torch.nonzero(~experience.dropped)[:, 0].tolist()
-    work = _Work(policy, experience, config, kl_coef)
+    gradient = MinibatchGradient(policy, experience, config, kl_coef)
     count = min(config.update.minibatches, len(kept))
     tokens = sum(sequence_length(experience.samples, row) for row in kept) * config.update.epochs
     tally = _Tally(count)
+    if not kept:
+        tally.skipped = config.update.epochs * config.update.minibatches
     training = policy.training
     policy.train()
     try:
@@ -126,12 +132,12 @@ def update(
             tqdm(total=tokens, desc="update", unit="tok", unit_scale=True, disable=not progress, leave=False) as bar,
         ):
             for rows in _minibatches(kept, count, config.update.epochs, generator):
-                if not _step(work, optimizer, rows, tally, bar):
+                if not _step(gradient, optimizer, rows, tally, bar):
                     break
     finally:
         policy.train(training)
         optimizer.zero_grad(set_to_none=True)
-    return tally.metrics(value=work.critic != "none")
+    return tally.metrics(value=gradient.critic != "none")
 
 
 def _minibatches(kept: list[int], count: int, epochs: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -151,7 +157,7 @@ def _dropout_seed(generator: torch.Generator, device: torch.device) -> Iterator[
         yield
 
 
-class _Means(NamedTuple):
+class Means(NamedTuple):
     """Of one minibatch, or one micro-batch's share of it: the loss that was differentiated, and means over tokens."""
 
     loss: float
@@ -161,26 +167,29 @@ class _Means(NamedTuple):
     value: float
 
 
-def _step(work: _Work, optimizer: torch.optim.Optimizer, rows: list[int], tally: _Tally, bar: Any) -> bool:
+def _step(
+    gradient: MinibatchGradient, optimizer: torch.optim.Optimizer, rows: list[int], tally: _Tally, bar: Any
+) -> bool:
     """One minibatch: gradient, then an optimizer step unless something forbids it. -> whether the update goes on"""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
-    means = work.gradient(rows, bar)
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, work.config.update.max_grad_norm))
+    means = gradient(rows, bar)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, gradient.config.update.max_grad_norm))
     if not (math.isfinite(means.loss) and math.isfinite(norm)):
-        tally.skip()
+        tally.skipped += 1
         return True
-    limit = work.config.update.max_kl
+    limit = gradient.config.update.max_kl
     if limit is not None and means.kl > limit:
-        tally.stopped_at(means)
+        tally.means.append(means)
         return False
     optimizer.step()
-    tally.add(means, norm)
+    tally.means.append(means)
+    tally.norms.append(norm)
     return True
 
 
-class _Work:
-    """What stays the same from minibatch to minibatch."""
+class MinibatchGradient:
+    """The gradient of a minibatch, one micro-batch at a time."""
 
     def __init__(self, policy: Trainable, experience: Experience, config: PPOConfig, kl_coef: float) -> None:
         self.policy = policy
@@ -192,26 +201,83 @@ class _Work:
         micro = config.update.micro_tokens
         self.micro_tokens = AUTO_MICRO_TOKENS if micro == "auto" else micro
 
-    def gradient(self, rows: list[int], bar: Any) -> _Means:
-        """Leave the gradient of the minibatch `rows` in `.grad`."""
+    def __call__(self, rows: list[int], bar: Any) -> Means:
+        """Add the gradient of the minibatch `rows` to `.grad`."""
         samples, weight = self.experience.samples, self.config.kl.chi2
         micros = micro_batches(samples, rows, self.micro_tokens, self.packed)
         tokens = sum(len(samples.responses[row]) for row in rows)
         # the slope of the square root needs the whole minibatch's mean; one micro-batch is the whole
         chi2 = self._chi2(micros) if weight > 0 and len(micros) > 1 else None
-        total = torch.zeros(len(_Means._fields), dtype=torch.float64, device=self.experience.mask.device)
+        total = torch.zeros(len(Means._fields), dtype=torch.float64, device=self.experience.mask.device)
         for indices in micros:
-            total += self._micro_batch(indices, tokens, len(rows), chi2)
+            total += self.micro_batch(*self._batch(indices), tokens, len(rows), chi2)
             bar.update(sum(sequence_length(samples, row) for row in indices))
-        return _Means(*total.tolist())
+        return Means(*total.tolist())
 
-    def _batch(self, indices: list[int]) -> tuple[TokenBatch, tuple[Tensor, Tensor]]:
-        """The forward pass's tensors, and where its response tokens stand in the experience's [N, T]."""
+    def micro_batch(self, batch: TokenBatch, at: At, tokens: int, sequences: int, chi2: float | None) -> Tensor:
+        """Add one micro-batch's share of the gradient to `.grad`; reads nothing back from the device.
+
+        Args:
+            batch, at: the forward pass, and where its response tokens stand in the experience's [N, T] tables.
+            tokens, sequences: of the whole minibatch.
+            chi2: the minibatch's estimate, where kl.chi2 is above 0; None: this micro-batch's own (read back).
+
+        Returns:
+            [5] fp64: its share of `Means`.
+        """
+        config, update = self.config, self.config.update
+        hidden = self.policy.hidden(batch, "actor")
+        out = self.policy.logprobs(hidden, batch, config.rollout.temperature)
+        loss, means = self._policy_loss(out, batch, at, tokens)
+        if config.kl.chi2 > 0:
+            terms = self._chi2_terms(out.logprob, batch, at)
+            _, slope = chi2_price(float(terms.detach().mean()) if chi2 is None else chi2)
+            loss = loss + config.kl.chi2 * slope * terms.sum() / sequences
+        value = loss.new_zeros(())
+        if self.critic == "shared":
+            value = self._value_loss(hidden, batch, at, tokens)
+            loss = loss + update.value_coef * value
+        loss.backward()
+        whole = loss.detach()
+        if self.critic == "adapter":
+            # after the actor's backward pass: one graph at a time, and checkpointing runs the forward again, which
+            # must find the adapter that it ran with
+            value = self._value_loss(self.policy.hidden(batch, "critic"), batch, at, tokens)
+            (update.value_coef * value).backward()
+            whole = whole + update.value_coef * value.detach()
+        return torch.stack([number.detach().double() for number in (whole, *means, value)])
+
+    def _batch(self, indices: list[int]) -> tuple[TokenBatch, At]:
         device = self.experience.mask.device
         batch = token_batch(self.experience.samples, indices, packed=self.packed, device=device)
         return batch, (torch.tensor(indices, device=device)[batch.sequence], batch.offset)
 
-    def _chi2_terms(self, logprob: Tensor, batch: TokenBatch, at: tuple[Tensor, Tensor]) -> Tensor:
+    def _policy_loss(
+        self, out: LogprobOutput, batch: TokenBatch, at: At, tokens: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """The terms that are means over tokens; and surrogate, clip fraction and KL(sampling || updated)."""
+        experience, update = self.experience, self.config.update
+        assert experience.advantage is not None
+        old = experience.logprob[at]
+        surrogate, clipped = policy_loss(out.logprob, old, experience.advantage[at], update.clip)
+        loss = surrogate.sum() / tokens
+        means = loss, clipped.sum() / tokens, kl_estimate(old - out.logprob.detach(), "k3").sum() / tokens
+        if update.entropy_coef > 0:
+            loss = loss - update.entropy_coef * out.entropy.sum() / tokens
+        if self.kl_coef > 0:
+            price = kl_estimate(out.logprob - experience.ref_logprob[at], self.config.kl.estimator)
+            loss = loss + self.kl_coef * price.sum() / tokens
+        return loss, means
+
+    def _value_loss(self, hidden: Tensor, batch: TokenBatch, at: At, tokens: int) -> Tensor:
+        experience = self.experience
+        assert experience.returns is not None
+        assert experience.value is not None
+        values = self.policy.values(hidden[batch.rows])
+        clip = self.config.update.value_clip
+        return value_loss(values, experience.value[at], experience.returns[at], clip).sum() / tokens
+
+    def _chi2_terms(self, logprob: Tensor, batch: TokenBatch, at: At) -> Tensor:
         log_ratio = logprob - self.experience.ref_logprob[at]
         longest = self.experience.mask.shape[1]
         return chi2_estimate(sequence_sum(log_ratio, batch.sequence, batch.offset, len(batch.last), longest))
@@ -227,77 +293,24 @@ class _Work:
             count += len(indices)
         return float(total) / count
 
-    def _micro_batch(self, indices: list[int], tokens: int, sequences: int, chi2: float | None) -> Tensor:
-        """Add one micro-batch's share of the minibatch's gradient to `.grad`. -> its `_Means`, [5] fp64"""
-        experience, config, update = self.experience, self.config, self.config.update
-        assert experience.advantage is not None
-        batch, at = self._batch(indices)
-        hidden = self.policy.hidden(batch, "actor")
-        out = self.policy.logprobs(hidden, batch, config.rollout.temperature)
-        old = experience.logprob[at]
-        surrogate, clipped = policy_loss(out.logprob, old, experience.advantage[at], update.clip)
-        loss = surrogate.sum() / tokens
-        if update.entropy_coef > 0:
-            loss = loss - update.entropy_coef * out.entropy.sum() / tokens
-        if self.kl_coef > 0:
-            price = kl_estimate(out.logprob - experience.ref_logprob[at], config.kl.estimator)
-            loss = loss + self.kl_coef * price.sum() / tokens
-        if config.kl.chi2 > 0:
-            terms = self._chi2_terms(out.logprob, batch, at)
-            _, slope = chi2_price(float(terms.detach().mean()) if chi2 is None else chi2)
-            loss = loss + config.kl.chi2 * slope * terms.sum() / sequences
-        shared = self._value_loss(hidden, batch, at, tokens) if self.critic == "shared" else None
-        if shared is not None:
-            loss = loss + update.value_coef * shared
-        loss.backward()
-        value, whole = loss.new_zeros(()) if shared is None else shared.detach(), loss.detach()
-        if self.critic == "adapter":
-            # after the actor's backward pass: one graph at a time, and checkpointing runs the forward again, which
-            # must find the adapter that it ran with
-            own = self._value_loss(self.policy.hidden(batch, "critic"), batch, at, tokens)
-            (update.value_coef * own).backward()
-            value = own.detach()
-            whole = whole + update.value_coef * value
-        kl = kl_estimate(old - out.logprob.detach(), "k3").sum() / tokens
-        means = (whole, surrogate.detach().sum() / tokens, clipped.sum() / tokens, kl, value)
-        return torch.stack([mean.double() for mean in means])
-
-    def _value_loss(self, hidden: Tensor, batch: TokenBatch, at: tuple[Tensor, Tensor], tokens: int) -> Tensor:
-        experience = self.experience
-        assert experience.returns is not None
-        assert experience.value is not None
-        values = self.policy.values(hidden[batch.rows])
-        clip = self.config.update.value_clip
-        return value_loss(values, experience.value[at], experience.returns[at], clip).sum() / tokens
-
 
 class _Tally:
     """What happened to the minibatches of an update."""
 
     def __init__(self, minibatches: int) -> None:
         self.minibatches = minibatches
-        self.means: list[_Means] = []
+        self.means: list[Means] = []
         self.norms: list[float] = []
         self.skipped = 0
 
-    def add(self, means: _Means, norm: float) -> None:
-        self.means.append(means)
-        self.norms.append(norm)
-
-    def skip(self) -> None:
-        self.skipped += 1
-
-    def stopped_at(self, means: _Means) -> None:
-        self.means.append(means)
-
     def metrics(self, value: bool) -> dict[str, float]:
-        gone_through = len(self.norms) + self.skipped
+        gone_through = len(self.norms) + self.skipped if self.minibatches else 0  # without a sample there is no epoch
         metrics = {
             "policy/loss": _mean([m.policy for m in self.means]),
             "policy/clip_fraction": _mean([m.clipped for m in self.means]),
             "policy/update_kl": self.means[-1].kl if self.means else math.nan,
             "policy/grad_norm": _mean(self.norms),
-            "update/epochs": gone_through / self.minibatches if self.minibatches else 0.0,
+            "update/epochs": gone_through / max(1, self.minibatches),
             "update/steps": float(len(self.norms)),
             "update/skipped": float(self.skipped),
         }
