@@ -1,4 +1,4 @@
-"""Many samples from few prompts, fast on a CPU: each prompt is read once and its keys and values are shared.
+"""Many samples of one or more prompts, fast on a CPU: each prompt is read once and its keys and values are shared.
 
 transformers' own cache keeps a copy of the prompt for every sample and grows by concatenation: with 256 samples of one
 48-token prompt, SmolLM2-135M in bf16 on two AVX512-BF16 cores spends 15 % of a step in its matrix products. Here a
@@ -8,15 +8,15 @@ a buffer of the final length, and a finished sample leaves the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 # families whose layers hand unknown keyword arguments on to the attention function and mask causally, nothing more
 SHARING_MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -24,7 +24,10 @@ _ATTENTION = "prudent_shared_prefix"
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn: the `top_k` likeliest, of those the least set with mass `top_p`, at `temperature`."""
+    """How a token is drawn: the `top_k` likeliest (0: all), of those the least set with mass `top_p`, at `temperature`.
+
+    With top_k 0 and top_p 1 that is softmax(logits / temperature) and nothing else.
+    """
 
     max_new_tokens: int = 24
     temperature: float = 1.0
@@ -46,11 +49,15 @@ class Sampled(NamedTuple):
 
 
 class _SharedLayer(CacheLayerMixin):
-    """One layer's keys and values: the prompts' [G, Hkv, P, d], and the samples' own [G, Hkv, S, T, d]."""
+    """One layer's keys and values: the prompts' [G, Hkv, P, d], and the samples' own [G, Hkv, S, T, d].
 
-    def __init__(self, keys: Tensor, values: Tensor, samples: int, capacity: int) -> None:
+    padding [G, 1, P] is True behind the end of a shorter prompt; None where all prompts have one length.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, padding: Tensor | None, samples: int, capacity: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.prefix = (keys.float(), values.float())  # fp32: attention is a small part, and exact
+        self.padding = padding
         groups, heads, _, dim = keys.shape
         self.own = tuple(keys.new_empty((groups, heads, samples, capacity, dim), dtype=torch.float32) for _ in range(2))
         self.length = 0
@@ -69,7 +76,9 @@ class _SharedLayer(CacheLayerMixin):
 
     def select(self, groups: Tensor, samples: Tensor) -> None:
         """Keep prompts `groups` [G'] and of each the samples `samples` [G', S']."""
-        self.prefix = (self.prefix[0][groups], self.prefix[1][groups])
+        if len(groups) < len(self.prefix[0]):
+            self.prefix = (self.prefix[0][groups], self.prefix[1][groups])
+            self.padding = None if self.padding is None else self.padding[groups]
         # advanced indices on dimensions 0 and 2 come first: [G', S', Hkv, T, d]
         picked = (buffer[groups[:, None], :, samples].transpose(1, 2) for buffer in self.own)
         self.own = tuple(buffer.contiguous() for buffer in picked)
@@ -111,6 +120,8 @@ def _attend(
     keys, values = (block.flatten(0, 1) for block in layer.prefix)
     own_keys, own_values = (buffer[:, :, :, : layer.length].flatten(0, 2) for buffer in layer.own)
     to_prompt = torch.bmm(q, keys.transpose(1, 2))
+    if layer.padding is not None:
+        to_prompt.view(groups, -1, length).masked_fill_(layer.padding, float("-inf"))
     to_own = torch.bmm(q.view(flat), own_keys.transpose(1, 2)).view(groups * heads, samples * rep, layer.length)
     weights = torch.softmax(torch.cat([to_prompt, to_own], dim=-1), dim=-1)
     out = torch.bmm(weights[..., :length], values)
@@ -139,29 +150,101 @@ def _shared_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(usual)
 
 
-def _share(cache: Any, samples: int, capacity: int) -> Cache:
-    return Cache(layers=[_SharedLayer(layer.keys, layer.values, samples, capacity) for layer in cache.layers])
+def causal_lm(model: Any) -> Any:
+    """The causal language model inside a peft wrapper, adapters in place; any other model is itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+def next_logits(model: Any, hidden: Tensor) -> Tensor:
+    """[N, D] final hidden states -> [N, V] logits of `causal_lm(...)`, its softcap applied."""
+    logits: Tensor = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """[N, V] logits and [N] numbers in [0, 1) -> [N] token ids, by the inverse of the distribution function."""
-    top, ids = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1)
-    probability = torch.softmax(top.float() / sampling.temperature, dim=-1)
-    before = probability.cumsum(dim=-1) - probability
-    mass = (probability * (before < sampling.top_p)).cumsum(dim=-1)
-    pick = (mass <= uniform[:, None] * mass[:, -1:]).sum(dim=-1).clamp(max=ids.shape[-1] - 1)
-    return ids.gather(1, pick[:, None])[:, 0]
+    ids = None
+    if sampling.top_k or sampling.top_p < 1:
+        logits, ids = logits.topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]), dim=-1)
+    probability = torch.softmax(logits.float() / sampling.temperature, dim=-1)
+    if sampling.top_p < 1:
+        before = probability.cumsum(dim=-1) - probability
+        probability = probability * (before < sampling.top_p)
+    mass = probability.cumsum(dim=-1)
+    total = mass[:, -1:]
+    # rounding may make the product the whole mass, which no token reaches
+    goal = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    pick = (mass <= goal).sum(dim=-1, keepdim=True)
+    return (pick if ids is None else ids.gather(1, pick))[:, 0]
 
 
-class _Batch:
-    """The rows still in the batch, as a grid [G', S'] of row numbers: what the cache's own dimensions mean."""
+class Decoder:
+    """G prompts read once, and S samples of each that read on, a token at a time; finished rows leave.
 
-    def __init__(self, cache: Any, groups: int, samples: int) -> None:
-        self.cache = cache
-        self.grid = torch.arange(groups * samples).view(groups, samples)
+    Attributes:
+        hidden: [G, D] the trunk's last hidden states after the prompts.
+        grid: [G', S'] numbers of the rows still there; row g * S + s is sample s of prompt g.
+    """
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], samples: int, capacity: int) -> None:
+        """Use `decoder`, which gives the model its attention back. capacity: the most tokens that a sample reads."""
+        self._trunk = model.base_model
+        lengths = torch.tensor([len(ids) for ids in prompts])
+        width = int(lengths.max())
+        self._even = bool((lengths == width).all())
+        self._lengths = lengths.repeat_interleave(samples).to(model.device)
+        self._mask: Tensor | None = None  # of the copied cache, where prompts have several lengths
+        self._read = 0
+        self.sharing = shares_prefix(model, width + capacity)
+        self.grid = torch.arange(len(prompts) * samples).view(len(prompts), samples)
+        # shared prompts are padded behind, where causal attention needs no mask; copied ones before, as
+        # transformers has it. What stands there is of no consequence
+        padding = [[0] * (width - len(ids)) for ids in prompts]
+        both = zip(prompts, padding, strict=True)
+        rows = [[*ids, *pad] if self.sharing else [*pad, *ids] for ids, pad in both]
+        extra: dict[str, Any] = {}
+        if not (self._even or self.sharing):
+            place = torch.arange(width) - (width - lengths)[:, None]
+            extra = {"position_ids": place.clamp_min(0), "attention_mask": (place >= 0).long()}
+            extra = {name: value.to(model.device) for name, value in extra.items()}
+        output = self._trunk(input_ids=torch.tensor(rows).to(model.device), use_cache=True, **extra)
+        cache: Any = output.past_key_values
+        last = (lengths if self.sharing else torch.full_like(lengths, width)) - 1
+        hidden = output.last_hidden_state
+        self.hidden = hidden[:, -1] if self._even else hidden[torch.arange(len(prompts)), last.to(hidden.device)]
+        if self.sharing:
+            behind = None
+            if not self._even:
+                behind = (torch.arange(width) >= lengths[:, None])[:, None].to(model.device)
+            layers = [_SharedLayer(layer.keys, layer.values, behind, samples, capacity) for layer in cache.layers]
+            self._cache: Any = Cache(layers=layers)
+        else:
+            cache.batch_repeat_interleave(samples)
+            self._cache = cache
+            if not self._even:
+                self._mask = extra["attention_mask"].repeat_interleave(samples, dim=0)
+
+    def feed(self, ids: Tensor) -> Tensor:
+        """[grid.numel()] ids, in the grid's order -> the hidden states [grid.numel(), D] after them."""
+        extra: dict[str, Any] = {"shared_prefix": self._cache} if self.sharing else {}
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
+            extra["attention_mask"] = self._mask
+        lengths = self._lengths[:1] if self._even else self._lengths
+        hidden: Tensor = self._trunk(
+            input_ids=ids[:, None].to(lengths.device),
+            position_ids=lengths[:, None] + self._read,
+            past_key_values=self._cache,
+            use_cache=True,
+            **extra,
+        ).last_hidden_state[:, -1]
+        self._read += 1
+        return hidden
 
     def shrink(self, done: Tensor) -> None:
-        """Drop finished rows once that saves a fifth: prompts with none left, and samples that no prompt needs."""
+        """Drop finished rows (done: [G * S] bool, on the CPU) once that saves a fifth: prompts with none left, and
+        samples that no prompt needs."""
         live = ~done[self.grid]
         groups = live.any(dim=1).nonzero()[:, 0]
         width = int(live.sum(dim=1).max())
@@ -169,12 +252,30 @@ class _Batch:
             return
         # live samples first, in order; a prompt with fewer is filled up with finished ones, whose results nobody reads
         samples = torch.argsort((~live[groups]).int(), dim=1, stable=True)[:, :width]
-        if isinstance(self.cache, DynamicCache):
-            self.cache.batch_select_indices((groups[:, None] * self.grid.shape[1] + samples).flatten())
-        else:
-            for layer in self.cache.layers:
+        kept = (groups[:, None] * self.grid.shape[1] + samples).flatten().to(self._lengths.device)
+        if self.sharing:
+            for layer in self._cache.layers:
                 layer.select(groups, samples)
+        else:
+            self._cache.batch_select_indices(kept)
+            self._mask = None if self._mask is None else self._mask[kept]
+        self._lengths = self._lengths[kept]
         self.grid = self.grid[groups[:, None], samples]
+
+
+@contextmanager
+def decoder(model: Any, prompts: Sequence[Sequence[int]], samples: int, capacity: int) -> Iterator[Decoder]:
+    """A `Decoder`; on the way out the model has its own attention again.
+
+    Args:
+        model: a causal language model of transformers, in eval mode.
+        prompts: G lists of token ids, of any lengths.
+        samples: S.
+        capacity: the most tokens that a sample reads.
+    """
+    longest = max(map(len, prompts))
+    with _shared_attention(model) if shares_prefix(model, longest + capacity) else nullcontext():
+        yield Decoder(model, prompts, samples, capacity)
 
 
 @torch.inference_mode()
@@ -192,49 +293,25 @@ def sample_batch(
         closing: ids read after every response, cut ones too; the features are those after the last of them.
     """
     groups, samples, steps = uniform.shape
-    length = prompts.shape[1] + steps + len(closing)
-    sharing = shares_prefix(model, length)
-    trunk, head = model.base_model, model.get_output_embeddings()
-    with _shared_attention(model) if sharing else _nothing():
-        read = trunk(input_ids=prompts.to(model.device), use_cache=True)
-        if sharing:
-            cache = _share(read.past_key_values, samples, steps + len(closing))
-        else:
-            cache = read.past_key_values
-            cache.batch_repeat_interleave(samples)
-        batch = _Batch(cache, groups, samples)
-        first = head(read.last_hidden_state[:, -1]).repeat_interleave(samples, dim=0)
+    with decoder(model, prompts.tolist(), samples, steps + len(closing)) as batch:
+        first = next_logits(model, batch.hidden).repeat_interleave(samples, dim=0)
         result = _Rows(groups * samples, stop, closing, steps)
-        drawn = _draw(first, uniform[:, :, 0].flatten().to(first.device), sampling)
+        drawn = draw_tokens(first, uniform[:, :, 0].flatten().to(first.device), sampling)
         yield result.take(torch.arange(groups * samples), drawn.tolist())
         rows = uniform.flatten(0, 1)
         for step in range(1, steps + len(closing) + 1):
             fed = batch.grid.flatten()
-            ids = torch.tensor([result.next_input(row) for row in fed.tolist()])
-            extra = {"shared_prefix": cache} if sharing else {}
-            position = torch.tensor([[prompts.shape[1] + step - 1]], device=model.device)
-            hidden = trunk(
-                input_ids=ids[:, None].to(model.device),
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-                **extra,
-            ).last_hidden_state[:, -1]
+            hidden = batch.feed(torch.tensor([result.next_input(row) for row in fed.tolist()]))
             result.keep_features(fed, hidden)
             speaking = result.speaking(fed)
             if len(speaking):
                 spent = rows[fed[speaking], step].to(hidden.device)
-                drawn = _draw(head(hidden[speaking.to(hidden.device)]), spent, sampling)
+                drawn = draw_tokens(next_logits(model, hidden[speaking.to(hidden.device)]), spent, sampling)
                 yield result.take(fed[speaking], drawn.tolist())
             if result.done.all():
                 break
             batch.shrink(result.done)
     yield Sampled(result.tokens, result.stopped, torch.stack(result.features))
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 class _Rows:

@@ -129,7 +129,7 @@ def test_a_window_shorter_than_the_sequence_is_not_shared() -> None:
 def test_draw_follows_the_truncated_distribution() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0, -1.0]]).expand(40_000, 5)
     uniform = torch.rand(40_000, generator=torch.Generator().manual_seed(0))
-    drawn = decode._draw(logits, uniform, Sampling(1, temperature=2.0, top_k=4, top_p=0.8))
+    drawn = decode.draw_tokens(logits, uniform, Sampling(1, temperature=2.0, top_k=4, top_p=0.8))
     # at temperature 2 the four likeliest have .455 .276 .167 .102: the first three reach .8
     expected = torch.softmax(torch.tensor([3.0, 2.0, 1.0]) / 2, 0)
     share = torch.bincount(drawn, minlength=5) / 40_000
@@ -140,7 +140,7 @@ def test_draw_follows_the_truncated_distribution() -> None:
 def test_draw_takes_the_likeliest_token_at_the_edges_of_the_unit_interval() -> None:
     logits = torch.tensor([[1.0, 5.0, 0.0], [1.0, 5.0, 0.0]])
     below_one = 1 - 2**-24
-    drawn = decode._draw(logits, torch.tensor([0.0, below_one]), Sampling(1, top_k=50, top_p=0.5))
+    drawn = decode.draw_tokens(logits, torch.tensor([0.0, below_one]), Sampling(1, top_k=50, top_p=0.5))
     assert drawn.tolist() == [1, 1]
 
 
