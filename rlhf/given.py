@@ -17,6 +17,8 @@ def check_given(config: TrainConfig, mode: str) -> None:
     """Raise ValueError for a `stage1` that cannot be used as one, or a reward model given as `model` alone."""
     if config.stage1 is None:
         _check_trunk(config.model)
+        if config.start is not None:
+            _check_eos("pet.start", config.start, config)
         return
     if mode == "head" and config.model != config.stage1:
         raise ValueError(
@@ -25,15 +27,21 @@ def check_given(config: TrainConfig, mode: str) -> None:
         )
     if config.model != config.stage1:
         _check_trunk(config.model)
-    found = _loads("stage1", config.stage1, AutoConfig)
-    if not isinstance(found, EnsembleRewardConfig):
-        return  # of another classifier, loading says what it lacks
-    if found.num_heads != 1:
+    found = _check_eos("stage1", config.stage1, config)
+    if found is not None and found.num_heads != 1:
         raise ValueError(f"stage1: expected a reward model with one head, got {found.num_heads} in {config.stage1}")
+
+
+def _check_eos(key: str, name: str, config: TrainConfig) -> EnsembleRewardConfig | None:
+    """The configuration of an EnsembleRewardModel; None for another classifier: loading says what that lacks."""
+    found = _loads(key, name, AutoConfig)
+    if not isinstance(found, EnsembleRewardConfig):
+        return None
     if config.append_eos not in (None, found.append_eos):
         raise ValueError(
-            f"append_eos: expected {found.append_eos}, as stage1 was trained with, or nothing, got {config.append_eos}"
+            f"append_eos: expected {found.append_eos}, as {key} was trained with, or nothing, got {config.append_eos}"
         )
+    return found
 
 
 def load_stage1(config: TrainConfig) -> EnsembleRewardModel:
@@ -41,7 +49,13 @@ def load_stage1(config: TrainConfig) -> EnsembleRewardModel:
 
     A calibrated head gives back its own outputs: what Bradley-Terry trained are those, and not their z-scores.
     """
-    name = str(config.stage1)
+    model = load_reward("stage1", str(config.stage1), config)
+    model.score.reset_calibration()
+    return model
+
+
+def load_reward(key: str, name: str, config: TrainConfig) -> EnsembleRewardModel:
+    """A trained reward model, which the config's `key` gave, as it is: heads, aggregation and calibration."""
     kind: Any = EnsembleRewardModel
     try:
         if isinstance(AutoConfig.from_pretrained(name), EnsembleRewardConfig):
@@ -49,8 +63,7 @@ def load_stage1(config: TrainConfig) -> EnsembleRewardModel:
         else:
             model = kind.from_sequence_classifier(name, dtype=config.dtype, append_eos=config.append_eos)
     except (OSError, ValueError) as error:
-        raise ValueError(f"stage1: {' '.join(str(error).split())}") from None
-    model.score.reset_calibration()
+        raise ValueError(f"{key}: {' '.join(str(error).split())}") from None
     if config.max_length is not None:
         model.config.max_score_length = config.max_length
     model.requires_grad_(False)

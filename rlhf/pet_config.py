@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -47,3 +48,4 @@ class PETConfig(JobConfig):
     top_k: int = Field(default=0, ge=0)  # 0: all
     top_p: float = Field(default=1.0, gt=0, le=1)
     batch_rows: int = Field(default=256, ge=1)  # responses sampled at once
+    cache: Path | None = None  # a folder of samples that several runs share; None: reference/ in the run folder

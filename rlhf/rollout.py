@@ -27,16 +27,16 @@ from .rows import Text
 
 
 class Request(NamedTuple):
-    """One prompt and how many responses it gets."""
+    """One prompt, a text or messages, and how many responses it gets."""
 
-    prompt: str
+    prompt: Text
     samples: int
 
 
 class Rollout(NamedTuple):
     """The responses to one prompt: texts, whether each ended by itself, and features [S, D] in the trunk's dtype."""
 
-    prompt: str
+    prompt: Text
     responses: list[str]
     stopped: list[bool]
     features: Tensor
@@ -116,7 +116,7 @@ def sample(
             the model no room for a response.
     """
     folder = Path(folder)
-    if len({request.prompt for request in requests}) != len(requests):
+    if len({json.dumps(request.prompt) for request in requests}) != len(requests):
         raise ValueError("prompts: expected different ones, got one twice")
     turn = Turn(tokenizer, model)
     prompts = [turn.prompt(request.prompt) for request in requests]
@@ -147,7 +147,7 @@ def _check_length(model: Any, requests: Sequence[Request], prompts: Sequence[lis
     if limit is not None and len(prompts[longest]) + room > limit:
         raise ValueError(
             f"prompts: expected at most {limit - room} tokens each, so that {room} more fit the model's {limit}, "
-            f"got {len(prompts[longest])}: {requests[longest].prompt[:60]!r}"
+            f"got {len(prompts[longest])}: {str(requests[longest].prompt)[:60]!r}"
         )
 
 

@@ -20,8 +20,9 @@ from .data import PreferencePair, load_pairs, split_by_prompt
 from .features import compute_features
 from .files import atomic_folder, atomic_write_json
 from .fit import FitConfig, PairFeatures, fit_heads
-from .given import check_given, load_stage1, load_tokenizer
+from .given import check_given, load_reward, load_stage1, load_tokenizer
 from .losses import partition
+from .pet_stage import PETStage
 from .reward_adapter import save_head
 from .runlog import RunLog
 from .statistics import hidden_norms, pair_correct
@@ -39,7 +40,9 @@ def run_train(config: TrainConfig, *, resume: bool = False, progress: bool = Tru
     The run folder (`config.output`): config.yaml (resolved), data.json (counts), metrics.jsonl, tensorboard/,
     features/, checkpoints/, stage1/ (the single-head model: its reward differences are Bradley-Terry logits), model/
     (the final model, calibrated on training features, with its tokeniser), adapter/ (mode lora: the final model's LoRA,
-    unmerged, and its heads: `reward_adapter`), train.json (final metrics; written last).
+    unmerged, and its heads: `reward_adapter`), train.json (final metrics; written last). Stage pet adds reference/ (the
+    samples it is pessimistic against) and, of an ensemble trained in this run, start/ (what it was before); its model/
+    keeps the calibration of what it started from, so that rewards before and after have one unit.
 
     Args:
         config: see `TrainConfig`.
@@ -78,7 +81,9 @@ class _Run:
         self.mode = _mode(config)
         check_given(config, self.mode)
         given = ("model", config.model) if config.stage1 is None else ("stage1", config.stage1)
-        self.tokenizers = {"stage1": load_tokenizer(*given), "model": load_tokenizer("model", config.model)}
+        reward = ("model", config.model) if config.start is None else ("pet.start", config.start)
+        self.tokenizers = {"stage1": load_tokenizer(*given), "model": load_tokenizer(*reward)}
+        self.tokenizers["start"] = self.tokenizers["model"]
         seeds = {"bt": config.seed + config.bt.seed, "brme": config.seed + config.brme.seed}
         self.bt: FitConfig = config.bt.model_copy(update={"seed": seeds["bt"]})
         self.brme: FitConfig = config.brme.model_copy(update={"seed": seeds["brme"]})
@@ -90,13 +95,14 @@ class _Run:
             progress=progress,
         )
         self.train, self.held_out = split_by_prompt(data.pairs, config.eval_fraction, config.seed)
-        if config.stage == "brme":
+        if config.supervised == "brme":
             Aggregation.parse(config.aggregation).check_heads(config.brme.num_heads)
             if config.brme.num_heads > len(self.train):
                 raise ValueError(
                     f"brme.num_heads: expected at most the {len(self.train)} training pairs, "
                     f"got {config.brme.num_heads}"
                 )
+        self.pet: dict[str, Any] = {}
         self.dropped = {name: data.counts[name] for name in ("bad_rows", "duplicates", "equal", "below_gap")}
         self._write_counts(data.counts)
 
@@ -118,23 +124,25 @@ class _Run:
         atomic_write_json(path, summary)
 
     def go(self) -> dict[str, Any]:
-        """Both stages, the saved models and the final metrics."""
-        single, final = self._frozen() if self.mode == "head" else self._trained()
+        """Every stage, the saved models and the final metrics."""
+        scored = self._frozen() if self.mode == "head" else self._trained()
         metrics = {
             "mode": self.mode,
             "train_pairs": len(self.train),
             "held_out_pairs": len(self.held_out),
             "dropped": self.dropped,
-            "accuracy": self._accuracies(single, final) if self.held_out else {},
+            "accuracy": self._accuracies(scored) if self.held_out else {},
+            **self.pet,
         }
         atomic_write_json(self.folder / "train.json", metrics)
         return metrics
 
     # mode head
 
-    def _frozen(self) -> tuple[_Scored, _Scored]:
-        """The trunk frozen: both stages on its features, each text computed once."""
-        model = self._load(1) if self.config.stage1 is None else self._placed(load_stage1(self.config))
+    def _frozen(self) -> dict[str, _Scored]:
+        """The trunk frozen: every stage on its features, each text computed once."""
+        config, scored = self.config, {}
+        model = self._first_model()
         chosen, rejected = self._features("model", model, self.train)
         held = self._features("model", model, self.held_out) if self.held_out else None
         self.log.metrics(0, hidden_norms(chosen, rejected), prefix="features/train")
@@ -142,19 +150,41 @@ class _Run:
             self.log.metrics(0, hidden_norms(*held), prefix="features/eval")
         evaluation = None if held is None else PairFeatures(*held, None, self._margins(self.held_out))
         data = PairFeatures(chosen, rejected, None, self._margins(self.train))
-        stage1 = self._fit(self.bt, data, evaluation, "mean") if self.config.stage1 is None else model.score
-        self._save("stage1", model, stage1)
-        single = _Scored(stage1, held)
-        final, aggregation = stage1, "mean"
-        if self.config.stage == "brme":
-            aggregation = self.config.aggregation
-            evaluation = None if held is None else PairFeatures(*held, _p_hat(stage1, *held))
-            data = PairFeatures(chosen, rejected, _p_hat(stage1, chosen, rejected))
-            final = self._fit(self.brme, data, evaluation, aggregation)
-        final = _copy(final)
-        calibrate(final, torch.cat([chosen, rejected]))
+        final = model.score
+        if config.supervised is not None:
+            stage1 = self._fit(self.bt, data, evaluation, "mean") if config.stage1 is None else model.score
+            self._save("stage1", model, stage1)
+            scored["single"] = _Scored(stage1, held)
+            final = stage1
+            if config.supervised == "brme":
+                evaluation = None if held is None else PairFeatures(*held, _p_hat(stage1, *held))
+                data = PairFeatures(chosen, rejected, _p_hat(stage1, chosen, rejected))
+                final = self._fit(self.brme, data, evaluation, config.aggregation)
+            final = _copy(final)
+            calibrate(final, torch.cat([chosen, rejected]))
+        if config.stage == "pet":
+            if config.supervised == "brme":
+                self._save("start", model, final)
+            scored["start"] = _Scored(final, held)
+            margins = (self._margins(self.train), self._margins(self.held_out))
+            scorer, stage = self._scorer("model", model), self._pet_stage(final)
+            final, self.pet["pet"] = stage.heads(scorer, final, (chosen, rejected), held, margins)
         self._save("model", model, final)
-        return single, _Scored(final, held)
+        return {**scored, "final": _Scored(final, held)}
+
+    def _first_model(self) -> EnsembleRewardModel:
+        """What the run begins with: a bare trunk, or a reward model that was given."""
+        config = self.config
+        if config.start is not None:
+            return self._placed(load_reward("pet.start", config.start, config).requires_grad_(False))
+        return self._load(1) if config.stage1 is None else self._placed(load_stage1(config))
+
+    def _pet_stage(self, start: EnsembleHead) -> PETStage:
+        config = self.config
+        aggregation = "mean" if start.num_heads == 1 else config.aggregation
+        Aggregation.parse(aggregation).check_heads(start.num_heads)
+        seed = config.seed + config.pet.seed
+        return PETStage(config, seed, aggregation, self.train, self.held_out, self.log, self.progress, self.device)
 
     def _margins(self, pairs: list[PreferencePair]) -> Tensor | None:
         margins = _margins(pairs)
@@ -179,7 +209,7 @@ class _Run:
 
     # modes lora and full
 
-    def _trained(self) -> tuple[_Scored, _Scored]:
+    def _trained(self) -> dict[str, _Scored]:
         """The trunk trained in each stage, both from the base model as in the paper ("we train a single-head RM and a
         5-head BRME starting from" it): stage 1 stays a model of its own, and p_hat is the only thing handed over."""
         stage1 = self._saved("stage1")
@@ -202,7 +232,8 @@ class _Run:
             calibrate(model.score, torch.cat(self._features("model", model, self.train[:_CALIBRATION_PAIRS])))
             self._save("model", model, model.score)
         self._save_adapter(model.score)
-        return single, _Scored(model.score, self._features("model", model, self.held_out) if self.held_out else None)
+        held = self._features("model", model, self.held_out) if self.held_out else None
+        return {"single": single, "final": _Scored(model.score, held)}
 
     def _saved(self, name: str) -> EnsembleRewardModel | None:
         """A finished stage's model, if it is there."""
@@ -288,12 +319,19 @@ class _Run:
             save_head(head, folder)
             self.tokenizers["model"].save_pretrained(folder)
 
-    def _accuracies(self, single: _Scored, final: _Scored) -> dict[str, float]:
-        result = {"single head (stage 1)": single.accuracy("mean")}
-        if self.config.stage == "brme":
-            for name in dict.fromkeys(("nominal", "mean", "min", self.config.aggregation)):
-                label = {"min": "worst", "mean": "mean of heads"}.get(name, name)
-                result[label] = final.accuracy(name)
+    def _accuracies(self, scored: dict[str, _Scored]) -> dict[str, float]:
+        result = {"single head (stage 1)": scored["single"].accuracy("mean")} if "single" in scored else {}
+        heads = scored["final"].head.num_heads
+        names = ("nominal", "mean", "min", self.config.aggregation) if heads > 1 else ("mean",)
+        labels = {"min": "worst", "mean": "mean of heads"} if heads > 1 else {"mean": "single head"}
+        for name in dict.fromkeys(names):
+            label = labels.get(name, name)
+            if self.config.stage == "pet":
+                if heads > 1 or "single" not in scored:
+                    result[f"{label}, before PET"] = scored["start"].accuracy(name)
+                result[f"{label}, after PET"] = scored["final"].accuracy(name)
+            elif heads > 1:
+                result[label] = scored["final"].accuracy(name)
         return result
 
 

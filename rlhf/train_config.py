@@ -13,6 +13,7 @@ from ..kernels import Aggregation
 from .config import JobConfig, load_config
 from .files import atomic_write_text
 from .fit_config import BradleyTerryConfig, BRMEConfig
+from .pet_config import PETConfig
 from .trunk_config import TrunkConfig
 
 
@@ -27,13 +28,14 @@ class TrainConfig(JobConfig):
     stage1: str | None = None
     # head: the trunk frozen, its features cached; lora, full: the trunk trained too; auto: head on a CPU, lora on a GPU
     mode: Literal["auto", "head", "lora", "full"] = "auto"
-    stage: Literal["bt", "brme"] = "brme"  # the last stage: bt stops after Bradley-Terry
+    # the last stage: bt stops after Bradley-Terry; pet makes what pet.start names pessimistic against best-of-n
+    stage: Literal["bt", "brme", "pet"] = "brme"
     aggregation: str = "tradeoff:0.4"  # what the saved model answers with
     min_score_gap: float = Field(default=2.0, gt=0)
     skip_bad_rows: bool = False
     limit: int | None = Field(default=None, ge=1)  # rows of data
     eval_fraction: float = Field(default=0.1, ge=0, lt=1)  # of the prompts
-    seed: int = Field(default=0, ge=0, lt=2**30)  # of everything; bt.seed and brme.seed are added to it
+    seed: int = Field(default=0, ge=0, lt=2**30)  # of everything; bt.seed, brme.seed and pet.seed are added to it
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the trunk; auto: the checkpoint's, float32 in mode full
     append_eos: bool | None = None  # see EnsembleRewardConfig
     batch_tokens: int = Field(default=4096, ge=1)
@@ -43,12 +45,24 @@ class TrainConfig(JobConfig):
     features: Path | None = None  # a cache folder that several runs share; None: in the run folder
     bt: BradleyTerryConfig = BradleyTerryConfig()
     brme: BRMEConfig = BRMEConfig()
+    pet: PETConfig = PETConfig()
     trunk: TrunkConfig = TrunkConfig()
 
     @field_validator("aggregation")
     @classmethod
     def _known_aggregation(cls, value: str) -> str:
         return str(Aggregation.parse(value))
+
+    @property
+    def start(self) -> str | None:
+        """The reward model that stage pet starts from where it is given; None: it is trained in this run."""
+        return self.pet.start if self.stage == "pet" and self.pet.start not in ("bt", "brme") else None
+
+    @property
+    def supervised(self) -> Literal["bt", "brme"] | None:
+        """The last stage that is trained on the pairs alone."""
+        last = self.pet.start if self.stage == "pet" else self.stage
+        return None if self.start is not None else "brme" if last == "brme" else "bt"
 
 
 _DROPPED = {
@@ -76,8 +90,30 @@ class TrainResult:
             width = max(map(len, m["accuracy"]))
             lines.append("held-out accuracy")
             lines += [f"  {name:<{width}}  {value:.3f}" for name, value in m["accuracy"].items()]
+        lines += _pet_lines(m["pet"]) if "pet" in m else []
         lines.append(f"model: {self.folder / 'model'}")
         return "\n".join(lines)
+
+
+def _pet_lines(pet: dict[str, Any]) -> list[str]:
+    """What PET did, and what to beware of."""
+    before, after = pet["before"], pet["after"]
+    rows = [("gap, best of n - reference", "gap"), ("Bradley-Terry loss", "bt"), ("accuracy", "accuracy")]
+    lines = [f"PET on {pet['prompts']} prompts, n = {pet['samples']}, beta = {pet['beta']:g}; before -> after"]
+    for side, prefix in (("training", ""), ("held-out", "eval_")):
+        lines += [
+            f"  {f'{side} {name}':<38}{before[prefix + key]:>8.3f} -> {after[prefix + key]:.3f}"
+            for name, key in rows
+            if prefix + key in after
+        ]
+    if pet["prompts_too_long"]:
+        lines.append(f"prompts too long to be sampled for: {pet['prompts_too_long']}")
+    if after["gap"] < 0:
+        lines.append(
+            "beware: the reference responses now score above the best of the policy's own: the reward tells the two "
+            "sources apart, which lowers the objective without end; pet.hinge=all or pet.reference=sample prevents it"
+        )
+    return lines
 
 
 # what a resumed run may change; a lower batch_tokens is what helps one that was killed for memory
@@ -88,18 +124,34 @@ _LOOP_KEYS = ("lr", "epochs", "max_steps", "batch_size", "weight_decay", "warmup
 def refuse_unread(config: TrainConfig, mode: str) -> None:
     """Raise ValueError for a key that was set and that this mode, or a given stage 1, leaves unread; say what works."""
     where = f"mode {mode}" + (" (what auto is on this machine)" if config.mode == "auto" else "")
+    if config.stage != "pet":
+        for key in _changed(config.pet):
+            raise ValueError(f"pet.{key}: has no effect with stage {config.stage}: set stage to pet")
+    if config.stage == "pet" and mode != "head":
+        raise ValueError(f"mode: expected head with stage pet, got {where.removeprefix('mode ')}")
+    if config.start is not None:
+        for group in ("bt", "brme"):
+            for key in _changed(getattr(config, group)):
+                raise ValueError(
+                    f"{group}.{key}: has no effect beside pet.start {config.start}, which is trained already"
+                )
     if config.stage1 is not None:
+        if config.stage == "pet":
+            raise ValueError(
+                "stage1: expected none with stage pet, whose model is the language model that is sampled: give the "
+                f"reward as pet.start, got {config.stage1}"
+            )
         if config.stage == "bt":
             raise ValueError("stage: expected brme beside stage1, which leaves nothing to do for bt, got bt")
         for key in _changed(config.bt):
             raise ValueError(f"bt.{key}: has no effect beside stage1, which is trained already: leave one of them out")
-    for group in ("bt", "brme") if mode != "head" else ():
+    for group in ("bt", "brme", "pet") if mode != "head" else ():
         for key in _changed(getattr(config, group)):
             if key in _LOOP_KEYS:
                 raise ValueError(f"{group}.{key}: has no effect in {where}: set trunk.{key}")
     for key in _changed(config.trunk):
         if mode == "head":
-            use = f"set bt.{key} and brme.{key}" if key in _LOOP_KEYS else "set mode to lora or full"
+            use = f"set bt.{key}, brme.{key} and pet.{key}" if key in _LOOP_KEYS else "set mode to lora or full"
             raise ValueError(f"trunk.{key}: has no effect in {where}: {use}")
         if mode == "full" and key.startswith("lora_"):
             raise ValueError(f"trunk.{key}: has no effect in {where}: set mode to lora")
