@@ -166,7 +166,7 @@ def student_quantile(probability: float, freedom: float) -> float:
 def findings(rows: Rows, *, versus: str) -> list[str]:
     """The outcome in sentences, the headline first.
 
-    rows: of metrics.jsonl.   versus: what the heads' doubt is compared with ("on the preference data", "at the start").
+    rows: of metrics.jsonl.   versus: what the heads' doubt is compared with ("the preference data", "the start").
     """
     rows = by_step(rows)
     if not rows:
@@ -225,17 +225,16 @@ def _reward(rows: Rows) -> str:
 
 def _doubt(rows: Rows, versus: str) -> str:
     parts = []
-    for title, name in (("disagree", "reward/disagreement_ratio"), ("say they are unsure", "reward/head_std_ratio")):
+    for words, name in (
+        ("disagree {} times as much", "reward/disagreement_ratio"),
+        ("predict {} times the std", "reward/head_std_ratio"),
+    ):
         found = series(rows, name)
-        last = ends(found)
-        if last is None:
-            continue
-        moved = change(found)
-        trend = (
-            "" if moved is None or moved.verdict == FLAT else f" and {'growing' if moved.value > 0 else 'shrinking'}"
-        )
-        parts.append(f"{title} {last[1]:.2f} times as much as {versus}{trend}")
-    return f"At the end the heads {', and '.join(parts)}." if parts else ""
+        last, moved = ends(found), change(found)
+        if last is not None:
+            trend = {RISES: " (growing)", FALLS: " (shrinking)"}.get(moved.verdict if moved else FLAT, "")
+            parts.append(words.format(f"{last[1]:.2f}") + trend)
+    return f"Compared with {versus}, the heads at the end {' and '.join(parts)}." if parts else ""
 
 
 def _distance(rows: Rows) -> str:

@@ -78,8 +78,8 @@ def render(
 
 
 def versus(config: PPOConfig) -> str:
-    """What the doubt of the heads is relative to, as the end of a sentence."""
-    return "on the preference data" if config.data else "at the start"
+    """What the doubt of the heads is relative to."""
+    return "the preference data" if config.data else "the start"
 
 
 def table(rows: Rows) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def table(rows: Rows) -> dict[str, Any]:
         both = ends(found)
         if both is None:
             continue
-        moved = change(found)
+        moved = None if name.startswith(("time/", "memory/")) else change(found)
         lines.append([title, *(number(value) for value in both), "" if moved is None else str(moved)])
     return {"head": ["", "start", "end", "change [95 %]"], "rows": lines}
 
@@ -157,7 +157,7 @@ def _figures(config: PPOConfig, rows: Rows) -> dict[str, str]:
         label = f"gold reward ({config.gold})" if config.gold else "gold reward"
         figures["over_optimisation"] = plots.over_optimisation({"policy": rows}, gold_label=label)
     if plots.watched(rows):
-        figures["watch"] = plots.watch(rows, relative_to="preference data" if config.data else "the start")
+        figures["watch"] = plots.watch(rows, relative_to=versus(config))
     update = [{key: value for key, value in row.items() if key in ("step", *_UPDATE)} for row in rows]
     if any(series(update, name).values for name in _UPDATE):
         figures["training"] = house_plots.training_curves(update)

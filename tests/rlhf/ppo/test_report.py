@@ -123,7 +123,7 @@ def test_the_turn_is_named_where_it_is() -> None:
 
 
 def test_noise_alone_is_seldom_called_a_fall() -> None:
-    """The peak was picked, and a fixed comparison is looked at too: at most 10 % of level runs, whatever their length."""
+    """The peak was picked, and a fixed comparison is looked at too: at most 10 % of level runs."""
     for steps in (6, 12, 60):
         called = sum("after step" in F.headline(run(steps, gold="level", proxy=1.0, seed=seed)) for seed in range(300))
         assert called <= 0.1 * 300
@@ -154,13 +154,13 @@ def test_two_runs_differ_only_beyond_their_noise() -> None:
 
 
 def test_too_few_steps_say_so() -> None:
-    assert F.findings(run(5), versus="at the start")[0].startswith("5 steps: too few to tell")
-    assert F.findings([], versus="at the start") == ["No step was finished."]
+    assert F.findings(run(5), versus="the start")[0].startswith("5 steps: too few to tell")
+    assert F.findings([], versus="the start") == ["No step was finished."]
 
 
 def test_what_was_dropped_and_skipped_is_told() -> None:
     rows = [row | {"samples/dropped": 2, "update/skipped": 1} for row in run(3)]
-    assert "6 samples without a finite reward left out" in F.findings(rows, versus="at the start")[-1]
+    assert "6 samples without a finite reward left out" in F.findings(rows, versus="the start")[-1]
 
 
 def test_a_run_that_went_back_counts_a_step_once_the_later_way() -> None:
@@ -176,7 +176,7 @@ def test_the_page_is_whole_loads_nothing_and_shows_texts_and_conclusions() -> No
     assert all(load.startswith(("#", "data:")) for load in reader.loads)
     assert "script" not in reader.tags
     assert page.count("<svg") == 3
-    for line in F.findings(rows, versus="at the start"):
+    for line in F.findings(rows, versus="the start"):
         assert line in reader.text
     assert "response 1 at 0" in reader.text
     assert "response 1 at 20" in reader.text
