@@ -1,23 +1,208 @@
-"""The job behind `prudent study learning`: what PPO makes of each reward on a real, small language model."""
+"""The job behind `prudent study learning`: what PPO makes of each reward on a real, small language model.
+
+Gold is VADER, the sentiment of the words; proxies are reward heads on the frozen trunk's features, trained on pairs of
+the model's own samples with a share of the labels flipped. PPO sees the proxy alone. What counts is the gold reward of
+its samples: whether it rises, whether it stays up, and which proxy brings most.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import torch
 from pydantic import Field
+from tqdm import tqdm
 
 from ..config import JobConfig
+from ..files import atomic_write_json, atomic_write_text
+from ..plot_style import require_matplotlib, save_png
+from ..ppo.config import KLConfig, PolicyConfig, PPOConfig, RewardConfig, RolloutConfig, UpdateConfig
+from ..runlog import read_metrics
+from . import learning_report
+from .learning_rewards import RewardsConfig, prepare
+
+SHOWN = ("gold/mean", "reward/mean", "kl/sequence", "text/length", "text/truncated", "policy/entropy")
+
+
+class LearningPPOConfig(JobConfig):
+    """PPO as every run has it, but for the reward, the seed and the KL coefficient."""
+
+    steps: int = Field(60, ge=2)
+    prompts_per_step: int = Field(8, ge=1)
+    samples_per_prompt: int = Field(4, ge=2)
+    estimator: Literal["gae", "rloo", "group"] = "rloo"
+    mode: Literal["lora", "full"] = "lora"
+    epochs: int = Field(1, ge=1)
+    minibatches: int = Field(1, ge=1)
+    lr: float = Field(1e-2, gt=0)
 
 
 class LearningConfig(JobConfig):
     """Everything `prudent study learning` can be told."""
 
-    model: str
+    model: str  # a small causal language model: folder or hub name
     output: Path = Path("runs/study/learning")
     seeds: int = Field(3, ge=1)
+    first_seed: int = Field(0, ge=0, lt=2**20)
+    kl: tuple[float, ...] = (0.0, 0.05)  # coefficients; one table each
+    lambdas: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    pet_lambda: float = Field(0.4, ge=0, le=1)  # of the ensemble that PET makes pessimistic
+    processes: int = Field(2, ge=1)  # runs at a time, one thread each
+    window: int = Field(10, ge=1)  # steps that a final, and a peak, is the mean of
+    rewards: RewardsConfig = RewardsConfig()
+    ppo: LearningPPOConfig = LearningPPOConfig()
 
 
-def run_learning(config: LearningConfig, *, progress: bool = True) -> Any:
-    """Every run that is not done yet, then learning.json, learning.md and learning.png."""
-    raise ValueError("study learning: not finished")
+class Arm(NamedTuple):
+    """name: in tables; folder: of the reward model within a seed's folder; aggregation: how it is read."""
+
+    name: str
+    folder: str
+    aggregation: str
+
+
+@dataclass(frozen=True)
+class LearningResult:
+    """folder: holds learning.json, learning.md, learning.png. metrics: what learning.json holds."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{learning_report.markdown(self.metrics)}\n{self.folder / 'learning.png'}"
+
+
+def run_learning(config: LearningConfig, *, progress: bool = True) -> LearningResult:
+    """Every run that is not done yet, then learning.json, learning.md and learning.png.
+
+    The folder: seed-S/ (samples, pairs and the reward models of a seed), runs/ (PPO runs, see `run_ppo`).
+
+    Raises:
+        ValueError: for a model that cannot be used, or a folder that holds runs of another config.
+        ImportError: naming the extra to install.
+    """
+    require_matplotlib()
+    _claim(config)
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    jobs = [(config.model_dump_json(), seed) for seed in seeds]
+    prepared = dict(zip(seeds, _in_processes(_prepare, jobs, config.processes, "rewards", progress), strict=True))
+    # lambda by lambda over all seeds would leave an interrupted table lopsided; the KL that comes first is done first
+    runs = [(kl, seed, arm) for kl in config.kl for seed in seeds for arm in arms(config)]
+    tasks = [(ppo_config(config, kl, seed, arm).model_dump_json(),) for kl, seed, arm in runs]
+    rows = _in_processes(_run, tasks, config.processes, "PPO runs", progress)
+    results = [
+        {"kl": kl, "seed": seed, "arm": arm.name, **summary(curves, config.window)}
+        for (kl, seed, arm), curves in zip(runs, rows, strict=True)
+    ]
+    metrics = {
+        "config": config.model_dump(mode="json", exclude={"output", "model"}) | {"model": Path(config.model).name},
+        "rewards": {str(seed): numbers for seed, numbers in prepared.items()},
+        "runs": results,
+        "torch": torch.__version__,
+    }
+    atomic_write_json(config.output / "learning.json", metrics)
+    atomic_write_text(config.output / "learning.md", learning_report.markdown(metrics))
+    save_png(learning_report.picture(metrics), config.output / "learning.png")
+    return LearningResult(config.output, metrics)
+
+
+def arms(config: LearningConfig) -> list[Arm]:
+    """The rewards compared, the single head first."""
+    trade = f"tradeoff:{config.pet_lambda:g}"
+    return [
+        Arm("single head", "single", "mean"),
+        *(Arm(f"lambda {lam:g}", "ensemble", f"tradeoff:{lam:g}") for lam in config.lambdas),
+        Arm("PET, single head", "pet_single", "mean"),
+        Arm(f"PET, ensemble, lambda {config.pet_lambda:g}", "pet_ensemble", trade),
+    ]
+
+
+def ppo_config(config: LearningConfig, kl: float, seed: int, arm: Arm) -> PPOConfig:
+    """The run of one reward, seed and KL coefficient."""
+    ppo, folder = config.ppo, config.output / f"seed-{seed}"
+    name = arm.name.replace(",", "").replace(" ", "-")
+    return PPOConfig(
+        model=config.model,
+        prompts=str(folder / "prompts.txt"),
+        output=config.output / "runs" / f"{name}-kl-{kl:g}-seed-{seed}",
+        reward=RewardConfig(source=str(folder / arm.folder), kind="shared", aggregation=arm.aggregation),
+        steps=ppo.steps,
+        seed=seed,
+        policy=PolicyConfig(mode=ppo.mode),
+        rollout=RolloutConfig(
+            prompts_per_step=ppo.prompts_per_step,
+            samples_per_prompt=ppo.samples_per_prompt,
+            max_new_tokens=config.rewards.max_new_tokens,
+        ),
+        kl=KLConfig(coef=kl),
+        update=UpdateConfig(estimator=ppo.estimator, epochs=ppo.epochs, minibatches=ppo.minibatches, lr=ppo.lr),
+        gold="vader",
+        save_every=ppo.steps,
+        sample_every=ppo.steps,
+    )
+
+
+def summary(curves: dict[str, list[float | None]], window: int) -> dict[str, Any]:
+    """final: the mean of the last `window` steps; peak_gold: of gold's best `window` steps in a row; and the curves."""
+    gold = [value for value in curves["gold/mean"] if value is not None]
+    width = min(window, len(gold))
+    means = [sum(gold[i : i + width]) / width for i in range(len(gold) - width + 1)]
+    final = {}
+    for name, values in curves.items():
+        known = [value for value in values[-window:] if value is not None]
+        final[name] = sum(known) / len(known) if known else None
+    return {"final": final, "peak_gold": max(means), "curves": curves}
+
+
+def _claim(config: LearningConfig) -> None:
+    """Refuse a folder whose runs had other settings; more seeds, lambdas and KL coefficients may be added."""
+    path = config.output / "config.yaml"
+    open_keys = {"output", "seeds", "kl", "lambdas", "processes", "window"}
+    now = json.dumps(config.model_dump(mode="json", exclude=open_keys), sort_keys=True)
+    mark = config.output / "settings.json"
+    if mark.exists() and mark.read_text(encoding="utf-8") != now:
+        raise ValueError(f"output: {config.output} holds runs with other settings ({path}): name another --output")
+    atomic_write_text(mark, now)
+    atomic_write_text(path, config.to_yaml())
+
+
+def _prepare(config: str, seed: int) -> dict[str, Any]:
+    """In a process of its own: the reward models of one seed."""
+    torch.set_num_threads(1)
+    whole = LearningConfig.model_validate_json(config)
+    return prepare(whole.model, whole.output / f"seed-{seed}", whole.rewards, seed, f"tradeoff:{whole.pet_lambda:g}")
+
+
+def _run(config: str) -> dict[str, list[float | None]]:
+    """In a process of its own: one PPO run, or what is left of it; its curves."""
+    from ..ppo.loop import run_ppo
+
+    torch.set_num_threads(1)
+    ppo = PPOConfig.model_validate_json(config)
+    run_ppo(ppo, resume=True, progress=False)
+    rows = read_metrics(ppo.output)
+    return {name: [row.get(name) for row in rows] for name in SHOWN}
+
+
+def _in_processes(work: Any, tasks: list[tuple[Any, ...]], processes: int, name: str, progress: bool) -> Iterator[Any]:
+    """The results of `work(*task)`, in the tasks' order; fresh processes, so that no thread pool is inherited."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    results: list[Any] = [None] * len(tasks)
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    with pool, tqdm(total=len(tasks), desc=name, disable=not progress) as bar:
+        futures = {pool.submit(work, *task): number for number, task in enumerate(tasks)}
+        try:
+            for future in as_completed(futures):
+                results[futures[future]] = future.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return iter(results)

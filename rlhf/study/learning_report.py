@@ -1,0 +1,191 @@
+"""What `prudent study learning` shows: a table for each KL coefficient, what follows from it, and the curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from ..plot_style import GREY, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SINGLE = "single head"
+
+
+def markdown(metrics: dict[str, Any]) -> str:
+    """learning.md."""
+    config, rewards = metrics["config"], list(metrics["rewards"].values())
+    ppo, data = config["ppo"], config["rewards"]
+    reference = mean(row["gold_reference"] for row in rewards)
+    best = mean(row["gold_best_of_16"] for row in rewards)
+    lines = [
+        "# PPO against each reward: gold beside proxy",
+        "",
+        f"`{config['model']}` is trained to please a reward; VADER's compound sentiment of its responses is gold, and "
+        f"PPO never sees it. Every seed draws {data['samples_per_prompt']} samples a prompt, orders "
+        f"{data['pairs_per_prompt']} pairs of them by gold with {data['label_noise']:.0%} of the labels flipped, and "
+        "trains all the rewards on them: heads on the frozen trunk's features.",
+        "",
+        f"    prudent study learning --model {config['model']} --seeds {config['seeds']}",
+        "",
+        f"{ppo['steps']} steps of {ppo['prompts_per_step']} prompts x {ppo['samples_per_prompt']} samples of at most "
+        f"{data['max_new_tokens']} tokens, {ppo['estimator']}, {ppo['mode']}, lr {ppo['lr']:g}, epochs "
+        f"{ppo['epochs']}, minibatches {ppo['minibatches']}. Final: the mean of the last {config['window']} steps; peak: the best "
+        f"{config['window']} in a row. Proxy rewards are in standard deviations of the reward over the reference's "
+        "own samples. Each number: mean over seeds, and the seeds' standard deviation.",
+        "",
+        f"The untrained model's gold is {reference:+.3f}; of its best of 16 by gold itself, {best:+.3f}.",
+        "",
+        "Pairs of held-out prompts ranked right, true labels: "
+        + ", ".join(
+            f"{name.replace('_', ', ').replace('pet', 'PET')} {mean(row['accuracy'][name] for row in rewards):.1%}"
+            for name in rewards[0]["accuracy"]
+        )
+        + f" ({sum(row['held_out_pairs'] for row in rewards)} pairs).",
+        "",
+        "## What came out",
+        "",
+        *(f"- {line}" for line in findings(metrics)),
+    ]
+    for kl in config["kl"]:
+        lines += ["", f"## {_kl_title(kl)}", "", *_table(metrics, kl)]
+    return "\n".join([*lines, ""])
+
+
+def findings(metrics: dict[str, Any]) -> list[str]:
+    """Sentences by rule: a few seeds carry no interval, so that what holds in all of them is said and nothing else."""
+    lines = []
+    for kl in metrics["config"]["kl"]:
+        table = by_arm(metrics, kl)
+        reference = {int(seed): row["gold_reference"] for seed, row in metrics["rewards"].items()}
+        rises = [arm for arm, runs in table.items() if all(_final(r) > reference[r["seed"]] for r in runs)]
+        falls = [arm for arm, runs in table.items() if all(_final(r) < reference[r["seed"]] for r in runs)]
+        names = list(table)
+        line = f"{_kl_title(kl)}: final gold is above the untrained model's in every seed for {_some(rises, names)}"
+        line += f", below it in every seed for {_some(falls, names)}" if falls else ""
+        lines.append(line + ".")
+        kept = {arm: mean(_final(r) - r["peak_gold"] for r in runs) for arm, runs in table.items()}
+        worst = min(kept, key=lambda arm: kept[arm])
+        lines.append(
+            f"{_kl_title(kl)}: from its peak to the end gold falls most for {worst} ({kept[worst]:+.3f}) and by "
+            f"{mean(kept.values()):+.3f} on average over the rewards; a peak is picked for being high, so that some "
+            "fall is chance."
+        )
+        base = {r["seed"]: _final(r) for r in table[SINGLE]}
+        above = [a for a, runs in table.items() if a != SINGLE and all(_final(r) > base[r["seed"]] for r in runs)]
+        below = [a for a, runs in table.items() if a != SINGLE and all(_final(r) < base[r["seed"]] for r in runs)]
+        others = [arm for arm in names if arm != SINGLE]
+        lines.append(
+            f"{_kl_title(kl)}: more final gold than the single head in every seed: {_some(above, others)}; less in "
+            f"every seed: {_some(below, others)}."
+        )
+    return lines
+
+
+def by_arm(metrics: dict[str, Any], kl: float) -> dict[str, list[dict[str, Any]]]:
+    """The runs of one KL coefficient, arm after arm in the order they were asked for."""
+    table: dict[str, list[dict[str, Any]]] = {}
+    for run in metrics["runs"]:
+        if run["kl"] == kl:
+            table.setdefault(run["arm"], []).append(run)
+    return table
+
+
+def _kl_title(kl: float) -> str:
+    return "No KL" if kl == 0 else f"KL coefficient {kl:g}"
+
+
+def _final(run: dict[str, Any]) -> float:
+    return float(run["final"]["gold/mean"])
+
+
+def _some(names: Sequence[str], every: Sequence[str]) -> str:
+    if not names:
+        return "none"
+    return f"all {len(every)}" if len(names) == len(every) > 1 else "; ".join(names)
+
+
+def _table(metrics: dict[str, Any], kl: float) -> list[str]:
+    lines = [
+        "| reward | final gold | by seed | peak gold | final - peak | final proxy | KL, nats | length | cut off |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm, runs in by_arm(metrics, kl).items():
+        gold = [_final(run) for run in runs]
+        final = [run["final"] for run in runs]
+        lines.append(
+            f"| {arm} | {_spread(gold)} | {' '.join(f'{value:+.2f}' for value in gold)} | "
+            f"{_spread([run['peak_gold'] for run in runs])} | "
+            f"{mean(_final(run) - run['peak_gold'] for run in runs):+.3f} | "
+            f"{_spread([f['reward/mean'] for f in final], 2)} | {_spread([f['kl/sequence'] for f in final], 1, '')} | "
+            f"{mean(f['text/length'] for f in final):.1f} | {mean(f['text/truncated'] for f in final):.0%} |"
+        )
+    return lines
+
+
+def _spread(values: Sequence[float], digits: int = 3, sign: str = "+") -> str:
+    if len(values) < 2:
+        return f"{values[0]:{sign}.{digits}f}"
+    return f"{mean(values):{sign}.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+@styled
+def picture(metrics: dict[str, Any]) -> Figure:
+    """A row a KL coefficient: gold and proxy over the steps, gold over KL, final gold; means over seeds, smoothed."""
+    from matplotlib.figure import Figure
+
+    kls, window = metrics["config"]["kl"], metrics["config"]["window"]
+    figure = Figure(figsize=(13, 3.7 * len(kls) + 0.9), layout="constrained")
+    rows = figure.subplots(len(kls), 4, squeeze=False, width_ratios=[1, 1, 1, 0.9])
+    reference = mean(row["gold_reference"] for row in metrics["rewards"].values())
+    for axes, kl in zip(rows, kls, strict=True):
+        _row_of_panels(axes, by_arm(metrics, kl), kl, window, reference)
+    handles, labels = rows[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, handlelength=2.4)
+    return figure
+
+
+def _row_of_panels(axes: Any, table: dict[str, list[dict[str, Any]]], kl: float, window: int, reference: float) -> None:
+    for place, (arm, runs) in enumerate(table.items()):
+        look = _look(arm)
+        gold, proxy, distance = (
+            _smooth(_mean_curve([run["curves"][name] for run in runs]), window)
+            for name in ("gold/mean", "reward/mean", "kl/sequence")
+        )
+        axes[0].plot(gold, label=arm, **look)
+        axes[1].plot(proxy, **look)
+        axes[2].plot(distance, gold, **look)
+        values = [_final(run) for run in runs]
+        axes[3].plot(values, [place] * len(values), "o", color=look["color"], markersize=4, alpha=0.5)
+        axes[3].plot([mean(values)] * 2, [place - 0.3, place + 0.3], color=look["color"], linewidth=2.5)
+    for cell in (axes[0], axes[2]):
+        cell.axhline(reference, color=GREY, linewidth=1, linestyle=(0, (3, 2)))
+    axes[3].axvline(reference, color=GREY, linewidth=1, linestyle=(0, (3, 2)))
+    axes[0].set(title=f"{_kl_title(kl)}: what one gets", xlabel="step", ylabel="gold")
+    axes[1].set(title="what the proxy believes", xlabel="step", ylabel="proxy, std")
+    axes[2].set(title="gold over distance", xlabel="KL from the reference, nats", ylabel="gold")
+    axes[3].set(title="final gold, seeds and mean", xlabel="gold", ylim=(len(table) - 0.5, -0.5))
+    axes[3].set_yticks(range(len(table)), list(table), fontsize=8)
+
+
+def _look(arm: str) -> dict[str, Any]:
+    """Lambdas from blue to yellow, the single head black, PET dashed."""
+    import matplotlib
+
+    if arm == SINGLE:
+        return {"color": "#000000", "linestyle": "-"}
+    if arm.startswith("PET"):
+        return {"color": "#d55e00" if "single" in arm else "#cc79a7", "linestyle": (0, (4, 1.5))}
+    return {"color": matplotlib.colormaps["viridis"](0.9 * float(arm.removeprefix("lambda "))), "linestyle": "-"}
+
+
+def _mean_curve(curves: Sequence[Sequence[float | None]]) -> list[float]:
+    """The mean over runs at each step that all of them reached with a number."""
+    return [mean(known) for values in zip(*curves, strict=False) if len(known := [v for v in values if v is not None])]
+
+
+def _smooth(values: Sequence[float], window: int) -> list[float]:
+    """A trailing mean."""
+    return [mean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]

@@ -1,0 +1,170 @@
+"""The rewards of the learning study: a single head, a BRME ensemble, and PET on both, from the model's own samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ...engine import EnsembleHead, EnsembleRewardModel, calibrate
+from ..config import JobConfig
+from ..decode import Sampling
+from ..demo_pairs import GoldPairs, make_pairs
+from ..files import atomic_folder, atomic_write_json, atomic_write_text
+from ..fit import BradleyTerryConfig, BRMEConfig, fit_heads
+from ..gold import VaderGold
+from ..pet_config import PETConfig
+from ..pet_fit import PETFeatures, fit_pet
+from ..rollout import Request, Rollout, sample
+from ..statistics import best_of_n_curve, pair_correct
+
+_WHO = (
+    "a little girl named Lily",
+    "a boy named Tim",
+    "a small dog",
+    "an old cat",
+    "a big bear",
+    "a bird",
+    "a man",
+    "Mom",
+)
+_WHERE = (
+    "was in the park",
+    "saw a big box",
+    "had a toy",
+    "went to the sea",
+    "found a key",
+    "was not happy",
+    "ran home",
+    "said",
+)
+OPENINGS = tuple(f"One day, {who} {where}" for who in _WHO for where in _WHERE)
+
+
+class RewardsConfig(JobConfig):
+    """Preference data and reward heads of one seed.
+
+    The samples are drawn from the model itself (temperature 1, nothing cut off), as PPO's first step draws them.
+    """
+
+    prompts: Path | None = None  # one a line; None: 64 openings of a story
+    held_out_prompts: int = Field(16, ge=2)  # for the heads' accuracy; PPO asks the others
+    samples_per_prompt: int = Field(64, ge=2)
+    pairs_per_prompt: int = Field(200, ge=1)
+    label_noise: float = Field(0.25, ge=0, le=0.5)
+    max_new_tokens: int = Field(24, ge=1)
+    bt: BradleyTerryConfig = BradleyTerryConfig()
+    brme: BRMEConfig = BRMEConfig()
+    pet: PETConfig = PETConfig()
+
+    @model_validator(mode="after")
+    def _pet_keys_that_are_read(self) -> RewardsConfig:
+        for name in ("start", "prompts", "max_new_tokens", "temperature", "top_k", "top_p", "batch_rows"):
+            if getattr(self.pet, name) != PETConfig.model_fields[name].default:
+                raise ValueError(f"pet.{name}: expected no value, for this study starts and samples PET by itself")
+        return self
+
+
+def prepare(model: str, folder: Path, config: RewardsConfig, seed: int, aggregation: str) -> dict[str, Any]:
+    """Sample, label, train; what a former call has done is not done again.
+
+    Writes into `folder`: samples.jsonl, features/, prompts.txt (what PPO asks), pairs.jsonl, the reward models
+    single/, ensemble/, pet_single/ and pet_ensemble/, and rewards.json (last).
+
+    Args:
+        aggregation: of the ensemble that PET makes pessimistic.
+
+    Returns:
+        gold_reference: mean gold of the model's samples to PPO's prompts; gold_best_of_16: of the best of 16 by gold;
+        accuracy: reward -> share of the held-out prompts' pairs (true labels) it ranks right; counts.
+    """
+    done = folder / "rewards.json"
+    if done.exists():
+        return dict(json.loads(done.read_text(encoding="utf-8")))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trunk: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = _prompts(config)
+    every = config.samples_per_prompt + config.pet.samples + 1
+    sampling = Sampling(config.max_new_tokens, 1.0, trunk.get_input_embeddings().num_embeddings, 1.0)
+    requests = [Request(prompt, every) for prompt in prompts]
+    rollouts = sample(trunk.eval(), tokenizer, requests, folder, sampling, seed=seed, progress=False)
+    scorer = VaderGold()
+    gold = [torch.tensor(scorer(rollout.responses), dtype=torch.float64) for rollout in rollouts]
+    training = list(range(len(prompts) - config.held_out_prompts))
+    held = list(range(len(training), len(prompts)))
+    labelled = [values[: config.samples_per_prompt] for values in gold]
+    pairs = make_pairs(labelled, training, config.pairs_per_prompt, config.label_noise, seed)
+    test = make_pairs(labelled, held, config.pairs_per_prompt, 0.0, seed)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in pairs.rows(rollouts, gold, True)]
+    atomic_write_text(folder / "pairs.jsonl", "".join(lines))
+    atomic_write_text(folder / "prompts.txt", "".join(prompts[i] + "\n" for i in training))
+    heads = _train(config, pairs, rollouts, training, seed, aggregation)
+    sides = test.features(rollouts, False)
+    for name, head in heads.items():
+        with atomic_folder(folder / name) as target:
+            EnsembleRewardModel.from_trunk(trunk, head=head).save_pretrained(target)
+            tokenizer.save_pretrained(target)
+    asked = torch.stack([gold[i] for i in training])
+    numbers = {
+        "gold_reference": float(asked.mean()),
+        "gold_best_of_16": float(best_of_n_curve(asked, asked, [min(16, asked.shape[1])]).gold[0]),
+        "accuracy": {name: _accuracy(head, sides) for name, head in heads.items()},
+        "pairs": len(pairs.better),
+        "held_out_pairs": len(test.better),
+    }
+    atomic_write_json(done, numbers)
+    return numbers
+
+
+def _prompts(config: RewardsConfig) -> list[str]:
+    from ..demo import read_prompts
+
+    prompts = list(OPENINGS) if config.prompts is None else read_prompts(config.prompts, config.held_out_prompts)
+    # held-out ones are the last: spread the openings, whose neighbours share a hero
+    return prompts if config.prompts is not None else [prompts[(i * 13) % len(prompts)] for i in range(len(prompts))]
+
+
+def _train(
+    config: RewardsConfig, pairs: GoldPairs, rollouts: Sequence[Rollout], training: list[int], seed: int, spec: str
+) -> dict[str, EnsembleHead]:
+    """The four rewards, calibrated on the training prompts' samples."""
+    chosen, rejected = pairs.features(rollouts, True)
+    reference = torch.cat([rollouts[i].features for i in training]).float()
+    bt = config.bt.model_copy(update={"seed": seed + config.bt.seed})
+    brme = config.brme.model_copy(update={"seed": seed + config.brme.seed})
+    single = fit_heads(chosen, rejected, bt, progress=False).head
+    with torch.no_grad():
+        logit = single(chosen).reward.double() - single(rejected).reward.double()
+    p_hat = torch.sigmoid(logit).clamp(1e-7, 1 - 1e-7)
+    ensemble = fit_heads(chosen, rejected, brme, p_hat=p_hat, aggregation=spec, progress=False).head
+    for head in (single, ensemble):
+        calibrate(head, reference)
+    place = {prompt: row for row, prompt in enumerate(training)}
+    first = config.samples_per_prompt
+    data = PETFeatures(
+        chosen.float(),
+        rejected.float(),
+        torch.tensor([place[prompt] for prompt in pairs.prompt]),
+        torch.stack([rollouts[i].features[first : first + config.pet.samples] for i in training]).float(),
+        torch.stack([rollouts[i].features[-1] for i in training]).float(),
+    )
+    pet = config.pet.model_copy(update={"seed": seed + config.pet.seed})
+    return {
+        "single": single,
+        "ensemble": ensemble,
+        "pet_single": fit_pet(single, data, pet, progress=False).head,
+        "pet_ensemble": fit_pet(ensemble, data, pet, aggregation=spec, progress=False).head,
+    }
+
+
+@torch.no_grad()
+def _accuracy(head: EnsembleHead, sides: tuple[Tensor, Tensor]) -> float:
+    better, worse = (head(side.float()).reward for side in sides)
+    return float(pair_correct(better, worse).double().mean())
