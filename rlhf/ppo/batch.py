@@ -163,5 +163,7 @@ def micro_batches(
 
 def response_mask(samples: Samples, device: torch.device | str) -> Tensor:
     """[N, T] bool: where the response has a token; T is the longest response."""
+    if not samples.responses:
+        raise ValueError("samples: expected at least one, got none")
     counts = torch.tensor([len(response) for response in samples.responses])
     return (torch.arange(int(counts.max())) < counts[:, None]).to(device)
