@@ -69,6 +69,16 @@ class Turn:
         response: Text = "" if isinstance(item, str) else [{"role": "assistant", "content": ""}]
         return self._ids({"prompt": item, "response": response, "complete": False})
 
+    def text(self, prompt: list[int], response: list[int]) -> str:
+        """A response's text. Where prompt and response are joined as they are, it keeps the blank it begins with, which
+        a SentencePiece tokeniser leaves out of what it decodes on its own."""
+        decode, alone = self._encoder.tokenizer.decode, self._encoder.tokenizer.chat_template
+        if not alone:
+            before, both = (str(decode(ids, skip_special_tokens=True)) for ids in (prompt, prompt + response))
+            if both.startswith(before):
+                return both[len(before) :]
+        return str(decode(response, skip_special_tokens=True))
+
     def whole(self, item: Text, response: Text) -> list[int]:
         """The ids of a prompt and its complete response, closed."""
         return self._ids({"prompt": item, "response": response, "complete": True})
@@ -133,7 +143,9 @@ def sample(
             ids = torch.tensor([prompts[i] for i in batch])
             for drawn in sample_batch(model, ids, uniform, sampling, stop=turn.stop, closing=turn.closing):
                 if isinstance(drawn, Sampled):
-                    store.add(number, batch, drawn, tokenizer)
+                    count = len(drawn.tokens) // len(batch)
+                    texts = [turn.text(prompts[batch[row // count]], said) for row, said in enumerate(drawn.tokens)]
+                    store.add(number, batch, drawn, texts)
                     continue
                 tokens += drawn
                 bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'] - start, 1e-9):.0f} tokens/s")
@@ -175,7 +187,7 @@ class _Store:
     def has(self, number: int, batch: list[int]) -> bool:
         return all(i in self.rows for i in batch) and self._features(number).is_file()
 
-    def add(self, number: int, batch: list[int], drawn: Sampled, tokenizer: Any) -> None:
+    def add(self, number: int, batch: list[int], drawn: Sampled, texts: list[str]) -> None:
         """The features first, whole, then the lines that are not there yet: a kill between leaves nothing wrong."""
         count = len(drawn.tokens) // len(batch)
         with atomic_file(self._features(number)) as temporary:
@@ -188,7 +200,7 @@ class _Store:
             self.rows[index] = {
                 "index": index,
                 "prompt": self.requests[index].prompt,
-                "responses": [tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn.tokens[rows]],
+                "responses": texts[rows],
                 "stopped": drawn.stopped[rows],
             }
             lines.append(json.dumps(self.rows[index], ensure_ascii=False) + "\n")

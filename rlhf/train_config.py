@@ -149,9 +149,11 @@ def refuse_unread(config: TrainConfig, mode: str) -> None:
         for key in _changed(getattr(config, group)):
             if key in _LOOP_KEYS:
                 raise ValueError(f"{group}.{key}: has no effect in {where}: set trunk.{key}")
+    groups = ["bt", "brme", *(["pet"] if config.stage == "pet" else [])]
     for key in _changed(config.trunk):
         if mode == "head":
-            use = f"set bt.{key}, brme.{key} and pet.{key}" if key in _LOOP_KEYS else "set mode to lora or full"
+            use = " and ".join(f"{group}.{key}" for group in groups)
+            use = f"set {use}" if key in _LOOP_KEYS else "set mode to lora or full"
             raise ValueError(f"trunk.{key}: has no effect in {where}: {use}")
         if mode == "full" and key.startswith("lora_"):
             raise ValueError(f"trunk.{key}: has no effect in {where}: set mode to lora")

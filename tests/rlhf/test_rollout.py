@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prudent.rlhf import rollout
 from prudent.rlhf.decode import Sampling
-from prudent.rlhf.rollout import Request, plan, sample, uniforms
+from prudent.rlhf.rollout import Request, Turn, plan, sample, uniforms
 
 REQUESTS = [
     Request("the food was", 6),
@@ -131,3 +131,14 @@ def test_a_prompts_numbers_do_not_depend_on_the_other_prompts() -> None:
     assert torch.equal(a, uniforms(Request("a", 3), SAMPLING, 0))
     assert not torch.equal(a, uniforms(Request("b", 3), SAMPLING, 0))
     assert not torch.equal(a, uniforms(Request("a", 3), SAMPLING, 1))
+
+
+def test_a_response_keeps_the_blank_it_begins_with(shared_dir: Path) -> None:
+    """Joined to its prompt again, it reads as it was drawn; a SentencePiece tokeniser decodes `▁He` alone as `He`."""
+    folder = shared_dir / "models" / "stories260k"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turn = Turn(tokenizer, AutoModelForCausalLM.from_pretrained(folder))
+    prompt = turn.prompt("One day, Lily saw a frog.")
+    whole = turn.prompt("One day, Lily saw a frog. He was green.")
+    assert turn.text(prompt, whole[len(prompt) :]) == " He was green."
+    assert tokenizer.decode(whole[len(prompt) :]) == "He was green."
