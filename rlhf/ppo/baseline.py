@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from typing import Any, NamedTuple
 
@@ -46,7 +45,7 @@ def preference_texts(source: str, turn: Turn, model_config: Any, count: int, see
             if limit is not None and len(whole) > limit:
                 continue
             # a tokeniser may join the prompt's last letters with the response's first: then the response begins there
-            shared = len(os.path.commonprefix([opening, whole]))
+            shared = next((i for i, (a, b) in enumerate(zip(opening, whole, strict=False)) if a != b), len(opening))
             rows.append((whole[:shared], [*whole[shared : -len(turn.closing)], turn.closing[0]], number))
         if len(rows) > kept:
             prompts.append(Prompt(pair.prompt, opening))

@@ -136,7 +136,7 @@ class _Run:
         """The steps that are not done yet; what ppo.json holds."""
         config, clock, rollout = self.config, self.monitor.clock, self.config.rollout
         first = self._restore() if resume else 0
-        self._say(*self.combination, f"steps {first} to {config.steps}: {config.output}")
+        self._say(f"prudent ppo: {config.output}, steps {first} to {config.steps}", *self.combination)
         if self.texts is not None and not self.monitor.baseline:
             self.monitor.compare_with(self._score(self.texts.samples))
         if first == 0 and self.rules.rolls_back:
@@ -156,9 +156,7 @@ class _Run:
                 experience = shape(self._score(samples), config, kl_coef)
             with clock("update"):
                 set_learning_rates(self.optimizer, config, step)
-                seed = (config.seed << 32) + step
-                torch.manual_seed(seed)  # of dropout
-                generator = torch.Generator().manual_seed(seed)
+                generator = torch.Generator().manual_seed((config.seed << 32) + step)  # minibatches and dropout
                 learned = update(self.policy, self.optimizer, experience, config, kl_coef=kl_coef, generator=generator)
             metrics = self.monitor.observe(step, experience, learned, kl_coef)
             bar.set_postfix_str(_short(metrics))
@@ -189,8 +187,8 @@ class _Run:
             kept = self.checkpoints.steps()
             where = str(self.checkpoints.path(kept[-1])) if kept else "none was written yet"
             raise ValueError(
-                f"ppo: stopped at step {step}: in {self.bad_steps} steps in a row no finite loss was found (or no finite "
-                f"reward); a lower update.lr may help, or a look at the rewards; the last checkpoint: {where}"
+                f"ppo: stopped at step {step}: {self.bad_steps} steps in a row had a loss or rewards not finite; "
+                f"a lower update.lr may help, or a look at the rewards; the last checkpoint: {where}"
             )
 
     def _save(self, step: int) -> None:
@@ -251,8 +249,8 @@ class _Run:
         return outcome
 
     def _say(self, *lines: str) -> None:
-        for line in lines if self.progress else ():
-            tqdm.write(f"prudent ppo: {line}", file=sys.stderr)
+        if self.progress:
+            tqdm.write("\n".join(lines).replace("\n", "\n  "), file=sys.stderr)
 
 
 def _short(metrics: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""What a run shows of itself at every step: numbers that move before the reward is hacked, and the texts behind them."""
+"""What a run shows of itself at every step: numbers that move before the reward is hacked, and texts behind them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ TEXTS = 4  # prompts whose responses are kept
 def experience_metrics(experience: Experience) -> dict[str, float]:
     """What the samples of one step say, by the names of metrics.jsonl; NaN where nothing was finite.
 
-    reward/gap: mean of nominal - worst. reward/head_std: mean of the heads' stds. reward/disagreement: the heads' means'
-    std (population) on a sample, its mean over samples. kl/sequence, kl/token: log pi / pi_ref, nats. kl/chi2:
+    reward/gap: mean of nominal - worst. reward/head_std: mean of the heads' stds. reward/disagreement: the (population)
+    std of the heads' means on a sample, its mean over samples. kl/sequence, kl/token: log pi / pi_ref, nats. kl/chi2:
     sqrt of `chi2_estimate`. text/length: tokens, the stop token included. text/truncated: share that was cut off.
     """
     kept = torch.isfinite(experience.reward)
@@ -62,7 +62,7 @@ def experience_metrics(experience: Experience) -> dict[str, float]:
 
 
 def explained_variance(value: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - value) / Var(returns) of [R] tokens: 1 exact, 0 no better than a constant; NaN without spread."""
+    """1 - Var(returns - value) / Var(returns) of [R] tokens: 1 exact, 0 as a constant is; NaN without spread."""
     spread = returns.double().var(unbiased=False)
     if returns.numel() < 2 or not spread > 0:
         return math.nan

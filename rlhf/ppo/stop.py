@@ -37,6 +37,7 @@ METRICS = (
     "samples/dropped",
     "update/skipped",
     "update/epochs",
+    "update/steps",
     "time/rollout",
     "time/score",
     "time/update",
