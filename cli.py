@@ -13,7 +13,8 @@ from . import __version__
 
 
 class Flag(NamedTuple):
-    """A command line flag that sets the config key `key`; of type bool it takes no value and means true."""
+    """A command line flag that sets the config key `key`; of type bool it takes no value and means true, of type list
+    it may be given several times."""
 
     name: str
     key: str
@@ -70,7 +71,9 @@ examples:
         "run_train",
         "a reward ensemble from preference pairs",
         """Stage 1, a Bradley-Terry head; stage 2, K Gaussian heads (BRME, arXiv 2409.15360 eq. 8). On the CPU the trunk
-stays frozen and its features are computed once; --set mode=lora or mode=full train it too.
+stays frozen and its features are computed once; --set mode=lora or mode=full train it too. --stage pet (PET, arXiv
+2505.20556) makes the stage-1 head, this run's ensemble (pet.start=brme) or a reward model that you have (pet.start=DIR)
+pessimistic against the best of n samples of MODEL, for policies trained without KL.
 
 Data: JSON lines, Parquet or the name of a Hugging Face data set (NAME:SPLIT for another split than train), with
 {prompt, chosen, rejected}; {chosen, rejected} that share their beginning; lists of messages; an optional margin; or
@@ -81,11 +84,13 @@ examples:
   prudent train --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl --output runs/reward
   prudent train --config train.yaml --set brme.num_heads=7 --set bt.bsr=0.001
   prudent train --config train.yaml --resume
+  prudent train --stage pet --model my/policy --data pairs.jsonl --output runs/pet --set pet.max_new_tokens=256
   prudent train --model my/one-head-reward --stage1 my/one-head-reward --data pairs.jsonl --output runs/reward""",
         (
             Flag("--model", "model", "trunk: local folder or hub name"),
             Flag("--data", "data", "file or data set name of preference pairs"),
             Flag("--output", "output", "run folder"),
+            Flag("--stage", "stage", "the last stage: bt, brme (default), or pet"),
             Flag(
                 "--stage1",
                 "stage1",
@@ -140,6 +145,39 @@ examples:
             Flag("--skip-bad-rows", "skip_bad_rows", SKIP_BAD_ROWS, bool),
         ),
         "the same command starts over (with --set features=FOLDER the features are kept)",
+    ),
+    "ppo": Job(
+        "ppo.loop",
+        "PPOConfig",
+        "run_ppo",
+        "a policy trained against a reward, and watched for hacking",
+        """One trunk for policy, reference, critic and reward: LoRA on (policy), off (reference), a value head, and the
+ensemble's heads where they fit the trunk. Every step logs reward, KL, length and how much the heads disagree; --gold
+puts a second judge beside the reward; --stop-when ends the run, or rolls it back, when a number moves. The run folder
+holds the policy, metrics.jsonl, TensorBoard files, samples and report.html.
+
+A reward is a folder of `prudent train`, any sequence classifier, a function (MODULE:FUNCTION or FILE.py:FUNCTION, called
+with prompts and responses) or a URL. Prompts: one a line, or JSON lines, Parquet or a data set with `prompt`.
+
+examples:
+  prudent ppo --model HuggingFaceTB/SmolLM2-135M-Instruct --prompts prompts.txt --reward runs/reward/model --output runs/ppo
+  prudent ppo --config ppo.yaml --resume
+  prudent ppo --config ppo.yaml --set update.estimator=rloo --set rollout.samples_per_prompt=4 --set kl.coef=0.02
+  prudent ppo --config ppo.yaml --gold vader --data pairs.jsonl \\
+      --stop-when "disagreement > 3x for 5 then rollback" --stop-when "kl > 20 for 3"""",
+        (
+            Flag("--model", "model", "the policy, a causal language model: local folder or hub name"),
+            Flag("--prompts", "prompts", "file or data set of prompts"),
+            Flag("--reward", "reward.source", "reward model, function or URL"),
+            Flag("--output", "output", "run folder"),
+            Flag("--data", "data", "preference pairs: what the heads' doubt about samples is compared with"),
+            Flag("--steps", "steps", "steps of the loop (default 100)", int),
+            Flag("--gold", "gold", "vader or MODULE:FUNCTION: watched, never trained on"),
+            Flag("--stop-when", "stop_when", 'rule that ends the run, e.g. "kl > 20 for 3"; repeatable', list),
+            Flag("--recipe", "recipe", "pet: make the reward pessimistic first (needs --data), then PPO without KL"),
+        ),
+        "the same command with --resume goes on where it was",
+        ("resume",),
     ),
 }
 
@@ -264,10 +302,13 @@ def _add_job(commands: Any, name: str, job: Job) -> None:
         name, help=job.summary, description=job.about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for flag in job.flags:
+        metavar = flag.key.rpartition(".")[2].upper()
         if flag.type is bool:
             sub.add_argument(flag.name, dest=flag.key, action="store_true", default=None, help=flag.help)
+        elif flag.type is list:
+            sub.add_argument(flag.name, dest=flag.key, action="append", metavar=metavar, help=flag.help)
         else:
-            sub.add_argument(flag.name, dest=flag.key, type=flag.type, metavar=flag.key.upper(), help=flag.help)
+            sub.add_argument(flag.name, dest=flag.key, type=flag.type, metavar=metavar, help=flag.help)
     sub.add_argument("--config", metavar="FILE", help="YAML file of config keys")
     sub.add_argument(
         "--set",

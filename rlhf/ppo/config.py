@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from ...kernels import Aggregation
 from ..config import JobConfig, load_config
 from ..files import atomic_write_text
+from ..pet_config import PETConfig
 from .stop import parse_rule
 
 TRACKERS = ("wandb", "trackio")
@@ -133,6 +134,8 @@ class PPOConfig(JobConfig):
     rollout: RolloutConfig = RolloutConfig()
     kl: KLConfig = KLConfig()
     update: UpdateConfig = UpdateConfig()
+    pet: PETConfig = PETConfig()  # of recipe pet
+    best_of_prompts: int = Field(default=64, ge=2)  # of recipe pet: prompts that best-of-n is compared on
     gold: str | None = None  # vader, or MODULE:FUNCTION as a callable reward: watched, never trained on
     save_every: int = Field(default=10, ge=1)  # steps between checkpoints
     sample_every: int = Field(default=10, ge=1)  # steps between sample texts in samples.jsonl
@@ -151,6 +154,8 @@ class PPOConfig(JobConfig):
             raise ValueError("policy.critic: expected shared or adapter with estimator gae, got none")
         if self.recipe == "ppo" and not self.reward.source:
             raise ValueError("reward.source: a value is needed")
+        if self.recipe == "ppo" and self.pet != PETConfig():
+            raise ValueError("pet: has no effect with recipe ppo: set recipe to pet")
         if self.recipe == "pet" and self.data is None:
             raise ValueError("data: expected preference pairs with recipe pet, got none")
         if self.kl.target is not None and not self.kl.coef:
