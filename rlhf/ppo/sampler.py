@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from ..decode import Sampling, causal_lm, next_logits
+from ..rollout import keyed_uniforms
 from .batch import Samples
 from .config import PPOConfig, RolloutConfig
+from .engines import Continuous, Rule, SharedPrefix, Static
 from .prompts import Prompt
+
+logger = logging.getLogger(__name__)
 
 
 class Sampler(Protocol):
-    """An engine. Equal prompts that stand together may share their prompt's keys and values."""
+    """An engine. Equal prompts stand together, so that their samples may share keys and values."""
 
     name: str
 
@@ -33,8 +41,93 @@ class Sampler(Protocol):
 
 
 def open_sampler(config: RolloutConfig, model: Any, stop: set[int], device: torch.device | str) -> Sampler:
-    """The engine that `config.engine` names; auto: shared_prefix on a CPU, the faster of the others on a GPU."""
-    raise NotImplementedError
+    """The engine that `config.engine` names; auto: shared_prefix on a CPU, the faster of the other two on a GPU.
+
+    Args:
+        config: how tokens are drawn. With top_k, top_p or min_new_tokens the responses come from a truncated
+            distribution, whose probabilities the update does not know: it takes those of the whole vocabulary.
+        model: what will be sampled from, for a check that its logits are its output layer on its last hidden states.
+        stop: ids that end a response (`rollout.Turn.stop`).
+        device: where the model is.
+
+    Raises:
+        ValueError: for no stop id, min_new_tokens above max_new_tokens or with engine continuous, or a model that does
+            more to its logits.
+    """
+    if not stop:
+        raise ValueError("stop: expected at least one token id that ends a response, got none")
+    if config.min_new_tokens > config.max_new_tokens:
+        raise ValueError(
+            f"rollout.min_new_tokens: expected at most max_new_tokens ({config.max_new_tokens}), "
+            f"got {config.min_new_tokens}"
+        )
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
+    rule = Rule(sampling, config.min_new_tokens, stop)
+    engine: str = config.engine
+    if engine == "auto" and torch.device(device).type == "cpu":
+        engine = "shared_prefix"
+    if engine == "auto" and config.min_new_tokens:
+        engine = "static"
+    if engine == "continuous":
+        return Continuous(rule)
+    check_logits(model)
+    if engine == "auto":
+        return Faster(Static(rule), Continuous(rule))
+    return SharedPrefix(rule) if engine == "shared_prefix" else Static(rule)
+
+
+@torch.no_grad()
+def check_logits(model: Any) -> None:
+    """ValueError if the logits are not the output layer on the last hidden states, softcapped or not.
+
+    Engines draw from the latter, and the update computes probabilities from it.
+    """
+    lm = causal_lm(model)
+    ids = torch.arange(2, device=lm.device)[None] % lm.config.get_text_config().vocab_size
+    want = lm(input_ids=ids, use_cache=False).logits[:, -1].float()
+    got = next_logits(lm, lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]).float()
+    scale = max(float(want.abs().max()), 1e-6)
+    if not float((got - want).abs().max()) <= 0.02 * scale:  # a few roundings of bfloat16
+        raise ValueError(
+            f"model: expected logits that are the output layer on the last hidden state, got others from "
+            f"{type(lm).__name__}, whose probabilities would be wrong"
+        )
+
+
+class Faster:
+    """Times two engines on the first rows it is given, says so, and is the faster one from then on."""
+
+    def __init__(self, *engines: Sampler) -> None:
+        self.name = "auto"
+        self._engines = engines
+        self._chosen: Sampler | None = None
+
+    def __call__(self, model: Any, prompts: list[list[int]], uniform: Tensor) -> tuple[list[list[int]], list[bool]]:
+        """See `Sampler`; an engine that fails is not chosen, and one at least must not."""
+        if self._chosen is not None:
+            return self._chosen(model, prompts, uniform)
+        timed: list[tuple[float, int]] = []
+        drawn: dict[int, tuple[list[list[int]], list[bool]]] = {}
+        notes = []
+        for number, engine in enumerate(self._engines):
+            try:
+                engine(model, prompts[:8], uniform[:8, :8])  # loads kernels
+                start = time.perf_counter()
+                drawn[number] = engine(model, prompts, uniform)
+            except Exception as error:  # whatever it is, the other engine goes on; without one it is raised below
+                if number + 1 == len(self._engines) and not timed:
+                    raise
+                notes.append(f"{engine.name} failed ({' '.join(str(error).split())[:200]})")
+                continue
+            seconds = time.perf_counter() - start
+            rate = sum(map(len, drawn[number][0])) / seconds
+            timed.append((rate, number))
+            notes.append(f"{engine.name} {rate:.0f} tokens/s")
+        best = max(timed)[1]
+        self._chosen = self._engines[best]
+        self.name = self._chosen.name
+        logger.warning("rollout engine: %s (%s)", self.name, ", ".join(notes))
+        return drawn[best]
 
 
 def draw(
@@ -49,6 +142,35 @@ def draw(
     """`config.rollout.samples_per_prompt` responses to each of the prompts `indices`, in their order.
 
     The random numbers belong to (config.seed, step, number of the prompt, number of the sample): how rows are batched,
-    and what was drawn before, change nothing but the trunk's rounding.
+    and what was drawn before, change nothing but the trunk's rounding (engine continuous apart).
+
+    Args:
+        sampler: from `open_sampler`.
+        policy: with `model` and the context `sampling()`.
+        prompts: the run's prompts.
+        indices: which of them, each once.
+        config: rollout, seed.
+        step: of the loop.
+        progress: show a progress bar on stderr where it takes more than a second.
     """
-    raise NotImplementedError
+    rollout = config.rollout
+    count = rollout.samples_per_prompt
+    rows = [(index, sample) for index in indices for sample in range(count)]
+    # prompts of like length share a batch, for padding is computed too; ties by number, whatever the order asked for
+    order = sorted(range(len(rows)), key=lambda i: (len(prompts[rows[i][0]].ids), rows[i]))
+    step_size = rollout.batch_rows
+    if count <= step_size:  # a prompt's samples stay together
+        step_size -= step_size % count
+    responses: list[list[int]] = [[]] * len(rows)
+    stopped = [False] * len(rows)
+    bar = tqdm(total=len(rows), desc="rollout", unit="resp", delay=1, disable=not progress, leave=False)
+    with bar, policy.sampling():
+        for start in range(0, len(order), step_size):
+            batch = order[start : start + step_size]
+            ids = [prompts[rows[i][0]].ids for i in batch]
+            keys = [f"{config.seed}/{step}/{rows[i][0]}/{rows[i][1]}" for i in batch]
+            uniform = torch.stack([keyed_uniforms(key, rollout.max_new_tokens) for key in keys])
+            for i, response, ended in zip(batch, *sampler(policy.model, ids, uniform), strict=True):
+                responses[i], stopped[i] = response, ended
+            bar.update(len(batch))
+    return Samples([prompts[i].ids for i, _ in rows], responses, stopped, [i for i, _ in rows])
