@@ -147,24 +147,27 @@ examples:
         "the same command starts over (with --set features=FOLDER the features are kept)",
     ),
     "ppo": Job(
-        "ppo.loop",
+        "ppo.recipe",  # hands on to ppo.loop, but for --recipe pet
         "PPOConfig",
-        "run_ppo",
+        "run_recipe",
         "a policy trained against a reward, and watched for hacking",
         """One trunk for policy, reference, critic and reward: LoRA on (policy), off (reference), a value head, and the
 ensemble's heads where they fit the trunk. Every step logs reward, KL, length and how much the heads disagree; --gold
 puts a second judge beside the reward; --stop-when ends the run, or rolls it back, when a number moves. The run folder
 holds the policy, metrics.jsonl, TensorBoard files, samples and report.html.
 
-A reward is a folder of `prudent train`, any sequence classifier, a function (MODULE:FUNCTION or FILE.py:FUNCTION, called
-with prompts and responses) or a URL. Prompts: one a line, or JSON lines, Parquet or a data set with `prompt`.
+A reward is a folder of `prudent train`, any sequence classifier, a function (MODULE:FUNCTION or FILE.py:FUNCTION,
+called with prompts and responses) or a URL. Prompts: one a line, or JSON lines, Parquet or a data set with `prompt`.
+--recipe pet trains the reward as well: Bradley-Terry on --data, PET against best-of-n of the model's own samples, then
+best-of-n and PPO on it without KL.
 
 examples:
-  prudent ppo --model HuggingFaceTB/SmolLM2-135M-Instruct --prompts prompts.txt --reward runs/reward/model --output runs/ppo
+  prudent ppo --model NAME_OR_PATH --prompts prompts.txt --reward runs/reward/model --output runs/ppo
   prudent ppo --config ppo.yaml --resume
   prudent ppo --config ppo.yaml --set update.estimator=rloo --set rollout.samples_per_prompt=4 --set kl.coef=0.02
+  prudent ppo --recipe pet --model NAME_OR_PATH --data pairs.jsonl --prompts prompts.txt --output runs/pet
   prudent ppo --config ppo.yaml --gold vader --data pairs.jsonl \\
-      --stop-when "disagreement > 3x for 5 then rollback" --stop-when "kl > 20 for 3"""",
+      --stop-when "kl > 20 for 3" --stop-when "disagreement > 3x for 5 then rollback" """,
         (
             Flag("--model", "model", "the policy, a causal language model: local folder or hub name"),
             Flag("--prompts", "prompts", "file or data set of prompts"),

@@ -39,7 +39,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(cls: type[Config], file: Path | str | None = None, sets: Iterable[str] = (), **given: Any) -> Config:
-    """A `cls` from a YAML file, `sets` ("key=value", dotted keys) and keyword arguments, the last winning.
+    """A `cls` from a YAML file, `sets` ("key=value", dotted keys) and keyword arguments (dotted too), the last winning.
 
     Raises ValueError naming the file, key, nearest right key, expected type and what came.
     """
@@ -54,7 +54,7 @@ def load_config(cls: type[Config], file: Path | str | None = None, sets: Iterabl
             value = text
         _put(values, key.strip().split("."), value)
     for key, value in given.items():
-        _put(values, [key], value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
+        _put(values, key.split("."), value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
     try:
         # JSON is where pydantic's strict mode still turns a string into a path and a list into a tuple
         return cls.model_validate_json(json.dumps(values, default=str), strict=True)
