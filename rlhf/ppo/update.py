@@ -25,6 +25,8 @@ At = tuple[Tensor, Tensor]  # row and column of each response token in an experi
 class Trainable(Protocol):
     """What the update needs of a `Policy`."""
 
+    packed: bool
+
     def hidden(self, batch: TokenBatch, role: Any) -> Tensor: ...
     def logprobs(self, hidden: Tensor, batch: TokenBatch, temperature: float) -> LogprobOutput: ...
     def values(self, hidden_rows: Tensor) -> Tensor: ...
@@ -197,7 +199,7 @@ class MinibatchGradient:
         self.config = config
         self.kl_coef = kl_coef if config.kl.place == "loss" else 0.0
         self.critic = config.critic if experience.returns is not None else "none"
-        self.packed = bool(config.packed)
+        self.packed = policy.packed
         micro = config.update.micro_tokens
         self.micro_tokens = AUTO_MICRO_TOKENS if micro == "auto" else micro
 
@@ -240,8 +242,7 @@ class MinibatchGradient:
         loss.backward()
         whole = loss.detach()
         if self.critic == "adapter":
-            # after the actor's backward pass: one graph at a time, and checkpointing runs the forward again, which
-            # must find the adapter that it ran with
+            # after the actor's backward pass: one graph at a time
             value = self._value_loss(self.policy.hidden(batch, "critic"), batch, at, tokens)
             (update.value_coef * value).backward()
             whole = whole + update.value_coef * value.detach()

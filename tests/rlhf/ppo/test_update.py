@@ -22,7 +22,9 @@ VOCAB, WIDTH = 11, 8
 
 
 class Recurrent(nn.Module):
-    """A tiny causal policy with a `Policy`'s methods: a GRU over the tokens, a language-model head, two value heads."""
+    """A tiny causal policy with a `Policy`'s methods: a GRU over the tokens, a language-model head, a critic."""
+
+    packed = False
 
     def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
