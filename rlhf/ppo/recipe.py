@@ -85,8 +85,8 @@ def resolved(config: PPOConfig) -> PPOConfig:
     if config.reward.source or config.reward.kind != "auto":
         got = config.reward.source or config.reward.kind
         raise ValueError(
-            "reward.source, reward.kind: expected none with recipe pet, which trains the reward (one to start from goes "
-            f"into pet.start), got {got}"
+            "reward.source, reward.kind: expected none with recipe pet, which trains the reward (one to start from "
+            f"goes into pet.start), got {got}"
         )
     for key in _SAMPLED_LIKE_THE_POLICY:
         if getattr(config.pet, key) != PETConfig.model_fields[key].default:
