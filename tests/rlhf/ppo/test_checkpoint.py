@@ -1,0 +1,109 @@
+"""Checkpoints: whole or not there, the newest two and the last good one kept, a full disk said in a sentence."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import multiprocessing
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prudent.rlhf.ppo import checkpoint
+from prudent.rlhf.ppo.checkpoint import Checkpoints, Saved
+
+
+def _saved(value: float, size: int = 3) -> Saved:
+    optimizer = {"state": {0: {"step": torch.tensor(value), "exp_avg": torch.full((size,), value)}}, "param_groups": []}
+    return Saved({"weight": torch.full((size,), value)}, optimizer, {"kl_coef": value, "rules": {}})
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path / "checkpoints")
+    kept.save(10, _saved(0.1))
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [10]
+    back = kept.load(10)
+    assert torch.equal(back.policy["weight"], torch.full((3,), 0.1))
+    assert back.optimizer["state"][0]["step"] == torch.tensor(0.1)
+    assert back.state["kl_coef"] == 0.1
+    assert back.state["step"] == 10
+
+
+def test_the_newest_two_and_the_last_good_one_stay(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path)
+    for step in (0, 10, 20, 30):
+        kept.save(step, _saved(step))
+    kept.prune(bad_since=11)  # step 10 was good: what it samples from is good
+    assert kept.steps() == [10, 20, 30]
+    assert kept.last_good(11) == 10
+    assert kept.last_good(10) is None  # what a bad step samples from is not
+    kept.prune(bad_since=None)
+    assert kept.steps() == [20, 30]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000020", "step-000030"]
+
+
+@pytest.mark.parametrize("broken", ["state.pt", "state.json"])
+def test_one_that_was_cut_short_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: str) -> None:
+    kept = Checkpoints(tmp_path)
+    kept.save(10, _saved(1))
+    kept.save(20, _saved(2))
+    file = tmp_path / "step-000020" / broken
+    file.write_bytes(file.read_bytes()[:-20])
+    with caplog.at_level(logging.WARNING):
+        assert kept.steps() == [10]
+    assert "step-000020 was cut short" in caplog.text
+
+
+def test_what_a_kill_left_of_an_unfinished_one_is_swept_away(tmp_path: Path) -> None:
+    (tmp_path / ".step-000010.abc.tmp").mkdir()
+    (tmp_path / ".step-000000.old").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert Checkpoints(tmp_path).steps() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Checkpoints(tmp_path)
+    kept.save(10, _saved(1))
+
+    def full(value: Any, file: Path) -> None:
+        file.write_bytes(b"half of")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(OSError, match=r"step 20 could not be written .*No space left on device.*whole one is of step 10"):
+        kept.save(20, _saved(2))
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]
+    assert kept.load(10).state["kl_coef"] == 1
+
+
+def _save_with_little_room(folder: Path, said: Any) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails as on a full disk
+    kept = Checkpoints(folder)
+    kept.save(10, _saved(1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        kept.save(20, _saved(2, size=100_000))
+    except OSError as error:
+        said.send(str(error))
+    else:
+        said.send("no error")
+
+
+def test_a_disk_that_truly_takes_no_more(tmp_path: Path) -> None:
+    receive, send = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_save_with_little_room, args=(tmp_path, send))
+    child.start()
+    assert receive.poll(60)
+    sentence = receive.recv()
+    child.join()
+    assert "checkpoint of step 20 could not be written" in sentence
+    assert "the last whole one is of step 10" in sentence
+    assert Checkpoints(tmp_path).steps() == [10]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]

@@ -1,0 +1,105 @@
+"""Stop rules: what they say, when they fire, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from prudent.rlhf.ppo.stop import METRICS, SHORT, Fired, StopRules, parse_rule
+
+
+def _first_fired(rules: StopRules, name: str, values: list[float]) -> Fired | None:
+    for step, value in enumerate(values):
+        fired = rules.observe(step, {name: value})
+        if fired is not None:
+            return fired
+    return None
+
+
+def test_a_rule_is_a_metric_a_bound_a_number_of_steps_and_an_action() -> None:
+    rule = parse_rule("disagreement > 3x for 5 then rollback")
+    assert rule.metric == "reward/disagreement"
+    assert (rule.compare, rule.value, rule.relative, rule.steps, rule.rollback) == (">", 3.0, True, 5, True)
+    plain = parse_rule("  text/length   <=  4.5e1 ")
+    assert (plain.metric, plain.compare, plain.value, plain.relative) == ("text/length", "<=", 45.0, False)
+    assert (plain.steps, plain.rollback) == (1, False)
+    assert parse_rule("kl>20 for 3 steps then stop").steps == 3
+
+
+def test_every_short_name_stands_for_a_metric_that_is_logged() -> None:
+    assert set(SHORT.values()) <= set(METRICS)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("kl", "expected NAME > VALUE for STEPS"),
+        ("kl > lots", "expected NAME > VALUE for STEPS"),
+        ("kl > 3 for 5 then explode", "expected NAME > VALUE for STEPS"),
+        ("kl == 3", "expected NAME > VALUE for STEPS"),
+        ("disagrement > 3", "did you mean 'disagreement'"),
+        ("beauty > 3", "the metrics are disagreement, gap, std"),
+        ("kl > 3 for 0", "at least 1 step"),
+        ("kl > 0x", "above 0 before x"),
+        ("kl > 1e999", "a finite number"),
+    ],
+)
+def test_what_says_no_rule_is_refused_with_what_would(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match="stop_when") as error:
+        parse_rule(text)
+    assert said in str(error.value)
+
+
+def test_it_fires_once_it_has_held_for_so_many_steps_in_a_row() -> None:
+    rules = StopRules(["kl > 2 for 3"])
+    fired = _first_fired(rules, "kl/sequence", [3, 3, 1, 3, 4, 5, 6])
+    assert fired is not None
+    assert (fired.since, fired.step, fired.value) == (3, 5, 5)
+    assert str(fired) == "'kl > 2 for 3' held from step 3 to 5, where kl/sequence was 5"
+
+
+def test_times_is_of_the_first_number() -> None:
+    rules = StopRules(["disagreement >= 3x for 2"])
+    fired = _first_fired(rules, "reward/disagreement", [math.nan, 0.5, 1.4, 1.5, 1.6])
+    assert fired is not None
+    assert fired.since == 3  # 3 x 0.5, the first that was a number
+
+
+def test_nan_ends_a_row_and_infinity_is_beyond_every_bound() -> None:
+    assert _first_fired(StopRules(["kl > 2 for 2"]), "kl/sequence", [3, math.nan, 3, math.nan]) is None
+    assert _first_fired(StopRules(["kl > 2 for 2"]), "kl/sequence", [3, math.inf]) is not None
+
+
+def test_a_start_that_has_no_multiples_is_refused_at_the_first_step() -> None:
+    with pytest.raises(ValueError, match="give a number without x"):
+        StopRules(["kl > 3x"]).observe(0, {"kl/sequence": 0.0})
+
+
+def test_a_metric_that_the_run_does_not_measure_is_refused_with_those_it_does() -> None:
+    with pytest.raises(ValueError, match="does not measure; it measures kl/sequence, text/length"):
+        StopRules(["gap > 3"]).observe(0, {"text/length": 1.0, "kl/sequence": 0.0})
+
+
+def test_rules_watch_side_by_side_and_the_first_to_fire_speaks() -> None:
+    rules = StopRules(["length > 5 for 4", "kl > 2 for 2 then rollback"])
+    assert rules.rolls_back
+    assert rules.observe(0, {"text/length": 6, "kl/sequence": 1}) is None
+    assert rules.bad_since is None  # only rules that roll back need a checkpoint from before
+    assert rules.observe(1, {"text/length": 6, "kl/sequence": 3}) is None
+    assert rules.bad_since == 1
+    fired = rules.observe(2, {"text/length": 6, "kl/sequence": 3})
+    assert fired is not None and fired.rule.rollback
+
+
+def test_a_resumed_run_counts_on() -> None:
+    texts = ["disagreement > 2x for 3"]
+    values = [1.0, 3.0, 3.0, 3.0]
+    first = StopRules(texts)
+    for step in range(2):
+        first.observe(step, {"reward/disagreement": values[step]})
+    second = StopRules(texts)
+    second.load_state(first.state())
+    assert second.observe(2, {"reward/disagreement": values[2]}) is None
+    fired = second.observe(3, {"reward/disagreement": values[3]})
+    assert fired is not None and fired.since == 1
