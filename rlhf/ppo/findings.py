@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 BLOCKS = 8  # a run is cut into so many at most
 FEWEST = 3  # steps of a block at least: six steps are needed to say anything
+_OF_SEVERAL = {f"reward/{name}" for name in ("nominal", "worst", "gap", "disagreement", "disagreement_ratio")}  # heads
 RISES, FALLS, FLAT = "rises", "falls", "no change shown"
 
 Rows = Sequence[Mapping[str, Any]]
@@ -51,11 +52,18 @@ class Change(NamedTuple):
 
 
 def by_step(rows: Rows) -> list[dict[str, Any]]:
-    """One row a step, in order: lines of the same step are joined, the later winning (a run may go back and repeat)."""
+    """One row a step, in order: lines of the same step are joined, the later winning (a run may go back and repeat).
+
+    Of a single head, which never disagrees, the metrics that say nothing are left out: nominal and worst case are the
+    reward itself.
+    """
     merged: dict[int, dict[str, Any]] = {}
     for row in rows:
         merged.setdefault(int(row["step"]), {}).update(row)
-    return [merged[step] for step in sorted(merged)]
+    found = [merged[step] for step in sorted(merged)]
+    if not any(row.get("reward/disagreement") for row in found):
+        found = [{name: value for name, value in row.items() if name not in _OF_SEVERAL} for row in found]
+    return found
 
 
 def series(rows: Rows, name: str) -> Series:

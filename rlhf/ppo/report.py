@@ -67,6 +67,7 @@ def render(
         seconds=_duration(outcome.get("seconds")),
         block=block_length(len(rows)),
         versus=versus(config),
+        several=bool(series(rows, "reward/disagreement").values),
         has_gold=bool(series(rows, "gold/mean").values),
         table=table(rows),
         figures=_figures(config, rows),

@@ -168,6 +168,16 @@ def test_a_run_that_went_back_counts_a_step_once_the_later_way() -> None:
     assert F.series(F.by_step(rows), "x") == F.Series([0, 1], [1.0, 5.0])
 
 
+def test_of_a_single_head_nothing_is_said_that_needs_several() -> None:
+    rows = [
+        row | {"reward/disagreement": 0.0, "reward/gap": 0.0, "reward/nominal": row["reward/mean"]} for row in whole()
+    ]
+    text = Reader(render(config(), rows, [], {"stopped": None})).text
+    assert "nominal" not in text.split("What to watch")[0]
+    assert "disagree" not in text.split("What to watch")[0]
+    assert "predict 1.40 times the std" in text
+
+
 def test_the_page_is_whole_loads_nothing_and_shows_texts_and_conclusions() -> None:
     rows = whole()
     outcome = {"stopped": None, "policy": "LoRA rank 16", "seconds": 75.0}
