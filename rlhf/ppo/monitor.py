@@ -46,7 +46,8 @@ def experience_metrics(experience: Experience) -> dict[str, float]:
         values |= {"reward/nominal": nominal, "reward/worst": worst, "reward/gap": nominal - worst}
     if experience.head_mean is not None and experience.head_std is not None:
         values["reward/head_std"] = experience.head_std[kept].double().mean()
-        values["reward/disagreement"] = experience.head_mean[kept].double().std(dim=1, unbiased=False).mean()
+        mean = experience.head_mean[kept].double()
+        values["reward/disagreement"] = (mean - mean.mean(1, keepdim=True)).square().mean(1).sqrt().mean()
     values |= {
         "kl/sequence": log_ratio.mean(),
         "kl/token": log_ratio.sum() / tokens,
@@ -63,10 +64,11 @@ def experience_metrics(experience: Experience) -> dict[str, float]:
 
 def explained_variance(value: Tensor, returns: Tensor) -> float:
     """1 - Var(returns - value) / Var(returns) of [R] tokens: 1 exact, 0 as a constant is; NaN without spread."""
-    spread = returns.double().var(unbiased=False)
-    if returns.numel() < 2 or not spread > 0:
+    if returns.numel() < 2:
         return math.nan
-    return float(1 - (returns.double() - value.double()).var(unbiased=False) / spread)
+    spread = returns.double().var()
+    left = (returns.double() - value.double()).var()
+    return float(1 - left / spread) if spread > 0 else math.nan
 
 
 def peak_gib(device: torch.device) -> float:
@@ -225,12 +227,14 @@ def open_trackers(config: PPOConfig) -> list[Any]:
     if not config.trackers:
         return []
     try:
+        from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     except ImportError:
         raise ImportError("trackers: they come through accelerate: pip install 'prudent[train]'") from None
     missing = [name for name in config.trackers if name not in map(str, get_available_trackers())]
     if missing:
         raise ImportError(f"trackers: {', '.join(missing)} not installed: pip install {' '.join(missing)}")
+    PartialState()  # the trackers' own logging asks for it
     trackers = []
     for name in config.trackers:
         tracker = LOGGER_TYPE_TO_CLASS[name]("prudent")

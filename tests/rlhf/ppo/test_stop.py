@@ -89,7 +89,8 @@ def test_rules_watch_side_by_side_and_the_first_to_fire_speaks() -> None:
     assert rules.observe(1, {"text/length": 6, "kl/sequence": 3}) is None
     assert rules.bad_since == 1
     fired = rules.observe(2, {"text/length": 6, "kl/sequence": 3})
-    assert fired is not None and fired.rule.rollback
+    assert fired is not None
+    assert fired.rule.rollback
 
 
 def test_a_resumed_run_counts_on() -> None:
@@ -102,4 +103,5 @@ def test_a_resumed_run_counts_on() -> None:
     second.load_state(first.state())
     assert second.observe(2, {"reward/disagreement": values[2]}) is None
     fired = second.observe(3, {"reward/disagreement": values[3]})
-    assert fired is not None and fired.since == 1
+    assert fired is not None
+    assert fired.since == 1
