@@ -70,18 +70,22 @@ class Turn:
         return self._ids({"prompt": item, "response": response, "complete": False})
 
     def text(self, prompt: list[int], response: list[int]) -> str:
-        """A response's text. Where prompt and response are joined as they are, it keeps the blank it begins with, which
-        a SentencePiece tokeniser leaves out of what it decodes on its own."""
-        decode, alone = self._encoder.tokenizer.decode, self._encoder.tokenizer.chat_template
-        if not alone:
-            before, both = (str(decode(ids, skip_special_tokens=True)) for ids in (prompt, prompt + response))
-            if both.startswith(before):
-                return both[len(before) :]
-        return str(decode(response, skip_special_tokens=True))
+        """A response's text; see `response_text`."""
+        return response_text(self._encoder.tokenizer, prompt, response)
 
     def whole(self, item: Text, response: Text) -> list[int]:
         """The ids of a prompt and its complete response, closed."""
         return self._ids({"prompt": item, "response": response, "complete": True})
+
+
+def response_text(tokenizer: Any, prompt: list[int], response: list[int]) -> str:
+    """A response's text. Where prompt and response are joined as they are, it keeps the blank it begins with, which a
+    SentencePiece tokeniser leaves out of what it decodes on its own."""
+    if not tokenizer.chat_template:
+        before, both = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt, prompt + response))
+        if both.startswith(before):
+            return both[len(before) :]
+    return str(tokenizer.decode(response, skip_special_tokens=True))
 
 
 def plan(lengths: Sequence[int], samples: Sequence[int], batch_rows: int) -> list[list[int]]:

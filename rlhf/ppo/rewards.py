@@ -1,67 +1,225 @@
-"""Where rewards come from: heads on the policy's own trunk, another model, a function or a server."""
+"""Where rewards come from: which kind a source is, and the heads that read the policy's own trunk."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ...engine import EnsembleHead
-from .batch import Samples
+from ...engine import EnsembleHead, EnsembleRewardConfig, EnsembleRewardModel
+from ...engine.text import ItemEncoder
+from ..decode import causal_lm
+from ..given import load_tokenizer
+from ..reward_adapter import is_reward_adapter, load_head
 from .config import PPOConfig, RewardConfig
+from .probe import has_values
 from .prompts import Prompt
+from .sources import CallableReward, HTTPReward, ModelReward, Rewards, RewardSource, Texts, VaderReward
+
+__all__ = [
+    "RewardSource",
+    "Rewards",
+    "check_reading",
+    "load_adapter",
+    "load_shared_head",
+    "open_gold",
+    "open_reward",
+    "resolve_kind",
+]
 
 Kind = Literal["shared", "adapter", "model", "callable", "http"]
-
-
-class Rewards(NamedTuple):
-    """N samples scored; fp32 on the CPU. reward [N]: NaN where scoring failed. K heads: nominal, worst [N], mean, std
-    [N, K]; None where the source has no heads."""
-
-    reward: Tensor
-    nominal: Tensor | None = None
-    worst: Tensor | None = None
-    mean: Tensor | None = None
-    std: Tensor | None = None
-
-
-class RewardSource(Protocol):
-    """Scores samples. name: for logs; num_heads: K, None where there are no heads."""
-
-    name: str
-    num_heads: int | None
-
-    def __call__(self, samples: Samples) -> Rewards: ...
+_SAMPLE = 4096  # elements of each tensor that are compared: a trunk that was trained differs in every matrix
+_CALLABLE = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")
 
 
 def resolve_kind(config: RewardConfig, policy: Any) -> Kind:
-    """The kind that `auto` stands for. policy: the causal language model (or its trunk) the rewards are for."""
-    raise NotImplementedError
+    """The kind that `config.kind` says, or that `auto` stands for; see `RewardConfig`.
+
+    policy: the causal language model that the rewards are for, as loaded.
+
+    Raises:
+        ValueError: for a source that is none of them.
+    """
+    source = config.source
+    if config.kind != "auto":
+        return config.kind
+    if source.startswith(("http://", "https://")):
+        return "http"
+    if not Path(source).exists() and (source == "vader" or _CALLABLE.fullmatch(source)):
+        return "callable"
+    if _adapter_folder(source) is not None:
+        return "adapter"
+    return "shared" if _why_not_shared(source, policy)[0] is None else "model"
 
 
 def load_shared_head(source: str | Path, policy: Any, aggregation: str = "") -> EnsembleHead:
-    """The heads of the EnsembleRewardModel in folder `source`, if its trunk is the policy's.
+    """The heads of the EnsembleRewardModel `source`, if they can read the states of the policy's own trunk.
 
-    aggregation: as RewardConfig's; "" the model's own; of one head always mean.
+    Args:
+        source: folder or hub name.
+        policy: the causal language model whose frozen trunk will make the features.
+        aggregation: as `RewardConfig.aggregation`: "" takes the model's own; of one head it is always mean.
+
+    Raises:
+        ValueError: for a trunk that is not the policy's, or heads that do not read its last token.
     """
-    raise NotImplementedError
+    reason, head = _why_not_shared(str(source), policy)
+    if reason is not None or head is None:
+        raise ValueError(
+            f"reward.source: expected an EnsembleRewardModel on the policy's own trunk with kind shared, got {source}, "
+            f"{reason}; reward.kind=model takes it, with a trunk of its own"
+        )
+    return _aggregated(head, aggregation)
 
 
 def load_adapter(source: str | Path, aggregation: str = "") -> tuple[Path, EnsembleHead]:
-    """(the peft adapter's folder, the heads) of what `prudent train` with mode lora saved as adapter/."""
-    raise NotImplementedError
+    """(the LoRA's folder, the heads) of what `prudent train` with mode lora saved: adapter/, or the run that holds it.
+
+    Raises:
+        ValueError: for a folder without them.
+    """
+    folder = _adapter_folder(source)
+    if folder is None:
+        raise ValueError(
+            "reward.source: expected a folder with a LoRA and heads, as `prudent train` with mode lora saves in "
+            f"adapter/, got {source}"
+        )
+    return folder, _aggregated(load_head(folder), aggregation)
+
+
+def check_reading(source: str | Path, tokenizer: Any, policy: Any) -> None:
+    """Refuse a reward on the policy's trunk that was trained on other tokens than the policy will give it.
+
+    The reward's own tokeniser and EOS rule encode two short sequences (as `Scorer` does), the policy's tokeniser the
+    prompt and `rollout.Turn` what closes the response: the ids must be the same.
+
+    Args:
+        source: of a reward of kind shared or adapter; an adapter's folder has no EOS rule, and its tokeniser is asked.
+        tokenizer: the policy's.
+        policy: the causal language model.
+
+    Raises:
+        ValueError: for ids that differ.
+    """
+    folder = str(_adapter_folder(source) or source)
+    theirs = load_tokenizer("reward.source", folder)
+    append_eos = True
+    if _adapter_folder(source) is None:
+        config = _config(folder)
+        append_eos = config.append_eos if isinstance(config, EnsembleRewardConfig) else True
+    size = causal_lm(policy).get_input_embeddings().num_embeddings
+    encoders = [
+        ItemEncoder(t, append_eos=a, max_length=None, vocab_size=size)
+        for t, a in ((theirs, append_eos), (tokenizer, True))
+    ]
+    for text in ("How was it?", "One day, 2 cats sat."):
+        item = {"prompt": text, "response": " It was fine."}
+        read, trained = (encoder.encode(item)[0] for encoder in reversed(encoders))
+        if read != trained:
+            raise ValueError(
+                f"reward.source: expected a reward trained on the tokens that the policy reads, got {source}, which "
+                f"reads {trained[-8:]} at the end where the policy reads {read[-8:]} (another tokeniser, chat template "
+                "or append_eos); reward.kind=model takes it, with a trunk and tokeniser of its own"
+            )
 
 
 def open_reward(
     config: PPOConfig, tokenizer: Any, prompts: Sequence[Prompt], device: torch.device | str, kind: Kind
 ) -> RewardSource:
-    """The source of a reward of kind model, callable or http (shared and adapter live in the policy)."""
-    raise NotImplementedError
+    """The source of a reward of kind model, callable or http (shared and adapter live in the policy).
+
+    Args:
+        config: reward.
+        tokenizer: the policy's, which makes texts of responses.
+        prompts: those that `Samples.prompt_index` will number.
+        device: where a reward model goes.
+        kind: from `resolve_kind`.
+
+    Raises:
+        ValueError: for a source that cannot be loaded, or a reward model that cannot read the prompts.
+    """
+    reward, texts = config.reward, Texts(tokenizer, prompts)
+    if kind == "http":
+        return HTTPReward(reward.source, texts, timeout=reward.timeout)
+    if kind == "callable":
+        return VaderReward(texts) if reward.source == "vader" else CallableReward("reward.source", reward.source, texts)
+    if kind == "model":
+        return ModelReward(reward.source, texts, device, reward.aggregation)
+    raise ValueError(f"reward.kind: expected model, callable or http, got {kind}, whose heads the policy holds")
 
 
 def open_gold(name: str, tokenizer: Any, prompts: Sequence[Prompt]) -> RewardSource:
-    """A gold scorer: vader, or MODULE:FUNCTION."""
-    raise NotImplementedError
+    """A gold scorer: vader, MODULE:FUNCTION, FILE.py:FUNCTION or a URL. ValueError for anything else."""
+    texts = Texts(tokenizer, prompts)
+    if name == "vader":
+        return VaderReward(texts)
+    if name.startswith(("http://", "https://")):
+        return HTTPReward(name, texts, key="gold")
+    return CallableReward("gold", name, texts)
+
+
+def _adapter_folder(source: str | Path) -> Path | None:
+    return next((f for f in (Path(source), Path(source) / "adapter") if is_reward_adapter(f)), None)
+
+
+def _aggregated(head: EnsembleHead, aggregation: str) -> EnsembleHead:
+    if head.num_heads == 1:
+        head.aggregation = "mean"
+    elif aggregation:
+        head.aggregation = aggregation
+    head.aggregation = head.aggregation.with_centre("none")  # centring is the loop's, over all of a step's samples
+    return head.requires_grad_(False).eval()
+
+
+def _config(source: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            "reward.source: expected a reward model's folder or hub name, an adapter's folder, MODULE:FUNCTION, "
+            f"FILE.py:FUNCTION or a URL, got {source!r}: {reason}"
+        ) from None
+
+
+def _why_not_shared(source: str, policy: Any) -> tuple[str | None, EnsembleHead | None]:
+    """(why the heads in `source` cannot read the policy's trunk, None) or (None, the heads)."""
+    config = _config(source)
+    if not isinstance(config, EnsembleRewardConfig):
+        return "which is no EnsembleRewardModel", None
+    if config.pooling != "last":
+        return f"whose pooling is {config.pooling}, not last", None
+    trunk = causal_lm(policy).base_model
+    theirs, ours = config.text_config, trunk.config
+    for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        one, other = getattr(theirs, name, None), getattr(ours, name, None)
+        if one != other:
+            return f"whose trunk has {name} {one} where the policy has {other}", None
+    if not has_values(trunk.get_input_embeddings().weight):
+        return None, EnsembleRewardModel(config).score  # shapes are all there is
+    loaded: Any = EnsembleRewardModel.from_pretrained(source, dtype="auto")
+    name = _first_difference(loaded.model.state_dict(), trunk.state_dict())
+    if name is not None:
+        return f"whose trunk has another {name} than the policy", None
+    head: EnsembleHead = loaded.score
+    return None, head
+
+
+def _first_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> str | None:
+    """The first tensor whose samples differ, each in the coarser of its two precisions."""
+    for name in sorted(one.keys() | other.keys()):
+        a, b = one.get(name), other.get(name)
+        if a is None or b is None or a.shape != b.shape:
+            return name
+        step = max(1, a.numel() // _SAMPLE)
+        a, b = (tensor.detach().reshape(-1)[::step].cpu() for tensor in (a, b))
+        dtype = min((a.dtype, b.dtype), key=lambda d: torch.finfo(d).bits if d.is_floating_point else 0)
+        if not torch.equal(a.to(dtype), b.to(dtype)):
+            return name
+    return None

@@ -1,0 +1,444 @@
+"""What a reward source is taken for, what it is given, and what becomes of what it answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prudent.engine import EnsembleHead, EnsembleRewardModel, Scorer
+from prudent.rlhf.ppo import sources
+from prudent.rlhf.ppo.batch import Samples
+from prudent.rlhf.ppo.config import PPOConfig, RewardConfig
+from prudent.rlhf.ppo.prompts import Prompt
+from prudent.rlhf.ppo.rewards import (
+    check_reading,
+    load_adapter,
+    load_shared_head,
+    open_gold,
+    open_reward,
+    resolve_kind,
+)
+from prudent.rlhf.reward_adapter import save_head
+from prudent.rlhf.rollout import Turn
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_chat_folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_chat_folder).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_chat_folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_chat_folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(policy: Any, tokenizer: Any) -> list[Prompt]:
+    turn = Turn(tokenizer, policy)
+    return [Prompt(text, turn.prompt(text)) for text in ("the food was", "my day")]
+
+
+@pytest.fixture(scope="module")
+def samples(tokenizer: Any, prompts: list[Prompt]) -> Samples:
+    """Two answers to the second prompt, the first ended; one, ended at once, to the first."""
+    end = tokenizer.eos_token_id
+    words = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("good food", "bad hotel")]
+    return Samples(
+        [prompts[1].ids, prompts[1].ids, prompts[0].ids],
+        [[*words[0], end], words[1], [end]],
+        [True, False, True],
+        [1, 1, 0],
+    )
+
+
+def _save(folder: Path, policy: Any, tokenizer: Any, heads: int = 3, **options: Any) -> Path:
+    torch.manual_seed(4)
+    EnsembleRewardModel.from_trunk(policy, num_heads=heads, **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _config(source: str | Path, **reward: Any) -> PPOConfig:
+    return PPOConfig(model="m", prompts="p", output="o", reward={"source": str(source), **reward})
+
+
+def _open(source: str | Path, tokenizer: Any, prompts: list[Prompt], kind: Any, **reward: Any) -> Any:
+    return open_reward(_config(source, **reward), tokenizer, prompts, "cpu", kind)
+
+
+# -- kinds
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("https://host:80/score", "http"),
+        ("my.rewards:score", "callable"),
+        ("folder/my.py:score", "callable"),
+        ("vader", "callable"),
+    ],
+)
+def test_the_kind_follows_from_the_name(source: str, kind: str, policy: Any) -> None:
+    assert resolve_kind(RewardConfig(source=source), policy) == kind
+    assert resolve_kind(RewardConfig(source=source, kind="model"), policy) == "model"
+
+
+def test_a_source_that_is_nothing_is_refused(policy: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"reward.source: expected a reward model's folder or hub name, .* got 'no/such'"
+    ):
+        resolve_kind(RewardConfig(source="no/such"), policy)
+    with pytest.raises(ValueError, match=r"reward.source: expected a reward model's folder"):
+        resolve_kind(RewardConfig(source=str(tmp_path)), policy)
+
+
+def test_heads_on_the_policys_trunk_are_shared_in_any_precision(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
+    source = _save(tmp_path, policy, tokenizer)
+    assert resolve_kind(RewardConfig(source=str(source)), policy) == "shared"
+    half = AutoModelForCausalLM.from_pretrained(tokenizer.name_or_path, dtype=torch.bfloat16)
+    assert resolve_kind(RewardConfig(source=str(source)), half) == "shared"
+
+
+def test_a_trunk_that_was_trained_is_a_model_of_its_own(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
+    other = AutoModelForCausalLM.from_pretrained(tokenizer.name_or_path)
+    with torch.no_grad():
+        other.model.layers[1].self_attn.q_proj.weight += 1e-3
+    source = _save(tmp_path, other, tokenizer)
+    assert resolve_kind(RewardConfig(source=str(source)), policy) == "model"
+    with pytest.raises(
+        ValueError, match=r"policy's own trunk .* layers.1.self_attn.q_proj.weight .* reward.kind=model"
+    ):
+        load_shared_head(source, policy)
+
+
+def test_a_reward_that_is_not_read_at_the_last_token_is_a_model_of_its_own(
+    policy: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    source = _save(tmp_path, policy, tokenizer, pooling="first")
+    assert resolve_kind(RewardConfig(source=str(source)), policy) == "model"
+    with pytest.raises(ValueError, match="whose pooling is first, not last"):
+        load_shared_head(source, policy)
+
+
+def test_a_sequence_classifier_is_a_model(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
+    _save_classifier(tmp_path, policy, tokenizer)
+    assert resolve_kind(RewardConfig(source=str(tmp_path)), policy) == "model"
+    with pytest.raises(ValueError, match="which is no EnsembleRewardModel"):
+        load_shared_head(tmp_path, policy)
+
+
+def _save_classifier(folder: Path, policy: Any, tokenizer: Any) -> Any:
+    from transformers import LlamaForSequenceClassification
+
+    config = policy.config.__class__(**{**policy.config.to_dict(), "num_labels": 1, "pad_token_id": 0})
+    torch.manual_seed(6)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# -- heads on the trunk
+
+
+@pytest.mark.parametrize(
+    ("heads", "aggregation", "expected"),
+    [(3, "min", "min"), (3, "", "lcb:1"), (1, "tradeoff:0.4", "mean"), (3, "mean,centre=batch", "mean")],
+)
+def test_the_runs_aggregation_is_what_the_heads_get(
+    policy: Any, tokenizer: Any, tmp_path: Path, heads: int, aggregation: str, expected: str
+) -> None:
+    own = "lcb:1" if heads > 1 else "mean"
+    head = load_shared_head(_save(tmp_path, policy, tokenizer, heads, aggregation=own), policy, aggregation)
+    assert (head.num_heads, str(head.aggregation), head.training) == (heads, expected, False)
+    assert not any(parameter.requires_grad for parameter in head.parameters())
+
+
+def test_an_aggregation_of_a_head_that_is_not_there_is_refused(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="head"):
+        load_shared_head(_save(tmp_path, policy, tokenizer), policy, "head:7")
+
+
+def test_an_adapter_is_found_in_its_folder_and_in_its_run(policy: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "adapter"
+    folder.mkdir(parents=True)
+    save_head(EnsembleHead(32, 2), folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_text("{}")
+    for source in (folder, folder.parent):
+        assert resolve_kind(RewardConfig(source=str(source)), policy) == "adapter"
+        found, head = load_adapter(source, "min")
+        assert (found, head.num_heads, str(head.aggregation)) == (folder, 2, "min")
+    with pytest.raises(ValueError, match="expected a folder with a LoRA and heads"):
+        load_adapter(tmp_path)
+
+
+def test_a_reward_that_reads_other_tokens_than_the_policy_is_refused(
+    policy: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    check_reading(_save(tmp_path / "same", policy, tokenizer), tokenizer, policy)
+    # without a template, the EOS rule of the model decides
+    plain = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    plain.chat_template = None
+    check_reading(_save(tmp_path / "plain", policy, plain), plain, policy)
+    for name, model, theirs in (("no_eos", plain, plain), ("template", tokenizer, plain)):
+        source = _save(tmp_path / name, policy, model, append_eos=False)
+        with pytest.raises(ValueError, match="expected a reward trained on the tokens that the policy reads"):
+            check_reading(source, theirs, policy)
+
+
+# -- a model of its own
+
+
+def test_a_model_reads_texts_with_its_own_tokeniser_and_template(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path, make_bytes: Callable[..., Any]
+) -> None:
+    theirs = make_bytes()
+    source = _save(tmp_path, _byte_trunk(), theirs)
+    rewards = _open(source, tokenizer, prompts, "model", aggregation="min")(samples)
+    items = [
+        {"prompt": "my day", "response": "good food"},
+        {"prompt": "my day", "response": "bad hotel", "complete": False},
+        {"prompt": "the food was", "response": ""},
+    ]
+    scores = Scorer(EnsembleRewardModel.from_pretrained(source), theirs, progress=False).score(items, aggregation="min")
+    assert rewards.reward.tolist() == pytest.approx(scores.reward)
+    assert rewards.nominal.tolist() == pytest.approx(scores.nominal)
+    torch.testing.assert_close(rewards.mean, scores.mean)
+    torch.testing.assert_close(rewards.reward, scores.mean.amin(dim=1))
+
+
+def test_a_sequence_classifier_has_one_head_whose_mean_is_the_reward(
+    policy: Any, tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path
+) -> None:
+    _save_classifier(tmp_path, policy, tokenizer)
+    source = _open(tmp_path, tokenizer, prompts, "model")
+    rewards = source(samples)
+    assert (source.num_heads, rewards.nominal, rewards.worst) == (1, None, None)
+    torch.testing.assert_close(rewards.reward, rewards.mean[:, 0])
+
+
+def test_a_reward_that_is_not_finite_is_nan_and_spoils_no_other(
+    policy: Any, tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path
+) -> None:
+    source = _open(_save(tmp_path, policy, tokenizer), tokenizer, prompts, "model")
+    clean = source(samples).reward
+    with torch.no_grad():
+        source._scorer.model.get_input_embeddings().weight[tokenizer("hotel")["input_ids"][0]] = float("inf")
+    assert torch.equal(source(samples).reward.isnan(), torch.tensor([False, True, False]))
+    torch.testing.assert_close(source(samples).reward[[0, 2]], clean[[0, 2]])
+
+
+def test_a_model_that_cannot_read_the_prompts_is_refused_at_once(
+    policy: Any, tokenizer: Any, tmp_path: Path, make_bytes: Callable[..., Any]
+) -> None:
+    chat = [Prompt([{"role": "user", "content": "my day"}], [4])]
+    source = _save(tmp_path, _byte_trunk(), make_bytes())
+    with pytest.raises(ValueError, match=r"reward.source: .* cannot read the prompts: .*no chat template"):
+        _open(source, tokenizer, chat, "model")
+
+
+def _byte_trunk() -> Any:
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(8)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaModel(LlamaConfig(vocab_size=300, initializer_range=0.3, **sizes)).eval()
+
+
+@pytest.fixture(scope="module")
+def make_bytes() -> Callable[..., Any]:
+    """A tokeniser of single bytes, without a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def build() -> Any:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = {token: i for i, token in enumerate(["</s>", *alphabet])}
+        bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        bytewise.decoder = decoders.ByteLevel()
+        return PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="</s>")
+
+    return build
+
+
+# -- functions
+
+
+def _function(tmp_path: Path, body: str) -> str:
+    (tmp_path / "mine.py").write_text(f"def score(prompts, responses):\n    {body}\n", "utf-8")
+    return f"{tmp_path / 'mine.py'}:score"
+
+
+def test_a_function_gets_prompts_and_responses(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path
+) -> None:
+    body = "return [len(p) + 100 * (r == 'good food') + 200 * (r == '') for p, r in zip(prompts, responses)]"
+    rewards = _open(_function(tmp_path, body), tokenizer, prompts, "callable")(samples)
+    assert rewards.reward.tolist() == [106.0, 6.0, 212.0]
+    assert rewards[1:] == (None, None, None, None)
+
+
+def test_a_module_beside_the_command_is_found(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "reward_of_mine.py").write_text("import numpy\ndef f(p, r): return numpy.ones(len(p))", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert open_gold("reward_of_mine:f", tokenizer, prompts)(samples).reward.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_none_nan_and_infinity_are_nan(tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path) -> None:
+    rewards = _open(_function(tmp_path, "return [None, float('inf'), 2]"), tokenizer, prompts, "callable")(samples)
+    assert [math.isnan(x) for x in rewards.reward.tolist()] == [True, True, False]
+
+
+def test_a_mapping_may_say_what_its_heads_think(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path
+) -> None:
+    body = "return {'rewards': [1, 2, 3], 'worst': [0, 0, 0], 'mean': [[1, 2]] * 3, 'std': [[.1, .2]] * 3, 'x': 5}"
+    rewards = _open(_function(tmp_path, body), tokenizer, prompts, "callable")(samples)
+    assert (rewards.worst.tolist(), rewards.nominal, list(rewards.std.shape)) == ([0, 0, 0], None, [3, 2])
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [1.0]", r"mine.py:score: rewards: expected a list of 3, one a response, got 1"),
+        ("return 1.0", "expected a list of 3, one a response, got float"),
+        ("return ['a', 1, 2]", "expected numbers, None or NaN, got 'a'"),
+        ("return {'score': [1, 2, 3]}", "expected rewards in the answer, got score"),
+        ("return {'rewards': [1, 2, 3], 'mean': [[1], [1, 2], [1]]}", "mean: expected one list a response, all of one"),
+        ("raise KeyError('k')", r"reward.source: .*mine.py:score raised KeyError: 'k'"),
+    ],
+)
+def test_what_a_function_does_wrong_is_said(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path, body: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        _open(_function(tmp_path, body), tokenizer, prompts, "callable")(samples)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no_such_module:f", "gold: no_such_module cannot be imported: ModuleNotFoundError"),
+        ("math:no_such", "gold: expected a function no_such in math, got none"),
+        ("nothing", "gold: expected MODULE:FUNCTION or FILE.py:FUNCTION, got 'nothing'"),
+    ],
+)
+def test_a_function_that_is_not_there_is_refused(
+    tokenizer: Any, prompts: list[Prompt], source: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_gold(source, tokenizer, prompts)
+
+
+def test_vader_judges_the_response_alone(tokenizer: Any, prompts: list[Prompt], samples: Samples) -> None:
+    pytest.importorskip("vaderSentiment")
+    gold = open_gold("vader", tokenizer, prompts)(samples).reward
+    assert gold[0] > 0 > gold[1]
+    assert gold[2] == 0
+
+
+# -- servers
+
+
+class _Server(BaseHTTPRequestHandler):
+    answers: list[tuple[int, bytes]]
+    seen: list[Any]
+
+    def do_POST(self) -> None:
+        self.seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        code, body = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[str, type[_Server]]]]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(sources, "_WAITS", (0.01, 0.01))
+    servers: list[HTTPServer] = []
+
+    def start(*answers: tuple[int, bytes]) -> tuple[str, type[_Server]]:
+        handler = type("Handler", (_Server,), {"answers": list(answers), "seen": []})
+        server = HTTPServer(("127.0.0.1", 0), handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}/score", handler
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_server_gets_texts_and_openrlhfs_query(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, serve: Any
+) -> None:
+    url, server = serve((200, b'{"rewards": [1, null, -2.5]}'))
+    rewards = _open(url, tokenizer, prompts, "http")(samples).reward
+    assert rewards[[0, 2]].tolist() == [1, -2.5]
+    assert rewards[1].isnan()
+    (body,) = server.seen
+    assert body["prompts"] == ["my day", "my day", "the food was"]
+    assert body["responses"] == ["good food", "bad hotel", ""]
+    assert body["query"][0].split() == ["<|user|>", "my", "day", "<|end|>", "<|assistant|>", "good", "food", "<|end|>"]
+
+
+def test_a_server_that_is_busy_is_asked_again(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, serve: Any
+) -> None:
+    url, server = serve((503, b"busy"), (500, b"oops"), (200, b"[1, 2, 3]"))
+    assert _open(url, tokenizer, prompts, "http")(samples).reward.tolist() == [1, 2, 3]
+    assert len(server.seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "message", "requests"),
+    [
+        ((404, b"what?"), r"refused the request: 404 Not Found: 'what\?'", 1),
+        ((503, b"busy"), "expected rewards, got none in 3 tries, last 503", 3),
+        ((200, b"<html>"), "expected JSON, got b'<html>'", 1),
+        ((200, b'{"rewards": [1]}'), "expected a list of 3, one a response, got 1", 1),
+    ],
+)
+def test_what_a_server_does_wrong_is_said(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, serve: Any, answer: Any, message: str, requests: int
+) -> None:
+    url, server = serve(answer)
+    with pytest.raises(ValueError, match=message):
+        _open(url, tokenizer, prompts, "http")(samples)
+    assert len(server.seen) == requests
+
+
+def test_a_server_that_is_not_there_or_silent_is_given_up(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, serve: Any
+) -> None:
+    import socket
+
+    with socket.socket() as silent:  # takes connections and says nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ValueError, match=r"got none in 3 tries, last no answer within 0.05 s"):
+            _open(url, tokenizer, prompts, "http", timeout=0.05)(samples)
+    with pytest.raises(ValueError, match=r"got none in 3 tries, last .*refused"):
+        _open(url, tokenizer, prompts, "http")(samples)
+
+
+def test_a_reward_on_the_policys_trunk_is_not_opened_here(tokenizer: Any, prompts: list[Prompt]) -> None:
+    with pytest.raises(ValueError, match=r"reward.kind: expected model, callable or http, got shared"):
+        _open("x", tokenizer, prompts, "shared")
