@@ -1,4 +1,4 @@
-"""The reward as an adapter: what `prudent train` with mode lora keeps beside the merged model, to sit on a policy's trunk.
+"""The reward as an adapter: what `prudent train` with mode lora keeps beside the merged model, for a policy's trunk.
 
 A folder holds a LoRA in peft's format, named as in the causal language model (so that PeftModel.from_pretrained loads
 it on that), the heads (head.safetensors, head.json) and the tokeniser.
@@ -19,26 +19,36 @@ _WEIGHTS = "adapter_model.safetensors"  # peft's name
 _ROOT = "base_model.model."  # peft's, before every name in the model it wraps
 
 
-def save_lora(model: Any, adapter: str, folder: Path, *, trunk_prefix: tuple[str, str] | None = None) -> None:
+def save_lora(
+    model: Any, adapter: str, folder: Path, *, base: str | None = None, trunk_prefix: tuple[str, str] | None = None
+) -> None:
     """One LoRA of a PeftModel, as `PeftModel.from_pretrained` reads it.
 
     Args:
         model: the PeftModel.
         adapter: its name there; the saved one has none.
         folder: is there already.
+        base: what the configuration calls the model underneath; None keeps what peft found.
         trunk_prefix: (name of the trunk in the wrapped model, name to save it under) where these differ.
     """
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if "lora_" in name}
-    if trunk_prefix is not None:
-        own, saved = (f"{_ROOT}{prefix}." for prefix in trunk_prefix)
-        state = {saved + name.removeprefix(own): tensor for name, tensor in state.items()}
-    save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
     config = copy.deepcopy(model.peft_config[adapter])
+    if trunk_prefix is not None:
+        own, saved = (f"{prefix}." for prefix in trunk_prefix)
+        state = {_renamed(name, _ROOT + own, _ROOT + saved): tensor for name, tensor in state.items()}
+        # whole names; some releases of peft list last components instead, which have no prefix
+        config.target_modules = {_renamed(name, own, saved) for name in config.target_modules}
+    save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
     config.inference_mode, config.modules_to_save, config.task_type = True, None, "CAUSAL_LM"
+    config.base_model_name_or_path = base or config.base_model_name_or_path
     config.save_pretrained(folder)
+
+
+def _renamed(name: str, prefix: str, other: str) -> str:
+    return other + name[len(prefix) :] if name.startswith(prefix) else name
 
 
 def save_head(head: EnsembleHead, folder: Path) -> None:

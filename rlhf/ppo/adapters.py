@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..reward_adapter import save_lora
@@ -38,7 +39,7 @@ class Adapters:
 
     Args:
         model: the causal language model; its own weights are frozen.
-        name: what peft's adapter_config.json is to say the base model is.
+        name: what messages and peft's adapter_config.json call the model.
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -50,42 +51,40 @@ class Adapters:
 
     def add(self, adapter: str, config: PolicyConfig) -> None:
         """A fresh LoRA on every linear layer but the language-model head; it changes nothing yet (B = 0)."""
-        peft = _peft()
-        lora = peft.LoraConfig(
+        lora = _peft().LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             target_modules="all-linear",
             task_type="CAUSAL_LM",
-            base_model_name_or_path=self._name,
         )
-        if self._peft is None:
-            self._peft = peft.get_peft_model(self.model, lora, adapter_name=adapter)
-        else:
-            self._peft.add_adapter(adapter, lora)
-        self._prepare()
+        self._inject(adapter, lora)
 
     def load(self, adapter: str, folder: Path) -> None:
         """The LoRA in `folder`, frozen.
 
         Raises:
-            ValueError: where it does not fit the model.
+            ValueError: where it does not fit the model, tensor by tensor.
         """
         peft = _peft()
+        wanted = f"reward.source: expected an adapter that fits {self._name}, got {folder}"
         try:
-            if self._peft is None:
-                self._peft = peft.PeftModel.from_pretrained(self.model, str(folder), adapter_name=adapter)
-                missing: list[str] = []
-            else:
-                missing = self._peft.load_adapter(str(folder), adapter).missing_keys
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"reward.source: expected an adapter that fits {self._name}, got {folder}: {error}"
-            ) from error
-        if missing:
-            raise ValueError(
-                f"reward.source: expected every tensor of the adapter in {folder}, got none for {missing[0]}"
-            )
+            config = peft.PeftConfig.from_pretrained(str(folder))
+            config.base_model_name_or_path = None  # the model here counts, whatever it is called
+            self._inject(adapter, config)
+            given = load_file(folder / "adapter_model.safetensors")
+            own = peft.get_peft_model_state_dict(self._peft, adapter_name=adapter, save_embedding_layers=False)
+            for name in sorted(own.keys() ^ given.keys()):
+                raise ValueError(f"{name} is in one of them alone")
+            peft.set_peft_model_state_dict(self._peft, given, adapter_name=adapter)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ValueError(f"{wanted}: {_first_tensor(str(error))}") from error
+
+    def _inject(self, adapter: str, config: Any) -> None:
+        if self._peft is None:
+            self._peft = _peft().get_peft_model(self.model, config, adapter_name=adapter)
+        else:
+            self._peft.add_adapter(adapter, config)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -157,4 +156,10 @@ class Adapters:
 
     def save(self, adapter: str, folder: Path) -> None:
         """In peft's format: `PeftModel.from_pretrained(base model, folder)` loads it."""
-        save_lora(self._peft, adapter, folder)
+        save_lora(self._peft, adapter, folder, base=self._name)
+
+
+def _first_tensor(message: str) -> str:
+    """torch lists every tensor that does not fit, one a line under a heading: the first tells enough."""
+    lines = message.splitlines()
+    return lines[min(1, len(lines) - 1)].strip() if lines else "it cannot be read"

@@ -260,7 +260,7 @@ class Policy(nn.Module):
         own = self.trainable_state()
         for name in sorted(own.keys() ^ state.keys()):
             raise ValueError(
-                f"trainable state: expected this policy's {len(own)} tensors, got {len(state)}, with {name} in one alone"
+                f"trainable state: expected this policy's {len(own)} tensors, got {len(state)}: {name} is in one alone"
             )
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from prudent.engine import EnsembleHead, EnsembleRewardModel, Scorer
 from prudent.rlhf.config import load_config
-from prudent.rlhf.reward_adapter import is_reward_adapter, load_head, save_head
+from prudent.rlhf.reward_adapter import is_reward_adapter, load_head, save_head, save_lora
 from prudent.rlhf.train import TrainConfig, run_train
 
 GOOD, BAD = ["good", "great", "happy", "love", "lovely"], ["bad", "awful", "sad", "hate", "horrible"]
@@ -72,6 +73,26 @@ def test_a_run_killed_before_the_adapter_was_kept_gets_it_when_resumed(run: Trai
     run_train(copy, resume=True, progress=False)
     for name in ("adapter_model.safetensors", "head.safetensors", "head.json", "adapter_config.json"):
         assert (copy.output / "adapter" / name).read_bytes() == (run.output / "adapter" / name).read_bytes()
+
+
+def test_a_lora_is_named_as_in_the_causal_language_model(tmp_path: Path) -> None:
+    # EnsembleRewardModel calls its trunk `model`, GPT-2 calls it `transformer`
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    torch.manual_seed(0)
+    lm = GPT2LMHeadModel(config).eval()
+    base = copy.deepcopy(lm)
+    reward = EnsembleRewardModel.from_trunk(lm, num_heads=2)
+    adapted = get_peft_model(reward, LoraConfig(target_modules="all-linear", fan_in_fan_out=True)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    save_lora(adapted, "default", tmp_path, trunk_prefix=("model", reward.model.base_model_prefix))
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        wanted = reward.model(ids).last_hidden_state
+        loaded = PeftModel.from_pretrained(base, tmp_path).get_base_model().transformer(ids).last_hidden_state
+    torch.testing.assert_close(loaded, wanted)
 
 
 def test_a_head_comes_back_as_it_was_kept(tmp_path: Path) -> None:

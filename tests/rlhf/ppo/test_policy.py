@@ -1,0 +1,514 @@
+"""One trunk in four roles: what each computes, what trains, packing, checkpoints, memory, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from prudent.engine import EnsembleHead
+from prudent.rlhf.ppo import rewards
+from prudent.rlhf.ppo.adapters import StoredWide
+from prudent.rlhf.ppo.attention import FLASH
+from prudent.rlhf.ppo.batch import Samples, TokenBatch, token_batch
+from prudent.rlhf.ppo.config import PPOConfig
+from prudent.rlhf.ppo.policy import Policy, RewardOnTrunk, trunk_dtype
+from prudent.rlhf.reward_adapter import save_head
+
+VOCABULARY, WIDTH = 97, 32
+SAMPLES = Samples(
+    [[1, 2, 3], [1, 2, 3], [5], [6, 7]],
+    [[4, 8, 9], [10, 11, 12, 13, 14, 15], [9], [20, 21, 22, 23]],
+    [True, False, True, False],
+    [0, 0, 1, 2],
+)
+
+
+def tiny_lm(**changes: Any) -> Any:
+    """A random Llama, far from uniform."""
+    torch.manual_seed(0)
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**options, **changes})).eval()
+
+
+def settings(**changes: Any) -> PPOConfig:
+    base: dict[str, Any] = {"model": "tiny", "prompts": "p", "output": "o", "reward": {"source": "r"}}
+    return PPOConfig(**{**base, **changes})
+
+
+def stirred(policy: Policy) -> Policy:
+    """Every trained parameter off its start, as after some steps."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.trainable_state().values():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return policy
+
+
+def make(lm: Any = None, reward: RewardOnTrunk | None = None, **changes: Any) -> Policy:
+    torch.manual_seed(1)
+    return Policy(settings(**changes), tiny_lm() if lm is None else lm, device="cpu", reward=reward)
+
+
+def whole(packed: bool = False) -> TokenBatch:
+    return token_batch(SAMPLES, range(4), packed=packed, device="cpu")
+
+
+def plain_logprobs(lm: Any, temperature: float = 1.0) -> Tensor:
+    """[R] by the model's own logits, one sequence at a time."""
+    parts = []
+    for prompt, response in zip(SAMPLES.prompts, SAMPLES.responses, strict=True):
+        with torch.no_grad():
+            logits = lm(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        targets = torch.tensor(response)[:, None]
+        parts.append((logits.float() / temperature).log_softmax(-1).gather(1, targets)[:, 0])
+    return torch.cat(parts)
+
+
+# roles
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_fresh_policy_is_its_reference_to_the_bit_and_its_values_are_zero(mode: str) -> None:
+    policy, batch = make(policy={"mode": mode}), whole()
+    with torch.no_grad():
+        actor, reference = policy.hidden(batch, "actor"), policy.hidden(batch, "reference")
+        assert torch.equal(actor, reference)
+        torch.testing.assert_close(policy.logprobs(actor, batch, 0.7).logprob, plain_logprobs(tiny_lm(), 0.7))
+        assert not policy.values(actor).any()
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_training_moves_the_actor_and_leaves_the_reference_where_it_was(mode: str) -> None:
+    policy, batch = make(policy={"mode": mode}), whole()
+    stirred(policy)
+    with torch.no_grad():
+        reference = policy.logprobs(policy.hidden(batch, "reference"), batch, 1.0, "reference").logprob
+        actor = policy.logprobs(policy.hidden(batch, "actor"), batch, 1.0).logprob
+    torch.testing.assert_close(reference, plain_logprobs(tiny_lm()))
+    torch.testing.assert_close(actor, plain_logprobs(policy.model))  # between calls the actor is on
+    assert (actor - reference).abs().max() > 0.1
+
+
+def test_a_shared_critic_reads_the_actors_hidden_states_and_an_adapter_its_own() -> None:
+    batch = whole()
+    with torch.no_grad():
+        shared = stirred(make())
+        assert torch.equal(shared.hidden(batch, "critic"), shared.hidden(batch, "actor"))
+        own = stirred(make(policy={"critic": "adapter"}))
+        assert not torch.allclose(own.hidden(batch, "critic"), own.hidden(batch, "actor"))
+
+
+def test_without_a_critic_there_are_no_values() -> None:
+    policy = make(policy={"critic": "none"}, update={"estimator": "rloo"}, rollout={"samples_per_prompt": 2})
+    assert policy.value_head is None
+    with pytest.raises(ValueError, match=r"policy.critic: expected shared or adapter, got none"):
+        policy.values(torch.zeros(1, WIDTH))
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_reward_adapter_reads_the_trunk_as_peft_does(mode: str, tmp_path: Path) -> None:
+    stirred(make()).save(tmp_path)  # any LoRA serves
+    head, batch = EnsembleHead(WIDTH, 3), whole()
+    policy = stirred(make(reward=RewardOnTrunk(head, tmp_path), policy={"mode": mode}))
+    alone = PeftModel.from_pretrained(tiny_lm(), tmp_path).get_base_model()
+    with torch.no_grad():
+        ours = policy.hidden(batch, "reward")[batch.last]
+        theirs = alone.model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state.flatten(0, 1)
+        torch.testing.assert_close(ours, theirs[batch.last])
+        torch.testing.assert_close(
+            policy.logprobs(policy.hidden(batch, "reference"), batch, 1.0, "reference").logprob,
+            plain_logprobs(tiny_lm()),
+        )
+    assert policy.reward_kind == "adapter"
+    assert not any("reward" in name for name in policy.trainable_state())
+
+
+def test_only_the_parts_asked_for_are_trained() -> None:
+    policy = make(reward=RewardOnTrunk(EnsembleHead(WIDTH, 3)), policy={"critic": "adapter"}, update={"lr": 0.5})
+    groups = {group["name"]: group for group in policy.parameter_groups(policy.config)}
+    assert {name: group["lr"] for name, group in groups.items()} == {"actor": 0.5, "critic": 0.5, "value_head": 5.0}
+    trained = {id(p) for p in policy.parameters() if p.requires_grad}
+    assert trained == {id(p) for group in groups.values() for p in group["params"]}
+    assert len(groups["actor"]["params"]) == len(groups["critic"]["params"]) == 2 * 2 * 7
+    rates = {g["name"]: g["lr"] for g in make().parameter_groups(settings())}
+    assert rates == {"actor": 1e-4, "value_head": pytest.approx(1e-3)}
+    full = make(policy={"mode": "full"})
+    assert {g["name"]: g["lr"] for g in full.parameter_groups(full.config)}["actor"] == 1e-6
+    assert not any(p.requires_grad for p in full.frozen.parameters())
+
+
+def test_dropout_of_the_trunk_is_off_in_training_too() -> None:
+    policy, batch = make(tiny_lm(attention_dropout=0.5)), whole()
+    policy.train()
+    assert torch.equal(policy.hidden(batch, "actor"), policy.hidden(batch, "actor"))
+    noisy = stirred(make(policy={"lora_dropout": 0.5})).train()  # the LoRA's own is the user's choice
+    assert not torch.equal(noisy.hidden(batch, "actor"), noisy.hidden(batch, "actor"))
+
+
+# gradients
+
+
+def loss_of(policy: Policy, batch: TokenBatch) -> Tensor:
+    """Takes in log-probability, entropy and value, so that every trained part has a gradient."""
+    hidden = policy.hidden(batch, "actor")
+    out = policy.logprobs(hidden, batch, 0.8)
+    critic = policy.hidden(batch, "critic") if policy.config.critic == "adapter" else hidden
+    value = policy.values(critic[batch.rows])
+    weight = torch.linspace(-1, 1, len(batch.rows))
+    return (weight * out.logprob + 0.3 * out.entropy).sum() + (value - weight).square().sum()
+
+
+def gradients(policy: Policy, batch: TokenBatch) -> dict[str, Tensor]:
+    policy.train()
+    policy.zero_grad()
+    loss_of(policy, batch).backward()
+    return {
+        f"{g['name']}{i}": p.grad.clone()
+        for g in policy.parameter_groups(policy.config)
+        for i, p in enumerate(g["params"])
+    }
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("critic", ["shared", "adapter"])
+def test_checkpointed_gradients_are_the_plain_ones(mode: str, critic: str) -> None:
+    # with a critic's LoRA the actor's layers are computed again while the critic's would be on, were it left on
+    options = {"mode": mode, "critic": critic}
+    plain = gradients(stirred(make(policy=options)), whole())
+    again = gradients(stirred(make(policy={**options, "gradient_checkpointing": True})), whole())
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(again[name], gradient, msg=name)
+
+
+def test_checkpointing_computes_again_with_the_lora_of_its_forward_pass() -> None:
+    policy, batch = stirred(make(policy={"critic": "adapter", "gradient_checkpointing": True})).train(), whole()
+    policy.values(policy.hidden(batch, "critic")).sum().backward()  # the actor is on when this runs
+    trained = {g["name"]: g["params"] for g in policy.parameter_groups(policy.config)}
+    assert all(p.grad is None for p in trained["actor"])
+    plain = stirred(make(policy={"critic": "adapter"})).train()
+    plain.values(plain.hidden(batch, "critic")).sum().backward()
+    for ours, theirs in zip(trained["critic"], plain.parameter_groups(plain.config)[1]["params"], strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+# packing
+
+
+def tiny(kind: str, **changes: Any) -> Any:
+    """A random model of another family."""
+    torch.manual_seed(0)
+    common = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(kind, **common, max_position_embeddings=64, pad_token_id=0, **changes)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+GATED = {"intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": GATED,
+    "mistral": {**GATED, "sliding_window": 3},
+    "qwen2": GATED,
+    "qwen3": {**GATED, "head_dim": 8},
+    "gemma2": {**GATED, "head_dim": 8, "sliding_window": 3, "final_logit_softcapping": 3.0},
+    "gpt2": {"n_inner": 48},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": WIDTH},
+    "gpt_neox": {"intermediate_size": 48},
+    "cohere": {**GATED, "logit_scale": 0.25},
+    "granite": {**GATED, "logits_scaling": 4.0},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_log_probabilities_are_the_models_own(family: str) -> None:
+    lm = tiny(family, **FAMILIES[family])
+    wanted = plain_logprobs(lm, 0.7)
+    policy, batch = make(lm), whole()
+    with torch.no_grad():
+        ours = policy.logprobs(policy.hidden(batch, "actor"), batch, 0.7).logprob
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])
+def test_packed_is_padded_to_rounding(family: str) -> None:
+    # log-probabilities, entropies, values, rewards and gradients; windows are shorter than the sequences
+    results = []
+    for packed in (False, True):
+        head = EnsembleHead(WIDTH, 3)
+        head.reset_parameters(torch.Generator().manual_seed(3))
+        lm = tiny(family, **FAMILIES[family])
+        policy = stirred(make(lm, packed=packed, reward=RewardOnTrunk(head), policy={"critic": "adapter"}))
+        assert policy.packed is packed
+        batch = whole(packed)
+        with torch.no_grad():
+            hidden = policy.hidden(batch, "actor")
+            out = policy.logprobs(hidden, batch, 0.7)
+            values = policy.values(policy.hidden(batch, "critic")[batch.rows])
+            reward = head(policy.hidden(batch, "reward"), batch.last).reward
+        results.append([*out, values, reward, *gradients(policy, batch).values()])
+    for padded, packed_one in zip(*results, strict=True):
+        torch.testing.assert_close(packed_one, padded, rtol=1e-4, atol=2e-5)
+
+
+def test_a_model_without_position_ids_cannot_be_packed() -> None:
+    def bloom() -> Any:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("bloom", vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=2, n_head=4)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    with pytest.raises(ValueError, match=r"packed: expected false, because BloomForCausalLM takes no position_ids"):
+        make(bloom(), packed=True)
+    assert not make(bloom()).packed
+    torch.testing.assert_close(
+        make(bloom()).logprobs(make(bloom()).hidden(whole(), "actor"), whole(), 1.0).logprob,
+        plain_logprobs(bloom()),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_an_architecture_whose_packed_sequences_would_see_each_other_is_found_out() -> None:
+    # transformers' OPT makes itself a mask of ones where it is given none, and so masks causally and nothing more
+    with pytest.raises(ValueError, match=r"expected false, because in OPTForCausalLM sequences packed .* stay apart"):
+        make(tiny("opt", **FAMILIES["opt"]), packed=True)
+
+
+def test_packed_flash_attention_is_told_where_sequences_begin() -> None:
+    policy, batch, seen = make(), whole(packed=True), {}
+    policy.attention = FLASH  # as resolved on a GPU; what the trunk is handed is all that can be seen here
+
+    def spy(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        seen.update(kwargs)
+        return args, {name: value for name, value in kwargs.items() if "seq_len" not in name and "max_len" not in name}
+
+    policy.model.base_model.register_forward_pre_hook(spy, with_kwargs=True)
+    policy.hidden(batch, "actor")
+    assert seen["cu_seq_lens_q"].tolist() == seen["cu_seq_lens_k"].tolist() == [0, 5, 13, 14, 19]
+    assert seen["cu_seq_lens_q"].dtype == torch.int32
+    assert seen["max_length_q"] == seen["max_length_k"] == 8
+
+
+# memory
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor an operator gives out, of those that have the vocabulary beside other rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_nothing_as_large_as_tokens_times_vocabulary_is_made_forward_or_backward(mode: str) -> None:
+    vocabulary, rows = 20_000, 16 * 40
+    samples = Samples([[1, 2]] * 16, [list(range(3, 43))] * 16, [False] * 16, [0] * 16)
+    policy = make(tiny_lm(vocab_size=vocabulary), policy={"mode": mode, "critic": "shared"}).train()
+    batch = token_batch(samples, range(16), packed=False, device="cpu")
+    assert len(batch.rows) == rows
+    with Largest() as watch:
+        loss_of(policy, batch).backward()
+    # a tile of logits is 4 MiB on a CPU, the embedding's gradient (mode full) vocabulary x width
+    assert watch.elements <= max(2**20, vocabulary * WIDTH) < rows * vocabulary / 10
+    with Largest() as watch, torch.no_grad():
+        policy.model(batch.input_ids)  # the watch sees what it is to see
+    assert watch.elements >= rows * vocabulary
+
+
+def test_a_bf16_trunk_feeds_its_loras_bf16_and_their_weights_and_gradients_are_fp32() -> None:
+    policy, inputs = stirred(make(tiny_lm().to(torch.bfloat16))), []
+    wide = [module for module in policy.modules() if isinstance(module, StoredWide)]
+    assert len(wide) == 2 * 2 * 7
+    for module in wide:
+        module.register_forward_hook(lambda module, args, out: inputs.append((args[0].dtype, out.dtype)))
+    hidden = policy.hidden(whole(), "actor")
+    assert hidden.dtype == policy.dtype == torch.bfloat16
+    assert set(inputs) == {(torch.bfloat16, torch.bfloat16)}
+    assert {gradient.dtype for gradient in gradients(policy, whole()).values()} == {torch.float32}
+    assert policy.values(hidden).dtype == torch.float32
+
+
+def test_a_bf16_policy_samples_from_what_it_scores() -> None:
+    policy, batch = stirred(make(tiny_lm().to(torch.bfloat16))), whole()
+    state = {name: tensor.clone() for name, tensor in policy.trainable_state().items()}
+    scored = policy.hidden(batch, "actor").detach()
+    addresses = []
+    for _ in range(2):
+        with policy.sampling() as model:
+            assert model is policy.model
+            assert not torch.is_grad_enabled()
+            assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {torch.bfloat16}
+            addresses.append([p.data_ptr() for n, p in model.named_parameters() if "lora" in n])
+            drawn = model.base_model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        rows = batch.rows
+        torch.testing.assert_close(drawn.flatten(0, 1)[rows], scored[rows], rtol=0.02, atol=0.02)
+    assert addresses[0] == addresses[1]  # a captured graph reads them again
+    for name, tensor in policy.trainable_state().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, state[name])
+
+
+def test_sampling_restores_the_mode_and_the_weights_after_an_error() -> None:
+    policy = make(tiny_lm().to(torch.bfloat16)).train()
+    with policy.sampling() as model:
+        assert not model.training
+    with contextlib.suppress(RuntimeError), policy.sampling():
+        raise RuntimeError
+    assert policy.model.training
+    assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
+
+
+# state
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_trainable_state_put_back_is_the_policy_it_came_from(mode: str) -> None:
+    options = {"mode": mode, "critic": "adapter"}
+    trained, fresh, batch = stirred(make(policy=options)), make(policy=options), whole()
+    fresh.load_trainable_state({name: tensor.clone() for name, tensor in trained.trainable_state().items()})
+    with torch.no_grad():
+        for role in ("actor", "critic", "reference"):
+            assert torch.equal(fresh.hidden(batch, role), trained.hidden(batch, role))
+        assert torch.equal(fresh.values(torch.ones(1, WIDTH)), trained.values(torch.ones(1, WIDTH)))
+
+
+def test_another_trainable_state_is_refused_and_changes_nothing() -> None:
+    policy = stirred(make())
+    before = {name: tensor.clone() for name, tensor in policy.trainable_state().items()}
+    name = next(iter(before))
+    short = {key: value + 1 for key, value in before.items() if key != name}
+    with pytest.raises(ValueError, match=rf"expected this policy's 30 tensors, got 29: {name} is in one alone"):
+        policy.load_trainable_state(short)
+    with pytest.raises(ValueError, match=r"value_head/weight: expected \[1, 32\], got \[1, 31\]"):
+        policy.load_trainable_state({**{k: v + 1 for k, v in before.items()}, "value_head/weight": torch.zeros(1, 31)})
+    for key, tensor in policy.trainable_state().items():
+        assert torch.equal(tensor, before[key])
+
+
+def test_what_is_saved_is_an_adapter_that_peft_loads(tmp_path: Path) -> None:
+    policy = stirred(make(policy={"critic": "adapter"}))
+    policy.save(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_lm(), tmp_path)
+    torch.testing.assert_close(plain_logprobs(loaded), plain_logprobs(policy.model))
+    assert {path.name for path in tmp_path.iterdir()} >= {"value_head.safetensors", "critic"}
+    critic = PeftModel.from_pretrained(tiny_lm(), tmp_path / "critic").get_base_model()
+    with torch.no_grad():
+        theirs = critic.model(whole().input_ids, attention_mask=whole().attention_mask).last_hidden_state
+        rows = whole().rows
+        torch.testing.assert_close(policy.hidden(whole(), "critic")[rows], theirs.flatten(0, 1)[rows])
+
+
+def test_a_whole_model_is_saved_whole(tmp_path: Path) -> None:
+    policy = stirred(make(policy={"mode": "full"}))
+    policy.save(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(plain_logprobs(loaded), plain_logprobs(policy.model))
+
+
+# loading
+
+
+def test_load_reads_the_model_and_the_reward_that_the_config_names(
+    tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    width = AutoConfig.from_pretrained(tiny_chat_folder).hidden_size
+    base = AutoModelForCausalLM.from_pretrained(tiny_chat_folder, dtype=torch.float32)
+    Policy(settings(model=str(tiny_chat_folder)), base, device="cpu").save(tmp_path)
+    save_head(EnsembleHead(width, 2, aggregation="min"), tmp_path)
+    config = settings(model=str(tiny_chat_folder), reward={"source": str(tmp_path), "kind": "adapter"})
+    monkeypatch.setattr(rewards, "resolve_kind", lambda reward, model: "adapter")
+    monkeypatch.setattr(rewards, "load_adapter", lambda source, aggregation: (tmp_path, EnsembleHead(width, 2)))
+    policy = Policy.load(config, device="cpu")
+    assert (policy.reward_kind, policy.dtype) == ("adapter", torch.float32)
+    monkeypatch.setattr(rewards, "resolve_kind", lambda reward, model: "callable")
+    given = Policy.load(config.model_copy(update={"dtype": "bfloat16"}), device="cpu", model=tiny_lm())
+    assert (given.reward_kind, given.dtype) == (None, torch.bfloat16)
+
+
+def test_the_trunks_dtype_follows_device_and_mode() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert trunk_dtype(settings(), cpu) == torch.float32
+    assert trunk_dtype(settings(), gpu) == torch.bfloat16
+    # AdamW's steps of 1e-6 are below half the spacing of bf16 numbers at a weight's size
+    assert trunk_dtype(settings(policy={"mode": "full"}), gpu) == torch.float32
+    assert trunk_dtype(settings(dtype="bfloat16", policy={"mode": "full"}), gpu) == torch.bfloat16
+
+
+# what is refused
+
+
+def test_logits_that_linear_logprob_cannot_say_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected a language-model head without a bias, got one in PhiForCausalLM"):
+        make(tiny("phi", intermediate_size=48))
+
+    class Doubled(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = 2 * out.logits
+            return out
+
+    lm = tiny_lm()
+    lm.__class__ = Doubled
+    with pytest.raises(ValueError, match=r"expected logits that are the last hidden states times .* from Doubled"):
+        make(lm)
+    lm = tiny("gemma2", **FAMILIES["gemma2"])
+    lm.config.logit_scale = 0.5
+    with pytest.raises(ValueError, match=r"scaled or capped, got both in Gemma2ForCausalLM: scale 0.5, cap 3"):
+        make(lm)
+
+
+def test_heads_and_adapters_of_another_width_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"reward.source: expected heads on hidden states of width 32, got 16"):
+        make(reward=RewardOnTrunk(EnsembleHead(16, 3)))
+    make(tiny_lm(hidden_size=16)).save(tmp_path)
+    with pytest.raises(ValueError, match=r"fits tiny, got .*: size mismatch for .*q_proj.lora_A.reward.weight.*\.$"):
+        make(reward=RewardOnTrunk(EnsembleHead(WIDTH, 3), tmp_path))
+    make(tiny_lm(num_hidden_layers=3)).save(tmp_path)
+    with pytest.raises(ValueError, match=r"fits tiny, got .*: base_model.*layers.2.* is in one of them alone"):
+        make(reward=RewardOnTrunk(EnsembleHead(WIDTH, 3), tmp_path))
+
+
+# what is said
+
+
+def test_the_description_says_the_combination_and_its_bytes() -> None:
+    policy = make(reward=RewardOnTrunk(EnsembleHead(WIDTH, 3)))
+    text = policy.describe()
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    assert trained == 16 * 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)) + 33
+    for line in (
+        "policy: LlamaForCausalLM, 2 layers of width 32, float32, sdpa, padded, on cpu",
+        "actor: LoRA of rank 16",
+        "reference: the same trunk, LoRAs off",
+        "critic: a value head on the actor's hidden states (no pass of its own)",
+        "reward: 3 heads on the reference's hidden states (no pass of their own)",
+        f"trained: {trained} parameters: weights {4 * trained / 1024:.2f} KiB, gradients {4 * trained / 1024:.2f} KiB, "
+        f"adamw {8 * trained / 1024:.2f} KiB",
+    ):
+        assert line in text.splitlines()
+    assert "a frozen copy of the model" in make(policy={"mode": "full"}).describe()
+    assert "one more pass" in make(policy={"critic": "adapter"}).describe()
