@@ -155,9 +155,22 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def logit_scale(config: Any) -> float:
+    """The factor on a causal language model's logits, as transformers' configurations have it; 1 for most."""
+    scale = 1.0
+    for name, divides in (("logit_scale", False), ("lm_head_multiplier", False), ("logits_scaling", True)):
+        value = getattr(config, name, None)
+        if isinstance(value, (int, float)) and value > 0:
+            scale = scale / value if divides else scale * value
+    return scale
+
+
 def next_logits(model: Any, hidden: Tensor) -> Tensor:
-    """[N, D] final hidden states -> [N, V] logits of `causal_lm(...)`, its softcap applied."""
+    """[N, D] final hidden states -> [N, V] logits of `causal_lm(...)`, scaled and capped as its config says."""
     logits: Tensor = model.get_output_embeddings()(hidden)
+    scale = logit_scale(model.config)
+    if scale != 1:
+        logits = logits * scale
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -217,7 +230,9 @@ class Decoder:
             behind = None
             if not self._even:
                 behind = (torch.arange(width) >= lengths[:, None])[:, None].to(model.device)
-            layers = [_SharedLayer(layer.keys, layer.values, behind, samples, capacity) for layer in cache.layers]
+            layers: list[Any] = [
+                _SharedLayer(layer.keys, layer.values, behind, samples, capacity) for layer in cache.layers
+            ]
             self._cache: Any = Cache(layers=layers)
         else:
             cache.batch_repeat_interleave(samples)

@@ -205,7 +205,7 @@ def _run(step: _Step, limit: int) -> None:
 
 def _static_cache(read: Any, width: int, samples: int, size: int) -> Cache:
     """The prompts' cache [G, Hkv, P, d] as one of `size` positions and G x S rows; `read` gives its layers up."""
-    layers = []
+    layers: list[Any] = []
     place = {"cache_position": torch.arange(width, device=read.layers[0].keys.device)}
     for layer in read.layers:
         fixed = StaticLayer(max_cache_len=size)

@@ -204,9 +204,9 @@ def _why_not_shared(source: str, policy: Any) -> tuple[str | None, EnsembleHead 
     if not has_values(trunk.get_input_embeddings().weight):
         return None, EnsembleRewardModel(config).score  # shapes are all there is
     loaded: Any = EnsembleRewardModel.from_pretrained(source, dtype="auto")
-    name = _first_difference(loaded.model.state_dict(), trunk.state_dict())
-    if name is not None:
-        return f"whose trunk has another {name} than the policy", None
+    differs = _first_difference(loaded.model.state_dict(), trunk.state_dict())
+    if differs is not None:
+        return f"whose trunk has another {differs} than the policy", None
     head: EnsembleHead = loaded.score
     return None, head
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -13,12 +12,12 @@ from tqdm import tqdm
 
 from ..decode import Sampling, causal_lm, next_logits
 from ..rollout import keyed_uniforms
+from .attention import say_once
 from .batch import Samples
 from .config import PPOConfig, RolloutConfig
 from .engines import Continuous, Rule, SharedPrefix, Static
+from .probe import has_values
 from .prompts import Prompt
-
-logger = logging.getLogger(__name__)
 
 
 class Sampler(Protocol):
@@ -83,6 +82,8 @@ def check_logits(model: Any) -> None:
     Engines draw from the latter, and the update computes probabilities from it.
     """
     lm = causal_lm(model)
+    if not has_values(lm.get_input_embeddings().weight):
+        return
     ids = torch.arange(2, device=lm.device)[None] % lm.config.get_text_config().vocab_size
     want = lm(input_ids=ids, use_cache=False).logits[:, -1].float()
     got = next_logits(lm, lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]).float()
@@ -126,7 +127,7 @@ class Faster:
         best = max(timed)[1]
         self._chosen = self._engines[best]
         self.name = self._chosen.name
-        logger.warning("rollout engine: %s (%s)", self.name, ", ".join(notes))
+        say_once(f"rollout engine: {self.name} ({', '.join(notes)})")
         return drawn[best]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -141,8 +140,12 @@ def test_the_model_keeps_its_own_attention_afterwards() -> None:
         assert model.config._attn_implementation == before
 
 
-def test_softcapped_logits_are_drawn_from() -> None:
-    model = _model("gemma2", final_logit_softcapping=2.0, sliding_window=64)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("gemma2", {"final_logit_softcapping": 2.0, "sliding_window": 64}), ("cohere", {"logit_scale": 0.25})],
+)
+def test_capped_and_scaled_logits_are_drawn_from(family: str, changes: dict[str, Any]) -> None:
+    model = _model(family, **changes)
     check_logits(model)
     prompts, uniform, rule = _prompts([4, 7], samples=2), _uniform(4, 8), _rule(8)
     responses, stopped = SharedPrefix(rule)(model, prompts, uniform)
@@ -151,8 +154,12 @@ def test_softcapped_logits_are_drawn_from() -> None:
 
 
 def test_a_model_that_does_more_to_its_logits_is_refused() -> None:
-    model = _model("cohere", logit_scale=0.25)
-    with pytest.raises(ValueError, match="the output layer on the last hidden state, got others from Cohere"):
+    model = _model()
+    head = model.get_output_embeddings()
+    model.forward = lambda input_ids, **_: SimpleNamespace(
+        logits=head(model.base_model(input_ids=input_ids).last_hidden_state).abs()
+    )
+    with pytest.raises(ValueError, match="the output layer on the last hidden state, got others from LlamaFor"):
         open_sampler(RolloutConfig(), model, {3}, "cpu")
 
 
@@ -283,18 +290,15 @@ class _Engine:
 
 
 def test_the_faster_engine_is_kept_and_said_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slow, fast = _Engine("static", 2.0), _Engine("continuous", 1.0)
     monkeypatch.setattr(sampler.time, "perf_counter", lambda: slow.clock + fast.clock)
     both = Faster(slow, fast)
-    with caplog.at_level(logging.INFO):
-        both(None, [[1]] * 10, torch.zeros(10, 4))
-        both(None, [[1]] * 10, torch.zeros(10, 4))
+    both(None, [[1]] * 10, torch.zeros(10, 4))
+    both(None, [[1]] * 10, torch.zeros(10, 4))
     assert (both.name, slow.calls, fast.calls) == ("continuous", 2, 3)
-    assert [r.message for r in caplog.records] == [
-        "rollout engine: continuous (static 5 tokens/s, continuous 10 tokens/s)"
-    ]
+    assert capsys.readouterr().err == "rollout engine: continuous (static 5 tokens/s, continuous 10 tokens/s)\n"
 
 
 def test_an_engine_that_fails_is_not_chosen_and_both_failing_is_an_error() -> None:
