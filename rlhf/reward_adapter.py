@@ -51,8 +51,11 @@ def _renamed(name: str, prefix: str, other: str) -> str:
     return other + name[len(prefix) :] if name.startswith(prefix) else name
 
 
-def save_head(head: EnsembleHead, folder: Path) -> None:
-    """Weights, calibration and settings of an ensemble head: head.safetensors and head.json."""
+def save_head(head: EnsembleHead, folder: Path, *, append_eos: bool = True) -> None:
+    """Weights, calibration and settings of an ensemble head: head.safetensors and head.json.
+
+    append_eos: whether the heads were trained on plain texts that end with EOS; see `EnsembleRewardConfig`.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     save_file(tensors, folder / "head.safetensors")
     settings = {
@@ -60,6 +63,7 @@ def save_head(head: EnsembleHead, folder: Path) -> None:
         "num_heads": head.num_heads,
         "aggregation": str(head.aggregation),
         "std_floor": head.std_floor,
+        "append_eos": append_eos,
     }
     (folder / "head.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
@@ -67,6 +71,11 @@ def save_head(head: EnsembleHead, folder: Path) -> None:
 def is_reward_adapter(folder: Path | str) -> bool:
     """Whether `folder` holds a LoRA with heads."""
     return all((Path(folder) / name).is_file() for name in ("adapter_config.json", _WEIGHTS, "head.json"))
+
+
+def appends_eos(folder: Path | str) -> bool:
+    """The `append_eos` of a folder that `save_head` wrote."""
+    return bool(json.loads((Path(folder) / "head.json").read_text(encoding="utf-8"))["append_eos"])
 
 
 def load_head(folder: Path | str) -> EnsembleHead:

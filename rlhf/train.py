@@ -231,7 +231,7 @@ class _Run:
             model.score = _copy(model.score)
             calibrate(model.score, torch.cat(self._features("model", model, self.train[:_CALIBRATION_PAIRS])))
             self._save("model", model, model.score)
-        self._save_adapter(model.score)
+        self._save_adapter(model)
         held = self._features("model", model, self.held_out) if self.held_out else None
         return {"single": single, "final": _Scored(model.score, held)}
 
@@ -309,14 +309,14 @@ class _Run:
             whole.save_pretrained(folder)
             self.tokenizers[name].save_pretrained(folder)
 
-    def _save_adapter(self, head: EnsembleHead) -> None:
+    def _save_adapter(self, model: EnsembleRewardModel) -> None:
         """The final stage's LoRA with its calibrated heads, for a policy on the same trunk."""
         target, trained = self.folder / "adapter", self.folder / "checkpoints" / self.config.stage / "adapter"
         if target.exists() or not trained.exists():  # a stage 1 that was given has no LoRA here
             return
         with atomic_folder(target) as folder:
             shutil.copytree(trained, folder, dirs_exist_ok=True)
-            save_head(head, folder)
+            save_head(model.score, folder, append_eos=model.config.append_eos)
             self.tokenizers["model"].save_pretrained(folder)
 
     def _accuracies(self, scored: dict[str, _Scored]) -> dict[str, float]:

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from prudent.engine import EnsembleHead
-from prudent.rlhf.ppo import rewards
+from prudent.engine import EnsembleHead, EnsembleRewardModel
 from prudent.rlhf.ppo.adapters import StoredWide
 from prudent.rlhf.ppo.attention import FLASH
 from prudent.rlhf.ppo.batch import Samples, TokenBatch, token_batch
@@ -352,6 +351,20 @@ def test_a_bf16_trunk_feeds_its_loras_bf16_and_their_weights_and_gradients_are_f
     assert policy.values(hidden).dtype == torch.float32
 
 
+def test_fp32_weights_that_are_all_trained_compute_in_bf16_under_autocast() -> None:
+    # as on a GPU with mode full and dtype auto; no GPU is needed to see the dtypes
+    exact, policy = (stirred(make(policy={"mode": "full"})) for _ in range(2))
+    batch = whole()
+    policy._autocast, policy.dtype = True, torch.bfloat16
+    hidden = policy.hidden(batch, "actor")
+    assert hidden.dtype == torch.bfloat16
+    assert {gradient.dtype for gradient in gradients(policy, batch).values()} == {torch.float32}
+    with torch.no_grad():
+        wide = exact.logprobs(exact.hidden(batch, "actor"), batch, 1.0).logprob
+        narrow = policy.logprobs(hidden, batch, 1.0).logprob
+    torch.testing.assert_close(narrow, wide, rtol=0.1, atol=0.1)
+
+
 def test_a_bf16_policy_samples_from_what_it_scores() -> None:
     policy, batch = stirred(make(tiny_lm().to(torch.bfloat16))), whole()
     state = {name: tensor.clone() for name, tensor in policy.trainable_state().items()}
@@ -432,20 +445,20 @@ def test_a_whole_model_is_saved_whole(tmp_path: Path) -> None:
 # loading
 
 
-def test_load_reads_the_model_and_the_reward_that_the_config_names(
-    tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    width = AutoConfig.from_pretrained(tiny_chat_folder).hidden_size
-    base = AutoModelForCausalLM.from_pretrained(tiny_chat_folder, dtype=torch.float32)
-    Policy(settings(model=str(tiny_chat_folder)), base, device="cpu").save(tmp_path)
+def test_load_reads_the_model_and_the_reward_that_the_config_names(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    name, width = str(tiny_chat_folder), AutoConfig.from_pretrained(tiny_chat_folder).hidden_size
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    Policy(settings(model=name), base, device="cpu").save(tmp_path)
     save_head(EnsembleHead(width, 2, aggregation="min"), tmp_path)
-    config = settings(model=str(tiny_chat_folder), reward={"source": str(tmp_path), "kind": "adapter"})
-    monkeypatch.setattr(rewards, "resolve_kind", lambda reward, model: "adapter")
-    monkeypatch.setattr(rewards, "load_adapter", lambda source, aggregation: (tmp_path, EnsembleHead(width, 2)))
-    policy = Policy.load(config, device="cpu")
+    policy = Policy.load(settings(model=name, reward={"source": str(tmp_path), "aggregation": ""}), device="cpu")
     assert (policy.reward_kind, policy.dtype) == ("adapter", torch.float32)
-    monkeypatch.setattr(rewards, "resolve_kind", lambda reward, model: "callable")
-    given = Policy.load(config.model_copy(update={"dtype": "bfloat16"}), device="cpu", model=tiny_lm())
+    assert policy.reward_head is not None
+    assert str(policy.reward_head.aggregation) == "min"
+    EnsembleRewardModel.from_trunk(name, num_heads=3, dtype=torch.float32).save_pretrained(tmp_path / "ensemble")
+    shared = Policy.load(settings(model=name, reward={"source": str(tmp_path / "ensemble")}), device="cpu")
+    assert shared.reward_kind == "shared"
+    elsewhere = settings(reward={"source": "vader"}, dtype="bfloat16")
+    given = Policy.load(elsewhere, device="cpu", model=tiny_lm())
     assert (given.reward_kind, given.dtype) == (None, torch.bfloat16)
 
 
