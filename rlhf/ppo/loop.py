@@ -22,7 +22,7 @@ from .config import PPOConfig, open_folder, refuse_unread
 from .monitor import TEXTS, Monitor, read_texts
 from .policy import Policy
 from .prompts import Prompt, load_prompts, longest_prompt, prompt_order
-from .rewards import open_gold, open_reward, resolve_kind
+from .rewards import RewardSource, check_reading, open_gold, open_reward, resolve_kind
 from .sampler import draw, open_sampler
 from .score import score
 from .shaping import KLController, shape
@@ -113,10 +113,12 @@ class _Run:
         if config.data is not None:
             texts = preference_texts(config.data, self.turn, self.policy.model.config, len(self.prompts), config.seed)
         known: list[Prompt] = [*self.prompts, *(texts.prompts if texts else [])]
-        self.reward = None  # the policy's own heads
+        self.reward: RewardSource | None = None  # the policy's own heads
         kind = self.policy.reward_kind or resolve_kind(config.reward, self.policy.model)
         if self.policy.reward_kind is None:
             self.reward = open_reward(config, self.tokenizer, known, device, kind)
+        else:
+            check_reading(config.reward.source, self.tokenizer, self.policy.model)
         gold = None if config.gold is None else open_gold(config.gold, self.tokenizer, known)
         self.sampler = open_sampler(config.rollout, self.policy.model, self.turn.stop, device)
         self.optimizer = open_optimizer(self.policy, config)

@@ -206,9 +206,9 @@ class TestTrackers:
         fake.config = type("Config", (), {"update": lambda self, values, **k: calls.append(values["model"])})()  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "wandb", fake)
         monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: ["wandb"])
-        with RunLog(tmp_path) as log:
-            with Monitor(_config(tmp_path, trackers=("wandb",)), log, CPU, None, _decode) as watch:
-                watch.observe(0, _experience(), {"policy/loss": math.nan}, 0.1)
+        config = _config(tmp_path, trackers=("wandb",))
+        with RunLog(tmp_path) as log, Monitor(config, log, CPU, None, _decode) as watch:
+            watch.observe(0, _experience(), {"policy/loss": math.nan}, 0.1)
         project, model, (step, values), finished = calls
         assert (project, model, step, finished) == ("prudent", "m", 0, "finished")
         assert values["reward/mean"] == 1.5
