@@ -219,10 +219,10 @@ Writes stochastic.json, stochastic.md and stochastic.png.
 
 examples:
   prudent study stochastic
-  prudent study stochastic --seeds 100 --set steps=400 --output runs/stochastic""",
+  prudent study stochastic --seeds 400 --set steps=400 --output runs/stochastic""",
         (
             Flag("--output", "output", "folder for the results (default runs/study/stochastic)"),
-            Flag("--seeds", "seeds", "independent repetitions (default 40)", int),
+            Flag("--seeds", "seeds", "independent repetitions (default 100)", int),
         ),
         "the same command starts over",
     ),

@@ -29,19 +29,20 @@ from . import learning_report
 from .learning_rewards import RewardsConfig, prepare
 
 SHOWN = ("gold/mean", "reward/mean", "kl/sequence", "text/length", "text/truncated", "policy/entropy")
+BLOCK = 5  # steps
 
 
 class LearningPPOConfig(JobConfig):
     """PPO as every run has it, but for the reward, the seed and the KL coefficient."""
 
-    steps: int = Field(60, ge=2)
+    steps: int = Field(50, ge=2)
     prompts_per_step: int = Field(8, ge=1)
     samples_per_prompt: int = Field(4, ge=2)
     estimator: Literal["gae", "rloo", "group"] = "rloo"
     mode: Literal["lora", "full"] = "lora"
     epochs: int = Field(1, ge=1)
     minibatches: int = Field(1, ge=1)
-    lr: float = Field(1e-2, gt=0)
+    lr: float = Field(2e-3, gt=0)
 
 
 class LearningConfig(JobConfig):
@@ -150,15 +151,24 @@ def ppo_config(config: LearningConfig, kl: float, seed: int, arm: Arm) -> PPOCon
 
 
 def summary(curves: dict[str, list[float | None]], window: int) -> dict[str, Any]:
-    """final: the mean of the last `window` steps; peak_gold: of gold's best `window` steps in a row; and the curves."""
+    """What is kept of a run.
+
+    final: each metric's mean over the last `window` steps.   peak_gold: of gold's best `window` steps in a row.
+    curves: gold, proxy and KL, each number the mean of `BLOCK` steps. A step without a number (null) counts nowhere.
+    """
     gold = [value for value in curves["gold/mean"] if value is not None]
     width = min(window, len(gold))
     means = [sum(gold[i : i + width]) / width for i in range(len(gold) - width + 1)]
-    final = {}
-    for name, values in curves.items():
-        known = [value for value in values[-window:] if value is not None]
-        final[name] = sum(known) / len(known) if known else None
-    return {"final": final, "peak_gold": max(means), "curves": curves}
+    blocks = {
+        name: [_mean(curves[name][i : i + BLOCK]) for i in range(0, len(curves[name]), BLOCK)] for name in SHOWN[:3]
+    }
+    final = {name: _mean(values[-window:]) for name, values in curves.items()}
+    return {"final": final, "peak_gold": round(max(means), 4), "curves": blocks}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(sum(known) / len(known), 4) if known else None
 
 
 def _claim(config: LearningConfig) -> None:

@@ -32,9 +32,9 @@ def markdown(metrics: dict[str, Any]) -> str:
         "",
         f"{ppo['steps']} steps of {ppo['prompts_per_step']} prompts x {ppo['samples_per_prompt']} samples of at most "
         f"{data['max_new_tokens']} tokens, {ppo['estimator']}, {ppo['mode']}, lr {ppo['lr']:g}, epochs "
-        f"{ppo['epochs']}, minibatches {ppo['minibatches']}. Final: the mean of the last {config['window']} steps; peak: the best "
-        f"{config['window']} in a row. Proxy rewards are in standard deviations of the reward over the reference's "
-        "own samples. Each number: mean over seeds, and the seeds' standard deviation.",
+        f"{ppo['epochs']}, minibatches {ppo['minibatches']}. Final: the mean of the last {config['window']} steps; "
+        f"peak: the best {config['window']} in a row. Proxy rewards are in standard deviations of the reward over the "
+        "reference's own samples. Each number: mean over seeds, and the seeds' standard deviation.",
         "",
         f"The untrained model's gold is {reference:+.3f}; of its best of 16 by gold itself, {best:+.3f}.",
         "",
@@ -133,29 +133,29 @@ def _spread(values: Sequence[float], digits: int = 3, sign: str = "+") -> str:
 
 @styled
 def picture(metrics: dict[str, Any]) -> Figure:
-    """A row a KL coefficient: gold and proxy over the steps, gold over KL, final gold; means over seeds, smoothed."""
+    """A row a KL coefficient: gold and proxy over the steps, gold over KL, final gold; means over seeds."""
     from matplotlib.figure import Figure
 
-    kls, window = metrics["config"]["kl"], metrics["config"]["window"]
+    kls, steps = metrics["config"]["kl"], metrics["config"]["ppo"]["steps"]
     figure = Figure(figsize=(13, 3.7 * len(kls) + 0.9), layout="constrained")
     rows = figure.subplots(len(kls), 4, squeeze=False, width_ratios=[1, 1, 1, 0.9])
     reference = mean(row["gold_reference"] for row in metrics["rewards"].values())
     for axes, kl in zip(rows, kls, strict=True):
-        _row_of_panels(axes, by_arm(metrics, kl), kl, window, reference)
+        _row_of_panels(axes, by_arm(metrics, kl), kl, steps, reference)
     handles, labels = rows[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, handlelength=2.4)
     return figure
 
 
-def _row_of_panels(axes: Any, table: dict[str, list[dict[str, Any]]], kl: float, window: int, reference: float) -> None:
+def _row_of_panels(axes: Any, table: dict[str, list[dict[str, Any]]], kl: float, steps: int, reference: float) -> None:
     for place, (arm, runs) in enumerate(table.items()):
         look = _look(arm)
         gold, proxy, distance = (
-            _smooth(_mean_curve([run["curves"][name] for run in runs]), window)
-            for name in ("gold/mean", "reward/mean", "kl/sequence")
+            _mean_curve([run["curves"][name] for run in runs]) for name in ("gold/mean", "reward/mean", "kl/sequence")
         )
-        axes[0].plot(gold, label=arm, **look)
-        axes[1].plot(proxy, **look)
+        x = [(i + 0.5) * steps / len(gold) for i in range(len(gold))]
+        axes[0].plot(x, gold, label=arm, **look)
+        axes[1].plot(x, proxy, **look)
         axes[2].plot(distance, gold, **look)
         values = [_final(run) for run in runs]
         axes[3].plot(values, [place] * len(values), "o", color=look["color"], markersize=4, alpha=0.5)
@@ -182,10 +182,5 @@ def _look(arm: str) -> dict[str, Any]:
 
 
 def _mean_curve(curves: Sequence[Sequence[float | None]]) -> list[float]:
-    """The mean over runs at each step that all of them reached with a number."""
+    """The mean over runs of each block of steps; a run that has no number there is left out."""
     return [mean(known) for values in zip(*curves, strict=False) if len(known := [v for v in values if v is not None])]
-
-
-def _smooth(values: Sequence[float], window: int) -> list[float]:
-    """A trailing mean."""
-    return [mean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]

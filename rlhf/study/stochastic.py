@@ -1,22 +1,178 @@
-"""The job behind `prudent study stochastic`: lemma 1's stochastic case (BRME, arXiv 2409.15360, 6.2 and appendix E)."""
+"""The job behind `prudent study stochastic`: lemma 1's stochastic case (BRME, arXiv 2409.15360, 6.2 and appendix E).
+
+Lemma 1: a reward that is the same for every response has advantage 0 under an exact critic, and so policy gradient 0.
+The paper's experiment goes on from there: rewards drawn at random, N(0, 1), hurt a policy most; the least of several
+random heads hurts less; a constant hurts least. Here policies that solve the toy are trained on each of them, and gold
+is the probability of the right response.
+
+What could make the least of K hurt less is its variance (E and Var of the minimum of K iid N(0, 1) are printed, by
+quadrature). An update that is blind to the reward's scale does not see it: Adam divides the gradient's scale away, and
+so does whitening, which divides by the advantages' own std. So the arms run under SGD and under Adam, for one epoch and
+for four, whitened, and with a KL penalty beside the noise.
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import torch
 from pydantic import Field
+from torch import Tensor
+from tqdm import tqdm
 
 from ..config import JobConfig
+from ..files import atomic_write_json, atomic_write_text
+from ..plot_style import require_matplotlib, save_png
+from ..statistics import mean_interval
+from . import stochastic_report
+from .networks import Layers, repeated, trained
+from .toy_world import SIZE, Judged, ToyPolicyConfig, fresh_policies, log_policy, train_policies
+
+ARMS = ("constant", "worst of random", "random")
 
 
 class StochasticConfig(JobConfig):
     """Everything `prudent study stochastic` can be told."""
 
     output: Path = Path("runs/study/stochastic")
-    seeds: int = Field(40, ge=2)
+    seeds: int = Field(100, ge=2)
+    first_seed: int = Field(0, ge=0, lt=2**30)
+    heads: int = Field(5, ge=2)  # K, of which the least is taken
+    steps: int = Field(200, ge=1)  # of PPO on a meaningless reward, as in the paper
+    samples: int = Field(16, ge=1)  # a prompt and step
+    epochs: int = Field(4, ge=2)  # where there is more than one
+    clip: float = Field(0.2, gt=0, lt=1)
+    width: int = Field(64, ge=1)
+    start: float = Field(0.9, gt=0.125, lt=1)  # gold that the policies begin with
+    adam_lr: float = Field(1e-3, gt=0)
+    sgd_lr: float = Field(0.1, gt=0)
+    kl: float = Field(0.1, gt=0)  # where there is a KL penalty
 
 
-def run_stochastic(config: StochasticConfig, *, progress: bool = True) -> Any:
-    """Train good policies on rewards that mean nothing; write stochastic.json, stochastic.md and stochastic.png."""
-    raise ValueError("study stochastic: not finished")
+class Setting(NamedTuple):
+    """An update: its optimizer, epochs a step, KL coefficient, and whether advantages are whitened."""
+
+    optimizer: Literal["adam", "sgd"]
+    epochs: int = 1
+    kl: float = 0.0
+    whiten: bool = False
+
+
+@dataclass(frozen=True)
+class StochasticResult:
+    """folder: where stochastic.json, .md and .png are. metrics: what stochastic.json holds. str() is the table."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{stochastic_report.markdown(self.metrics)}\n{self.folder / 'stochastic.png'}"
+
+
+def run_stochastic(config: StochasticConfig, *, progress: bool = True) -> StochasticResult:
+    """Train good policies on rewards that mean nothing; write stochastic.json, stochastic.md and stochastic.png.
+
+    Raises ImportError naming the extra if matplotlib is not installed.
+    """
+    require_matplotlib()
+    start = good_policies(config)
+    results: dict[str, Any] = {}
+    for name, setting in tqdm(settings(config).items(), desc="stochastic", unit="setting", disable=not progress):
+        gold = degrade(start, setting, config)
+        loss = {arm: curve[0] - curve[-1] for arm, curve in gold.items()}  # [S]
+        results[name] = {
+            arm: {
+                "degradation": list(mean_interval(loss[arm])),
+                "less_than_random": list(mean_interval(loss["random"] - loss[arm])),
+                "curve": curve.mean(dim=1).tolist(),
+            }
+            for arm, curve in gold.items()
+        }
+    mean, variance = minimum_moments(config.heads)
+    metrics = {
+        "config": config.model_dump(mode="json", exclude={"output"}),
+        "oracle": {str(k): list(minimum_moments(k)) for k in sorted({2, 3, 4, 5, config.heads})},
+        "minimum": {"mean": mean, "variance": variance, "std": math.sqrt(variance)},
+        "settings": results,
+        "torch": torch.__version__,
+    }
+    atomic_write_json(config.output / "stochastic.json", metrics)
+    atomic_write_text(config.output / "stochastic.md", stochastic_report.markdown(metrics))
+    save_png(stochastic_report.picture(metrics), config.output / "stochastic.png")
+    return StochasticResult(config.output, metrics)
+
+
+def settings(config: StochasticConfig) -> dict[str, Setting]:
+    """The updates tried, by what the tables call them."""
+    return {
+        "SGD": Setting("sgd"),
+        "SGD, whitened advantages": Setting("sgd", whiten=True),
+        f"SGD, {config.epochs} epochs": Setting("sgd", config.epochs),
+        "Adam": Setting("adam"),
+        f"Adam, {config.epochs} epochs": Setting("adam", config.epochs),
+        f"Adam, KL {config.kl:g}": Setting("adam", kl=config.kl),
+    }
+
+
+def minimum_moments(k: int) -> tuple[float, float]:
+    """Mean and variance of the least of k iid N(0, 1): k = 5 gives -1.1630 and 0.4475. fp64 quadrature."""
+    x = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    upper = 0.5 * torch.erfc(x / math.sqrt(2))
+    density = k * upper ** (k - 1) * torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
+    mean = float(torch.trapezoid(x * density, x))
+    return mean, float(torch.trapezoid((x - mean).square() * density, x))
+
+
+def good_policies(config: StochasticConfig) -> Layers:
+    """S policies, fitted until the right response has probability `start` at every prompt."""
+    generator = torch.Generator().manual_seed(config.first_seed)
+    layers = fresh_policies(config.seeds, ToyPolicyConfig(width=config.width), generator)
+    leaves = trained(layers)
+    adam = torch.optim.Adam(leaves, lr=1e-2)
+    for _ in range(400):
+        gold = log_policy(layers).exp().diagonal(dim1=1, dim2=2)
+        adam.zero_grad()
+        (gold - config.start).square().sum().backward()  # type: ignore[no-untyped-call]
+        adam.step()
+    return [(weight.detach(), bias.detach()) for weight, bias in layers]
+
+
+def degrade(start: Layers, setting: Setting, config: StochasticConfig) -> dict[str, Tensor]:
+    """PPO from the same policies on each of `ARMS`: arm -> gold [steps + 1, S], the right response's probability.
+
+    The critic is exact: the mean of the reward, which is the same for every response.
+    """
+    count, mean = len(ARMS), minimum_moments(config.heads)[0]
+    values = torch.tensor([0.0, mean, 0.0]).repeat_interleave(config.seeds)[:, None, None]
+    noise = torch.Generator().manual_seed(config.first_seed + 1)
+    gold: list[Tensor] = []
+
+    def reward(probability: Tensor, drawn: Tensor) -> Judged:
+        heads = torch.randn(config.heads, config.seeds, *drawn.shape[1:], generator=noise)
+        rewards = torch.cat([torch.zeros_like(heads[0]), heads.amin(dim=0), heads[0]])
+        return Judged(rewards, values.expand(-1, SIZE, 1))
+
+    policy = ToyPolicyConfig(
+        width=config.width,
+        steps=config.steps,
+        epochs=setting.epochs,
+        samples=config.samples,
+        clip=config.clip,
+        lr=config.adam_lr if setting.optimizer == "adam" else config.sgd_lr,
+        kl=setting.kl,
+        optimizer=setting.optimizer,
+        whiten=setting.whiten,
+    )
+    train_policies(
+        repeated(start, count),
+        reward,
+        policy,
+        torch.Generator().manual_seed(config.first_seed + 2),
+        seeds=config.seeds,
+        each_step=lambda probability: gold.append(probability.diagonal(dim1=1, dim2=2).mean(dim=1)),
+    )
+    curves = torch.stack(gold).view(config.steps + 1, count, config.seeds)
+    return {arm: curves[:, i] for i, arm in enumerate(ARMS)}

@@ -48,6 +48,7 @@ class ToyPolicyConfig(JobConfig):
     lr: float = Field(3e-3, gt=0)
     kl: float = Field(0.3, ge=0)  # times log(policy / initial policy), off a reward in the nominal model's own stds
     optimizer: Literal["adam", "sgd"] = "adam"
+    whiten: bool = False  # each policy's advantages of a step, to mean 0 and std 1
 
 
 class Judged(NamedTuple):
@@ -140,7 +141,7 @@ def train_policies(
 ) -> Tensor:
     """PPO on N = arms * seeds policies, in place; arm after arm, and the arms of one seed see the same random numbers.
 
-    The advantage is the reward less its exact mean under the policy (what a perfect critic would say), not whitened.
+    The advantage is the reward less its exact mean under the policy (what a perfect critic would say).
 
     Args:
         layers: the policies to start from; also what `config.kl` holds them near.
@@ -167,6 +168,9 @@ def train_policies(
             price = config.kl * (old - reference)
             value = judged.value - (probability * price).sum(dim=2, keepdim=True)
             advantage = judged.reward - price.gather(2, drawn) - value
+            if config.whiten:
+                spread = advantage.std(dim=(1, 2), keepdim=True)
+                advantage = (advantage - advantage.mean(dim=(1, 2), keepdim=True)) / (spread + 1e-8)
             old_logprob = old.gather(2, drawn)
         for _ in range(config.epochs):
             loss, _ = policy_loss(log_policy(layers).gather(2, drawn), old_logprob, advantage, config.clip)
