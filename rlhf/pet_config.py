@@ -25,7 +25,8 @@ class PETConfig(JobConfig):
     Without a hinge, chosen and dataset leave the objective without a lower bound wherever some reward tells the data's
     responses from the policy's own; few steps at a falling rate are then what ends it, and a warning says so.
 
-    lr, epochs and batch_size are for heads on standardised features; modes lora and full read trunk.* instead.
+    lr, epochs and batch_size are for heads on standardised features: the trunk stands. To have it trained, train it
+    with stage bt or brme in mode lora or full, and give that model as `start`.
     """
 
     start: str = "bt"  # the reward to make pessimistic: this run's bt or brme, or a reward model's folder or hub name

@@ -65,10 +65,10 @@ def run_train(config: TrainConfig, *, resume: bool = False, progress: bool = Tru
 
 
 def _mode(config: TrainConfig) -> str:
-    """What `auto` is on this machine: head on a CPU, lora on a GPU."""
+    """What `auto` is on this machine: head on a CPU and for stage pet, else lora on a GPU."""
     if config.mode != "auto":
         return config.mode
-    return "lora" if torch.cuda.is_available() else "head"
+    return "lora" if torch.cuda.is_available() and config.stage != "pet" else "head"
 
 
 class _Run:

@@ -128,7 +128,10 @@ def refuse_unread(config: TrainConfig, mode: str) -> None:
         for key in _changed(config.pet):
             raise ValueError(f"pet.{key}: has no effect with stage {config.stage}: set stage to pet")
     if config.stage == "pet" and mode != "head":
-        raise ValueError(f"mode: expected head with stage pet, got {where.removeprefix('mode ')}")
+        raise ValueError(
+            "mode: expected head with stage pet, which trains heads on a trunk that stands (train that with stage bt "
+            f"or brme and give it as pet.start), got {mode}"
+        )
     if config.start is not None:
         for group in ("bt", "brme"):
             for key in _changed(getattr(config, group)):
@@ -145,7 +148,7 @@ def refuse_unread(config: TrainConfig, mode: str) -> None:
             raise ValueError("stage: expected brme beside stage1, which leaves nothing to do for bt, got bt")
         for key in _changed(config.bt):
             raise ValueError(f"bt.{key}: has no effect beside stage1, which is trained already: leave one of them out")
-    for group in ("bt", "brme", "pet") if mode != "head" else ():
+    for group in ("bt", "brme") if mode != "head" else ():
         for key in _changed(getattr(config, group)):
             if key in _LOOP_KEYS:
                 raise ValueError(f"{group}.{key}: has no effect in {where}: set trunk.{key}")

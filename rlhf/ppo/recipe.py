@@ -97,7 +97,6 @@ def resolved(config: PPOConfig) -> PPOConfig:
 def reward_config(config: PPOConfig) -> TrainConfig:
     """Steps 1 and 2: `prudent train` up to stage pet, its samples drawn as the policy's rollouts are."""
     sampling = {key: getattr(config.rollout, key) for key in _SAMPLED_LIKE_THE_POLICY}
-    aggregation = {"aggregation": config.reward.aggregation} if config.reward.aggregation else {}
     return TrainConfig(
         model=config.model,
         data=str(config.data),
@@ -107,7 +106,7 @@ def reward_config(config: PPOConfig) -> TrainConfig:
         seed=config.seed,
         dtype=config.dtype,
         pet=config.pet.model_copy(update=sampling),
-        **aggregation,
+        aggregation=config.reward.aggregation or TrainConfig.model_fields["aggregation"].default,
     )
 
 
