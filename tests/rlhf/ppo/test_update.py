@@ -239,6 +239,24 @@ def test_without_a_critic_no_value_is_asked_for(estimator: str) -> None:
     assert metrics["update/steps"] == 1
 
 
+def test_a_critic_that_the_estimator_does_not_ask_is_left_alone() -> None:
+    config = a_config({"estimator": "rloo"}, policy={"critic": "shared"})
+    policy, metrics = run(config, sampled(config))
+    assert torch.equal(policy.value_head.weight, Recurrent().value_head.weight)
+    assert "value/loss" not in metrics
+
+
+@pytest.mark.parametrize("critic", ["shared", "adapter"])
+def test_the_critics_gradient_is_times_value_coef(monkeypatch: pytest.MonkeyPatch, critic: str) -> None:
+    once, thrice = (a_config({"value_coef": coef}, policy={"critic": critic}) for coef in (0.5, 1.5))
+    experience = sampled(once)
+    first, other = (gradients(monkeypatch, config, experience) for config in (once, thrice))
+    for name in ["value_head.weight", *(["critic_gru.weight_hh_l0"] if critic == "adapter" else [])]:
+        torch.testing.assert_close(other[name], 3 * first[name], rtol=1e-11, atol=1e-14)
+    same = "head.weight" if critic == "shared" else "gru.weight_hh_l0"  # the actor's alone
+    assert torch.equal(other[same], first[same])
+
+
 def test_equal_seeds_give_equal_bits_and_other_seeds_other_minibatches() -> None:
     config = a_config({"epochs": 2, "minibatches": 3, "micro_tokens": 30})
     first, again, other = (run(config, seed=seed) for seed in (1, 1, 2))
