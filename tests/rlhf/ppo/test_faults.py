@@ -10,6 +10,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from prudent.rlhf.config import load_config
-from prudent.rlhf.ppo import checkpoint, loop, update
+from prudent.rlhf.ppo import checkpoint, loop, run, update
 from prudent.rlhf.ppo.checkpoint import Checkpoints
 from prudent.rlhf.ppo.config import PPOConfig
 from prudent.rlhf.ppo.monitor import Monitor, read_texts
@@ -81,7 +82,7 @@ def _kill_at(point: str) -> None:
     elif where == "prune":
         checkpoint.shutil.rmtree = before(checkpoint.shutil.rmtree, lambda path, **_: path.name.endswith(".old"))  # type: ignore[attr-defined]
     elif where == "end":  # all is there but ppo.json
-        loop.atomic_write_json = before(loop.atomic_write_json, lambda *args: True)  # type: ignore[attr-defined]
+        run.atomic_write_json = before(run.atomic_write_json, lambda *args: True)  # type: ignore[attr-defined]
 
 
 def _serve() -> None:
@@ -89,6 +90,8 @@ def _serve() -> None:
 
     A process that has computed nothing yet can be forked safely, and spares each child the seconds of its imports.
     """
+    for name in ("peft", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama", "matplotlib.pyplot"):
+        import_module(name)
     torch.set_num_threads(1)
     for line in sys.stdin:
         config, point, resume = json.loads(line)

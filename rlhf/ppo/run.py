@@ -1,0 +1,179 @@
+"""A PPO run around its loop: everything loaded and checked before the first step, checkpoints, and the end."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..files import atomic_folder, atomic_write_json, atomic_write_text
+from ..given import load_tokenizer
+from ..rollout import Turn
+from ..runlog import RunLog, read_metrics
+from .baseline import preference_texts
+from .batch import Experience, Samples
+from .checkpoint import Checkpoints, Saved
+from .config import PPOConfig
+from .memory import limit_memory, with_micro_tokens
+from .monitor import TEXTS, Monitor, read_texts
+from .policy import Policy
+from .prompts import Prompt, load_prompts, longest_prompt, prompt_order
+from .rewards import RewardSource, check_reading, open_gold, open_reward, resolve_kind
+from .sampler import draw, open_sampler
+from .score import score
+from .shaping import KLController
+from .stop import Fired, StopRules
+from .update import open_optimizer
+
+SHOWN = (  # what ppo.json and the command's last lines tell of the first and the last step
+    "reward/mean",
+    "reward/gap",
+    "reward/disagreement",
+    "gold/mean",
+    "kl/sequence",
+    "policy/entropy",
+    "text/length",
+    "text/truncated",
+)
+
+
+class Run:
+    """What a run loads once, and what it does besides learning: texts, checkpoints, the end."""
+
+    def __init__(
+        self, config: PPOConfig, log: RunLog, device: torch.device, progress: bool, model: Any, tokenizer: Any
+    ) -> None:
+        self.progress = progress
+        self.tokenizer = load_tokenizer("model", config.model) if tokenizer is None else tokenizer
+        limit_memory(config, device)
+        with warnings.catch_warnings():
+            # peft 0.21 asks transformers 5.23 by a name that it gives up
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            self.policy = Policy.load(config, device=device, model=model)
+        self.config = config = with_micro_tokens(config, self.policy.model.config, device)
+        self.turn = Turn(self.tokenizer, self.policy.model)
+        limit = longest_prompt(config.rollout, self.policy.model.config, self.turn)
+        self.prompts = load_prompts(config.prompts, self.turn, limit, progress=progress)
+        prompt_order(len(self.prompts), 0, config.rollout.prompts_per_step, config.seed)  # refuses too few
+        texts = None
+        if config.data is not None:
+            texts = preference_texts(config.data, self.turn, self.policy.model.config, len(self.prompts), config.seed)
+        known: list[Prompt] = [*self.prompts, *(texts.prompts if texts else [])]
+        self.reward: RewardSource | None = None  # the policy's own heads
+        kind = self.policy.reward_kind or resolve_kind(config.reward, self.policy.model)
+        if self.policy.reward_kind is None:
+            self.reward = open_reward(config, self.tokenizer, known, device, kind)
+        else:
+            check_reading(config.reward.source, self.tokenizer, self.policy.model)
+        gold = None if config.gold is None else open_gold(config.gold, self.tokenizer, known)
+        self.sampler = open_sampler(config.rollout, self.policy.model, self.turn.stop, device)
+        self.optimizer = open_optimizer(self.policy, config)
+        self.controller = KLController(config.kl.coef, config.kl.target, config.kl.horizon)
+        self.rules = StopRules(config.stop_when)
+        self.checkpoints = Checkpoints(config.output / "checkpoints")
+        self.monitor = Monitor(config, log, device, gold, self.tokenizer.decode)
+        self.texts = texts
+        self.bad_steps = 0  # in a row
+        self.combination = [
+            self.policy.describe(),
+            f"reward: {kind}, {config.reward.source}",
+            f"sampling: {self.sampler.name}, {len(self.prompts)} prompts",
+        ]
+
+    def begin(self, resume: bool) -> int:
+        """Say what runs, and make ready: from the newest checkpoint, or from the start. -> the first step"""
+        first = self.restore() if resume else 0
+        self.say(f"prudent ppo: {self.config.output}, steps {first} to {self.config.steps}", *self.combination)
+        if self.texts is not None and not self.monitor.baseline:
+            self.monitor.compare_with(self.score(self.texts.samples))
+        if first == 0 and self.rules.rolls_back:
+            self.save(0)
+        return first
+
+    def score(self, samples: Samples) -> Experience:
+        """Experience of `samples`, up to their rewards."""
+        return score(self.policy, self.reward, samples, self.config, closing=self.turn.closing, progress=False)
+
+    def keep_texts(self, step: int) -> None:
+        """The present policy's responses to the first prompts, into samples.jsonl."""
+        one = self.config.rollout.model_copy(update={"samples_per_prompt": 1})
+        config = self.config.model_copy(update={"rollout": one})
+        numbers = list(range(min(TEXTS, len(self.prompts))))
+        samples = draw(self.sampler, self.policy, self.prompts, numbers, config, step, progress=False)
+        self.monitor.texts(step, self.score(samples))
+
+    def refuse_bad(self, step: int, learned: dict[str, float]) -> None:
+        """Count steps whose loss was not finite; after too many in a row the run ends, its last checkpoint whole."""
+        self.bad_steps = self.bad_steps + 1 if learned["update/skipped"] else 0
+        if self.bad_steps >= self.config.update.max_bad_steps:
+            kept = self.checkpoints.steps()
+            where = str(self.checkpoints.path(kept[-1])) if kept else "none was written yet"
+            raise ValueError(
+                f"ppo: stopped at step {step}: {self.bad_steps} steps in a row had a loss or rewards not finite; "
+                f"a lower update.lr may help, or a look at the rewards; the last checkpoint: {where}"
+            )
+
+    def save(self, step: int) -> None:
+        """The checkpoint of the policy after `step` updates."""
+        state = {
+            "kl_coef": self.controller.coef,
+            "bad_steps": self.bad_steps,
+            "rules": self.rules.state(),
+            "monitor": self.monitor.state(),
+        }
+        self.checkpoints.save(step, Saved(self.policy.trainable_state(), self.optimizer.state_dict(), state))
+        self.checkpoints.prune(self.rules.bad_since)
+
+    def restore(self) -> int:
+        """Take up the newest checkpoint; the step to go on with."""
+        steps = self.checkpoints.steps()
+        if not steps:
+            return 0
+        saved = self.checkpoints.load(steps[-1])
+        self.policy.load_trainable_state(saved.policy)
+        self.optimizer.load_state_dict(saved.optimizer)
+        self.controller.coef = saved.state["kl_coef"]
+        self.bad_steps = saved.state["bad_steps"]
+        self.rules.load_state(saved.state["rules"])
+        self.monitor.load_state(saved.state["monitor"])
+        return steps[-1]
+
+    def finish(self, steps: int, fired: Fired | None) -> dict[str, Any]:
+        """The policy as a folder, texts of it, the report, and last ppo.json."""
+        folder, stopped = self.config.output, None if fired is None else str(fired)
+        back = self.checkpoints.last_good(fired.since) if fired is not None and fired.rule.rollback else None
+        if back is not None:
+            self.policy.load_trainable_state(self.checkpoints.load(back).policy)
+            stopped = f"{stopped}; the policy is the checkpoint of step {back} again"
+        self.keep_texts(steps)
+        with atomic_folder(folder / "policy") as temporary:
+            self.policy.save(temporary)
+            self.tokenizer.save_pretrained(temporary)
+        rows = read_metrics(folder)
+        outcome = {
+            "steps": steps,
+            "stopped": stopped,
+            "rolled_back_to": back,
+            "policy": self.combination[0],
+            "reward": self.combination[1],
+            "seconds": sum(row[name] for row in rows for name in ("time/rollout", "time/score", "time/update")),
+            "first": {name: rows[0].get(name) for name in SHOWN},
+            "last": {name: rows[-1].get(name) for name in SHOWN},
+        }
+        try:
+            from .report import render
+
+            page = render(self.config, rows, read_texts(folder), outcome)
+            atomic_write_text(folder / "report.html", page)
+        except ImportError as error:  # the numbers are all there without
+            self.say(f"no report.html: {error}")
+        atomic_write_json(folder / "ppo.json", outcome)
+        return outcome
+
+    def say(self, *lines: str) -> None:
+        """Tell the user on stderr, unless they asked for quiet."""
+        if self.progress:
+            tqdm.write("\n".join(lines).replace("\n", "\n  "), file=sys.stderr)
