@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ...engine.config import position_offset
 from ...engine.mode import evaluating
 from ...kernels import linear_logprob
+from ..decode import logit_scale
 
 
 class LogitRule(NamedTuple):
@@ -18,10 +19,6 @@ class LogitRule(NamedTuple):
 
     scale: float = 1.0
     softcap: float | None = None
-
-
-# what causal language models of transformers call the factor on their logits: (attribute, whether it divides)
-_SCALES = (("logit_scale", False), ("lm_head_multiplier", False), ("logits_scaling", True))
 
 
 def logit_rule(model: Any) -> LogitRule:
@@ -35,11 +32,7 @@ def logit_rule(model: Any) -> LogitRule:
         raise ValueError(f"model: expected a causal language model with a linear head, got {type(model).__name__}")
     if getattr(head, "bias", None) is not None:
         raise ValueError(f"model: expected a language-model head without a bias, got one in {type(model).__name__}")
-    scale = 1.0
-    for name, divides in _SCALES:
-        value = getattr(config, name, None)
-        if isinstance(value, (int, float)) and value > 0:
-            scale = scale / value if divides else scale * value
+    scale = logit_scale(config)
     softcap = getattr(config, "final_logit_softcapping", None)
     if softcap is not None and scale != 1.0:
         raise ValueError(
