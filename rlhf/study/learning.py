@@ -35,14 +35,14 @@ BLOCK = 5  # steps
 class LearningPPOConfig(JobConfig):
     """PPO as every run has it, but for the reward, the seed and the KL coefficient."""
 
-    steps: int = Field(50, ge=2)
-    prompts_per_step: int = Field(8, ge=1)
-    samples_per_prompt: int = Field(4, ge=2)
+    steps: int = Field(default=50, ge=2)
+    prompts_per_step: int = Field(default=8, ge=1)
+    samples_per_prompt: int = Field(default=4, ge=2)
     estimator: Literal["gae", "rloo", "group"] = "rloo"
     mode: Literal["lora", "full"] = "lora"
-    epochs: int = Field(1, ge=1)
-    minibatches: int = Field(1, ge=1)
-    lr: float = Field(2e-3, gt=0)
+    epochs: int = Field(default=1, ge=1)
+    minibatches: int = Field(default=1, ge=1)
+    lr: float = Field(default=2e-3, gt=0)
 
 
 class LearningConfig(JobConfig):
@@ -50,13 +50,13 @@ class LearningConfig(JobConfig):
 
     model: str  # a small causal language model: folder or hub name
     output: Path = Path("runs/study/learning")
-    seeds: int = Field(3, ge=1)
-    first_seed: int = Field(0, ge=0, lt=2**20)
+    seeds: int = Field(default=3, ge=1)
+    first_seed: int = Field(default=0, ge=0, lt=2**20)
     kl: tuple[float, ...] = (0.0, 0.05)  # coefficients; one table each
     lambdas: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-    pet_lambda: float = Field(0.4, ge=0, le=1)  # of the ensemble that PET makes pessimistic
-    processes: int = Field(2, ge=1)  # runs at a time, one thread each
-    window: int = Field(10, ge=1)  # steps that a final, and a peak, is the mean of
+    pet_lambda: float = Field(default=0.4, ge=0, le=1)  # of the ensemble that PET makes pessimistic
+    processes: int = Field(default=2, ge=1)  # runs at a time, one thread each
+    window: int = Field(default=10, ge=1)  # steps that a final, and a peak, is the mean of
     rewards: RewardsConfig = RewardsConfig()
     ppo: LearningPPOConfig = LearningPPOConfig()
 
@@ -99,8 +99,8 @@ def run_learning(config: LearningConfig, *, progress: bool = True) -> LearningRe
     tasks = [(ppo_config(config, kl, seed, arm).model_dump_json(),) for kl, seed, arm in runs]
     rows = _in_processes(_run, tasks, config.processes, "PPO runs", progress)
     results = [
-        {"kl": kl, "seed": seed, "arm": arm.name, **summary(curves, config.window)}
-        for (kl, seed, arm), curves in zip(runs, rows, strict=True)
+        {"kl": kl, "seed": seed, "arm": arm.name, **summary(curves, config.window), "text": text}
+        for (kl, seed, arm), (curves, text) in zip(runs, rows, strict=True)
     ]
     metrics = {
         "config": config.model_dump(mode="json", exclude={"output", "model"}) | {"model": Path(config.model).name},
@@ -190,15 +190,17 @@ def _prepare(config: str, seed: int) -> dict[str, Any]:
     return prepare(whole.model, whole.output / f"seed-{seed}", whole.rewards, seed, f"tradeoff:{whole.pet_lambda:g}")
 
 
-def _run(config: str) -> dict[str, list[float | None]]:
-    """In a process of its own: one PPO run, or what is left of it; its curves."""
+def _run(config: str) -> tuple[dict[str, list[float | None]], str]:
+    """In a process of its own: one PPO run, or what is left of it. Its curves, and the last text of prompt 0."""
     from ..ppo.loop import run_ppo
+    from ..ppo.monitor import read_texts
 
     torch.set_num_threads(1)
     ppo = PPOConfig.model_validate_json(config)
     run_ppo(ppo, resume=True, progress=False)
-    rows = read_metrics(ppo.output)
-    return {name: [row.get(name) for row in rows] for name in SHOWN}
+    rows, texts = read_metrics(ppo.output), read_texts(ppo.output)
+    last = next(row for row in texts if row["step"] == texts[-1]["step"])
+    return {name: [row.get(name) for row in rows] for name in SHOWN}, f"{last['prompt']} | {last['response']}"
 
 
 def _in_processes(work: Any, tasks: list[tuple[Any, ...]], processes: int, name: str, progress: bool) -> Iterator[Any]:

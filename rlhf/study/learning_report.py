@@ -33,8 +33,9 @@ def markdown(metrics: dict[str, Any]) -> str:
         f"{ppo['steps']} steps of {ppo['prompts_per_step']} prompts x {ppo['samples_per_prompt']} samples of at most "
         f"{data['max_new_tokens']} tokens, {ppo['estimator']}, {ppo['mode']}, lr {ppo['lr']:g}, epochs "
         f"{ppo['epochs']}, minibatches {ppo['minibatches']}. Final: the mean of the last {config['window']} steps; "
-        f"peak: the best {config['window']} in a row. Proxy rewards are in standard deviations of the reward over the "
-        "reference's own samples. Each number: mean over seeds, and the seeds' standard deviation.",
+        f"peak: the best {config['window']} in a row. The unit of proxies is a head's standard deviation over the "
+        "reference's own samples; PET's rewards are stretched to their start's. Each number: mean over seeds, and "
+        "the seeds' standard deviation.",
         "",
         f"The untrained model's gold is {reference:+.3f}; of its best of 16 by gold itself, {best:+.3f}.",
         "",
@@ -50,7 +51,7 @@ def markdown(metrics: dict[str, Any]) -> str:
         *(f"- {line}" for line in findings(metrics)),
     ]
     for kl in config["kl"]:
-        lines += ["", f"## {_kl_title(kl)}", "", *_table(metrics, kl)]
+        lines += ["", f"## {_kl_title(kl)}", "", *_table(metrics, kl), "", *_texts(metrics, kl)]
     return "\n".join([*lines, ""])
 
 
@@ -123,6 +124,12 @@ def _table(metrics: dict[str, Any], kl: float) -> list[str]:
             f"{mean(f['text/length'] for f in final):.1f} | {mean(f['text/truncated'] for f in final):.0%} |"
         )
     return lines
+
+
+def _texts(metrics: dict[str, Any], kl: float) -> list[str]:
+    """One text of each run of the first seed, not chosen: the first prompt, after the bar the policy's response."""
+    lines = [f"Texts at the end, the first prompt of seed {metrics['config']['first_seed']}:", ""]
+    return lines + [f"- {arm}: {' '.join(runs[0]['text'].split())}" for arm, runs in by_arm(metrics, kl).items()]
 
 
 def _spread(values: Sequence[float], digits: int = 3, sign: str = "+") -> str:

@@ -53,11 +53,11 @@ class RewardsConfig(JobConfig):
     """
 
     prompts: Path | None = None  # one a line; None: 64 openings of a story
-    held_out_prompts: int = Field(16, ge=2)  # for the heads' accuracy; PPO asks the others
-    samples_per_prompt: int = Field(64, ge=2)
-    pairs_per_prompt: int = Field(200, ge=1)
-    label_noise: float = Field(0.25, ge=0, le=0.5)
-    max_new_tokens: int = Field(24, ge=1)
+    held_out_prompts: int = Field(default=16, ge=2)  # for the heads' accuracy; PPO asks the others
+    samples_per_prompt: int = Field(default=64, ge=2)
+    pairs_per_prompt: int = Field(default=200, ge=1)
+    label_noise: float = Field(default=0.25, ge=0, le=0.5)
+    max_new_tokens: int = Field(default=24, ge=1)
     bt: BradleyTerryConfig = BradleyTerryConfig()
     brme: BRMEConfig = BRMEConfig()
     pet: PETConfig = PETConfig()
@@ -134,7 +134,7 @@ def _prompts(config: RewardsConfig) -> list[str]:
 def _train(
     config: RewardsConfig, pairs: GoldPairs, rollouts: Sequence[Rollout], training: list[int], seed: int, spec: str
 ) -> dict[str, EnsembleHead]:
-    """The four rewards, calibrated on the training prompts' samples."""
+    """The four rewards; every head of the first two has mean 0 and std 1 over the training prompts' samples."""
     chosen, rejected = pairs.features(rollouts, True)
     reference = torch.cat([rollouts[i].features for i in training]).float()
     bt = config.bt.model_copy(update={"seed": seed + config.bt.seed})
@@ -156,12 +156,24 @@ def _train(
         torch.stack([rollouts[i].features[-1] for i in training]).float(),
     )
     pet = config.pet.model_copy(update={"seed": seed + config.pet.seed})
-    return {
-        "single": single,
-        "ensemble": ensemble,
-        "pet_single": fit_pet(single, data, pet, progress=False).head,
-        "pet_ensemble": fit_pet(ensemble, data, pet, aggregation=spec, progress=False).head,
-    }
+    heads = {"single": single, "ensemble": ensemble}
+    for name, start in list(heads.items()):
+        head = fit_pet(start, data, pet, aggregation=start.aggregation, progress=False).head
+        heads[f"pet_{name}"] = _as_wide(head, start, reference)
+    return heads
+
+
+@torch.no_grad()
+def _as_wide(head: EnsembleHead, start: EnsembleHead, features: Tensor) -> EnsembleHead:
+    """`head`, its reward as widely spread over the reference's samples as its start's.
+
+    PET makes rewards small, and a KL coefficient would mean another price for each. One factor for all heads: how they
+    compare is untouched.
+    """
+    factor = head(features).reward.double().std() / start(features).reward.double().std()
+    head.scale.mul_(float(factor))
+    head.std_ref.div_(float(factor))
+    return head
 
 
 @torch.no_grad()

@@ -38,18 +38,18 @@ class StochasticConfig(JobConfig):
     """Everything `prudent study stochastic` can be told."""
 
     output: Path = Path("runs/study/stochastic")
-    seeds: int = Field(100, ge=2)
-    first_seed: int = Field(0, ge=0, lt=2**30)
-    heads: int = Field(5, ge=2)  # K, of which the least is taken
-    steps: int = Field(200, ge=1)  # of PPO on a meaningless reward, as in the paper
-    samples: int = Field(16, ge=1)  # a prompt and step
-    epochs: int = Field(4, ge=2)  # where there is more than one
-    clip: float = Field(0.2, gt=0, lt=1)
-    width: int = Field(64, ge=1)
-    start: float = Field(0.9, gt=0.125, lt=1)  # gold that the policies begin with
-    adam_lr: float = Field(1e-3, gt=0)
-    sgd_lr: float = Field(0.1, gt=0)
-    kl: float = Field(0.1, gt=0)  # where there is a KL penalty
+    seeds: int = Field(default=100, ge=2)
+    first_seed: int = Field(default=0, ge=0, lt=2**30)
+    heads: int = Field(default=5, ge=2)  # K, of which the least is taken
+    steps: int = Field(default=200, ge=1)  # of PPO on a meaningless reward, as in the paper
+    samples: int = Field(default=16, ge=1)  # a prompt and step
+    epochs: int = Field(default=4, ge=2)  # where there is more than one
+    clip: float = Field(default=0.2, gt=0, lt=1)
+    width: int = Field(default=64, ge=1)
+    start: float = Field(default=0.9, gt=0.125, lt=1)  # gold that the policies begin with
+    adam_lr: float = Field(default=1e-3, gt=0)
+    sgd_lr: float = Field(default=0.1, gt=0)
+    kl: float = Field(default=0.1, gt=0)  # where there is a KL penalty
 
 
 class Setting(NamedTuple):

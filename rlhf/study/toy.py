@@ -47,10 +47,10 @@ class ToyConfig(JobConfig):
     """Everything `prudent study toy` can be told."""
 
     output: Path = Path("runs/study/toy")
-    seeds: int = Field(20, ge=2)
-    first_seed: int = Field(0, ge=0, lt=2**30)
-    lam: float = Field(0.4, ge=0, le=1)  # the paper's
-    models: int = Field(3, ge=1)  # of the uncertainty set, beside the nominal one
+    seeds: int = Field(default=20, ge=2)
+    first_seed: int = Field(default=0, ge=0, lt=2**30)
+    lam: float = Field(default=0.4, ge=0, le=1)  # the paper's
+    models: int = Field(default=3, ge=1)  # of the uncertainty set, beside the nominal one
     reward: ToyRewardConfig = ToyRewardConfig()
     policy: ToyPolicyConfig = ToyPolicyConfig()
     sensitivity: bool = True  # also the table of other settings

@@ -139,7 +139,8 @@ def picture(metrics: dict[str, Any]) -> Figure:
 
     example, arms = metrics["example"], metrics["arms"]
     figure = Figure(figsize=(11.5, 6.4), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1.0, 1.45])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1.0, 1.45])
+    upper, lower = halves
     like, seeds = example["like_figure_1"], metrics["config"]["seeds"]
     chosen_for = f"one of the {like} of {seeds} like the paper's figure" if like else "its gain is the median"
     upper.suptitle(

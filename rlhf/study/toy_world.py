@@ -24,12 +24,12 @@ class ToyRewardConfig(JobConfig):
     `scale` decides how much the models differ where no label is: the table of settings shows 1 beside it.
     """
 
-    width: int = Field(64, ge=1)
-    layers: int = Field(2, ge=1)  # hidden ones
+    width: int = Field(default=64, ge=1)
+    layers: int = Field(default=2, ge=1)  # hidden ones
     activation: Literal["tanh", "relu"] = "tanh"
-    scale: float = Field(3.0, gt=0)  # times torch.nn.Linear's initial weights
-    steps: int = Field(1000, ge=1)
-    lr: float = Field(1e-3, gt=0)
+    scale: float = Field(default=3.0, gt=0)  # times torch.nn.Linear's initial weights
+    steps: int = Field(default=1000, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
     normalise: Literal["none", "model", "prompt"] = "none"  # z-scores a model; or takes each prompt's mean off
 
 
@@ -40,13 +40,15 @@ class ToyPolicyConfig(JobConfig):
     it policies settle early on a response that is good for many prompts, which is PPO's doing and not the reward's.
     """
 
-    width: int = Field(64, ge=1)
-    steps: int = Field(200, ge=1)  # of sampling
-    epochs: int = Field(4, ge=1)
-    samples: int = Field(16, ge=1)  # a prompt and step
-    clip: float = Field(0.2, gt=0, lt=1)
-    lr: float = Field(3e-3, gt=0)
-    kl: float = Field(0.3, ge=0)  # times log(policy / initial policy), off a reward in the nominal model's own stds
+    width: int = Field(default=64, ge=1)
+    steps: int = Field(default=200, ge=1)  # of sampling
+    epochs: int = Field(default=4, ge=1)
+    samples: int = Field(default=16, ge=1)  # a prompt and step
+    clip: float = Field(default=0.2, gt=0, lt=1)
+    lr: float = Field(default=3e-3, gt=0)
+    kl: float = Field(
+        default=0.3, ge=0
+    )  # times log(policy / initial policy), off a reward in the nominal model's own stds
     optimizer: Literal["adam", "sgd"] = "adam"
     whiten: bool = False  # each policy's advantages of a step, to mean 0 and std 1
 
