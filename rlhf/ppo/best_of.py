@@ -48,7 +48,8 @@ class BestOf:
         lines = [f"{m['prompts']} prompts, best of {m['n'][-1]}: what each reward picks"]
         for name, row in m["rewards"].items():
             gold = "" if row["gold"] is None else f"gold {row['gold'][-1]:+.3f}, "
-            lines.append(f"  {name:<12} {gold}{row['words']:.1f} words, the same as PET's for {row['same_as_pet']:.0%}")
+            same = f", the same as PET's for {row['same_as_pet']:.0%}" if name in m["difference"] else ""
+            lines.append(f"  {name:<12} {gold}{row['words']:.1f} words{same}")
         if m["gold"] is not None:
             lines.append(f"  any response: gold {m['any']:+.3f}; the gold scorer's own pick: {m['oracle'][-1]:+.3f}")
             for name, d in m["difference"].items():
@@ -162,9 +163,9 @@ def _metrics(proxies: dict[str, Tensor], gold: Tensor | None, rollouts: list[Rol
             "words": float(words.gather(1, picks[name][:, None]).mean()),
             "same_as_pet": float((picks[name] == picks[last]).double().mean()),
         }
-        if curves and name != last:
-            gap = curves[last].gold_per_prompt[:, -1] - curves[name].gold_per_prompt[:, -1]
-            result["difference"][name] = mean_interval(gap)._asdict()
+        if name != last:
+            gap = curves[last].gold_per_prompt[:, -1] - curves[name].gold_per_prompt[:, -1] if curves else None
+            result["difference"][name] = None if gap is None else mean_interval(gap)._asdict()
     if gold is not None:
         result["any"] = float(gold.mean())
         result["oracle"] = best_of_n_curve(gold, gold, ns).gold.tolist()
