@@ -40,9 +40,11 @@ def test_the_version_is_the_packages() -> None:
 def test_every_flag_sets_a_key_that_the_jobs_config_has(command: str) -> None:
     from importlib import import_module
 
+    from prudent.rlhf.config import config_keys
+
     job = cli.JOBS[command]
     module = import_module(f"prudent.rlhf.{job.module}")
-    assert {flag.key for flag in job.flags} <= set(getattr(module, job.config).model_fields)
+    assert {flag.key for flag in job.flags} <= set(config_keys(getattr(module, job.config)))
     assert callable(getattr(module, job.run))
 
 
