@@ -1,0 +1,65 @@
+"""What one decoder layer keeps for the backward pass and needs while it runs, in bytes; see `budget`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Layer:
+    """A layer of a `ModelShape` in a `JobShape`: D features, F in the feed-forward layer, A = heads * head_dim, G of the
+    keys; b bytes a number of the trunk."""
+
+    def __init__(self, shape: Any, job: Any) -> None:
+        self.layers, self.d, self.f = shape.layers, shape.hidden, shape.intermediate
+        self.a, self.g = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        self.heads, self.adapted, self.head_norms = shape.heads, shape.adapted, shape.head_norms
+        self.kv_heads = shape.kv_heads
+        self.job, self.b = job, job.dtype.itemsize
+        self.lora = job.mode == "lora"
+
+    def token(self, length: int) -> int:
+        """Bytes that autograd saves of one token in one layer, in sequences of `length`."""
+        b, d, f, job = self.b, self.d, self.f, self.job
+        keys = self.a if job.masked or job.eager else self.g
+        attention = b * (2 * self.a + 2 * keys) + 4 * self.heads
+        if job.eager:  # weights in fp32 and in the trunk's dtype
+            attention += self.heads * length * (4 + b)
+        elif job.masked:
+            attention += b * length
+        norms = 2 * (4 * d + 4)
+        if not self.lora:  # the norm's weight needs its normalised input
+            norms += 2 * (4 if job.mixed else b) * d
+        if self.head_norms:
+            norms += (4 + (0 if self.lora else b)) * (self.a + self.g)
+        feed_forward = 3 * b * f
+        if job.mixed:  # autocast makes a copy for each product
+            inputs = b * (5 * d + f)
+        elif self.lora and job.dropout:
+            inputs = sum((b + 1) * i for i, _ in self.adapted)
+        else:
+            inputs = b * (2 * d + f)
+        middle = b * job.rank * len(self.adapted) if self.lora else 0
+        return attention + norms + feed_forward + inputs + middle
+
+    def saved(self, tokens: int, length: int) -> int:
+        """All layers' for a pass of `tokens`; checkpointed, their inputs alone. With LoRA nothing is saved of the first
+        norm, whose input needs no gradient, and the final one takes its place."""
+        final = 0 if self.lora else tokens * (4 + self.b) * self.d
+        if self.job.checkpointing:
+            return self.layers * tokens * self.b * self.d + final
+        return self.layers * tokens * self.token(length) + final
+
+    def last_norm(self, tokens: int) -> int:
+        """In the backward pass of the final norm, where everything is still held: its output, and gradients in fp32."""
+        return tokens * self.d * (24 if self.b < 4 else 28)
+
+    def backward(self, tokens: int, length: int) -> int:
+        """In the last layer's backward pass; what it saved counts here only if it was computed again."""
+        inside = tokens * self.b * (2 * self.f + (3 if self.b < 4 else 2) * self.d)
+        return inside + (tokens * self.token(length) if self.job.checkpointing else 0)
+
+    def forward(self, tokens: int) -> int:
+        """The highest point of a pass without gradient, in the feed-forward layer: its two inner products and their
+        own product, and LoRA's share of one of them; the residual stream, the norm's fp32 copy and its output."""
+        wide = (4 if self.lora else 3) * self.b * self.f
+        return tokens * (wide + self.d * (9 if self.b < 4 else 17))
