@@ -14,7 +14,7 @@ from ...engine import EnsembleHead, EnsembleRewardConfig, EnsembleRewardModel
 from ...engine.text import ItemEncoder
 from ..decode import causal_lm
 from ..given import load_tokenizer
-from ..reward_adapter import is_reward_adapter, load_head
+from ..reward_adapter import appends_eos, is_reward_adapter, load_head
 from .config import PPOConfig, RewardConfig
 from .probe import has_values
 from .prompts import Prompt
@@ -98,7 +98,7 @@ def check_reading(source: str | Path, tokenizer: Any, policy: Any) -> None:
     prompt and `rollout.Turn` what closes the response: the ids must be the same.
 
     Args:
-        source: of a reward of kind shared or adapter; an adapter's folder has no EOS rule, and its tokeniser is asked.
+        source: of a reward of kind shared or adapter.
         tokenizer: the policy's.
         policy: the causal language model.
 
@@ -107,10 +107,11 @@ def check_reading(source: str | Path, tokenizer: Any, policy: Any) -> None:
     """
     folder = str(_adapter_folder(source) or source)
     theirs = load_tokenizer("reward.source", folder)
-    append_eos = True
     if _adapter_folder(source) is None:
         config = _config(folder)
         append_eos = config.append_eos if isinstance(config, EnsembleRewardConfig) else True
+    else:
+        append_eos = appends_eos(folder)
     size = causal_lm(policy).get_input_embeddings().num_embeddings
     encoders = [
         ItemEncoder(t, append_eos=a, max_length=None, vocab_size=size)
