@@ -148,6 +148,8 @@ class Run:
         if back is not None:
             self.policy.load_trainable_state(self.checkpoints.load(back).policy)
             stopped = f"{stopped}; the policy is the checkpoint of step {back} again"
+        elif fired is not None and fired.rule.rollback:
+            stopped = f"{stopped}; no checkpoint is from before, so the policy stays as it is"
         self.keep_texts(steps)
         with atomic_folder(folder / "policy") as temporary:
             self.policy.save(temporary)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from prudent.rlhf.config import load_config
-from prudent.rlhf.ppo import checkpoint, loop, run, update
+from prudent.rlhf.ppo import checkpoint, loop, report, run, update
 from prudent.rlhf.ppo.checkpoint import Checkpoints
 from prudent.rlhf.ppo.config import PPOConfig
 from prudent.rlhf.ppo.monitor import Monitor, read_texts
@@ -154,6 +154,7 @@ def _killed_again_and_again(runs: Runs, config: PPOConfig, tmp_path: Path, point
     assert Checkpoints(broken.output / "checkpoints").steps() == Checkpoints(whole.output / "checkpoints").steps()
 
 
+@pytest.mark.slow
 def test_killed_at_every_kind_of_moment_it_reaches_the_numbers_of_an_unbroken_run(
     runs: Runs, tiny_chat_folder: Path, tmp_path: Path
 ) -> None:
@@ -185,6 +186,7 @@ def ensemble_folder(tiny_chat_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "ensemble"
 
 
+@pytest.mark.slow
 def test_killed_with_the_ensemble_on_the_shared_trunk_and_preference_data_to_compare_with(
     runs: Runs, tiny_chat_folder: Path, ensemble_folder: Path, tmp_path: Path
 ) -> None:
@@ -207,6 +209,13 @@ def test_killed_with_the_ensemble_on_the_shared_trunk_and_preference_data_to_com
 # what goes wrong inside
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report has tests of its own, and seconds of pictures."""
+    monkeypatch.setattr(report, "render", lambda *args: "<!doctype html>")
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_full_disk_stops_the_run_with_a_sentence_and_it_goes_on_later(
     tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +236,7 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_it_goes_on_later(
     assert [row["step"] for row in read_metrics(config.output)] == list(range(6))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_samples_without_a_finite_reward_are_dropped_and_counted(tiny_chat_folder: Path, tmp_path: Path) -> None:
     config = _config(
         tiny_chat_folder,
@@ -261,6 +271,7 @@ def test_a_reward_that_never_comes_stops_the_run_and_moves_nothing(tiny_chat_fol
     assert read_metrics(config.output)[-1]["reward/mean"] is None
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_losses_that_are_not_finite_are_skipped_counted_and_forgiven(
     tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

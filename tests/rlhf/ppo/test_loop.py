@@ -1,0 +1,272 @@
+"""`prudent ppo` from end to end on a tiny model: it learns, it shows what it does, it stops when told to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prudent.cli import main
+from prudent.rlhf.config import load_config
+from prudent.rlhf.ppo import loop, memory, report
+from prudent.rlhf.ppo.checkpoint import Checkpoints
+from prudent.rlhf.ppo.config import PPOConfig
+from prudent.rlhf.ppo.loop import PPOResult, run_ppo
+from prudent.rlhf.ppo.monitor import read_texts
+from prudent.rlhf.ppo.stop import METRICS
+from prudent.rlhf.runlog import read_metrics
+
+REWARDS = """
+def good(prompts, responses):
+    return [text.split().count("good") for text in responses]
+
+def short(prompts, responses):
+    return [-len(text.split()) for text in responses]
+"""
+
+
+def _config(tiny: Path, tmp_path: Path, *sets: str, reward: str = "good", **given: Any) -> PPOConfig:
+    prompts, rewards = tmp_path / "prompts.txt", tmp_path / "rewards.py"
+    if not prompts.exists():
+        prompts.write_text("the food\na hotel\nmy day\nthe train\nyour film\nthe soup\nthe room\nvery good people\n")
+    rewards.write_text(REWARDS)
+    small = ["steps=3", "rollout.prompts_per_step=4", "rollout.max_new_tokens=8"]
+    given = {"reward.source": f"{rewards}:{reward}", "output": str(tmp_path / "run"), **given}
+    return load_config(PPOConfig, None, [*small, *sets], model=str(tiny), prompts=str(prompts), **given)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PPOResult:
+    """A run of 12 steps for a word, watched by a judge who likes it short."""
+    folder = tmp_path_factory.mktemp("ppo")
+    return run_ppo(
+        _config(
+            tiny_chat_folder,
+            folder,
+            "steps=12",
+            "rollout.prompts_per_step=8",
+            "rollout.samples_per_prompt=8",
+            "update.lr=0.01",
+            "update.estimator=rloo",
+            "kl.coef=0.01",
+            "save_every=5",
+            "sample_every=5",
+            gold=f"{folder / 'rewards.py'}:short",
+        ),
+        progress=False,
+    )
+
+
+def test_it_learns_what_is_rewarded(finished: PPOResult) -> None:
+    rewards = [row["reward/mean"] for row in read_metrics(finished.folder)]
+    assert sum(rewards[-3:]) / 3 > 3 * sum(rewards[:3]) / 3 + 0.5
+    assert finished.metrics["last"]["reward/mean"] == rewards[-1]
+
+
+def test_every_step_has_one_line_of_known_metrics(finished: PPOResult) -> None:
+    rows = read_metrics(finished.folder)
+    assert [row["step"] for row in rows] == list(range(12))
+    for row in rows:
+        assert set(row) - {"step", "time"} <= set(METRICS)
+    assert abs(rows[0]["kl/sequence"]) < 1e-4  # the policy starts as the reference
+    assert rows[-1]["kl/sequence"] > 0.1
+
+
+def test_the_folder_holds_what_it_says(finished: PPOResult) -> None:
+    names = {path.name for path in finished.folder.iterdir()}
+    expected = {"config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "policy", "report.html", "ppo.json"}
+    assert expected <= names
+    assert Checkpoints(finished.folder / "checkpoints").steps() == [10, 12]
+    assert sorted({row["step"] for row in read_texts(finished.folder)}) == [0, 5, 10, 12]
+    outcome = json.loads((finished.folder / "ppo.json").read_text())
+    assert (outcome["steps"], outcome["stopped"]) == (12, None)
+    assert "12 steps done" in str(finished)
+    assert "gold/mean" in str(finished)
+
+
+def test_the_policy_that_is_saved_is_the_one_that_learned(finished: PPOResult, tiny_chat_folder: Path) -> None:
+    from peft import PeftModel
+
+    folder = finished.folder / "policy"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_chat_folder), folder)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "the food"}], add_generation_prompt=True)
+    ids = torch.tensor([ids["input_ids"] if isinstance(ids, dict) or hasattr(ids, "keys") else ids])
+    good = tokenizer.convert_tokens_to_ids("good")
+    with torch.no_grad():
+        after = model(ids).logits[0, -1].softmax(0)[good]
+        with model.disable_adapter():
+            before = model(ids).logits[0, -1].softmax(0)[good]
+    assert after > 2 * before
+
+
+def test_a_finished_run_is_not_run_again_and_more_steps_go_on(finished: PPOResult, tmp_path: Path) -> None:
+    config = load_config(PPOConfig, finished.folder / "config.yaml")
+    again = run_ppo(config, resume=True, progress=False)
+    assert again.finished_before
+    assert "nothing was done again" in str(again)
+    more = run_ppo(config.model_copy(update={"steps": 13}), resume=True, progress=False)
+    assert more.metrics["steps"] == 13
+    assert [row["step"] for row in read_metrics(finished.folder)] == list(range(13))
+
+
+def test_the_command_says_what_runs_shows_a_bar_and_leaves_torchs_generator_alone(
+    tiny_chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(tiny_chat_folder, tmp_path)
+    arguments = ["ppo", "--model", config.model, "--prompts", config.prompts, "--reward", config.reward.source]
+    arguments += ["--output", str(config.output), "--steps", "1", "--stop-when", "kl > 20", "--stop-when", "kl > 9"]
+    arguments += ["--set", "rollout.prompts_per_step=2", "--set", "rollout.max_new_tokens=4"]
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert main(arguments) == 0
+    assert torch.equal(torch.get_rng_state(), before)
+    shown = capsys.readouterr()
+    for said in ("steps 0 to 1", "reference: ", "reward: callable", "trained: ", "1/1", "reward ", "kl ", "length "):
+        assert said in shown.err
+    assert "1 steps done" in shown.out
+    assert load_config(PPOConfig, config.output / "config.yaml").stop_when == ("kl > 20", "kl > 9")
+    assert main(arguments) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report has tests of its own, and seconds of pictures."""
+    monkeypatch.setattr(report, "render", lambda *args: "<!doctype html>")
+
+
+@pytest.mark.usefixtures("no_pictures")
+class TestStopping:
+    """`stop_when` ends a run, or takes the policy back."""
+
+    def test_a_rule_that_fires_ends_the_run(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
+        result = run_ppo(_config(tiny_chat_folder, tmp_path, 'stop_when=["length > 0 for 2"]'), progress=False)
+        assert result.metrics["steps"] == 2
+        assert result.metrics["stopped"].startswith("'length > 0 for 2' held from step 0 to 1")
+        assert "stopped early" in str(result)
+        assert run_ppo(load_config(PPOConfig, result.folder / "config.yaml"), resume=True).finished_before
+
+    def test_rolled_back_the_policy_is_the_last_one_from_before(
+        self, tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        measured = loop.Run.refuse_bad
+        spoilt: list[int] = []
+
+        def spoil(run: Any, step: int, learned: dict[str, float]) -> None:
+            spoilt.append(step)
+            measured(run, step, learned)
+
+        monkeypatch.setattr(loop.Run, "refuse_bad", spoil)
+        config = _config(
+            tiny_chat_folder,
+            tmp_path,
+            "steps=9",
+            "save_every=1",
+            "kl.target=1",  # its coefficient is a metric whose course is known
+            "kl.horizon=2",
+            'stop_when=["kl/coef < 0.5x for 3 then rollback"]',
+        )
+        result = run_ppo(config, progress=False)
+        coefficients = [row["kl/coef"] for row in read_metrics(config.output)]
+        since = next(step for step, value in enumerate(coefficients) if value < 0.5 * coefficients[0])
+        assert result.metrics["steps"] == since + 3 == len(spoilt)
+        assert result.metrics["rolled_back_to"] == since - 1
+        assert f"the policy is the checkpoint of step {since - 1} again" in result.metrics["stopped"]
+        kept = Checkpoints(config.output / "checkpoints")
+        assert since - 1 in kept.steps()
+        good = kept.load(since - 1).policy
+        saved = {}
+        for file in (config.output / "policy").glob("**/*.safetensors"):
+            saved |= load_file(file)
+        norms = sorted(float(tensor.norm()) for tensor in saved.values())
+        assert norms == sorted(float(tensor.norm()) for tensor in good.values())
+
+    def test_without_one_from_before_it_is_the_policy_as_it_came(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
+        config = _config(tiny_chat_folder, tmp_path, 'stop_when=["length > 0 for 2 then rollback"]')
+        result = run_ppo(config, progress=False)
+        assert result.metrics["rolled_back_to"] is None
+        assert "no checkpoint is from before, so the policy stays" in result.metrics["stopped"]
+
+    def test_a_metric_that_is_not_measured_is_refused(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
+        config = _config(tiny_chat_folder, tmp_path, 'stop_when=["disagreement > 3x for 5"]')
+        with pytest.raises(ValueError, match="which this run does not measure"):
+            run_ppo(config, progress=False)
+
+
+class TestRefusals:
+    """What cannot be run is refused before anything is computed."""
+
+    def test_several_processes(self, tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match="expected one process"):
+            run_ppo(_config(tiny_chat_folder, tmp_path))
+
+    def test_a_prompt_longer_than_the_model_holds_is_named(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "prompts.txt").write_text("the food\n" + "good " * 200 + "\n")
+        with pytest.raises(ValueError, match=r"prompts\.txt, line 2: expected at most \d+ tokens.*'good good"):
+            run_ppo(_config(tiny_chat_folder, tmp_path, "rollout.prompts_per_step=1", "update.minibatches=1"))
+
+    def test_fewer_prompts_than_a_step_takes(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"rollout\.prompts_per_step: expected at most 8"):
+            run_ppo(_config(tiny_chat_folder, tmp_path, "rollout.prompts_per_step=9"))
+
+    def test_an_unread_key_leaves_no_folder_behind(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
+        config = _config(tiny_chat_folder, tmp_path, "policy.mode=full", "policy.lora_rank=4")
+        with pytest.raises(ValueError, match=r"policy\.lora_rank: has no effect"):
+            run_ppo(config)
+        assert not config.output.exists()
+
+    def test_a_reward_on_the_trunk_with_another_tokeniser(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
+        from prudent import EnsembleRewardModel
+
+        EnsembleRewardModel.from_trunk(str(tiny_chat_folder), num_heads=2).save_pretrained(tmp_path / "reward")
+        tokenizer = AutoTokenizer.from_pretrained(tiny_chat_folder)
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "the <|end|>")
+        tokenizer.save_pretrained(tmp_path / "reward")
+        config = _config(
+            tiny_chat_folder, tmp_path, "reward.kind=shared", **{"reward.source": str(tmp_path / "reward")}
+        )
+        with pytest.raises(ValueError, match="trained on the tokens that the policy reads"):
+            run_ppo(config, progress=False)
+
+
+def test_answers_that_end_at_once_are_one_token_and_no_error(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat_folder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = 100.0  # every hidden state then points along the first axis
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[3, 0] = 10.0
+    config = _config(tiny_chat_folder, tmp_path, "steps=2")
+    run_ppo(config, model=model, tokenizer=AutoTokenizer.from_pretrained(tiny_chat_folder), progress=False)
+    for row in read_metrics(config.output):
+        assert (row["text/length"], row["text/truncated"], row["samples/dropped"], row["update/skipped"]) == (
+            1,
+            0,
+            0,
+            0,
+        )
+    assert {row["response"] for row in read_texts(config.output)} == {""}
+
+
+def test_micro_tokens_are_planned_on_a_gpu_and_the_update_s_own_on_a_cpu(
+    tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prudent.rlhf import plan
+
+    config = _config(tiny_chat_folder, tmp_path, "memory_budget=80GB")
+    assert memory.with_micro_tokens(config, None, torch.device("cpu")) is config
+    limits: list[int] = []
+    monkeypatch.setattr(memory, "_card", lambda device: 100 * 10**9)
+    monkeypatch.setattr(plan, "auto_micro_tokens", lambda config, shape, limit: limits.append(limit) or 1234)
+    fractions: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
+    gpu = torch.device("cuda", 0)
+    memory.limit_memory(config, gpu)
+    assert memory.with_micro_tokens(config, None, gpu).update.micro_tokens == 1234
+    assert (limits, fractions) == ([80 * 10**9], [0.8])
