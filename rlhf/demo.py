@@ -18,12 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..engine import EnsembleHead, EnsembleRewardModel, Scorer, calibrate
-from . import plot_style, report
+from . import demo_ppo, plot_style, report
 from .best_of_n import SINGLE, rewards, study
 from .config import JobConfig, load_config
 from .data import PairData, PreferencePair, load_pairs, split_by_prompt
 from .decode import Sampling
 from .demo_pairs import GoldPairs, make_pairs
+from .demo_ppo import DemoPPOConfig
 from .embedded import embedded_model, wheel_folder
 from .features import compute_features
 from .files import atomic_folder, atomic_write_json, atomic_write_text
@@ -34,14 +35,15 @@ from .rollout import Request, Rollout, sample
 from .runlog import RunLog
 from .statistics import group_labels, pair_accuracy
 
-STAGES = ("the language model", "responses", "preference pairs", "reward heads", "evaluation", "report")
+STAGES = ("the language model", "responses", "preference pairs", "reward heads", "evaluation", "PPO", "report")
 _PROMPTS = Path(__file__).with_name("prompts.txt")
 _HELD_OUT_PAIRS = 40  # a held-out prompt: 32 prompts then measure an accuracy to about 2 %
 
 
 class DemoConfig(JobConfig):
     """Everything `prudent demo` can be told. The defaults sample some 270,000 tokens: about 4 minutes on two idle
-    AVX512-BF16 cores (1,400 tokens/s), 13 on cores that multiply in float32; the rest takes half a minute."""
+    AVX512-BF16 cores (1,400 tokens/s), 13 on cores that multiply in float32; the heads take half a minute, PPO as
+    `DemoPPOConfig` says."""
 
     output: Path = Path("runs/demo")
     model: str | None = None  # folder or hub name of a causal language model; None: SmolLM2-135M-Instruct, its wheel
@@ -63,6 +65,7 @@ class DemoConfig(JobConfig):
     batch_rows: int = Field(256, ge=1)
     bt: BradleyTerryConfig = BradleyTerryConfig()
     brme: BRMEConfig = BRMEConfig()
+    ppo: DemoPPOConfig = DemoPPOConfig()
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
 
     The run folder: config.yaml (resolved), samples.jsonl, features/, pairs.jsonl and held_out.jsonl (as `prudent train`
     and `prudent eval` read them), metrics.jsonl (training), checkpoints/, single/ (stage 1) and model/ (the ensemble,
-    calibrated), both with the tokeniser, report.html, and metrics.json (written last).
+    calibrated), both with the tokeniser, ppo/single and ppo/ensemble (run folders of `prudent ppo`), report.html, and
+    metrics.json (written last).
 
     Raises:
         ValueError: for prompts, pairs or a model that cannot be used; for an output folder that holds another run.
@@ -143,7 +147,7 @@ class _Run:
         self.tokenizer: Any = None
 
     def go(self) -> dict[str, Any]:
-        """All six stages; returns the metrics."""
+        """All seven stages; returns the metrics."""
         config = self.config
         # read first: what is wrong with a file is said before a model is loaded
         prompts = [] if config.preferences else read_prompts(config.prompts, config.held_out_prompts)
@@ -153,7 +157,7 @@ class _Run:
         with self._stage(0):
             self._load_model()
         metrics, page = self._with_gold(prompts) if data is None else self._with_preferences(data)
-        with self._stage(5):
+        with self._stage(6):
             metrics["seconds"] = dict(self.seconds)
             atomic_write_text(self.folder / "report.html", report.render(self.config, metrics, page))
         metrics["seconds"] = dict(self.seconds)
@@ -171,10 +175,10 @@ class _Run:
     def _load_model(self) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        source = str(embedded_model()) if self.config.model is None else self.config.model
-        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.source = str(embedded_model()) if self.config.model is None else self.config.model
+        self.tokenizer = AutoTokenizer.from_pretrained(self.source)
         dtype = getattr(torch, self.config.dtype)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype)
         self.model = model.to(self.device).eval()
 
     # sampled responses, labelled by gold
@@ -206,8 +210,21 @@ class _Run:
             result = study({name: value.view(len(held), -1) for name, value in flat.items()}, held_gold)
             metrics["best_of_n"] = report.study_as_dict(result)
             metrics["gold"] = {"name": gold_scorer.name, "meaning": gold_scorer.meaning}
-            page = report.Page(result, report.examples(ensemble, [rollouts[i] for i in held], held_gold, flat))
-        return metrics, page
+            shown = report.examples(ensemble, [rollouts[i] for i in held], held_gold, flat)
+        metrics["ppo"] = self._ppo([prompts[i] for i in held])
+        runs = None if metrics["ppo"] is None else demo_ppo.page(self.folder, metrics["ppo"])
+        return metrics, report.Page(result, shown, runs)
+
+    def _ppo(self, prompts: list[str]) -> dict[str, Any] | None:
+        """Both PPO runs, on the prompts that no head was trained on; None if they are left out."""
+        config = self.config
+        if config.ppo.steps == 0:
+            return None
+        with self._stage(5):
+            dtype: Literal["float32", "bfloat16"] = "bfloat16" if config.dtype == "bfloat16" else "float32"
+            self.model = None  # each run loads its own
+            start = demo_ppo.Start(self.source, dtype, config.temperature, config.seed)
+            return demo_ppo.run_arms(config.ppo, start, self.folder, prompts, self.progress)
 
     def _sample(self, prompts: list[str], held: list[int]) -> list[Rollout]:
         config = self.config
@@ -245,8 +262,8 @@ class _Run:
             prompts = group_labels(pair.prompt_key for pair in held).tolist()
             metrics = self._accuracy(single, ensemble, test, prompts, None)
             metrics["counts"] = sizes
-            metrics["best_of_n"] = metrics["gold"] = None
-        return metrics, report.Page(None, report.pair_examples(ensemble, held, test))
+            metrics["best_of_n"] = metrics["gold"] = metrics["ppo"] = None
+        return metrics, report.Page(None, report.pair_examples(ensemble, held, test), None)
 
     def _features(self, pairs: list[PreferencePair]) -> tuple[Tensor, Tensor]:
         model = EnsembleRewardModel.from_trunk(self.model)

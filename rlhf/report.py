@@ -14,7 +14,9 @@ from ..kernels import EnsembleOutput
 from . import plots
 from .best_of_n import SCORERS, TITLES, Study, findings
 from .data import PreferencePair
+from .demo_ppo import table_rows as table_of_runs
 from .page import render_page
+from .ppo.plots import over_optimisation
 from .rollout import Rollout
 from .runlog import read_metrics
 from .statistics import BestOfN, Bin, Interval
@@ -23,10 +25,12 @@ _WIDTH, _MARGIN = 420, 14  # of the strip that shows the heads, pixels
 
 
 class Page(NamedTuple):
-    """What the page shows beside the metrics: the study (None without gold) and responses with their heads."""
+    """What the page shows beside the metrics: the study (None without gold), responses with their heads, and what
+    `demo_ppo.page` gives of the PPO runs (None without them)."""
 
     study: Study | None
     examples: dict[str, Any]
+    ppo: dict[str, Any] | None = None
 
 
 def study_as_dict(result: Study) -> dict[str, Any]:
@@ -163,15 +167,22 @@ def table(metrics: Mapping[str, Any]) -> str:
     if curves:
         head += [f"gold n={n}" for n in rows["ns"]]
     lines = [head, *([str(cell) for cell in row] for row in rows["rows"])]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = [
+    told = curves["findings"][0] if curves else "No gold scorer with given preferences, hence no best-of-n and no PPO."
+    text = [*_aligned(lines), "", told]
+    if metrics.get("ppo"):
+        text += ["", *_aligned(table_of_runs(metrics["ppo"])), "", metrics["ppo"]["findings"][0]]
+    return "\n".join(text)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell: the first to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return [
         "  ".join(
             cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
     ]
-    told = curves["findings"][0] if curves else "No gold scorer with given preferences, hence no best-of-n."
-    return "\n".join([*text, "", told])
 
 
 def table_rows(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,6 +270,8 @@ def _figures(metrics: Mapping[str, Any], page: Page, folder: Path) -> dict[str, 
     if page.study is not None:
         curves = {TITLES[name]: curve for name, curve in page.study.curves.items()}
         figures["best_of_n"] = plots.best_of_n(curves, gold_label=f"gold reward ({metrics['gold']['name']})")
+    if page.ppo is not None:
+        figures["ppo"] = over_optimisation(page.ppo["rows"], gold_label=f"gold reward ({metrics['gold']['name']})")
     return {name: plots.to_svg(figure) for name, figure in figures.items()}
 
 
@@ -273,6 +286,7 @@ def render(config: Any, metrics: Mapping[str, Any], page: Page) -> str:
         gold=metrics["gold"],
         table=table_rows(metrics),
         figures=_figures(metrics, page, config.output),
+        ppo=page.ppo,
         accuracy_sentences=accuracy_sentences(metrics["pairs"]),
         signal_sentences=signal_sentences(metrics["pairs"]),
         strips=page.examples["strips"],

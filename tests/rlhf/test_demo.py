@@ -36,6 +36,7 @@ def _config(folder: Path, output: Path, **options: Any) -> DemoConfig:
         "dtype": "float32",
         "temperature": 1.0,
         "batch_rows": 24,
+        "ppo": {"steps": 0},  # tests/rlhf/test_demo_ppo.py has them
     }
     return DemoConfig(output=output, **{"model": str(folder), "prompts": prompts, **small, **options})
 
