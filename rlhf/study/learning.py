@@ -55,7 +55,7 @@ class LearningConfig(JobConfig):
     kl: tuple[float, ...] = (0.0, 0.05)  # coefficients; one table each
     lambdas: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     pet_lambda: float = Field(default=0.4, ge=0, le=1)  # of the ensemble that PET makes pessimistic
-    processes: int = Field(default=2, ge=1)  # runs at a time, one thread each
+    processes: int = Field(default=2, ge=1)  # runs at a time; of several each has one thread
     window: int = Field(default=10, ge=1)  # steps that a final, and a peak, is the mean of
     rewards: RewardsConfig = RewardsConfig()
     ppo: LearningPPOConfig = LearningPPOConfig()
@@ -184,18 +184,16 @@ def _claim(config: LearningConfig) -> None:
 
 
 def _prepare(config: str, seed: int) -> dict[str, Any]:
-    """In a process of its own: the reward models of one seed."""
-    torch.set_num_threads(1)
+    """The reward models of one seed."""
     whole = LearningConfig.model_validate_json(config)
     return prepare(whole.model, whole.output / f"seed-{seed}", whole.rewards, seed, f"tradeoff:{whole.pet_lambda:g}")
 
 
 def _run(config: str) -> tuple[dict[str, list[float | None]], str]:
-    """In a process of its own: one PPO run, or what is left of it. Its curves, and the last text of prompt 0."""
+    """One PPO run, or what is left of it: its curves, and its last text of the first prompt."""
     from ..ppo.loop import run_ppo
     from ..ppo.monitor import read_texts
 
-    torch.set_num_threads(1)
     ppo = PPOConfig.model_validate_json(config)
     run_ppo(ppo, resume=True, progress=False)
     rows, texts = read_metrics(ppo.output), read_texts(ppo.output)
@@ -204,17 +202,23 @@ def _run(config: str) -> tuple[dict[str, list[float | None]], str]:
 
 
 def _in_processes(work: Any, tasks: list[tuple[Any, ...]], processes: int, name: str, progress: bool) -> Iterator[Any]:
-    """The results of `work(*task)`, in the tasks' order; fresh processes, so that no thread pool is inherited."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """The results of `work(*task)`, in the tasks' order; one process: this one; several: fresh ones, a thread each."""
     results: list[Any] = [None] * len(tasks)
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
-    with pool, tqdm(total=len(tasks), desc=name, disable=not progress) as bar:
-        futures = {pool.submit(work, *task): number for number, task in enumerate(tasks)}
-        try:
-            for future in as_completed(futures):
-                results[futures[future]] = future.result()
+    with tqdm(total=len(tasks), desc=name, disable=not progress) as bar:
+        if processes == 1:
+            for number, task in enumerate(tasks):
+                results[number] = work(*task)
                 bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            return iter(results)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        context = get_context("spawn")  # a fork would inherit thread pools that are not there
+        with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
+            futures = {pool.submit(work, *task): number for number, task in enumerate(tasks)}
+            try:
+                for future in as_completed(futures):
+                    results[futures[future]] = future.result()
+                    bar.update()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return iter(results)
