@@ -67,11 +67,12 @@ def findings(metrics: dict[str, Any]) -> list[str]:
     for name, arms in metrics["settings"].items():
         constant, worst = (verdict(arms[arm]["less_than_random"]) for arm in ("constant", "worst of random"))
         loss = {arm: row["degradation"][0] for arm, row in arms.items()}
+        change = {arm: 0.0 - value for arm, value in loss.items()}  # 0.0 - 0.0 prints no minus
         words = {"higher": "less than", "lower": "MORE than", "no difference shown": "no differently from"}
         ordered = loss["constant"] < loss["worst of random"] < loss["random"] and constant == worst == "higher"
         lines.append(
-            f"{name}: gold changes by {-loss['random']:+.3f} on random rewards, by {-loss['worst of random']:+.3f} on "
-            f"the worst of them (hurts {words[worst]} random) and by {-loss['constant']:+.3f} on a constant (hurts "
+            f"{name}: gold changes by {change['random']:+.3f} on random rewards, by {change['worst of random']:+.3f} on "
+            f"the worst of them (hurts {words[worst]} random) and by {change['constant']:+.3f} on a constant (hurts "
             f"{words[constant]} random): the paper's order {'holds' if ordered else 'is not shown'}."
         )
     exact = [name for name, arms in metrics["settings"].items() if arms["constant"]["degradation"][0] == 0]
