@@ -31,7 +31,8 @@ class PPOResult:
 
     def __str__(self) -> str:
         m = self.metrics
-        head = "was finished before; nothing was done again" if self.finished_before else f"{m['steps']} steps done"
+        done = f"{m['steps']} step{'s' * (m['steps'] != 1)} done"
+        head = "was finished before; nothing was done again" if self.finished_before else done
         lines = [f"{self.folder}: {head}", *([f"stopped early: {m['stopped']}"] if m["stopped"] else [])]
         shown = [name for name, value in m["last"].items() if value is not None and m["first"].get(name) is not None]
         lines += [f"  {name:<20} {m['first'][name]:>9.3f} -> {m['last'][name]:.3f}" for name in shown]

@@ -66,6 +66,8 @@ class Run:
         kind = self.policy.reward_kind or resolve_kind(config.reward, self.policy.model)
         if self.policy.reward_kind is None:
             self.reward = open_reward(config, self.tokenizer, known, device, kind)
+            if texts is not None and self.reward.num_heads is None:
+                raise ValueError("data: has no effect with a reward without heads, which has no doubt to compare")
         else:
             check_reading(config.reward.source, self.tokenizer, self.policy.model)
         gold = None if config.gold is None else open_gold(config.gold, self.tokenizer, known)
@@ -79,7 +81,7 @@ class Run:
         self.bad_steps = 0  # in a row
         self.combination = [
             self.policy.describe(),
-            f"reward: {kind}, {config.reward.source}",
+            f"reward source: {config.reward.source} ({kind})",
             f"sampling: {self.sampler.name}, {len(self.prompts)} prompts",
         ]
 

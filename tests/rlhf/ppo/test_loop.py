@@ -127,9 +127,10 @@ def test_the_command_says_what_runs_shows_a_bar_and_leaves_torchs_generator_alon
     assert main(arguments) == 0
     assert torch.equal(torch.get_rng_state(), before)
     shown = capsys.readouterr()
-    for said in ("steps 0 to 1", "reference: ", "reward: callable", "trained: ", "1/1", "reward ", "kl ", "length "):
+    combination = ("steps 0 to 1", "reference: ", "reward source: ", "(callable)", "trained: ")
+    for said in (*combination, "1/1", "reward ", "kl ", "length "):
         assert said in shown.err
-    assert "1 steps done" in shown.out
+    assert "1 step done" in shown.out
     assert load_config(PPOConfig, config.output / "config.yaml").stop_when == ("kl > 20", "kl > 9")
     assert main(arguments) == 2
     assert "--resume" in capsys.readouterr().err
@@ -221,6 +222,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"policy\.lora_rank: has no effect"):
             run_ppo(config)
         assert not config.output.exists()
+
+    def test_preference_data_where_no_head_can_doubt(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
+        data = tmp_path / "pairs.jsonl"
+        data.write_text('{"prompt": "the food", "chosen": "very good", "rejected": "bad"}\n')
+        with pytest.raises(ValueError, match="data: has no effect with a reward without heads"):
+            run_ppo(_config(tiny_chat_folder, tmp_path, data=str(data)), progress=False)
 
     def test_a_reward_on_the_trunk_with_another_tokeniser(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
         from prudent import EnsembleRewardModel
