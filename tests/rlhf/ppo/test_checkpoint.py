@@ -76,7 +76,9 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path: Path, monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
-    with pytest.raises(OSError, match=r"step 20 could not be written .*No space left on device.*whole one is of step 10"):
+    with pytest.raises(
+        OSError, match=r"step 20 could not be written .*No space left on device.*whole one is of step 10"
+    ):
         kept.save(20, _saved(2))
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]
