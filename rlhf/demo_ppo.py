@@ -152,11 +152,14 @@ def page(folder: Path, ppo: Mapping[str, Any]) -> dict[str, Any]:
     for name in ARMS:
         lines = (folder / "ppo" / name / "samples.jsonl").read_text(encoding="utf-8").splitlines()
         texts[name] = before_and_after([json.loads(line) for line in lines])
+    prompts = (folder / "ppo" / "prompts.txt").read_text(encoding="utf-8").splitlines()
     samples = []
     for i, pair in enumerate(texts["single"]):
         if i < len(texts["ensemble"]):
             after = {ARMS[name][1]: texts[name][i]["after"] for name in ARMS}
-            samples.append({"prompt": pair["prompt"], "before": pair["before"], "after": after})
+            # the model read it inside its chat template; people need not
+            plain = max((prompt for prompt in prompts if prompt in pair["prompt"]), key=len, default=pair["prompt"])
+            samples.append({"prompt": plain, "before": pair["before"], "after": after})
     return {
         "trained": [title for _, title, _ in ARMS.values()],
         "block": block_length(ppo["steps"]),

@@ -48,7 +48,8 @@ class Change(NamedTuple):
         return RISES if self.low > 0 else FALLS if self.high < 0 else FLAT
 
     def __str__(self) -> str:
-        return f"{self.value:+.3g} [{self.low:+.3g}, {self.high:+.3g}]"
+        form = "+.3f" if max(abs(self.low), abs(self.high)) < 10 else "+.1f"
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 def by_step(rows: Rows) -> list[dict[str, Any]]:

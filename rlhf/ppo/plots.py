@@ -42,9 +42,12 @@ _WATCH: dict[str, dict[str, tuple[str, str]]] = {
 
 
 def smooth(values: Sequence[float]) -> Any:
-    """Centred moving average over about a tenth of the run, over what there is at the ends; [n] float64."""
+    """Centred moving average over a tenth of the run, three steps at least where there are six; [n] float64.
+
+    At the ends it is over what there is.
+    """
     array = np.asarray(values, dtype=float)
-    reach = len(array) // 20
+    reach = max(len(array) // 20, int(len(array) >= 6))
     total = np.concatenate([[0.0], array.cumsum()])
     places = np.arange(len(array))
     low, high = np.maximum(0, places - reach), np.minimum(len(array), places + reach + 1)

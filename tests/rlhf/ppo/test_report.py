@@ -253,7 +253,7 @@ def test_the_table_gives_start_end_and_change() -> None:
     start, end, moved = lines["gold reward"]
     assert float(start) < 0.2
     assert float(end) > 0.8
-    assert re.fullmatch(r"\+0\.\d+ \[\+0\.\d+, \+(0\.\d+|1|1\.\d+)\]", moved)
+    assert re.fullmatch(r"\+0\.\d{3} \[\+0\.\d{3}, \+[01]\.\d{3}\]", moved)
     assert table(run(3))["rows"][0][3] == ""
 
 
