@@ -71,8 +71,8 @@ def findings(metrics: dict[str, Any]) -> list[str]:
         words = {"higher": "less than", "lower": "MORE than", "no difference shown": "no differently from"}
         ordered = loss["constant"] < loss["worst of random"] < loss["random"] and constant == worst == "higher"
         lines.append(
-            f"{name}: gold changes by {change['random']:+.3f} on random rewards, by {change['worst of random']:+.3f} on "
-            f"the worst of them (hurts {words[worst]} random) and by {change['constant']:+.3f} on a constant (hurts "
+            f"{name}: gold changes by {change['random']:+.3f} on random rewards, by {change['worst of random']:+.3f} "
+            f"on the worst of them (hurts {words[worst]} random) and by {change['constant']:+.3f} on a constant (hurts "
             f"{words[constant]} random): the paper's order {'holds' if ordered else 'is not shown'}."
         )
     exact = [name for name, arms in metrics["settings"].items() if arms["constant"]["degradation"][0] == 0]
