@@ -146,6 +146,28 @@ examples:
         ),
         "the same command starts over (with --set features=FOLDER the features are kept)",
     ),
+    "plan": Job(
+        "plan",
+        "PlanConfig",
+        "run_plan",
+        "what a PPO run takes on a card, without weights or a GPU",
+        """Memory of each phase of `prudent ppo` (rollout, scoring, update) by term, the largest micro-batch
+that fits, and where none does the settings that help. --model is a built-in shape (llama3-8b, qwen2.5-14b, ...), a
+config.json, a model's folder or a hub name; the keys are those of `prudent ppo`, and its YAML file is read as it is.
+--verify runs the loop itself on tensors without data, which takes minutes for a large model, and exits with 1 if a
+phase's tracked peak is not within 10 % of the plan.
+
+examples:
+  prudent plan --model llama3-8b --gpu 40GB --set rollout.max_new_tokens=512
+  prudent plan --model qwen2.5-14b --gpu 80GB --set policy.gradient_checkpointing=true --verify
+  prudent plan --config ppo.yaml --gpu 24GB""",
+        (
+            Flag("--model", "model", "built-in shape, config.json, local folder or hub name"),
+            Flag("--gpu", "gpu", "memory of the card, e.g. 80GB (10^9) or 80GiB (2^30) (default 80GB)"),
+            Flag("--verify", "verify", "also run the loop on tensors without data, and compare", bool),
+        ),
+        "the same command starts over",
+    ),
     "ppo": Job(
         "ppo.recipe",  # hands on to ppo.loop, but for --recipe pet
         "PPOConfig",
@@ -352,8 +374,8 @@ def bench(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 a benchmark's check failed, 2 a wrong argument, file or setting (one sentence on stderr),
-    130 interrupted.
+    """Exit codes: 0 done, 1 a benchmark's or a plan's check failed, 2 a wrong argument, file or setting (one sentence
+    on stderr), 130 interrupted.
 
     PRUDENT_DEBUG=1 shows the traceback behind the sentence.
     """
@@ -375,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # where standard output carries the scores, the summary goes beside them
     print(result, file=sys.stderr if getattr(result, "output", None) == "-" else sys.stdout)
-    return 0
+    return int(getattr(result, "failed", False))
 
 
 if __name__ == "__main__":

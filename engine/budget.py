@@ -51,21 +51,21 @@ def logprob_workspace(
     """Scratch bytes of `linear_logprob` on `rows` hidden states; device "gpu" or "cpu".
 
     A tile of logits, the rows' vectors, and backward the hidden gradient of a chunk of rows: kernels/linear_logprob/
-    README.md, Memory. On a CPU a tile has up to four temporaries of its size.
+    README.md, Memory. On a CPU the exponentials are a second tile, and what makes fp32 sums of 16-bit operands is up to
+    two and a half more.
     """
     tile = logprob_plan(rows, dim, vocabulary, dtype, torch.float32, device)
-    chunk = min(tile.rows, rows)
-    size = 4 * chunk * min(tile.columns, vocabulary) * (1 if device == "gpu" else 5) + 100 * rows
-    if backward and dtype != torch.float32:
-        size += 4 * chunk * dim
-    return size
+    chunk, wide = min(tile.rows, rows), dtype == torch.float32
+    tiles = 1.0 if device == "gpu" else 2.0 if wide else 4.5 if backward else 4.0
+    size = int(4 * chunk * min(tile.columns, vocabulary) * tiles) + 100 * rows
+    return size + (0 if wide or not backward else 4 * chunk * dim)
 
 
 class ModelShape(NamedTuple):
     """What the memory of a decoder follows from.
 
-    parameters: of the whole, the vocabulary's included. adapted: (inputs, outputs) of each linear layer that LoRA adapts
-    in one block. head_norms: whether queries and keys are normalised, as in Qwen 3.
+    parameters: of the whole, the vocabulary's included. adapted: (inputs, outputs) of each linear layer of one block,
+    which LoRA adapts. head_norms: whether queries and keys are normalised, as in Qwen 3.
     """
 
     name: str

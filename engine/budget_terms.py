@@ -6,14 +6,13 @@ from typing import Any
 
 
 class Layer:
-    """A layer of a `ModelShape` in a `JobShape`: D features, F in the feed-forward layer, A = heads * head_dim, G of the
-    keys; b bytes a number of the trunk."""
+    """A layer of a `ModelShape` in a `JobShape`: D features, F in the feed-forward layer, A = heads * head_dim of the
+    queries, G of the keys; b bytes a number of the trunk."""
 
     def __init__(self, shape: Any, job: Any) -> None:
         self.layers, self.d, self.f = shape.layers, shape.hidden, shape.intermediate
         self.a, self.g = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self.heads, self.adapted, self.head_norms = shape.heads, shape.adapted, shape.head_norms
-        self.kv_heads = shape.kv_heads
         self.job, self.b = job, job.dtype.itemsize
         self.lora = job.mode == "lora"
 

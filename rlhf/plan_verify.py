@@ -1,16 +1,15 @@
 """The plan held to the loop itself: an 8B- or 14B-shaped step run on tensors without data, every allocation counted.
 
 Policy, static-cache decoding, scoring and the update's minibatch are the code that `prudent ppo` runs, under torch's
-FakeTensorMode: shapes, dtypes and lifetimes of every tensor, no memory and no arithmetic. MemTracker adds up the storages
-that are alive. What reads a number back gets a 1.
+FakeTensorMode: shapes, dtypes and lifetimes of every tensor, no memory and no arithmetic. MemTracker adds up the
+storages that are alive. What reads a number back gets a 1.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -153,7 +152,7 @@ def _with_values(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Traced(NamedTuple):
-    """phase -> category -> bytes at the phase's peak, `Total` among them; and the tokens of a micro-batch."""
+    """peaks: phase -> category of MemTracker -> bytes at the phase's peak, `Total` among them."""
 
     peaks: dict[str, dict[str, int]]
 
@@ -196,7 +195,7 @@ def trace(
         mock.patch.object(scoring, "token_batch", _with_values(scoring.token_batch)),
         mock.patch.object(scoring, "response_mask", _with_values(scoring.response_mask)),
         mock.patch.object(updating, "token_batch", _with_values(updating.token_batch)),
-        mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None),
+        mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None),
     ):
         warnings.simplefilter("ignore")
         parts = {part: {n: id(p) for n, p in named.items()} for part, named in policy._trained.items()}
@@ -232,11 +231,10 @@ class _Loop:
             for phase, work in (("update", self.update), ("rollout", self.rollout), ("scoring", self.scoring)):
                 if self.progress:
                     print(f"verify: {phase} ...", file=sys.stderr, flush=True)
+                if phase == "update":
+                    work(optimizer)  # makes the moments
                 tracker.restart()
                 work(optimizer)
-                if phase == "update":
-                    tracker.restart()
-                    work(optimizer)
                 peaks[phase] = tracker.peak()
         return peaks
 

@@ -1,0 +1,196 @@
+"""`prudent plan` is held to the loop: to its allocations on tensors without data, and to what a CPU allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from prudent import cli
+from prudent.bench.measure import extra_memory
+from prudent.engine import EnsembleHead
+from prudent.engine.budget import PHASES, JobShape, ModelShape, plan
+from prudent.rlhf.config import load_config
+from prudent.rlhf.decode import Sampling
+from prudent.rlhf.plan import SHAPES, PlanConfig, auto_micro_tokens, job_shape, model_config, run_plan
+from prudent.rlhf.plan_verify import _Loop, trace
+from prudent.rlhf.ppo.batch import Experience
+from prudent.rlhf.ppo.engines import Rule, SharedPrefix, Static
+from prudent.rlhf.ppo.policy import Policy, RewardOnTrunk
+from prudent.rlhf.ppo.score import score
+from prudent.rlhf.ppo.update import MinibatchGradient, _step, _Tally, open_optimizer
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+SIZES = {
+    "vocab_size": 3000, "hidden_size": 192, "intermediate_size": 640, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
+}  # fmt: skip
+PROMPT, RESPONSE = 40, 56
+
+
+def config(*sets: str, **given: Any) -> PlanConfig:
+    sizes = [f"rollout.max_new_tokens={RESPONSE}", f"rollout.max_prompt_tokens={PROMPT}", "rollout.prompts_per_step=12"]
+    return load_config(PlanConfig, None, [*sizes, "update.micro_tokens=400", *sets], model="small", **given)
+
+
+def small(kind: type[Any] = LlamaConfig) -> Any:
+    sizes = dict(SIZES)
+    if kind is Qwen2Config:
+        del sizes["head_dim"]
+    return kind(**sizes)
+
+
+CASES = {
+    "lora": (),
+    "lora, checkpointed": ("policy.gradient_checkpointing=true",),
+    "lora, two of them": ("policy.critic=adapter",),
+    "rloo, no critic": ("update.estimator=rloo", "rollout.samples_per_prompt=2"),
+    "full": ("policy.mode=full",),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_plan_is_within_a_tenth_of_the_loop_on_tensors_without_data(case: str, dtype: str) -> None:
+    given, model = config(f"dtype={dtype}", *CASES[case]), small()
+    job = job_shape(given, model)
+    tracked = trace(given, model, job.dtype, PROMPT, 5, progress=False).peaks
+    budget = plan(ModelShape.of(model), job, 400)
+    ratios = {phase: budget.tensors(phase) / tracked[phase]["Total"] for phase in PHASES}
+    assert all(0.9 <= ratio <= 1.1 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.parametrize("kind", [Qwen2Config, Qwen3Config])
+def test_other_families_are_within_a_tenth_too(kind: type[Any]) -> None:
+    given, model = config("dtype=bfloat16"), small(kind)
+    tracked = trace(given, model, torch.bfloat16, PROMPT, 5, progress=False).peaks
+    budget = plan(ModelShape.of(model), job_shape(given, model), 400)
+    ratios = {phase: budget.tensors(phase) / tracked[phase]["Total"] for phase in PHASES}
+    assert all(0.9 <= ratio <= 1.1 for ratio in ratios.values()), ratios
+
+
+class Measured:
+    """A real policy on the CPU, and the peak bytes of a phase as torch's allocator reports them."""
+
+    def __init__(self, given: PlanConfig) -> None:
+        self.given = given
+        model = AutoModelForCausalLM.from_config(small())
+        reward = RewardOnTrunk(EnsembleHead(SIZES["hidden_size"], 5))
+        self.policy = Policy(given, model, device="cpu", reward=reward)
+        self.loop = _Loop(self.policy, given, PROMPT, progress=False)
+        self.optimizer = open_optimizer(self.policy, given)
+        self.rows = given.rollout.prompts_per_step
+
+    def resident(self) -> int:
+        unique = {t.data_ptr(): t.nbytes for t in (*self.policy.parameters(), *self.policy.buffers())}
+        state = [t for s in self.optimizer.state.values() for t in s.values() if t.dim()]
+        return sum(unique.values()) + sum(t.nbytes for t in state)
+
+    def peak(self, phase: str) -> int:
+        self.update()  # makes the moments
+        call = {"update": self.update, "scoring": self.scoring, "rollout": self.rollout}[phase]
+        moved = extra_memory(call, torch.device("cpu"))
+        return moved + self.resident()
+
+    def update(self) -> None:
+        rows = 8
+        experience = self.loop.experience(rows)
+        gradient = MinibatchGradient(self.policy, experience, self.given, 0.0)
+        self.policy.train()
+        _step(gradient, self.optimizer, list(range(rows)), _Tally(1), mock.Mock())
+        self.optimizer.zero_grad(set_to_none=True)
+        self.policy.eval()
+
+    def scoring(self) -> Experience:
+        return score(self.policy, None, self.loop.samples(self.rows), self.given, closing=[0])
+
+    def rollout(self) -> None:
+        sampling = Sampling(RESPONSE, 1.0, 0, 1.0)
+        rule = Rule(sampling, 0, {SIZES["vocab_size"] - 1})
+        sampler = SharedPrefix(rule) if self.given.rollout.engine == "shared_prefix" else Static(rule)
+        prompts = [[*range(1, PROMPT), i + 1] for i in range(self.rows)]
+        with self.policy.sampling() as model:
+            sampler(model, prompts, torch.full((self.rows, RESPONSE), 0.5))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "sets", [(), ("policy.gradient_checkpointing=true",), ("policy.mode=full",), ("rollout.engine=shared_prefix",)]
+)
+def test_the_plan_is_within_a_tenth_of_what_a_cpu_allocated(phase: str, sets: tuple[str, ...]) -> None:
+    engine = () if sets == ("rollout.engine=shared_prefix",) else ("rollout.engine=static",)
+    given = config("attn=sdpa", *sets, *engine)
+    measured = Measured(given).peak(phase)
+    planned = plan(ModelShape.of(small()), job_shape(given, small(), "cpu"), 400).tensors(phase)
+    assert 0.9 <= planned / measured <= 1.1, (planned, measured)
+
+
+def test_built_in_shapes_have_the_parameters_their_names_say() -> None:
+    billions = {"llama3-1b": 1.236, "llama3-8b": 8.030, "qwen2.5-0.5b": 0.494, "qwen2.5-7b": 7.616,
+                "qwen2.5-14b": 14.770, "smollm2-135m": 0.1345}  # fmt: skip
+    for name, expected in billions.items():
+        assert ModelShape.of(model_config(name)).parameters / 1e9 == pytest.approx(expected, abs=6e-4)
+    assert billions.keys() <= SHAPES.keys()
+
+
+def test_a_config_file_alone_is_enough(tmp_path: Path) -> None:
+    AutoConfig.for_model("llama", **SIZES).save_pretrained(tmp_path)
+    by_folder = run_plan(load_config(PlanConfig, None, [], model=str(tmp_path)))
+    by_file = run_plan(load_config(PlanConfig, None, [], model=str(tmp_path / "config.json")))
+    assert by_folder.budget.terms == by_file.budget.terms
+    assert by_folder.fits
+
+
+def test_the_answer_names_the_micro_batch_or_what_to_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    goal = ["--set", "rollout.max_new_tokens=512"]
+    assert cli.main(["plan", "--model", "llama3-8b", "--gpu", "40GB", *goal]) == 0
+    said = capsys.readouterr().out
+    assert "fits 37.3 GiB: update.micro_tokens=" in said
+    assert "KV cache" in said
+    assert cli.main(["plan", "--model", "llama3-8b", "--gpu", "24GB", *goal]) == 0
+    assert "does not fit 22.4 GiB" in (said := capsys.readouterr().out)
+    assert "rollout.batch_rows=16" in said
+
+
+def test_a_plan_that_the_loop_contradicts_is_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    small().save_pretrained(tmp_path)
+    command = ["plan", "--model", str(tmp_path), "--quiet", "--verify", "--set", "rollout.prompts_per_step=4"]
+    assert cli.main(command) == 0
+    assert "the plan is within 10% of the loop's peak in every phase" in capsys.readouterr().out
+    monkeypatch.setattr("prudent.engine.budget_terms.Layer.saved", lambda *args: 0)
+    assert cli.main(command) == 1
+    assert "the plan is not within 10%" in capsys.readouterr().out
+
+
+def test_auto_is_resolved_or_refused_with_the_key_that_helps() -> None:
+    given, model = config(), model_config("llama3-8b")
+    assert auto_micro_tokens(given, model, 40 * 10**9) > 0
+    with pytest.raises(ValueError, match=r"memory: expected at most 14\.0 GiB, got .* each of these saves: "):
+        auto_micro_tokens(given, model, 15 * 10**9)
+
+
+@pytest.mark.parametrize(("sets", "message"), [
+    (["gpu=much"], "gpu: size: expected bytes"),
+    (["gpuu=3"], "unknown key 'gpuu'"),
+])  # fmt: skip
+def test_what_cannot_be_planned_is_refused(sets: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(PlanConfig, None, sets, model="llama3-8b")
+
+
+def test_a_model_that_is_not_there_is_refused_with_the_names_that_are() -> None:
+    with pytest.raises(ValueError, match="model: expected llama3-1b, .* got 'no/where'"):
+        model_config("no/where")
+
+
+def test_the_external_reward_model_counts(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    given = config("reward.kind=model", f"reward.source={tmp_path}")
+    job = job_shape(given, small())
+    assert isinstance(job, JobShape)
+    assert job.reward is None
+    assert job.reward_bytes == 2 * ModelShape.of(small()).parameters
