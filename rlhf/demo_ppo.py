@@ -124,7 +124,9 @@ def findings(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         said = {
             "rises": f"PPO: the policy trained on {title} ends with more gold reward than the one on the single head",
             "falls": f"PPO: the policy trained on {title} ends with less gold reward than the one on the single head",
-        }.get(apart.verdict, f"PPO: {title} and the single head end with the same gold reward, as far as can be told")
+        }.get(
+            apart.verdict, f"PPO: no difference in gold reward is shown between {title} and the single head at the end"
+        )
         lines = [f"{said} ({apart}). One seed is one observation."]
     for name in rows:
         lines.append(f"{ARMS[name][1][0].upper()}{ARMS[name][1][1:]}: {headline(by_step(rows[name]))}")

@@ -155,7 +155,7 @@ def _rows(end: float, seed: int) -> list[dict[str, float]]:
     [
         (0.0, 1.0, "the policy trained on tradeoff λ=0.4 ends with more gold reward"),
         (1.0, 0.0, "the policy trained on tradeoff λ=0.4 ends with less gold reward"),
-        (1.0, 1.0, "end with the same gold reward, as far as can be told"),
+        (1.0, 1.0, "no difference in gold reward is shown"),
     ],
 )
 def test_the_comparison_claims_no_more_than_the_interval_shows(single: float, ensemble: float, said: str) -> None:
