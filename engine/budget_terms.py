@@ -10,11 +10,16 @@ class Layer:
     queries, G of the keys; b bytes a number of the trunk."""
 
     def __init__(self, shape: Any, job: Any) -> None:
-        self.layers, self.d, self.f = shape.layers, shape.hidden, shape.intermediate
-        self.a, self.g = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        self.heads, self.adapted, self.head_norms = shape.heads, shape.adapted, shape.head_norms
-        self.job, self.b = job, job.dtype.itemsize
-        self.lora = job.mode == "lora"
+        self.layers: int = shape.layers
+        self.d: int = shape.hidden
+        self.f: int = shape.intermediate
+        self.heads: int = shape.heads
+        self.a: int = shape.heads * shape.head_dim
+        self.g: int = shape.kv_heads * shape.head_dim
+        self.b: int = job.dtype.itemsize
+        self.adapted, self.head_norms = shape.adapted, shape.head_norms
+        self.job = job
+        self.lora: bool = job.mode == "lora"
 
     def token(self, length: int) -> int:
         """Bytes that autograd saves of one token in one layer, in sequences of `length`."""
@@ -32,12 +37,12 @@ class Layer:
             norms += (4 + (0 if self.lora else b)) * (self.a + self.g)
         feed_forward = 3 * b * f
         if job.mixed:  # autocast makes a copy for each product
-            inputs = b * (5 * d + f)
+            inputs: int = b * (5 * d + f)
         elif self.lora and job.dropout:
             inputs = sum((b + 1) * i for i, _ in self.adapted)
         else:
             inputs = b * (2 * d + f)
-        middle = b * job.rank * len(self.adapted) if self.lora else 0
+        middle: int = b * job.rank * len(self.adapted) if self.lora else 0
         return attention + norms + feed_forward + inputs + middle
 
     def saved(self, tokens: int, length: int) -> int:

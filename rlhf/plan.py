@@ -232,8 +232,8 @@ def run_plan(config: PlanConfig, *, progress: bool = True) -> PlanResult:
         return result
     if job.mixed or job.masked or job.eager or job.reward == "adapter":
         raise ValueError(
-            "verify: expected LoRA or dtype bfloat16, no eager attention, packing only with flash-attn, and a reward on "
-            "the frozen trunk or elsewhere: the others are planned, and not run without data"
+            "verify: expected LoRA or dtype bfloat16, no eager attention, packing only with flash-attn, and a reward "
+            "on the frozen trunk or elsewhere: the others are planned, and not run without data"
         )
     from .plan_verify import trace
 

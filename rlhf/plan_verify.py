@@ -177,9 +177,8 @@ def trace(
     """
     from transformers import AutoModelForCausalLM
 
+    from .ppo import batch
     from .ppo import policy as policies
-    from .ppo import score as scoring
-    from .ppo import update as updating
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
@@ -192,9 +191,9 @@ def trace(
         FakeTensorMode(allow_non_fake_inputs=True),
         _NoReading(),
         mock.patch.object(FakeTensor, "tolist", _tolist),
-        mock.patch.object(scoring, "token_batch", _with_values(scoring.token_batch)),
-        mock.patch.object(scoring, "response_mask", _with_values(scoring.response_mask)),
-        mock.patch.object(updating, "token_batch", _with_values(updating.token_batch)),
+        mock.patch(f"{batch.__package__}.score.token_batch", _with_values(batch.token_batch)),
+        mock.patch(f"{batch.__package__}.score.response_mask", _with_values(batch.response_mask)),
+        mock.patch(f"{batch.__package__}.update.token_batch", _with_values(batch.token_batch)),
         mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None),
     ):
         warnings.simplefilter("ignore")
@@ -226,7 +225,7 @@ class _Loop:
         tracker = Tracker()
         tracker.track_external(self.policy)
         peaks = {}
-        with tracker, _Scratch():
+        with tracker, _Scratch():  # type: ignore[no-untyped-call]
             # the update first, for the optimizer's moments are there from the first step on
             for phase, work in (("update", self.update), ("rollout", self.rollout), ("scoring", self.scoring)):
                 if self.progress:
@@ -280,7 +279,8 @@ class _Loop:
 class _NoReward:
     """A reward from elsewhere, whose memory is not the policy's."""
 
-    name, num_heads = "none", None
+    name = "none"
+    num_heads: int | None = None
 
     def __call__(self, samples: Samples) -> Any:
         from .ppo.rewards import Rewards
