@@ -50,11 +50,13 @@ JOBS = {
         "run_demo",
         "the whole path on an embedded model, with a report",
         """Sample responses from a real model, make preference pairs with a quarter of the labels flipped, train a
-single Bradley-Terry head and a BRME ensemble on the trunk's features, let best-of-n exploit both, write report.html.
-Interrupted, the same command goes on where it was; finished, it prints its table again.
+single Bradley-Terry head and a BRME ensemble on the trunk's features, let best-of-n exploit both, train the model itself
+by PPO against each, write report.html. Interrupted, the same command goes on where it was; finished, it prints its
+table again.
 
 examples:
   prudent demo
+  prudent demo --set ppo.steps=0      # without PPO
   prudent demo --output runs/mine --prompts my_prompts.txt
   prudent demo --model meta-llama/Llama-3.2-1B-Instruct --set samples_per_prompt=8""",
         (

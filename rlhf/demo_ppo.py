@@ -35,7 +35,7 @@ SHOWN = {  # key in metrics.json -> metric
 
 
 class DemoPPOConfig(JobConfig):
-    """The PPO part: two runs. A step takes about 5 s on two idle AVX512-BF16 cores, so the defaults about 2 minutes."""
+    """The PPO part: two runs. A step takes about 6 s on two idle AVX512-BF16 cores, so the defaults 2.5 minutes."""
 
     steps: int = Field(default=12, ge=0)  # 0 leaves PPO out
     prompts_per_step: int = Field(default=6, ge=1)  # of the held-out ones
