@@ -13,11 +13,16 @@ from .config import PPOConfig
 def limit_memory(config: PPOConfig, device: torch.device) -> None:
     """Hold this process to `config.memory_budget` of a GPU, whatever the card has; ValueError for what is no size."""
     if config.memory_budget is not None and device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(_limit(config, device) / _card(device), device)
+        # the index, not the device: "cuda" without one is refused here, and None is the current one
+        torch.cuda.set_per_process_memory_fraction(_limit(config, device) / _card(device), device.index)
 
 
-def with_micro_tokens(config: PPOConfig, model_config: Any, device: torch.device) -> PPOConfig:
+def with_micro_tokens(
+    config: PPOConfig, model_config: Any, device: torch.device, longest: int | None = None
+) -> PPOConfig:
     """`config` with update.micro_tokens auto resolved on a GPU; on a CPU it stays, and the update has its own default.
+
+    longest: tokens of the longest prompt there is, which is what the plan is made for; None: what the config allows.
 
     Raises:
         ValueError: if not even one sample fits the memory.
@@ -26,7 +31,9 @@ def with_micro_tokens(config: PPOConfig, model_config: Any, device: torch.device
         return config
     from ..plan import auto_micro_tokens  # which reads this package's config
 
-    tokens = auto_micro_tokens(config, model_config, _limit(config, device))
+    rollout = config.rollout.model_copy(update={} if longest is None else {"max_prompt_tokens": longest})
+    planned = config.model_copy(update={"rollout": rollout})
+    tokens = auto_micro_tokens(planned, model_config, _limit(config, device))
     return config.model_copy(update={"update": config.update.model_copy(update={"micro_tokens": tokens})})
 
 

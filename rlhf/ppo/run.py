@@ -53,10 +53,11 @@ class Run:
             # peft 0.21 asks transformers 5.23 by a name that it gives up
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             self.policy = Policy.load(config, device=device, model=model)
-        self.config = config = with_micro_tokens(config, self.policy.model.config, device)
         self.turn = Turn(self.tokenizer, self.policy.model)
         limit = longest_prompt(config.rollout, self.policy.model.config, self.turn)
         self.prompts = load_prompts(config.prompts, self.turn, limit, progress=progress)
+        longest = max(len(prompt.ids) for prompt in self.prompts)
+        self.config = config = with_micro_tokens(config, self.policy.model.config, device, longest)
         prompt_order(len(self.prompts), 0, config.rollout.prompts_per_step, config.seed)  # refuses too few
         texts = None
         if config.data is not None:

@@ -268,12 +268,30 @@ def test_micro_tokens_are_planned_on_a_gpu_and_the_update_s_own_on_a_cpu(
 
     config = _config(tiny_chat_folder, tmp_path, "memory_budget=80GB")
     assert memory.with_micro_tokens(config, None, torch.device("cpu")) is config
-    limits: list[int] = []
+    asked: list[tuple[int, int | None]] = []
+
+    def planned(config: PPOConfig, shape: Any, limit: int) -> int:
+        asked.append((limit, config.rollout.max_prompt_tokens))
+        return 1234
+
     monkeypatch.setattr(memory, "_card", lambda device: 100 * 10**9)
-    monkeypatch.setattr(plan, "auto_micro_tokens", lambda config, shape, limit: limits.append(limit) or 1234)
-    fractions: list[float] = []
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
-    gpu = torch.device("cuda", 0)
-    memory.limit_memory(config, gpu)
+    monkeypatch.setattr(plan, "auto_micro_tokens", planned)
+    gpu = torch.device("cuda")
+    found = memory.with_micro_tokens(config, None, gpu, longest=7)
+    assert (found.update.micro_tokens, found.rollout) == (1234, config.rollout)
     assert memory.with_micro_tokens(config, None, gpu).update.micro_tokens == 1234
-    assert (limits, fractions) == ([80 * 10**9], [0.8])
+    assert asked == [(80 * 10**9, 7), (80 * 10**9, None)]
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 3), ("cuda:1", 1)])
+def test_the_process_is_held_to_its_budget_on_the_gpu_it_runs_on(
+    tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, index: int
+) -> None:
+    # torch's own function, down to the driver: it refuses a device that has no index
+    calls: list[tuple[float, int]] = []
+    monkeypatch.setattr(memory, "_card", lambda device: 100 * 10**9)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *call: calls.append(call), raising=False)
+    memory.limit_memory(_config(tiny_chat_folder, tmp_path, "memory_budget=80GB"), torch.device(device))
+    assert calls == [(0.8, index)]
