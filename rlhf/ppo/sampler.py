@@ -71,7 +71,7 @@ def open_sampler(config: RolloutConfig, model: Any, stop: set[int], device: torc
         return Continuous(rule)
     check_logits(model)
     if engine == "auto":
-        return Faster(Static(rule), Continuous(rule))
+        return Faster(Static(rule), Continuous(rule), rows=rows_at_once(config, config.prompts_per_step))
     return SharedPrefix(rule) if engine == "shared_prefix" else Static(rule)
 
 
@@ -95,18 +95,31 @@ def check_logits(model: Any) -> None:
         )
 
 
-class Faster:
-    """Times two engines on the first rows it is given, says so, and is the faster one from then on."""
+def rows_at_once(config: RolloutConfig, prompts: int) -> int:
+    """Rows of a full batch: at most rollout.batch_rows, and whole groups of a prompt's samples where one fits."""
+    count = config.samples_per_prompt
+    rows = min(config.batch_rows, prompts * count)
+    return rows - rows % count if count <= rows else rows
 
-    def __init__(self, *engines: Sampler) -> None:
+
+class Faster:
+    """Times two engines on the first full batch, says so, and is the faster one from then on.
+
+    Fewer rows than `rows` come before that (a run keeps the texts of a few prompts first) and say nothing of a full
+    batch's speed: the first engine that can draws them.
+    """
+
+    def __init__(self, *engines: Sampler, rows: int = 1) -> None:
         self.name = "auto"
-        self._engines = engines
+        self._engines, self._rows = engines, rows
         self._chosen: Sampler | None = None
 
     def __call__(self, model: Any, prompts: list[list[int]], uniform: Tensor) -> tuple[list[list[int]], list[bool]]:
         """See `Sampler`; an engine that fails is not chosen, and one at least must not."""
         if self._chosen is not None:
             return self._chosen(model, prompts, uniform)
+        if len(prompts) < self._rows:
+            return self._untimed(model, prompts, uniform)
         timed: list[tuple[float, int]] = []
         drawn: dict[int, tuple[list[list[int]], list[bool]]] = {}
         notes = []
@@ -129,6 +142,15 @@ class Faster:
         self.name = self._chosen.name
         say_once(f"rollout engine: {self.name} ({', '.join(notes)})")
         return drawn[best]
+
+    def _untimed(self, model: Any, prompts: list[list[int]], uniform: Tensor) -> tuple[list[list[int]], list[bool]]:
+        *others, last = self._engines
+        for engine in others:
+            try:
+                return engine(model, prompts, uniform)
+            except Exception:  # said when a full batch is timed
+                continue
+        return last(model, prompts, uniform)
 
 
 def draw(
@@ -159,9 +181,7 @@ def draw(
     rows = [(index, sample) for index in indices for sample in range(count)]
     # prompts of like length share a batch, for padding is computed too; ties by number, whatever the order asked for
     order = sorted(range(len(rows)), key=lambda i: (len(prompts[rows[i][0]].ids), rows[i]))
-    step_size = rollout.batch_rows
-    if count <= step_size:  # a prompt's samples stay together
-        step_size -= step_size % count
+    step_size = rows_at_once(rollout, len(indices))  # a prompt's samples stay together
     responses: list[list[int]] = [[]] * len(rows)
     stopped = [False] * len(rows)
     bar = tqdm(total=len(rows), desc="rollout", unit="resp", delay=1, disable=not progress, leave=False)

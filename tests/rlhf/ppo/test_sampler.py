@@ -301,6 +301,31 @@ def test_the_faster_engine_is_kept_and_said_once(
     assert capsys.readouterr().err == "rollout engine: continuous (static 5 tokens/s, continuous 10 tokens/s)\n"
 
 
+def test_engines_are_timed_on_a_full_batch_and_not_on_the_few_rows_of_the_first_texts() -> None:
+    # for 4 rows the one is faster, for 8 the other
+    class Few(_Engine):
+        def __call__(self, model: Any, prompts: list[list[int]], uniform: torch.Tensor) -> Any:
+            self.seconds = 0.5 if len(prompts) < 8 else 50.0
+            return super().__call__(model, prompts, uniform)
+
+    few, many, broken = Few("static", 0.0), _Engine("continuous", 1.0), _Engine("broken", 1.0, RuntimeError("no"))
+    both = Faster(broken, few, many, rows=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler.time, "perf_counter", lambda: few.clock + many.clock)
+        both(None, [[1]] * 4, torch.zeros(4, 4))
+        assert (both.name, broken.calls, few.calls, many.calls) == ("auto", 1, 1, 0)
+        both(None, [[1]] * 8, torch.zeros(8, 4))
+    assert both.name == "continuous"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "samples", "limit", "rows"), [(64, 1, 256, 64), (64, 6, 256, 252), (2, 300, 256, 256), (3, 2, 256, 6)]
+)
+def test_a_full_batch_has_whole_groups_where_one_fits(prompts: int, samples: int, limit: int, rows: int) -> None:
+    config = RolloutConfig(samples_per_prompt=samples, batch_rows=limit)
+    assert sampler.rows_at_once(config, prompts) == rows
+
+
 def test_an_engine_that_fails_is_not_chosen_and_both_failing_is_an_error() -> None:
     broken, whole = _Engine("static", 1.0, RuntimeError("no memory")), _Engine("continuous", 1.0)
     chosen = Faster(broken, whole)
