@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -207,6 +208,13 @@ def refuse_unread(config: PPOConfig, device: str) -> None:
             config.critic == "none",
             "critic none: estimator gae has one",
         ),
+        (
+            "policy",
+            policy,
+            ("critic",),
+            config.critic != "none" and update.estimator != "gae",
+            f"estimator {update.estimator}, which asks no critic: gae does",
+        ),
         ("update", update, ("lam",), update.estimator != "gae", f"estimator {update.estimator}: gae reads it"),
         ("kl", kl, ("place", "estimator"), not kl.coef, "kl.coef 0: set one above 0"),
         ("kl", kl, ("horizon",), kl.target is None, "a fixed kl.coef: set kl.target"),
@@ -240,7 +248,10 @@ def open_folder(config: PPOConfig, resume: bool) -> dict[str, Any] | None:
     metrics = folder / "metrics.jsonl"
     begun = metrics.exists() and metrics.stat().st_size > 0
     if not begun and not (folder / "ppo.json").exists():
-        # new, or of a run that ended before its first step: a mended command may have it
+        # new, or of a run that ended before its first step: a mended command may have it, and what the other command
+        # left of its start (texts, the checkpoint of step 0) is not this one's
+        (folder / "samples.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoints" / "step-000000", ignore_errors=True)
         atomic_write_text(saved, config.to_yaml())
         return None
     if not resume:

@@ -56,6 +56,7 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_loaded(sets: l
         (["policy.mode=full", "policy.lora_rank=8"], "policy.lora_rank"),
         (["update.estimator=rloo", "rollout.samples_per_prompt=2", "update.value_clip=0.1"], "update.value_clip"),
         (["update.estimator=rloo", "rollout.samples_per_prompt=2", "update.lam=0.9"], "update.lam"),
+        (["update.estimator=rloo", "rollout.samples_per_prompt=2", "policy.critic=shared"], "policy.critic"),
         (["kl.coef=0", "kl.place=loss"], "kl.place"),
         (["kl.horizon=5"], "kl.horizon"),
         (["reward.kind=shared", "reward.timeout=5"], "reward.timeout"),
@@ -90,7 +91,12 @@ class TestFolder:
 
     def test_a_run_that_measured_nothing_may_be_begun_anew(self, tmp_path: Path) -> None:
         assert open_folder(_config("seed=1", output=tmp_path), resume=False) is None
-        assert open_folder(_config("seed=2", output=tmp_path), resume=False) is None
+        (tmp_path / "samples.jsonl").write_text('{"step": 0}\n')
+        (tmp_path / "checkpoints" / "step-000000").mkdir(parents=True)
+        assert open_folder(_config("seed=2", output=tmp_path), resume=True) is None
+        # of the other seed: its texts would stand for this run's, and its adapters would be gone on with
+        assert not (tmp_path / "samples.jsonl").exists()
+        assert not (tmp_path / "checkpoints" / "step-000000").exists()
 
     def test_a_begun_run_needs_resume_and_the_same_config(self, tmp_path: Path) -> None:
         open_folder(_config(output=tmp_path), resume=False)
