@@ -116,14 +116,14 @@ class PETStage:
         return References(rollouts, {key: row for row, key in enumerate(prompts)}, skipped, own)
 
     def _features(self, scorer: Scorer, references: References) -> Tensor:
-        """[X, S, D] on the device."""
+        """[X, S, D] on the CPU: what one fit reads of them goes to the device once."""
         if references.own:
-            return torch.stack([rollout.features for rollout in references.rollouts]).to(self.device)
+            return torch.stack([rollout.features for rollout in references.rollouts])
         items = [{"prompt": r.prompt, "response": text} for r in references.rollouts for text in r.responses]
         names = [f"sample {s} of {r.prompt!r:.60}" for r in references.rollouts for s in range(len(r.responses))]
         folder = self.config.features or self.config.output / "features"
         flat = compute_features(scorer, items, folder, self.progress, names)
-        return flat.view(len(references.rollouts), -1, flat.shape[1]).to(self.device)
+        return flat.view(len(references.rollouts), -1, flat.shape[1])
 
     def _data(
         self,
@@ -137,7 +137,7 @@ class PETStage:
         rows = sorted({references.row[p.prompt_key] for p in pairs if p.prompt_key in references.row})
         place = {row: i for i, row in enumerate(rows)}
         prompt = [place[references.row[p.prompt_key]] if p.prompt_key in references.row else -1 for p in pairs]
-        own = features[rows]
+        own = features[rows].to(self.device)
         n = self.config.pet.samples
         extra = own[:, n] if self.config.pet.reference == "sample" else None
         return PETFeatures(*sides, torch.tensor(prompt, device=self.device), own[:, :n], extra, margin)
