@@ -62,7 +62,8 @@ def load(sides: Sides) -> Any:
 
     dtype = getattr(torch, sides.dtype)
     if sides.model:
-        return copy.deepcopy(AutoModelForCausalLM.from_pretrained(sides.model, dtype=dtype)).to(sides.device)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(sides.model, dtype=dtype)
+        return copy.deepcopy(loaded).to(sides.device)
     torch.manual_seed(0)
     with torch.device(sides.device):
         return AutoModelForCausalLM.from_config(LlamaConfig(**dict(sides.shape)), dtype=dtype)
@@ -76,41 +77,62 @@ def prompt_ids(sides: Sides, vocabulary: int, step: int = 0) -> list[list[int]]:
     return rows
 
 
+class OurLoop:
+    """The loop's phases as rlhf/ppo has them, on a policy with a shared critic and `sides.heads` heads on its trunk.
+
+    micro_tokens: of scoring and update; None takes `sides.micro_rows` samples.
+    """
+
+    def __init__(self, sides: Sides, micro_tokens: int | None = None) -> None:
+        from ..engine import EnsembleHead
+        from ..rlhf.ppo.config import PPOConfig
+        from ..rlhf.ppo.policy import Policy, RewardOnTrunk
+        from ..rlhf.ppo.sampler import open_sampler
+        from ..rlhf.ppo.update import open_optimizer
+
+        self.sides = sides
+        length = sides.prompt_tokens + sides.response_tokens
+        self.config = PPOConfig.model_validate({
+            "model": sides.model or "random", "prompts": "-", "output": "-", "dtype": sides.dtype,
+            "reward": {"source": "-", "kind": "shared"},
+            "policy": {"mode": sides.mode},
+            "rollout": {"prompts_per_step": sides.prompts, "max_new_tokens": sides.response_tokens,
+                        "min_new_tokens": sides.response_tokens},
+            "update": {"epochs": sides.epochs, "minibatches": sides.minibatches,
+                       "micro_tokens": micro_tokens or sides.micro_rows * (length + 1)},
+        })  # fmt: skip
+        model = load(sides)
+        head = EnsembleHead(model.config.hidden_size, sides.heads)
+        self.policy = Policy(self.config, model, device=sides.device, reward=RewardOnTrunk(head))
+        self.sampler = open_sampler(self.config.rollout, model, {1}, sides.device)
+        self.optimizer = open_optimizer(self.policy, self.config)
+
+    def draw(self, step: int) -> Any:
+        from ..rlhf.ppo.prompts import Prompt
+        from ..rlhf.ppo.sampler import draw
+
+        prompts = [Prompt("", ids) for ids in prompt_ids(self.sides, self.policy.vocab_size, step)]
+        return draw(self.sampler, self.policy, prompts, range(len(prompts)), self.config, step, progress=False)
+
+    def score(self, samples: Any) -> Any:
+        from ..rlhf.ppo.score import score
+        from ..rlhf.ppo.shaping import shape
+
+        experience = score(self.policy, None, samples, self.config, closing=[1])
+        return shape(experience, self.config, self.config.kl.coef)
+
+    def update(self, experience: Any, step: int) -> None:
+        from ..rlhf.ppo.update import update
+
+        generator = torch.Generator().manual_seed(step)
+        coef = self.config.kl.coef
+        update(self.policy, self.optimizer, experience, self.config, kl_coef=coef, generator=generator)
+
+
 def ours(sides: Sides) -> list[float]:
-    """Seconds of each step of the loop: draw, score, shape, update, as rlhf/ppo does them."""
-    from ..engine import EnsembleHead
-    from ..rlhf.ppo.config import PPOConfig
-    from ..rlhf.ppo.policy import Policy, RewardOnTrunk
-    from ..rlhf.ppo.prompts import Prompt
-    from ..rlhf.ppo.sampler import draw, open_sampler
-    from ..rlhf.ppo.score import score
-    from ..rlhf.ppo.shaping import shape
-    from ..rlhf.ppo.update import open_optimizer, update
-
-    length = sides.prompt_tokens + sides.response_tokens
-    config = PPOConfig.model_validate({
-        "model": sides.model or "random", "prompts": "-", "output": "-", "dtype": sides.dtype,
-        "reward": {"source": "-", "kind": "shared"},
-        "policy": {"mode": sides.mode},
-        "rollout": {"prompts_per_step": sides.prompts, "max_new_tokens": sides.response_tokens,
-                    "min_new_tokens": sides.response_tokens},
-        "update": {"epochs": sides.epochs, "minibatches": sides.minibatches,
-                   "micro_tokens": sides.micro_rows * (length + 1)},
-    })  # fmt: skip
-    model = load(sides)
-    head = EnsembleHead(model.config.hidden_size, sides.heads)
-    policy = Policy(config, model, device=sides.device, reward=RewardOnTrunk(head))
-    sampler = open_sampler(config.rollout, model, {1}, sides.device)
-    optimizer = open_optimizer(policy, config)
-
-    def step(number: int) -> None:
-        prompts = [Prompt("", ids) for ids in prompt_ids(sides, policy.vocab_size, number)]
-        samples = draw(sampler, policy, prompts, range(sides.prompts), config, number, progress=False)
-        experience = shape(score(policy, None, samples, config, closing=[1]), config, config.kl.coef)
-        generator = torch.Generator().manual_seed(number)
-        update(policy, optimizer, experience, config, kl_coef=config.kl.coef, generator=generator)
-
-    return _timed(step, sides)
+    """Seconds of each step of the loop."""
+    loop = OurLoop(sides)
+    return _timed(lambda step: loop.update(loop.score(loop.draw(step)), step), sides)
 
 
 def _timed(step: Callable[[int], None], sides: Sides) -> list[float]:
