@@ -1,84 +1,20 @@
-"""One trunk in four roles: what each computes, what trains, packing, checkpoints, memory, and what is refused."""
+"""One trunk in four roles: what each computes, what trains, what is saved, and what is refused."""
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from prudent.engine import EnsembleHead, EnsembleRewardModel
-from prudent.rlhf.ppo.adapters import StoredWide
-from prudent.rlhf.ppo.attention import FLASH
-from prudent.rlhf.ppo.batch import Samples, TokenBatch, token_batch
-from prudent.rlhf.ppo.config import PPOConfig
 from prudent.rlhf.ppo.policy import Policy, RewardOnTrunk, trunk_dtype
 from prudent.rlhf.reward_adapter import save_head
 
-VOCABULARY, WIDTH = 97, 32
-SAMPLES = Samples(
-    [[1, 2, 3], [1, 2, 3], [5], [6, 7]],
-    [[4, 8, 9], [10, 11, 12, 13, 14, 15], [9], [20, 21, 22, 23]],
-    [True, False, True, False],
-    [0, 0, 1, 2],
-)
-
-
-def tiny_lm(**changes: Any) -> Any:
-    """A random Llama, far from uniform."""
-    torch.manual_seed(0)
-    options = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**options, **changes})).eval()
-
-
-def settings(**changes: Any) -> PPOConfig:
-    base: dict[str, Any] = {"model": "tiny", "prompts": "p", "output": "o", "reward": {"source": "r"}}
-    return PPOConfig(**{**base, **changes})
-
-
-def stirred(policy: Policy) -> Policy:
-    """Every trained parameter off its start, as after some steps."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.trainable_state().values():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return policy
-
-
-def make(lm: Any = None, reward: RewardOnTrunk | None = None, **changes: Any) -> Policy:
-    torch.manual_seed(1)
-    return Policy(settings(**changes), tiny_lm() if lm is None else lm, device="cpu", reward=reward)
-
-
-def whole(packed: bool = False) -> TokenBatch:
-    return token_batch(SAMPLES, range(4), packed=packed, device="cpu")
-
-
-def plain_logprobs(lm: Any, temperature: float = 1.0) -> Tensor:
-    """[R] by the model's own logits, one sequence at a time."""
-    parts = []
-    for prompt, response in zip(SAMPLES.prompts, SAMPLES.responses, strict=True):
-        with torch.no_grad():
-            logits = lm(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        targets = torch.tensor(response)[:, None]
-        parts.append((logits.float() / temperature).log_softmax(-1).gather(1, targets)[:, 0])
-    return torch.cat(parts)
-
+from .cases import FAMILIES, WIDTH, gradients, make, plain_logprobs, settings, stirred, tiny, tiny_lm, whole
 
 # roles
 
@@ -164,27 +100,6 @@ def test_dropout_of_the_trunk_is_off_in_training_too() -> None:
 # gradients
 
 
-def loss_of(policy: Policy, batch: TokenBatch) -> Tensor:
-    """Takes in log-probability, entropy and value, so that every trained part has a gradient."""
-    hidden = policy.hidden(batch, "actor")
-    out = policy.logprobs(hidden, batch, 0.8)
-    critic = policy.hidden(batch, "critic") if policy.config.critic == "adapter" else hidden
-    value = policy.values(critic[batch.rows])
-    weight = torch.linspace(-1, 1, len(batch.rows))
-    return (weight * out.logprob + 0.3 * out.entropy).sum() + (value - weight).square().sum()
-
-
-def gradients(policy: Policy, batch: TokenBatch) -> dict[str, Tensor]:
-    policy.train()
-    policy.zero_grad()
-    loss_of(policy, batch).backward()
-    return {
-        f"{g['name']}{i}": p.grad.clone()
-        for g in policy.parameter_groups(policy.config)
-        for i, p in enumerate(g["params"])
-    }
-
-
 @pytest.mark.parametrize("mode", ["lora", "full"])
 @pytest.mark.parametrize("critic", ["shared", "adapter"])
 def test_checkpointed_gradients_are_the_plain_ones(mode: str, critic: str) -> None:
@@ -207,192 +122,6 @@ def test_checkpointing_computes_again_with_the_lora_of_its_forward_pass() -> Non
     plain.values(plain.hidden(batch, "critic")).sum().backward()
     for ours, theirs in zip(trained["critic"], plain.parameter_groups(plain.config)[1]["params"], strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
-
-
-# packing
-
-
-def tiny(kind: str, **changes: Any) -> Any:
-    """A random model of another family."""
-    torch.manual_seed(0)
-    common = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = AutoConfig.for_model(kind, **common, max_position_embeddings=64, pad_token_id=0, **changes)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-GATED = {"intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.2}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": GATED,
-    "mistral": {**GATED, "sliding_window": 3},
-    "qwen2": GATED,
-    "qwen3": {**GATED, "head_dim": 8},
-    "gemma2": {**GATED, "head_dim": 8, "sliding_window": 3, "final_logit_softcapping": 3.0},
-    "gpt2": {"n_inner": 48},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": WIDTH},
-    "gpt_neox": {"intermediate_size": 48},
-    "cohere": {**GATED, "logit_scale": 0.25},
-    "granite": {**GATED, "logits_scaling": 4.0},
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_log_probabilities_are_the_models_own(family: str) -> None:
-    lm = tiny(family, **FAMILIES[family])
-    wanted = plain_logprobs(lm, 0.7)
-    policy, batch = make(lm), whole()
-    with torch.no_grad():
-        ours = policy.logprobs(policy.hidden(batch, "actor"), batch, 0.7).logprob
-    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])
-def test_packed_is_padded_to_rounding(family: str) -> None:
-    # log-probabilities, entropies, values, rewards and gradients; windows are shorter than the sequences
-    results = []
-    for packed in (False, True):
-        head = EnsembleHead(WIDTH, 3)
-        head.reset_parameters(torch.Generator().manual_seed(3))
-        lm = tiny(family, **FAMILIES[family])
-        policy = stirred(make(lm, packed=packed, reward=RewardOnTrunk(head), policy={"critic": "adapter"}))
-        assert policy.packed is packed
-        batch = whole(packed)
-        with torch.no_grad():
-            hidden = policy.hidden(batch, "actor")
-            out = policy.logprobs(hidden, batch, 0.7)
-            values = policy.values(policy.hidden(batch, "critic")[batch.rows])
-            reward = head(policy.hidden(batch, "reward"), batch.last).reward
-        results.append([*out, values, reward, *gradients(policy, batch).values()])
-    for padded, packed_one in zip(*results, strict=True):
-        torch.testing.assert_close(packed_one, padded, rtol=1e-4, atol=2e-5)
-
-
-def test_a_model_without_position_ids_cannot_be_packed() -> None:
-    def bloom() -> Any:
-        torch.manual_seed(0)
-        config = AutoConfig.for_model("bloom", vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=2, n_head=4)
-        return AutoModelForCausalLM.from_config(config).eval()
-
-    with pytest.raises(ValueError, match=r"packed: expected false, because BloomForCausalLM takes no position_ids"):
-        make(bloom(), packed=True)
-    assert not make(bloom()).packed
-    torch.testing.assert_close(
-        make(bloom()).logprobs(make(bloom()).hidden(whole(), "actor"), whole(), 1.0).logprob,
-        plain_logprobs(bloom()),
-        rtol=1e-4,
-        atol=1e-4,
-    )
-
-
-def test_an_architecture_whose_packed_sequences_would_see_each_other_is_found_out() -> None:
-    # transformers' OPT makes itself a mask of ones where it is given none, and so masks causally and nothing more
-    with pytest.raises(ValueError, match=r"expected false, because in OPTForCausalLM sequences packed .* stay apart"):
-        make(tiny("opt", **FAMILIES["opt"]), packed=True)
-
-
-def test_packed_flash_attention_is_told_where_sequences_begin() -> None:
-    policy, batch, seen = make(), whole(packed=True), {}
-    policy.attention = FLASH  # as resolved on a GPU; what the trunk is handed is all that can be seen here
-
-    def spy(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        seen.update(kwargs)
-        return args, {name: value for name, value in kwargs.items() if "seq_len" not in name and "max_len" not in name}
-
-    policy.model.base_model.register_forward_pre_hook(spy, with_kwargs=True)
-    policy.hidden(batch, "actor")
-    assert seen["cu_seq_lens_q"].tolist() == seen["cu_seq_lens_k"].tolist() == [0, 5, 13, 14, 19]
-    assert seen["cu_seq_lens_q"].dtype == torch.int32
-    assert seen["max_length_q"] == seen["max_length_k"] == 8
-
-
-# memory
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor an operator gives out, of those that have the vocabulary beside other rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
-
-
-@pytest.mark.parametrize("mode", ["lora", "full"])
-def test_nothing_as_large_as_tokens_times_vocabulary_is_made_forward_or_backward(mode: str) -> None:
-    vocabulary, rows = 20_000, 16 * 40
-    samples = Samples([[1, 2]] * 16, [list(range(3, 43))] * 16, [False] * 16, [0] * 16)
-    policy = make(tiny_lm(vocab_size=vocabulary), policy={"mode": mode, "critic": "shared"}).train()
-    batch = token_batch(samples, range(16), packed=False, device="cpu")
-    assert len(batch.rows) == rows
-    with Largest() as watch:
-        loss_of(policy, batch).backward()
-    # a tile of logits is 4 MiB on a CPU, the embedding's gradient (mode full) vocabulary x width
-    assert watch.elements <= max(2**20, vocabulary * WIDTH) < rows * vocabulary / 10
-    with Largest() as watch, torch.no_grad():
-        policy.model(batch.input_ids)  # the watch sees what it is to see
-    assert watch.elements >= rows * vocabulary
-
-
-def test_a_bf16_trunk_feeds_its_loras_bf16_and_their_weights_and_gradients_are_fp32() -> None:
-    policy, inputs = stirred(make(tiny_lm().to(torch.bfloat16))), []
-    wide = [module for module in policy.modules() if isinstance(module, StoredWide)]
-    assert len(wide) == 2 * 2 * 7
-    for module in wide:
-        module.register_forward_hook(lambda module, args, out: inputs.append((args[0].dtype, out.dtype)))
-    hidden = policy.hidden(whole(), "actor")
-    assert hidden.dtype == policy.dtype == torch.bfloat16
-    assert set(inputs) == {(torch.bfloat16, torch.bfloat16)}
-    assert {gradient.dtype for gradient in gradients(policy, whole()).values()} == {torch.float32}
-    assert policy.values(hidden).dtype == torch.float32
-
-
-def test_fp32_weights_that_are_all_trained_compute_in_bf16_under_autocast() -> None:
-    # as on a GPU with mode full and dtype auto; no GPU is needed to see the dtypes
-    exact, policy = (stirred(make(policy={"mode": "full"})) for _ in range(2))
-    batch = whole()
-    policy._autocast, policy.dtype = True, torch.bfloat16
-    hidden = policy.hidden(batch, "actor")
-    assert hidden.dtype == torch.bfloat16
-    assert {gradient.dtype for gradient in gradients(policy, batch).values()} == {torch.float32}
-    with torch.no_grad():
-        wide = exact.logprobs(exact.hidden(batch, "actor"), batch, 1.0).logprob
-        narrow = policy.logprobs(hidden, batch, 1.0).logprob
-    torch.testing.assert_close(narrow, wide, rtol=0.1, atol=0.1)
-
-
-def test_a_bf16_policy_samples_from_what_it_scores() -> None:
-    policy, batch = stirred(make(tiny_lm().to(torch.bfloat16))), whole()
-    state = {name: tensor.clone() for name, tensor in policy.trainable_state().items()}
-    scored = policy.hidden(batch, "actor").detach()
-    addresses = []
-    for _ in range(2):
-        with policy.sampling() as model:
-            assert model is policy.model
-            assert not torch.is_grad_enabled()
-            assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {torch.bfloat16}
-            addresses.append([p.data_ptr() for n, p in model.named_parameters() if "lora" in n])
-            drawn = model.base_model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        rows = batch.rows
-        torch.testing.assert_close(drawn.flatten(0, 1)[rows], scored[rows], rtol=0.02, atol=0.02)
-    assert addresses[0] == addresses[1]  # a captured graph reads them again
-    for name, tensor in policy.trainable_state().items():
-        assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, state[name])
-
-
-def test_sampling_restores_the_mode_and_the_weights_after_an_error() -> None:
-    policy = make(tiny_lm().to(torch.bfloat16)).train()
-    with policy.sampling() as model:
-        assert not model.training
-    with contextlib.suppress(RuntimeError), policy.sampling():
-        raise RuntimeError
-    assert policy.model.training
-    assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
 
 
 # state

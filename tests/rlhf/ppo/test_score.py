@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from prudent.engine import EnsembleHead, EnsembleRewardModel
 from prudent.rlhf.ppo.batch import Experience, Samples
@@ -18,29 +16,9 @@ from prudent.rlhf.ppo.policy import Policy, RewardOnTrunk
 from prudent.rlhf.ppo.rewards import Rewards
 from prudent.rlhf.ppo.score import score
 
-WIDTH, VOCABULARY, STOP, CLOSING = 32, 97, 9, [9, 2]
-SAMPLES = Samples(
-    [[1, 2, 3], [1, 2, 3], [5], [6, 7]],
-    [[4, 8, STOP], [10, 11, 12, 13, 14, 15], [STOP], [20, 21, 22, 23]],
-    [True, False, True, False],
-    [0, 0, 1, 2],
-)
+from .cases import SAMPLES, WIDTH, Largest, tiny_lm
 
-
-def tiny_lm(vocabulary: int = VOCABULARY) -> Any:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=WIDTH,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            initializer_range=0.2,
-        )
-    ).eval()
+STOP, CLOSING = 9, [9, 2]
 
 
 def settings(**changes: Any) -> PPOConfig:
@@ -244,25 +222,10 @@ def test_a_policy_without_a_reward_of_its_own_needs_a_source() -> None:
         scored(make(RewardOnTrunk(heads())), Samples([], [], [], []))
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor an operator gives out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
-
-
 def test_nothing_as_large_as_tokens_times_vocabulary_is_made() -> None:
     vocabulary, rows = 20_000, 16 * 40
     samples = Samples([[1, 2]] * 16, [list(range(3, 43))] * 16, [False] * 16, [0] * 16)
-    policy = make(RewardOnTrunk(heads()), tiny_lm(vocabulary))
+    policy = make(RewardOnTrunk(heads()), tiny_lm(vocab_size=vocabulary))
     with Largest() as watch:
         scored(policy, samples)
     assert watch.elements <= 2**20 < rows * vocabulary / 10  # a tile of logits is 4 MiB on a CPU

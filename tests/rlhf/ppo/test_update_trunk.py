@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from prudent.rlhf.ppo.batch import Experience, Samples
 from prudent.rlhf.ppo.config import PPOConfig
@@ -17,12 +16,8 @@ from prudent.rlhf.ppo.score import score
 from prudent.rlhf.ppo.shaping import shape
 from prudent.rlhf.ppo.update import open_optimizer, update
 
-
-def a_config(update: dict[str, Any] | None = None, **given: Any) -> PPOConfig:
-    """What every test starts from: two samples a prompt, one big micro-batch unless told otherwise."""
-    options = {"micro_tokens": 10_000, "epochs": 1, "minibatches": 1, **(update or {})}
-    given = {"reward": {"source": "none"}, "rollout": {"samples_per_prompt": 2}, **given}
-    return PPOConfig.model_validate({"model": "tiny", "prompts": "none", "output": "run", "update": options, **given})
+from .cases import tiny_lm
+from .update_cases import a_config
 
 
 class Lengths:
@@ -35,18 +30,7 @@ class Lengths:
 
 
 def on_a_llama(config: PPOConfig) -> tuple[Policy, Experience]:
-    torch.manual_seed(0)
-    llama = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    policy = Policy(config, LlamaForCausalLM(llama), device="cpu")
+    policy = Policy(config, tiny_lm(vocab_size=40), device="cpu")
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():  # off its start, where values are 0 and half of a LoRA has no gradient
         for parameter in policy.trainable_state().values():
