@@ -58,14 +58,17 @@ class BestOf:
         return "\n".join(lines)
 
 
-def prepare(config: PPOConfig, device: torch.device, progress: bool) -> Source:
-    """The policy's model, prompts and gold scorer, loaded. ValueError for what PPO would refuse of them too."""
+def prepare(config: PPOConfig, progress: bool) -> Source:
+    """The policy's model, prompts and gold scorer, loaded. ValueError for what PPO would refuse of them too.
+
+    The model waits on the CPU: the reward is trained first, and the device's memory is that one's until then.
+    """
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer("model", config.model)
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     loaded: Any = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
-    model = loaded.to(device).eval()
+    model = loaded.eval()
     turn = Turn(tokenizer, model)
     limit = longest_prompt(config.rollout, model.config, turn)
     prompts = load_prompts(config.prompts, turn, limit, progress=progress)
@@ -90,7 +93,7 @@ def compare_best_of_n(
         rollout.max_new_tokens, rollout.temperature, rollout.top_k or len(source.tokenizer), rollout.top_p
     )
     rollouts = sample(
-        source.model,
+        source.model.to(device),
         source.tokenizer,
         [Request(prompt.item, n) for prompt in source.prompts],
         folder,

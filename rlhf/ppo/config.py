@@ -187,7 +187,7 @@ class PPOConfig(JobConfig):
 
 
 # what a resumed run may change: nothing that its numbers depend on, but for how many steps there are
-_FREE = ("output", "steps", "save_every", "memory_budget", "trackers")
+FREE = ("output", "steps", "save_every", "memory_budget", "trackers")
 
 
 def refuse_unread(config: PPOConfig, device: str) -> None:
@@ -257,7 +257,7 @@ def open_folder(config: PPOConfig, resume: bool) -> dict[str, Any] | None:
     if not resume:
         raise ValueError(f"output: {folder} holds a run already: go on with it by --resume, or choose another folder")
     before, now = load_config(PPOConfig, saved).model_dump(), config.model_dump()
-    changed = [key for key in now if key not in _FREE and before[key] != now[key]]
+    changed = [key for key in now if key not in FREE and before[key] != now[key]]
     if changed:
         raise ValueError(f"output: {folder} holds a run with another {', '.join(changed)}: choose another folder")
     done = folder / "ppo.json"

@@ -19,11 +19,10 @@ from ..files import atomic_write_json, atomic_write_text
 from ..pet_config import PETConfig
 from ..train import TrainConfig, run_train
 from .best_of import compare_best_of_n, prepare
-from .config import KLConfig, PPOConfig, RewardConfig
+from .config import FREE, KLConfig, PPOConfig, RewardConfig
 
 __all__ = ["PPOConfig", "RecipeResult", "run_recipe"]
 
-_FREE = ("output", "steps", "save_every", "memory_budget", "trackers")  # what `run_ppo` lets a resumed run change
 _SAMPLED_LIKE_THE_POLICY = ("max_new_tokens", "temperature", "top_k", "top_p", "batch_rows")
 
 
@@ -58,7 +57,7 @@ def run_recipe(config: PPOConfig, *, resume: bool = False, progress: bool = True
     reward, ppo = reward_config(config), ppo_config(config)
     _open_folder(config, resume)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = prepare(config, device, progress)  # what is wrong with prompts or gold is said before the work
+    source = prepare(config, progress)  # what is wrong with prompts or gold is said before the work
     _say(progress, "[1/3] reward model and PET")
     trained = run_train(reward, resume=True, progress=progress)
     _say(progress, "[2/3] best of n")
@@ -141,7 +140,7 @@ def _open_folder(config: PPOConfig, resume: bool) -> None:
                 f"output: {folder} holds a run already: go on with it by --resume, or choose another folder"
             )
         before, now = load_config(PPOConfig, saved).model_dump(), config.model_dump()
-        changed = [key for key in now if key not in _FREE and before[key] != now[key]]
+        changed = [key for key in now if key not in FREE and before[key] != now[key]]
         if changed:
             raise ValueError(f"output: {folder} holds a run with another {', '.join(changed)}: choose another folder")
     atomic_write_text(saved, config.to_yaml())
