@@ -141,9 +141,10 @@ def shares_prefix(model: PreTrainedModel, length: int) -> bool:
 
 
 @contextmanager
-def _shared_attention(model: PreTrainedModel) -> Iterator[None]:
+def attending(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """`model` with the attention registered as `name` for the length of a block."""
     usual = model.config._attn_implementation
-    model.set_attn_implementation(_ATTENTION)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
@@ -289,7 +290,7 @@ def decoder(model: Any, prompts: Sequence[Sequence[int]], samples: int, capacity
         capacity: the most tokens that a sample reads.
     """
     longest = max(map(len, prompts))
-    with _shared_attention(model) if shares_prefix(model, longest + capacity) else nullcontext():
+    with attending(model, _ATTENTION) if shares_prefix(model, longest + capacity) else nullcontext():
         yield Decoder(model, prompts, samples, capacity)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import groupby
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, StaticLayer
 
-from ..decode import Sampling, causal_lm, decoder, draw_tokens, next_logits, shares_prefix
+from ..decode import Sampling, attending, causal_lm, decoder, draw_tokens, next_logits, shares_prefix
 
 _ATTENTION = "prudent_static"
 _CHECK_EVERY = 16  # tokens between two looks, each of which waits for the GPU, at whether every row has stopped
@@ -132,7 +131,7 @@ class Static:
             width,
         )
         step.take(logits)
-        with _one_query_attention(model) if shares_prefix(model, size) else nullcontext():
+        with attending(model, _ATTENTION) if shares_prefix(model, size) else nullcontext():
             _run(step, limit)
         return _responses(step.tokens.cpu(), self.rule)
 
@@ -253,16 +252,6 @@ def _attend(
 
 
 AttentionInterface.register(_ATTENTION, _attend)
-
-
-@contextmanager
-def _one_query_attention(model: Any) -> Iterator[None]:
-    usual = model.config._attn_implementation
-    model.set_attn_implementation(_ATTENTION)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(usual)
 
 
 class Continuous:
