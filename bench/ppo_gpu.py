@@ -62,7 +62,7 @@ def loop_part(name: str, dry: bool) -> dict[str, Any]:
     shape, goal = PARTS[name]
     device = torch.device("cpu" if dry else "cuda")
     fields = SMALL if dry else {k: v for k, v in SHAPES[shape].items() if k != "model_type"}
-    sizes = {"prompts": 4, "prompt_tokens": 8, "response_tokens": 8} if dry else \
+    sizes: dict[str, Any] = {"prompts": 4, "prompt_tokens": 8, "response_tokens": 8} if dry else \
         {"prompts": 64, "prompt_tokens": 512, "response_tokens": 512}  # fmt: skip
     sides = Sides(shape=tuple(fields.items()), device=device.type, dtype="float32" if dry else "bfloat16",
                   epochs=1, **sizes)  # fmt: skip

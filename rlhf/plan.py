@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,13 +126,18 @@ def _other_model(source: str) -> int:
     return ModelShape.of(getattr(config, "text_config", None) or config).parameters
 
 
-def auto_micro_tokens(config: PPOConfig, model_config: Any, limit: int) -> int:
+def auto_micro_tokens(config: PPOConfig, model_config: Any, limit: int, prompt_tokens: int | None = None) -> int:
     """`update.micro_tokens: auto` resolved on a GPU: what fits into `limit` bytes, at most all of a step's samples.
+
+    Args:
+        limit: bytes that the process may take.
+        prompt_tokens: of the longest prompt; None: rollout.max_prompt_tokens, or 512 without it.
 
     Raises:
         ValueError: if not even one sample does, with the keys that would help.
     """
     shape, job = ModelShape.of(model_config), job_shape(config, model_config)
+    job = replace(job, prompt_tokens=prompt_tokens or job.prompt_tokens)
     found = micro_tokens(shape, job, limit)
     if not found:
         need = plan(shape, job, job.tokens)

@@ -182,6 +182,8 @@ def test_a_plan_that_the_loop_contradicts_is_exit_code_1(
 def test_auto_is_resolved_or_refused_with_the_key_that_helps() -> None:
     given, model = config(), model_config("llama3-8b")
     assert auto_micro_tokens(given, model, 40 * 10**9) > 0
+    by_key = auto_micro_tokens(config("rollout.max_prompt_tokens=900"), model, 40 * 10**9)
+    assert auto_micro_tokens(given, model, 40 * 10**9, prompt_tokens=900) == by_key
     with pytest.raises(ValueError, match=r"memory: expected at most 14\.0 GiB, got .* each of these saves: "):
         auto_micro_tokens(given, model, 15 * 10**9)
 
