@@ -16,7 +16,7 @@ from ..runlog import RunLog, read_metrics
 from .baseline import preference_texts
 from .batch import Experience, Samples
 from .checkpoint import Checkpoints, Saved
-from .config import PPOConfig
+from .config import PPOConfig, RolloutConfig
 from .memory import limit_memory, with_micro_tokens
 from .monitor import TEXTS, Monitor, read_texts
 from .policy import Policy
@@ -83,7 +83,7 @@ class Run:
         self.combination = [
             self.policy.describe(),
             f"reward source: {config.reward.source} ({kind})",
-            f"sampling: {self.sampler.name}, {len(self.prompts)} prompts",
+            f"sampling: {self.sampler.name}, {len(self.prompts)} prompts{_truncated(config)}",
         ]
 
     def begin(self, resume: bool) -> int:
@@ -182,3 +182,14 @@ class Run:
         """Tell the user on stderr, unless they asked for quiet."""
         if self.progress:
             tqdm.write("\n".join(lines).replace("\n", "\n  "), file=sys.stderr)
+
+
+def _truncated(config: PPOConfig) -> str:
+    """What samples of a truncated distribution do to the update's numbers, which are those of the whole one."""
+    plain = RolloutConfig()
+    cuts = [
+        name for name in ("top_k", "top_p", "min_new_tokens") if getattr(config.rollout, name) != getattr(plain, name)
+    ]
+    if not cuts:
+        return ""
+    return f" ({', '.join(cuts)}: the update takes samples for those of the whole distribution, so KL and ratios lean)"

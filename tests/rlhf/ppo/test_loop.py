@@ -121,7 +121,14 @@ def test_the_command_says_what_runs_shows_a_bar_and_leaves_torchs_generator_alon
     config = _config(tiny_chat_folder, tmp_path)
     arguments = ["ppo", "--model", config.model, "--prompts", config.prompts, "--reward", config.reward.source]
     arguments += ["--output", str(config.output), "--steps", "1", "--stop-when", "kl > 20", "--stop-when", "kl > 9"]
-    arguments += ["--set", "rollout.prompts_per_step=2", "--set", "rollout.max_new_tokens=4"]
+    arguments += [
+        "--set",
+        "rollout.prompts_per_step=2",
+        "--set",
+        "rollout.max_new_tokens=4",
+        "--set",
+        "rollout.top_k=40",
+    ]
     torch.manual_seed(3)
     before = torch.get_rng_state()
     assert main(arguments) == 0
@@ -130,6 +137,7 @@ def test_the_command_says_what_runs_shows_a_bar_and_leaves_torchs_generator_alon
     combination = ("steps 0 to 1", "reference: ", "reward source: ", "(callable)", "trained: ")
     for said in (*combination, "1/1", "reward ", "kl ", "length "):
         assert said in shown.err
+    assert "(top_k: the update takes samples for those of the whole distribution" in shown.err
     assert "1 step done" in shown.out
     assert load_config(PPOConfig, config.output / "config.yaml").stop_when == ("kl > 20", "kl > 9")
     assert main(arguments) == 2
