@@ -280,7 +280,7 @@ def test_files() -> dict[str, list[str]]:
 
 def without_bandwidth(report: dict[str, Any]) -> dict[str, Any]:
     """The report without ceilings and shares of them: a dry run's are a busy CPU's over a few rows, and say nothing."""
-    rates = {"bandwidth": None, "matrix": {}} if report["machine"] else {}
+    rates: dict[str, Any] = {"bandwidth": None, "matrix": {}} if report["machine"] else {}
     rows = [{**row, **dict.fromkeys(("bandwidth", "bandwidth_share", "roof_share"))} for row in report["rows"]]
     return {**report, "machine": {**report["machine"], **rates}, "rows": rows}
 
