@@ -206,6 +206,42 @@ def test_killed_with_the_ensemble_on_the_shared_trunk_and_preference_data_to_com
     assert rows[0]["reward/head_std_ratio"] != 1  # of the pairs, not of step 0
 
 
+# what a run counts and compares with goes on where it was
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_rule_that_held_before_the_run_was_interrupted_goes_on_holding(
+    tiny_chat_folder: Path, tmp_path: Path
+) -> None:
+    config = _config(tiny_chat_folder, tmp_path, "steps=2", 'stop_when=["length > 0 for 4"]')
+    assert loop.run_ppo(config, progress=False).metrics["stopped"] is None
+    more = loop.run_ppo(config.model_copy(update={"steps": 9}), resume=True, progress=False)
+    assert more.metrics["stopped"].startswith("'length > 0 for 4' held from step 0 to 3")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_bad_steps_before_the_interruption_count(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    source = {"reward.source": f"{tmp_path / 'rewards.py'}:never"}
+    config = _config(tiny_chat_folder, tmp_path, "steps=2", "update.max_bad_steps=3", **source)
+    loop.run_ppo(config, progress=False)
+    with pytest.raises(ValueError, match=r"stopped at step 2: 3 steps in a row"):
+        loop.run_ppo(config.model_copy(update={"steps": 9}), resume=True, progress=False)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_doubt_is_compared_with_the_first_step_of_the_run_and_not_of_the_resumption(
+    tiny_chat_folder: Path, ensemble_folder: Path, tmp_path: Path
+) -> None:
+    config = _config(tiny_chat_folder, tmp_path, "steps=2", **{"reward.source": str(ensemble_folder)})
+    loop.run_ppo(config, progress=False)
+    loop.run_ppo(config.model_copy(update={"steps": 4}), resume=True, progress=False)
+    rows = read_metrics(config.output)
+    for row in rows:
+        ratio = row["reward/head_std"] / rows[0]["reward/head_std"]
+        assert row["reward/head_std_ratio"] == pytest.approx(ratio, rel=1e-12)
+    assert rows[2]["reward/head_std_ratio"] != 1
+
+
 # what goes wrong inside
 
 
