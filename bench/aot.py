@@ -109,7 +109,7 @@ class Compiled(NamedTuple):
 
 def kernel_name(entry: Entry) -> str:
     """As the tables print it."""
-    return entry.launch.kernel.__name__.removesuffix("_kernel")
+    return str(entry.launch.kernel.__name__).removesuffix("_kernel")
 
 
 def narrow_reason(entry: Entry) -> str:

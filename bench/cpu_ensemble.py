@@ -213,7 +213,13 @@ def run_case(rows: int, dim: int, dtype: str, seconds: float) -> dict[str, Any]:
 
 
 def _here() -> dict[str, Any]:
-    timed = ("CMakeLists.txt", "kernels/csrc", "kernels/native.py", "kernels/eager.py", "bench/cpu_ensemble.py")
+    timed: tuple[str, ...] = (
+        "CMakeLists.txt",
+        "kernels/csrc",
+        "kernels/native.py",
+        "kernels/eager.py",
+        "bench/cpu_ensemble.py",
+    )
     timed += tuple(f"kernels/ensemble_reward/{name}.py" for name in ("contract", "cpu", "op", "reference", "spec"))
     changed = _git("status", "--porcelain", "--", *timed) not in ("", "unknown")
     return {

@@ -14,9 +14,8 @@ settled one, so it is what is returned. Picking the best epoch on the held-out p
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +23,8 @@ from tqdm import tqdm
 
 from ..engine.head import EnsembleHead
 from ..kernels import Aggregation, EnsembleOutput, nominal_reward, philox_normal
-from .files import atomic_file
 from .fit_config import BradleyTerryConfig, BRMEConfig, FitConfig
+from .head_training import HeadTraining, schedule
 from .losses import bradley_terry, brme, bsr, partition
 from .runlog import RunLog
 from .statistics import pair_correct
@@ -146,61 +145,32 @@ def fit_heads(
     return Fit(state.scaling.fold_into(state.head), state.history)
 
 
-class _State:
-    """Everything that a checkpoint holds, and one epoch's work on it."""
+class _State(HeadTraining):
+    """Fresh heads on standardised features, and one epoch's work on them."""
 
     def __init__(
         self, data: PairFeatures, config: FitConfig, aggregation: str | Aggregation | None, checkpoint: Path | None
     ) -> None:
-        self.data, self.config, self.checkpoint = data, config, checkpoint
-        self.pairs, dim = data.chosen.shape
+        self.data, self.config = data, config
+        pairs, dim = data.chosen.shape
         device = data.chosen.device
         self.scaling = standardise(data.chosen, data.rejected)
         spec = aggregation or ("mean" if config.stage == "bt" else "tradeoff:0.4")
-        self.head = EnsembleHead(dim, config.num_heads, aggregation=spec, std_floor=config.std_floor)
-        self.head.reset_parameters(torch.Generator().manual_seed(config.seed))  # drawn on the CPU: same on every device
-        self.head.to(device)
-        self.assigned = partition(self.pairs, config.num_heads, config.seed).to(device)
-        decayed = {"params": [self.head.weight], "weight_decay": config.weight_decay}
-        self.optimizer = torch.optim.AdamW([decayed, {"params": [self.head.bias], "weight_decay": 0.0}], lr=config.lr)
-        self.epoch = 0
-        self.history: list[dict[str, float]] = []
-        self.steps_per_epoch = -(-self.pairs // config.batch_size)
-        steps = config.epochs * self.steps_per_epoch
-        self.total_steps = steps if config.max_steps is None else min(steps, config.max_steps)
-        self.epochs = -(-self.total_steps // self.steps_per_epoch)
-        self.identity = {"config": config.model_dump(mode="json"), "pairs": self.pairs, "data": _digest(data)}
-        if checkpoint is not None and checkpoint.exists():
-            self._load(checkpoint)
-
-    @property
-    def step(self) -> int:
-        return min(self.epoch * self.steps_per_epoch, self.total_steps)
+        head = EnsembleHead(dim, config.num_heads, aggregation=spec, std_floor=config.std_floor)
+        head.reset_parameters(torch.Generator().manual_seed(config.seed))  # drawn on the CPU: same on every device
+        self.assigned = partition(pairs, config.num_heads, config.seed).to(device)
+        identity = {"config": config.model_dump(mode="json"), "pairs": pairs, "data": _digest(data)}
+        super().__init__(head.to(device), pairs, config, config.stage, identity, checkpoint)
 
     def scaled_head(self, features: Tensor) -> EnsembleOutput:
         return self.head(self.scaling(features))  # type: ignore[no-any-return]
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """One pass over the shuffled pairs; the means of its loss, gradient norm and stds."""
-        config = self.config
-        order = torch.randperm(self.pairs, generator=_generator(config.seed, epoch)).to(self.data.chosen.device)
-        first = epoch * self.steps_per_epoch
-        rows = []
-        for step, index in zip(range(first, self.total_steps), order.split(config.batch_size), strict=False):
-            rate = config.lr * schedule(step, self.total_steps, config.warmup)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.zero_grad(set_to_none=True)
-            loss, std = self._loss(index, step)
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-            rows.append(torch.stack([loss.detach(), std]))
-        # read once an epoch, not once a step: on a GPU each reading would wait for the kernels
-        numbers = torch.stack(rows)
-        self._refuse_nonfinite(numbers[:, 0], epoch)
+        """One pass over the shuffled pairs; the means of its loss and stds."""
+        numbers, rate = self.steps_of(epoch, self._loss)
         return {"loss": float(numbers[:, 0].mean()), "lr": rate, "std": float(numbers[:, 1].mean())}
 
-    def _loss(self, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def _loss(self, index: Tensor, step: int) -> Tensor:
         config, data, pairs = self.config, self.data, len(index)
         features = self.scaling(torch.cat([data.chosen[index], data.rejected[index]]))
         out: EnsembleOutput = self.head(features, aggregation="mean")
@@ -215,59 +185,12 @@ class _State:
             loss = brme(out.mean, out.std, data.p_hat[index], self.assigned[index], config.alpha, noise)
         if config.bsr:
             loss = loss + bsr(out.reward_sum, pairs, config.bsr)
-        return loss, out.std.detach().mean()
-
-    def _refuse_nonfinite(self, losses: Tensor, epoch: int) -> None:
-        bad = (~losses.isfinite()).nonzero()
-        if len(bad) or not all(p.isfinite().all() for p in self.head.parameters()):
-            step = epoch * self.steps_per_epoch + (int(bad[0]) if len(bad) else len(losses) - 1)
-            kept = f"the state after epoch {epoch} is kept in {self.checkpoint}" if self.checkpoint and epoch else ""
-            raise ValueError(
-                f"{self.config.stage}: training stopped: the loss is not finite at step {step} (epoch {epoch + 1}); "
-                f"a lower lr than {self.config.lr:g} may help" + (f"; {kept}" if kept else "")
-            )
-
-    def finish_epoch(self, row: dict[str, float]) -> None:
-        self.epoch += 1
-        self.history.append(row)
-        if self.checkpoint is None:
-            return
-        with atomic_file(self.checkpoint) as temporary:
-            torch.save(
-                {
-                    "identity": json.dumps(self.identity),
-                    "epoch": self.epoch,
-                    "history": self.history,
-                    "head": self.head.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                },
-                temporary,
-            )
-
-    def _load(self, checkpoint: Path) -> None:
-        saved: dict[str, Any] = torch.load(checkpoint, map_location=self.data.chosen.device, weights_only=True)
-        if saved["identity"] != json.dumps(self.identity):
-            raise ValueError(f"checkpoint {checkpoint}: expected one of this config and data, got one of another run")
-        self.epoch, self.history = saved["epoch"], saved["history"]
-        self.head.load_state_dict(saved["head"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-
-
-def schedule(step: int, total: int, warmup: float) -> float:
-    """Multiplier of the learning rate at `step` of `total`: linear up over `warmup` of the steps, then linear to 0."""
-    rising = warmup * total
-    if step + 1 < rising:
-        return (step + 1) / rising
-    return (total - step) / max(total - rising, 1.0) if step > rising else 1.0
+        return torch.stack([loss, out.std.detach().mean()])
 
 
 def step_noise(seed: int, step: int, rows: int, heads: int, *, device: torch.device) -> Tensor:
     """[rows, heads] N(0, 1) of one step: Philox keyed by (seed, step), the same on every device and after a resume."""
     return philox_normal(torch.tensor([(seed << 32) + step], device=device), rows, heads)
-
-
-def _generator(seed: int, epoch: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed << 32) + epoch)
 
 
 @torch.no_grad()

@@ -10,10 +10,9 @@ Bradley-Terry.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +20,8 @@ from tqdm import tqdm
 
 from ..engine.head import EnsembleHead
 from ..kernels import Aggregation
-from .files import atomic_file
-from .fit import Scaling, schedule, standardise
+from .fit import Scaling, standardise
+from .head_training import HeadTraining
 from .pet import PETConfig, PETLoss, best_samples, pet_loss, takes_rejected
 from .runlog import RunLog
 from .statistics import pair_correct
@@ -142,8 +141,8 @@ def measure_pet(reward: Callable[[Tensor], Tensor], data: PETFeatures, config: P
     return {"loss": loss, "gap": gap, "bt": bt, "accuracy": accuracy}
 
 
-class _State:
-    """Everything that a checkpoint holds, and one epoch's work on it."""
+class _State(HeadTraining):
+    """The start's head on standardised features, and one epoch's work on it."""
 
     def __init__(
         self,
@@ -153,37 +152,21 @@ class _State:
         aggregation: str | Aggregation | None,
         checkpoint: Path | None,
     ) -> None:
-        self.start, self.data, self.config, self.checkpoint = head, data, config, checkpoint
-        self.pairs = len(data.chosen)
+        self.start, self.data, self.config = head, data, config
         spec = Aggregation.parse(aggregation or head.aggregation) if head.num_heads > 1 else Aggregation("mean")
         self.spec = spec.with_centre("none")
         given = [data.chosen, data.rejected, data.samples.flatten(0, 1), data.reference]
         self.scaling = standardise(*(rows for rows in given if rows is not None and len(rows)))
-        self.head = _scaled(head, self.scaling)
+        scaled = _scaled(head, self.scaling)
         if head.num_heads == 1:  # a constant changes no difference: its gradient would be rounding, which Adam blows up
-            self.head.bias.requires_grad_(False)
-        decayed = {"params": [self.head.weight], "weight_decay": config.weight_decay}
-        undecayed = {"params": [p for p in [self.head.bias] if p.requires_grad], "weight_decay": 0.0}
-        self.optimizer = torch.optim.AdamW([decayed, undecayed], lr=config.lr)
-        self.epoch = 0
-        self.history: list[dict[str, float]] = []
-        self.before: dict[str, float] = {}
-        self.steps_per_epoch = -(-self.pairs // config.batch_size)
-        steps = config.epochs * self.steps_per_epoch
-        self.total_steps = steps if config.max_steps is None else min(steps, config.max_steps)
-        self.epochs = -(-self.total_steps // self.steps_per_epoch)
-        self.identity = {
+            scaled.bias.requires_grad_(False)
+        identity = {
             "config": config.model_dump(mode="json"),
             "aggregation": str(self.spec),
             "start": [float(t.sum(dtype=torch.float64)) for t in head.state_dict().values()],
             "data": [float(t.sum(dtype=torch.float64)) for t in data if t is not None],
         }
-        if checkpoint is not None and checkpoint.exists():
-            self._load(checkpoint)
-
-    @property
-    def step(self) -> int:
-        return min(self.epoch * self.steps_per_epoch, self.total_steps)
+        super().__init__(scaled, len(data.chosen), config, "pet", identity, checkpoint)
 
     def reward(self, features: Tensor) -> Tensor:
         """[N, D] raw features -> [N], the reward that is being made pessimistic."""
@@ -192,22 +175,7 @@ class _State:
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the shuffled pairs; the means of loss, gap and Bradley-Terry loss."""
-        config = self.config
-        generator = torch.Generator().manual_seed((config.seed << 32) + epoch)
-        order = torch.randperm(self.pairs, generator=generator).to(self.data.chosen.device)
-        first = epoch * self.steps_per_epoch
-        rows = []
-        for step, index in zip(range(first, self.total_steps), order.split(config.batch_size), strict=False):
-            rate = config.lr * schedule(step, self.total_steps, config.warmup)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.zero_grad(set_to_none=True)
-            out = self.loss(index, step)
-            out.loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-            rows.append(torch.stack(out).detach())
-        numbers = torch.stack(rows)  # read once an epoch, not once a step
-        self._refuse_nonfinite(numbers[:, 0], epoch)
+        numbers, rate = self.steps_of(epoch, lambda index, step: torch.stack(self.loss(index, step)))
         loss, gap, bt = numbers.double().mean(dim=0).tolist()
         return {"loss": loss, "gap": gap, "bt": bt, "lr": rate}
 
@@ -233,44 +201,6 @@ class _State:
             reference = torch.where(takes_rejected(step, pairs, config).to(chosen.device), rejected, chosen)[sampled]
         margin = None if data.margin is None else data.margin[index]
         return pet_loss(best[inverse], reference, chosen, rejected, config, margin)
-
-    def _refuse_nonfinite(self, losses: Tensor, epoch: int) -> None:
-        bad = (~losses.isfinite()).nonzero()
-        if len(bad) or not all(p.isfinite().all() for p in self.head.parameters()):
-            step = epoch * self.steps_per_epoch + (int(bad[0]) if len(bad) else len(losses) - 1)
-            kept = f"; the state after epoch {epoch} is kept in {self.checkpoint}" if self.checkpoint and epoch else ""
-            raise ValueError(
-                f"pet: training stopped: the loss is not finite at step {step} (epoch {epoch + 1}); a lower lr than "
-                f"{self.config.lr:g} may help{kept}"
-            )
-
-    def finish_epoch(self, row: dict[str, float]) -> None:
-        self.epoch += 1
-        self.history.append(row)
-        if self.checkpoint is None:
-            return
-        with atomic_file(self.checkpoint) as temporary:
-            torch.save(
-                {
-                    "identity": json.dumps(self.identity),
-                    "epoch": self.epoch,
-                    "history": self.history,
-                    "before": self.before,
-                    "head": self.head.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                },
-                temporary,
-            )
-
-    def _load(self, checkpoint: Path) -> None:
-        saved: dict[str, Any] = torch.load(checkpoint, map_location=self.data.chosen.device, weights_only=True)
-        if saved["identity"] != json.dumps(self.identity):
-            raise ValueError(
-                f"checkpoint {checkpoint}: expected one of this config, start and data, got one of another run"
-            )
-        self.epoch, self.history, self.before = saved["epoch"], saved["history"], saved["before"]
-        self.head.load_state_dict(saved["head"])
-        self.optimizer.load_state_dict(saved["optimizer"])
 
     @torch.no_grad()
     def folded(self) -> EnsembleHead:

@@ -221,8 +221,8 @@ def test_a_finished_checkpoint_is_not_trained_again(tmp_path: Path) -> None:
 def test_a_checkpoint_of_other_data_or_config_is_refused(tmp_path: Path) -> None:
     chosen, rejected = _pairs(50)
     fit_heads(chosen, rejected, BradleyTerryConfig(epochs=1), checkpoint=tmp_path / "c.pt", progress=False)
-    for features, config in (((rejected, chosen), {}), ((chosen, rejected), {"lr": 1e-4})):
-        with pytest.raises(ValueError, match=r"c\.pt: expected one of this config and data"):
+    for features, config, other in (((rejected, chosen), {}, "data"), ((chosen, rejected), {"lr": 1e-4}, "config")):
+        with pytest.raises(ValueError, match=rf"c\.pt: expected one of this run, got one of other {other}$"):
             fit_heads(*features, BradleyTerryConfig(epochs=1, **config), checkpoint=tmp_path / "c.pt", progress=False)
 
 
