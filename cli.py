@@ -50,9 +50,9 @@ JOBS = {
         "run_demo",
         "the whole path on an embedded model, with a report",
         """Sample responses from a real model, make preference pairs with a quarter of the labels flipped, train a
-single Bradley-Terry head and a BRME ensemble on the trunk's features, let best-of-n exploit both, train the model itself
-by PPO against each, write report.html. Interrupted, the same command goes on where it was; finished, it prints its
-table again.
+single Bradley-Terry head and a BRME ensemble on the trunk's features, let best-of-n exploit both, train the model
+itself by PPO against each, write report.html. Interrupted, the same command goes on where it was; finished, it prints
+its table again.
 
 examples:
   prudent demo
@@ -217,8 +217,8 @@ STUDIES = {
         "BRME's toy of 8 prompts and 8 responses: does a pessimistic reward lead PPO to the optimal actor?",
         """BRME's toy (arXiv 2409.15360, section 4, figure 1). 16 preference pairs leave most of the 64 cells
 without a label, and a policy trained by PPO on one reward model goes there. Three more reward models of other seeds are
-the uncertainty set. Every seed repeats the whole of it; prints how often each reward leads to the optimal actor. What the
-paper leaves open (widths, rates, steps) is a key, and the table of settings shows what hangs on it.
+the uncertainty set. Every seed repeats the whole of it; prints how often each reward leads to the optimal actor. What
+the paper leaves open (widths, rates, steps) is a key, and the table of settings shows what hangs on it.
 Writes toy.json, toy.md and toy.png.
 
 examples:
@@ -365,6 +365,10 @@ def run(arguments: argparse.Namespace) -> Any:
     given = {flag.key: value for flag in job.flags if (value := getattr(arguments, flag.key)) is not None}
     config = load_config(getattr(module, job.config), arguments.config, arguments.set, **given)
     options = {option: getattr(arguments, option) for option in job.options}
+    if arguments.quiet:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # of weights that are read and written
     return getattr(module, job.run)(config, progress=not arguments.quiet, **options)
 
 

@@ -59,8 +59,11 @@ def load_config(cls: type[Config], file: Path | str | None = None, sets: Iterabl
         # JSON is where pydantic's strict mode still turns a string into a path and a list into a tuple
         return cls.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        where = f"{file}: " if file is not None else ""
-        raise ValueError(where + "; ".join(_explain(cls, detail) for detail in error.errors())) from None
+        mended = [*(entry.partition("=")[0].strip() for entry in sets), *given]  # not what the file says
+        said = [_explain(cls, detail) for detail in error.errors()]
+        keys = [".".join(map(str, detail["loc"])) for detail in error.errors()]
+        by_file = file is not None and not any(f"{key}.".startswith(f"{other}.") for key in keys for other in mended)
+        raise ValueError((f"{file}: " if by_file else "") + "; ".join(said)) from None
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..kernels import EnsembleOutput
 from .files import atomic_folder
 from .fit import FitConfig, pair_metrics, step_noise
 from .losses import bradley_terry, brme, bsr
-from .reward_adapter import save_lora
+from .reward_adapter import peft_hushed, save_lora
 from .runlog import RunLog
 from .statistics import hidden_norms
 from .trunk_config import TrunkConfig
@@ -187,8 +187,8 @@ def train_trunk(
     resume: bool = False,
     progress: bool = True,
 ) -> EnsembleRewardModel:
-    """Train trunk and heads on rows of `collate`; checkpoints go to `folder`. LoRA comes back merged into the trunk, and
-    unmerged in `folder`/adapter."""
+    """Train trunk and heads on rows of `collate`; checkpoints go to `folder`. LoRA comes back merged into the trunk,
+    and unmerged in `folder`/adapter."""
     wrapped: Any = _with_lora(model, config, losses.seed) if mode == "lora" else model
     on_gpu = torch.cuda.is_available()
     options: dict[str, Any] = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
@@ -264,4 +264,5 @@ def _with_lora(model: EnsembleRewardModel, config: TrunkConfig, seed: int) -> An
         modules_to_save=["score"],  # the heads train in full beside the adapters
     )
     torch.manual_seed(seed)
-    return get_peft_model(model, lora)
+    with peft_hushed():
+        return get_peft_model(model, lora)

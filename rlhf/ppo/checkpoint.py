@@ -75,11 +75,12 @@ class Checkpoints:
         try:
             with atomic_folder(self.path(step)) as temporary:
                 file = temporary / "state.pt"
-                torch.save({"policy": saved.policy, "optimizer": saved.optimizer}, file)
+                with file.open("wb") as stream:  # whose errors, unlike those of torch's own writer, say why
+                    torch.save({"policy": saved.policy, "optimizer": saved.optimizer}, stream)
                 atomic_write_json(temporary / "state.json", {**saved.state, "step": step, "bytes": file.stat().st_size})
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
             kept = self.steps()
-            cause = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else _first_line(error)
+            cause = _cause(error)
             raise OSError(
                 f"output: the checkpoint of step {step} could not be written to {self.folder} ({cause}); "
                 + (f"the last whole one is of step {kept[-1]}" if kept else "none was written before")
@@ -112,5 +113,11 @@ class Checkpoints:
                 shutil.rmtree(retired, ignore_errors=True)
 
 
-def _first_line(error: BaseException) -> str:
+def _cause(error: BaseException) -> str:
+    """What the system said, where it is behind `error`; else its first line."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.errno:
+            return os.strerror(behind.errno)
+        behind = behind.__context__
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -30,8 +30,9 @@ def experience_metrics(experience: Experience) -> dict[str, float]:
     """What the samples of one step say, by the names of metrics.jsonl; NaN where nothing was finite.
 
     reward/gap: mean of nominal - worst. reward/head_std: mean of the heads' stds. reward/disagreement: the (population)
-    std of the heads' means on a sample, its mean over samples. kl/sequence, kl/token: log pi / pi_ref, nats. kl/chi2:
-    sqrt of `chi2_estimate`. text/length: tokens, the stop token included. text/truncated: share that was cut off.
+    std of several heads' means on a sample, its mean over samples. kl/sequence, kl/token: log pi / pi_ref, nats.
+    kl/chi2: sqrt of `chi2_estimate`. text/length: tokens, the stop token included. text/truncated: share that was cut
+    off.
     """
     kept = torch.isfinite(experience.reward)
     if experience.dropped is not None:
@@ -47,7 +48,8 @@ def experience_metrics(experience: Experience) -> dict[str, float]:
     if experience.head_mean is not None and experience.head_std is not None:
         values["reward/head_std"] = experience.head_std[kept].double().mean()
         mean = experience.head_mean[kept].double()
-        values["reward/disagreement"] = (mean - mean.mean(1, keepdim=True)).square().mean(1).sqrt().mean()
+        if mean.shape[1] > 1:  # one head agrees with itself
+            values["reward/disagreement"] = (mean - mean.mean(1, keepdim=True)).square().mean(1).sqrt().mean()
     values |= {
         "kl/sequence": log_ratio.mean(),
         "kl/token": log_ratio.sum() / tokens,

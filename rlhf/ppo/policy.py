@@ -111,6 +111,11 @@ class Policy(nn.Module):
             )
             model, info = loaded
             refuse_missing("model", config.model, info["missing_keys"])
+            if getattr(model, "peft_config", None):  # transformers put it on; as one LoRA among ours it would be off
+                raise ValueError(
+                    f"model: expected a whole causal language model, got {config.model}, a LoRA: merge it into its "
+                    "base first (peft: PeftModel.from_pretrained(base, folder).merge_and_unload())"
+                )
         elif config.dtype != "auto":
             model = model.to(trunk_dtype(config, device))
         source, reward = config.reward.source, None

@@ -168,11 +168,12 @@ def _figures(config: PPOConfig, rows: Rows) -> dict[str, str]:
 def _facts(config: PPOConfig, rows: Rows, outcome: Mapping[str, Any]) -> dict[str, str]:
     facts = {
         "reward": str(
-            outcome.get("reward") or f"{config.reward.source} ({config.reward.kind}), {config.reward.aggregation}"
+            outcome.get("reward", "").removeprefix("reward source: ")
+            or f"{config.reward.source} ({config.reward.kind}), {config.reward.aggregation}"
         )
     }
     if outcome.get("policy"):
-        facts["policy"] = str(outcome["policy"])
+        facts["policy"] = str(outcome["policy"]).removeprefix("policy: ")
     rollout, kl = config.rollout, config.kl
     each = "" if rollout.samples_per_prompt == 1 else f" x {rollout.samples_per_prompt} responses"
     facts["rollout"] = (

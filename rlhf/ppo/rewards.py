@@ -105,7 +105,7 @@ def check_reading(source: str | Path, tokenizer: Any, policy: Any) -> None:
     Raises:
         ValueError: for ids that differ.
     """
-    folder = str(_adapter_folder(source) or source)
+    folder = str(_adapter_folder(source) or _model_folder(source))
     theirs = load_tokenizer("reward.source", folder)
     if _adapter_folder(source) is None:
         config = _config(folder)
@@ -149,7 +149,7 @@ def open_reward(
     if kind == "callable":
         return VaderReward(texts) if reward.source == "vader" else CallableReward("reward.source", reward.source, texts)
     if kind == "model":
-        return ModelReward(reward.source, texts, device, reward.aggregation)
+        return ModelReward(_model_folder(reward.source), texts, device, reward.aggregation)
     raise ValueError(f"reward.kind: expected model, callable or http, got {kind}, whose heads the policy holds")
 
 
@@ -163,6 +163,13 @@ def open_gold(name: str, tokenizer: Any, prompts: Sequence[Prompt]) -> RewardSou
     return CallableReward("gold", name, texts)
 
 
+def _model_folder(source: str | Path) -> str:
+    """`source`, or the model in it where it is a run folder of `prudent train`."""
+    model = Path(source) / "model"
+    is_run = (model / "config.json").is_file() and not (Path(source) / "config.json").exists()
+    return str(model if is_run else source)
+
+
 def _adapter_folder(source: str | Path) -> Path | None:
     return next((f for f in (Path(source), Path(source) / "adapter") if is_reward_adapter(f)), None)
 
@@ -171,7 +178,10 @@ def _aggregated(head: EnsembleHead, aggregation: str) -> EnsembleHead:
     if head.num_heads == 1:
         head.aggregation = "mean"
     elif aggregation:
-        head.aggregation = aggregation
+        try:
+            head.aggregation = aggregation
+        except ValueError as error:
+            raise ValueError(f"reward.{error}") from None
     head.aggregation = head.aggregation.with_centre("none")  # centring is the loop's, over all of a step's samples
     return head.requires_grad_(False).eval()
 
@@ -191,6 +201,7 @@ def _config(source: str) -> Any:
 
 def _why_not_shared(source: str, policy: Any) -> tuple[str | None, EnsembleHead | None]:
     """(why the heads in `source` cannot read the policy's trunk, None) or (None, the heads)."""
+    source = _model_folder(source)
     config = _config(source)
     if not isinstance(config, EnsembleRewardConfig):
         return "which is no EnsembleRewardModel", None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from tqdm import tqdm
 
 from ..files import atomic_folder, atomic_write_json, atomic_write_text
 from ..given import load_tokenizer
+from ..reward_adapter import peft_hushed
 from ..rollout import Turn
 from ..runlog import RunLog, read_metrics
 from .baseline import preference_texts
@@ -49,9 +49,7 @@ class Run:
         self.progress = progress
         self.tokenizer = load_tokenizer("model", config.model) if tokenizer is None else tokenizer
         limit_memory(config, device)
-        with warnings.catch_warnings():
-            # peft 0.21 asks transformers 5.23 by a name that it gives up
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        with peft_hushed():
             self.policy = Policy.load(config, device=device, model=model)
         self.turn = Turn(self.tokenizer, self.policy.model)
         limit = longest_prompt(config.rollout, self.policy.model.config, self.turn)
@@ -76,6 +74,7 @@ class Run:
         self.optimizer = open_optimizer(self.policy, config)
         self.controller = KLController(config.kl.coef, config.kl.target, config.kl.horizon)
         self.rules = StopRules(config.stop_when)
+        self.rules.refuse(self._unmeasured())
         self.checkpoints = Checkpoints(config.output / "checkpoints")
         self.monitor = Monitor(config, log, device, gold, self.tokenizer.decode)
         self.texts = texts
@@ -85,6 +84,17 @@ class Run:
             f"reward source: {config.reward.source} ({kind})",
             f"sampling: {self.sampler.name}, {len(self.prompts)} prompts{_truncated(config)}",
         ]
+
+    def _unmeasured(self) -> dict[str, str]:
+        """Metrics that this run cannot have -> what would give them. A function or server may bring heads or not."""
+        missing = {} if self.config.gold is not None else {"gold/mean": "a gold scorer: set gold"}
+        if self.config.critic == "none":
+            missing |= dict.fromkeys(("value/loss", "value/explained_variance"), "a critic: estimator gae has one")
+        heads = self.policy.reward_head if self.reward is None else self.reward
+        if heads is not None and heads.num_heads == 1:
+            names = ("nominal", "worst", "gap", "disagreement", "disagreement_ratio")
+            missing |= dict.fromkeys((f"reward/{name}" for name in names), "a reward of several heads, not one")
+        return missing
 
     def begin(self, resume: bool) -> int:
         """Say what runs, and make ready: from the newest checkpoint, or from the start. -> the first step"""

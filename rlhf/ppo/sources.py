@@ -100,7 +100,10 @@ class ModelReward:
         head = self._scorer.model.score
         self.name, self.num_heads, self._texts = source, head.num_heads, texts
         own = head.aggregation if not aggregation else Aggregation.parse(aggregation)
-        own.check_heads(head.num_heads)
+        try:
+            own.check_heads(head.num_heads)
+        except ValueError as error:
+            raise ValueError(f"reward.{error}") from None
         self._aggregation = (Aggregation.parse("mean") if head.num_heads == 1 else own).with_centre("none")
         for prompt in texts.prompts[:1]:
             try:

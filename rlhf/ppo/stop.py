@@ -163,6 +163,14 @@ class StopRules:
         fired = [found for watch in self._watches if (found := watch.observe(step, metrics)) is not None]
         return fired[0] if fired else None
 
+    def refuse(self, unmeasured: Mapping[str, str]) -> None:
+        """Raise ValueError for a rule over a metric that the run will not have; unmeasured: metric -> what gives it."""
+        for rule in (watch.rule for watch in self._watches):
+            if rule.metric in unmeasured:
+                raise ValueError(
+                    f"stop_when: {rule.text!r} watches {rule.metric}, which takes {unmeasured[rule.metric]}"
+                )
+
     @property
     def rolls_back(self) -> bool:
         """Whether any rule may ask for an earlier checkpoint."""

@@ -72,6 +72,17 @@ def test_a_wrong_entry_is_named(entry: str, message: str) -> None:
         load_config(Outer, None, ["model=m", entry])
 
 
+def test_the_file_is_named_for_its_own_mistakes_only(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\nfit:\n  epochs: 3\n")
+    for sets, given in ((["fit.lr=x"], {}), ([], {"seed": -1})):
+        with pytest.raises(ValueError, match=r"^(fit\.lr|seed): expected"):
+            load_config(Outer, file, sets, **given)
+    file.write_text("model: m\nfit:\n  lr: x\n")
+    with pytest.raises(ValueError, match=r"c\.yaml: fit\.lr: expected a number"):
+        load_config(Outer, file, ["fit.epochs=4"], seed=1)
+
+
 def test_a_missing_value_and_every_mistake_are_named() -> None:
     with pytest.raises(ValueError, match=r"model: a value is needed; fit\.lr: expected a number"):
         load_config(Outer, None, ["fit.lr=x"])

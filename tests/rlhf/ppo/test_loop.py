@@ -202,6 +202,27 @@ class TestStopping:
         assert result.metrics["rolled_back_to"] is None
         assert "no checkpoint is from before, so the policy stays" in result.metrics["stopped"]
 
+    @pytest.mark.parametrize(
+        ("rule", "sets", "takes"),
+        [
+            ("gold/mean < 0", (), "a gold scorer: set gold"),
+            ("value/explained_variance < 0 for 3", ("update.estimator=rloo", "rollout.samples_per_prompt=2"), "critic"),
+            ("disagreement > 3x for 5", (), "a reward of several heads, not one"),
+        ],
+    )
+    def test_a_metric_that_the_run_cannot_have_is_refused_before_it_samples(
+        self, tiny_chat_folder: Path, tmp_path: Path, rule: str, sets: tuple[str, ...], takes: str
+    ) -> None:
+        from prudent import EnsembleRewardModel
+
+        source = tmp_path / "one"
+        EnsembleRewardModel.from_trunk(str(tiny_chat_folder), num_heads=1).save_pretrained(source)
+        AutoTokenizer.from_pretrained(tiny_chat_folder).save_pretrained(source)
+        config = _config(tiny_chat_folder, tmp_path, f'stop_when=["{rule}"]', *sets, **{"reward.source": str(source)})
+        with pytest.raises(ValueError, match=f"stop_when: '{rule}' watches .*{takes}"):
+            run_ppo(config, progress=False)
+        assert not (config.output / "metrics.jsonl").exists() or not read_metrics(config.output)
+
     def test_a_metric_that_is_not_measured_is_refused(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
         config = _config(tiny_chat_folder, tmp_path, 'stop_when=["disagreement > 3x for 5"]')
         with pytest.raises(ValueError, match="which this run does not measure"):

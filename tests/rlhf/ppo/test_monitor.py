@@ -78,6 +78,16 @@ def test_no_heads_and_no_critic_no_such_names() -> None:
     assert not {name for name in names if "head" in name or "gap" in name or "disagreement" in name or "value" in name}
 
 
+def test_one_head_has_its_std_and_nobody_to_disagree_with() -> None:
+    one = _experience()
+    assert one.head_mean is not None
+    assert one.head_std is not None
+    one.head_mean, one.head_std = one.head_mean[:, :1], one.head_std[:, :1]
+    metrics = experience_metrics(one)
+    assert "reward/head_std" in metrics
+    assert "reward/disagreement" not in metrics
+
+
 def test_nothing_finite_is_nan_and_no_error() -> None:
     nothing = _experience()
     nothing.reward = torch.full((3,), math.nan)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from prudent.engine import EnsembleHead, EnsembleRewardModel
@@ -189,6 +189,16 @@ def test_load_reads_the_model_and_the_reward_that_the_config_names(tiny_chat_fol
     elsewhere = settings(reward={"source": "vader"}, dtype="bfloat16")
     given = Policy.load(elsewhere, device="cpu", model=tiny_lm())
     assert (given.reward_kind, given.dtype) == (None, torch.bfloat16)
+
+
+def test_a_lora_for_a_model_is_refused_with_the_way_to_merge_it(tmp_path: Path) -> None:
+    base = tiny_lm()
+    base.save_pretrained(tmp_path / "base")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig()).save_pretrained(
+        tmp_path / "lora"
+    )
+    with pytest.raises(ValueError, match=r"^model: expected a whole .*lora, a LoRA: merge it .*merge_and_unload"):
+        Policy.load(settings(model=str(tmp_path / "lora"), reward={"source": "vader"}), device="cpu")
 
 
 def test_the_trunks_dtype_follows_device_and_mode() -> None:

@@ -126,8 +126,20 @@ def test_the_runs_aggregation_is_what_the_heads_get(
 
 
 def test_an_aggregation_of_a_head_that_is_not_there_is_refused(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="head"):
-        load_shared_head(_save(tmp_path, policy, tokenizer), policy, "head:7")
+    source = _save(tmp_path, policy, tokenizer)
+    with pytest.raises(ValueError, match=r"^reward\.aggregation 'head:7': expected a head below 3"):
+        load_shared_head(source, policy, "head:7")
+    with pytest.raises(ValueError, match=r"^reward\.aggregation 'head:7': expected a head below 3"):
+        _open(source, tokenizer, [], "model", aggregation="head:7")
+
+
+def test_the_model_is_found_in_the_run_that_trained_it(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
+    source = _save(tmp_path / "run" / "model", policy, tokenizer)
+    run = source.parent
+    assert resolve_kind(RewardConfig(source=str(run)), policy) == "shared"
+    assert load_shared_head(run, policy).num_heads == load_shared_head(source, policy).num_heads
+    check_reading(run, tokenizer, policy)
+    assert _open(run, tokenizer, [], "model").num_heads == load_shared_head(source, policy).num_heads
 
 
 def test_an_adapter_is_found_in_its_folder_and_in_its_run(policy: Any, tmp_path: Path) -> None:

@@ -81,6 +81,15 @@ def test_a_metric_that_the_run_does_not_measure_is_refused_with_those_it_does() 
         StopRules(["gap > 3"]).observe(0, {"text/length": 1.0, "kl/sequence": 0.0})
 
 
+def test_a_rule_over_what_the_run_cannot_have_is_refused_with_what_would_give_it() -> None:
+    rules = StopRules(["kl > 9", "gold/mean < 0 for 2"])
+    rules.refuse({})
+    with pytest.raises(
+        ValueError, match=r"^stop_when: 'gold/mean < 0 for 2' watches gold/mean, which takes a gold scorer"
+    ):
+        rules.refuse({"gold/mean": "a gold scorer"})
+
+
 def test_rules_watch_side_by_side_and_the_first_to_fire_speaks() -> None:
     rules = StopRules(["length > 5 for 4", "kl > 2 for 2 then rollback"])
     assert rules.rolls_back
