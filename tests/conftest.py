@@ -43,6 +43,10 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     After flash-linear-attention's conftest: an op that forgets to write part of an output fails, instead of passing on
     memory that happened to hold zeros.
     """
+    with torch.device("cpu"):
+        # torch notes once, at the first call under such a context, which functions make tensors: were these ours, then
+        # its own `empty` would make real tensors under torch.device("meta") for the rest of the process
+        torch.empty(0)
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
