@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..engine import EnsembleHead, EnsembleRewardModel, Scorer, calibrate
 from . import demo_ppo, plot_style, report
 from .best_of_n import SINGLE, rewards, study
-from .config import JobConfig, load_config
+from .config import JobConfig
 from .data import PairData, PreferencePair, load_pairs, split_by_prompt
 from .decode import Sampling
 from .demo_pairs import GoldPairs, make_pairs
@@ -32,6 +32,7 @@ from .fit import BradleyTerryConfig, BRMEConfig, PairFeatures, fit_heads
 from .gold import VaderGold
 from .head_metrics import evaluate_heads
 from .rollout import Request, Rollout, sample
+from .run_folder import claim_folder
 from .runlog import RunLog
 from .statistics import group_labels, pair_accuracy
 
@@ -92,9 +93,9 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
         ImportError: naming the extra to install.
     """
     config = config.model_copy(update={"dtype": _dtype(config.dtype)})
-    finished = _open_folder(config)
-    if finished is not None:
-        return DemoResult(config.output, finished)
+    done = config.output / "metrics.json"
+    if claim_folder(config, ("samples.jsonl", "features", "checkpoints", "metrics.json")) and done.exists():
+        return DemoResult(config.output, json.loads(done.read_text(encoding="utf-8")))
     plot_style.require_matplotlib()  # whatever is missing is said before minutes of work, not after
     if config.model is None:
         wheel_folder()
@@ -111,28 +112,6 @@ def _dtype(asked: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", 
     else:
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if fast else "float32"
-
-
-def _open_folder(config: DemoConfig) -> dict[str, Any] | None:
-    """Claim the output folder. The metrics if the run in it is finished, else None."""
-    folder, saved = config.output, config.output / "config.yaml"
-    if not saved.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"output: expected a new or empty folder or one of a demo, got {folder} with other files")
-        atomic_write_text(saved, config.to_yaml())
-        return None
-    if not any((folder / name).exists() for name in ("samples.jsonl", "features", "checkpoints", "metrics.json")):
-        # of a run that was refused before it computed anything: a mended command may have it
-        atomic_write_text(saved, config.to_yaml())
-        return None
-    before, now = load_config(DemoConfig, saved).model_dump(), config.model_dump()
-    changed = [f"{key} ({before[key]} there, {now[key]} here)" for key in now if before[key] != now[key]]
-    if before["output"] != now["output"]:  # the folder was moved, or is named from elsewhere: it is the same run
-        changed = [text for text in changed if not text.startswith("output ")]
-    if changed:
-        raise ValueError(f"output: {folder} holds a run with another {', '.join(changed)}: name another --output")
-    done = folder / "metrics.json"
-    return dict(json.loads(done.read_text(encoding="utf-8"))) if done.exists() else None
 
 
 class _Run:

@@ -10,10 +10,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from ..kernels import Aggregation
-from .config import JobConfig, load_config
-from .files import atomic_write_text
+from .config import JobConfig
 from .fit_config import BradleyTerryConfig, BRMEConfig
 from .pet_config import PETConfig
+from .run_folder import claim_folder
 from .trunk_config import TrunkConfig
 
 
@@ -168,23 +168,10 @@ def _changed(config: JobConfig) -> list[str]:
 
 def open_folder(config: TrainConfig, resume: bool) -> dict[str, Any] | None:
     """Claim the output folder. The final metrics if the run in it is finished, else None."""
-    folder, saved = config.output, config.output / "config.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output: expected a folder, got {folder}, which is a file")
-    if not saved.exists() and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"output: expected a new or empty folder or one of a run, got {folder} with other files")
-    metrics = folder / "metrics.jsonl"
-    begun = metrics.exists() and metrics.stat().st_size > 0
-    if not begun and not any((folder / name).exists() for name in ("features", "checkpoints", "stage1", "train.json")):
-        # new, or of a run that was refused before it computed anything: a mended command may have it
-        (folder / "data.json").unlink(missing_ok=True)
-        atomic_write_text(saved, config.to_yaml())
+    if not claim_folder(
+        config, ("metrics.jsonl", "features", "checkpoints", "stage1", "train.json"), free=_FREE, resume=resume
+    ):
+        (config.output / "data.json").unlink(missing_ok=True)  # of a run that was refused
         return None
-    if not resume:
-        raise ValueError(f"output: {folder} holds a run already: go on with it by --resume, or choose another folder")
-    before, now = load_config(TrainConfig, saved).model_dump(), config.model_dump()
-    changed = [key for key in now if key not in _FREE and before[key] != now[key]]
-    if changed:
-        raise ValueError(f"output: {folder} holds a run with another {', '.join(changed)}: choose another folder")
-    done = folder / "train.json"
+    done = config.output / "train.json"
     return dict(json.loads(done.read_text(encoding="utf-8"))) if done.exists() else None

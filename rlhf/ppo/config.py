@@ -10,9 +10,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ...kernels import Aggregation
-from ..config import JobConfig, load_config
+from ..config import JobConfig
 from ..files import atomic_write_text
 from ..pet_config import PETConfig
+from ..run_folder import claim_folder
 from .stop import parse_rule
 
 TRACKERS = ("wandb", "trackio")
@@ -240,30 +241,16 @@ def open_folder(config: PPOConfig, resume: bool) -> dict[str, Any] | None:
     Raises:
         ValueError: for a folder with other files, a run without `resume`, or a run with another config.
     """
-    folder, saved = config.output, config.output / "config.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output: expected a folder, got {folder}, which is a file")
-    if not saved.exists() and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"output: expected a new or empty folder or one of a run, got {folder} with other files")
-    metrics = folder / "metrics.jsonl"
-    begun = metrics.exists() and metrics.stat().st_size > 0
-    if not begun and not (folder / "ppo.json").exists():
-        # new, or of a run that ended before its first step: a mended command may have it, and what the other command
-        # left of its start (texts, the checkpoint of step 0) is not this one's
+    folder = config.output
+    if not claim_folder(config, ("metrics.jsonl", "ppo.json"), free=FREE, resume=resume):
+        # what another command left of its start (texts, the checkpoint of step 0) is not this one's
         (folder / "samples.jsonl").unlink(missing_ok=True)
         shutil.rmtree(folder / "checkpoints" / "step-000000", ignore_errors=True)
-        atomic_write_text(saved, config.to_yaml())
         return None
-    if not resume:
-        raise ValueError(f"output: {folder} holds a run already: go on with it by --resume, or choose another folder")
-    before, now = load_config(PPOConfig, saved).model_dump(), config.model_dump()
-    changed = [key for key in now if key not in FREE and before[key] != now[key]]
-    if changed:
-        raise ValueError(f"output: {folder} holds a run with another {', '.join(changed)}: choose another folder")
     done = folder / "ppo.json"
     outcome: dict[str, Any] | None = json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
     if outcome is not None and outcome["stopped"] is None and config.steps > outcome["steps"]:
         outcome = None  # more steps were asked for
     if outcome is None:
-        atomic_write_text(saved, config.to_yaml())
+        atomic_write_text(folder / "config.yaml", config.to_yaml())
     return outcome

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..config import load_config
 from ..files import atomic_write_json, atomic_write_text
 from ..pet_config import PETConfig
+from ..run_folder import claim_folder
 from ..train import TrainConfig, run_train
 from .best_of import compare_best_of_n, prepare
 from .config import FREE, KLConfig, PPOConfig, RewardConfig
@@ -55,7 +55,8 @@ def run_recipe(config: PPOConfig, *, resume: bool = False, progress: bool = True
         return run_ppo(config, resume=resume, progress=progress)
     config = resolved(config)
     reward, ppo = reward_config(config), ppo_config(config)
-    _open_folder(config, resume)
+    if claim_folder(config, ("reward",), free=FREE, resume=resume):
+        atomic_write_text(config.output / "config.yaml", config.to_yaml())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = prepare(config, progress)  # what is wrong with prompts or gold is said before the work
     _say(progress, "[1/3] reward model and PET")
@@ -123,27 +124,6 @@ def _rewards(config: PPOConfig) -> dict[str, Path | str]:
     if start == "brme":
         before["ensemble"] = folder / "start"
     return {**before, "PET": folder / "model"}
-
-
-def _open_folder(config: PPOConfig, resume: bool) -> None:
-    folder, saved = config.output, config.output / "config.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output: expected a folder, got {folder}, which is a file")
-    if not saved.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(
-                f"output: expected a new or empty folder or one of a recipe, got {folder} with other files"
-            )
-    elif (folder / "reward").exists():
-        if not resume:
-            raise ValueError(
-                f"output: {folder} holds a run already: go on with it by --resume, or choose another folder"
-            )
-        before, now = load_config(PPOConfig, saved).model_dump(), config.model_dump()
-        changed = [key for key in now if key not in FREE and before[key] != now[key]]
-        if changed:
-            raise ValueError(f"output: {folder} holds a run with another {', '.join(changed)}: choose another folder")
-    atomic_write_text(saved, config.to_yaml())
 
 
 def _say(progress: bool, line: str) -> None:

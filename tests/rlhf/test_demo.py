@@ -202,7 +202,7 @@ def _interrupt(*args: Any, **kwargs: Any) -> None:
 
 def test_other_settings_in_the_same_folder_are_refused(finished: tuple[DemoConfig, Any]) -> None:
     changed = finished[0].model_copy(update={"temperature": 0.5})
-    with pytest.raises(ValueError, match=r"another temperature \(1\.0 there, 0\.5 here\): name another --output"):
+    with pytest.raises(ValueError, match=r"another temperature \(1\.0 there, 0\.5 here\): choose another folder"):
         run_demo(changed, progress=False)
 
 

@@ -136,7 +136,7 @@ def test_a_folder_that_holds_a_run_or_anything_else_is_refused(finished: TrainCo
     with pytest.raises(ValueError, match="holds a run already: go on with it by --resume"):
         run_train(finished, progress=False)
     other = finished.model_copy(update={"seed": 3, "brme": finished.brme.model_copy(update={"lr": 0.1})})
-    with pytest.raises(ValueError, match="holds a run with another seed, brme: choose another folder"):
+    with pytest.raises(ValueError, match=r"another seed \(0 there, 3 here\), brme\.lr \(.* there, 0\.1 here\): choose"):
         run_train(other, resume=True, progress=False)
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"expected a new or empty folder or one of a run, got .* with other files"):

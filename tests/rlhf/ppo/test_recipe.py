@@ -55,7 +55,7 @@ def test_the_three_steps_make_one_folder_and_go_on_after_a_kill(
             run_recipe(config, progress=False)
     with pytest.raises(ValueError, match="holds a run already: go on with it by --resume"):
         run_recipe(config, progress=False)
-    with pytest.raises(ValueError, match="holds a run with another seed: choose another folder"):
+    with pytest.raises(ValueError, match=r"holds a run with another seed \(0 there, 3 here\): choose another folder"):
         run_recipe(config.model_copy(update={"seed": 3}), resume=True, progress=False)
     first = (config.output / "best_of_n.json").read_text()
     with monkeypatch.context() as patch:
@@ -104,7 +104,7 @@ def test_what_the_recipe_decides_is_refused(tiny_chat_folder: Path, files: tuple
         _config(tiny_chat_folder, files, tmp_path / "run", "recipe=ppo", "reward.source=x")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"expected a new or empty folder or one of a recipe, got .* with other files"):
+    with pytest.raises(ValueError, match=r"expected a new or empty folder or one of a run, got .* with other files"):
         run_recipe(_config(tiny_chat_folder, files, tmp_path / "other"), progress=False)
 
 
