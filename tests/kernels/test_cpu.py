@@ -6,7 +6,6 @@ layer in torch, in the storage type), and a small tolerance. What must not depen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +20,8 @@ from prudent.kernels.ensemble_reward.contract import Inputs
 if not native.load():
     pytest.skip("the native CPU library is not built", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("isa", "poisoned_memory")
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SPECS = [
     "tradeoff:0.4", "tradeoff:0", "tradeoff:1", "nominal", "mean", "min", "max", "median", "lcb:1", "uwo:0.5",
@@ -33,21 +34,6 @@ ALL = (True, True, True, True)
 def backward(execution: Any, grads: Any, inputs: Inputs, needs: Any) -> Any:
     """The execution's gradients, from what its own forward kept."""
     return execution.backward(grads, inputs, execution.forward(inputs, True)[4], needs)
-
-
-@pytest.fixture(params=native.supported_isas(), autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with native.force_isa(request.param):
-        yield request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch fills what C++ allocates, outputs and workspace both, with NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make(

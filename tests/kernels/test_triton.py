@@ -19,9 +19,13 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
 CASES = {
-    "what is computed": Path(__file__).with_name("triton_cases.py"),
-    "how it is launched": Path(__file__).parent / "ensemble_reward" / "triton_cases.py",
+    "what is computed": HERE / "triton_cases.py",
+    "how it is launched": HERE / "ensemble_reward" / "triton_cases.py",
+    "preference_step": HERE / "preference_step" / "triton_cases.py",
+    "linear_logprob": HERE / "linear_logprob" / "triton_cases.py",
+    "advantages": HERE / "advantages" / "triton_cases.py",
 }
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -36,6 +40,7 @@ def run_cases(cases: Path, interpret: bool) -> None:
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-12000:]}\n{done.stderr[-2000:]}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cases", CASES.values(), ids=CASES)
 def test_every_case_holds_under_the_interpreter(cases: Path) -> None:
     run_cases(cases, interpret=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html.parser
 import json
 import re
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ from prudent.engine import Scorer
 from prudent.rlhf import demo, rollout
 from prudent.rlhf.config import load_config
 from prudent.rlhf.demo import DemoConfig, read_prompts, run_demo
+
+from .page import Reader
 
 SUBJECTS = ("the food", "the hotel", "my day", "your train", "the film", "the soup", "the room", "people", "service")
 
@@ -109,46 +110,9 @@ def test_a_finished_demo_is_not_done_again(finished: tuple[DemoConfig, Any], mon
     assert str(run_demo(finished[0], progress=False)) == str(finished[1])
 
 
-class _Reader(html.parser.HTMLParser):
-    """Collects what a browser would load, and checks that tags close in order."""
-
-    VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loads: list[str] = []
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        optional = {"li", "p", "dt", "dd"}
-        while self.open[-1] != tag and self.open[-1] in optional:
-            self.open.pop()
-        assert self.open.pop() == tag
-
-
-def _read(path: Path) -> tuple[str, _Reader]:
-    text = path.read_text(encoding="utf-8")
-    reader = _Reader()
-    reader.feed(text)
-    reader.close()
-    assert reader.open == []
-    return text, reader
-
-
 def test_the_report_is_one_whole_page_that_loads_nothing(finished: tuple[DemoConfig, Any]) -> None:
-    text, reader = _read(finished[0].output / "report.html")
+    text = (finished[0].output / "report.html").read_text(encoding="utf-8")
+    reader = Reader(text)
     assert all(load.startswith(("#", "data:")) for load in reader.loads), reader.loads
     assert not re.search(r"url\(\s*['\"]?(?!#)", text)
     assert "@import" not in text
@@ -242,7 +206,7 @@ def test_real_preferences_take_the_place_of_the_gold_scorer(tiny_chat_folder: Pa
     assert result.metrics["best_of_n"] is None
     assert not (config.output / "samples.jsonl").exists()
     assert "no best-of-n" in str(result)
-    text, _ = _read(config.output / "report.html")
+    text = (config.output / "report.html").read_text(encoding="utf-8")
     assert "there is no gold scorer" in text
     assert "Best-of-n: searching" not in text
 

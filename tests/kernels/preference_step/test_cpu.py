@@ -6,7 +6,6 @@ compared bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,22 +20,9 @@ from .cases import LOSSES, as_exact_as_plain_torch, equal, in_fp64, make
 if not native.load():
     pytest.skip("the native CPU library is not built", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("isa", "poisoned_memory")
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@pytest.fixture(params=native.supported_isas(), autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with native.force_isa(request.param):
-        yield request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch fills what C++ allocates, outputs and workspace both, with NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def holds(inputs: Inputs) -> None:
