@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ...engine import Aggregation
 from ..gold import VaderGold
@@ -25,6 +29,8 @@ from ..rows import Text
 from ..score import load_scorer
 from .batch import Samples
 from .prompts import Prompt
+
+logger = logging.getLogger(__name__)
 
 _BATCH_TOKENS = 8192  # of a reward model, padding included
 _WAITS = (1.0, 4.0, 16.0)  # seconds before a request is sent again: a server restarts in such a time, or not at all
@@ -152,7 +158,7 @@ class CallableReward:
         """See `RewardSource`."""
         try:
             answer = self._function(self._texts.asked(samples), self._texts.said(samples))
-        except Exception as error:  # somebody's code: whatever it is, say whose
+        except (Exception, SystemExit) as error:  # somebody's code: whatever it is, say whose
             raise ValueError(f"{self._key}: {self.name} raised {type(error).__name__}: {error}") from error
         return _rewards(answer, len(samples.responses), f"{self._key}: {self.name}")
 
@@ -170,14 +176,17 @@ class HTTPReward:
         timeout: seconds for an answer.
         key: of the config, for errors.
 
+    A request without an answer is sent again a few times, each with a warning in the log.
+
     Raises:
-        ValueError: when the request is refused (4xx), when no answer came in time after a few tries, or for an answer
-            of another form.
+        ValueError: for what is no URL; from a call, when the request is refused (4xx), when no answer came in time
+            after a few tries, or for an answer of another form.
     """
 
     num_heads: int | None = None
 
     def __init__(self, url: str, texts: Texts, *, timeout: float = 60.0, key: str = "reward.source") -> None:
+        _check_url(key, url)
         self.name, self._texts, self._timeout, self._key = url, texts, timeout, key
 
     def __call__(self, samples: Samples) -> Rewards:
@@ -188,31 +197,35 @@ class HTTPReward:
         where = f"{self._key}: {self.name}"
         try:
             answer = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"{where}: expected JSON, got {raw[:200]!r}") from None
         return _rewards(answer, len(samples.responses), where)
 
     def _post(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         request = urllib.request.Request(self.name, body, headers)
-        reason = ""
-        for wait in (*_WAITS, None):
+        tries, reason = len(_WAITS) + 1, ""
+        for number, wait in enumerate((*_WAITS, None), 1):
             try:
                 with urllib.request.urlopen(request, timeout=self._timeout) as response:
                     return bytes(response.read())
             except urllib.error.HTTPError as error:
-                reason = f"{error.code} {error.reason}: {error.read()[:200].decode(errors='replace')!r}"
+                reason = f"{error.code} {error.reason}: {_begin(error)!r}"
                 if error.code < 500 and error.code != 429:
                     raise ValueError(f"{self._key}: {self.name} refused the request: {reason}") from None
             except TimeoutError:
                 reason = f"no answer within {self._timeout:g} s"
-            except (OSError, urllib.error.URLError) as error:
+            except http.client.HTTPException as error:  # an answer that ends in the middle, or is no HTTP
+                reason = repr(error)
+            except OSError as error:
                 reason = str(getattr(error, "reason", error))
             if wait is not None:
+                with logging_redirect_tqdm():
+                    logger.warning(
+                        "%s: %s: try %d of %d: %s; again in %g s", self._key, self.name, number, tries, reason, wait
+                    )
                 time.sleep(wait)
-        raise ValueError(
-            f"{self._key}: {self.name}: expected rewards, got none in {len(_WAITS) + 1} tries, last {reason}"
-        )
+        raise ValueError(f"{self._key}: {self.name}: expected rewards, got none in {tries} tries, last {reason}")
 
 
 class VaderReward:
@@ -229,13 +242,38 @@ class VaderReward:
         return Rewards(torch.tensor(self._gold(self._texts.said(samples)), dtype=torch.float32))
 
 
+def _check_url(key: str, url: str) -> None:
+    """Before the first step: urllib would say so in the middle of it, or wait for a host without a name."""
+    reason = None
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https"):
+            reason = f"its scheme is {parts.scheme or 'missing'}"
+        elif not url.isascii() or not url.isprintable() or " " in url:
+            reason = "blanks and what is not ASCII are written %XX"
+        elif not parts.hostname or parts.port == 0:
+            reason = "no host is given" if not parts.hostname else "there is no port 0"
+    except ValueError as error:  # a port that is no number, half an IPv6 address
+        reason = str(error)
+    if reason is not None:
+        raise ValueError(f"{key}: expected a URL as http://host:8000/path, got {url!r} ({reason})")
+
+
+def _begin(error: urllib.error.HTTPError) -> str:
+    """The first words of a refusal, if they can be read."""
+    try:
+        return error.read(200).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return ""
+
+
 def _function(key: str, source: str) -> Callable[..., Any]:
     module_name, _, name = source.rpartition(":")
     if not module_name:
         raise ValueError(f"{key}: expected MODULE:FUNCTION or FILE.py:FUNCTION, got {source!r}")
     try:
         module = _file_module(Path(module_name)) if module_name.endswith(".py") else _named_module(module_name)
-    except Exception as error:  # somebody's code
+    except (Exception, SystemExit) as error:  # somebody's code
         raise ValueError(f"{key}: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -270,11 +308,18 @@ def _rewards(answer: Any, count: int, where: str) -> Rewards:
     parts = dict(answer) if isinstance(answer, Mapping) else {"rewards": answer}
     if "rewards" not in parts:
         raise ValueError(f"{where}: expected rewards in the answer, got {', '.join(map(str, parts)) or 'an empty one'}")
+    if parts["rewards"] is None:
+        raise ValueError(f"{where}: expected rewards, got None")
     given = {
         name: _numbers(parts[name], count, f"{where}: {name}", matrix=name in ("mean", "std"))
         for name in ("rewards", "nominal", "worst", "mean", "std")
         if parts.get(name) is not None
     }
+    mean, std = given.get("mean"), given.get("std")
+    if mean is not None and std is not None and mean.shape != std.shape:
+        raise ValueError(
+            f"{where}: expected mean and std of the same heads, got {mean.shape[1]} and {std.shape[1]} a response"
+        )
     reward = given.pop("rewards")
     return Rewards(torch.where(reward.isfinite(), reward, float("nan")), **given)
 
@@ -287,8 +332,8 @@ def _numbers(values: Any, count: int, where: str, matrix: bool) -> Tensor:
         raise ValueError(f"{where}: expected a list of {count}, one a response, got {got}")
     if not matrix:
         return torch.tensor([_number(value, where) for value in rows], dtype=torch.float32)
-    if not all(isinstance(row, Sequence) and len(row) == len(rows[0]) for row in rows):
-        raise ValueError(f"{where}: expected one list a response, all of one length")
+    if not all(isinstance(row, Sequence) and len(row) == len(rows[0]) > 0 for row in rows):
+        raise ValueError(f"{where}: expected one list a response, all of one length and none empty")
     return torch.tensor([[_number(value, where) for value in row] for row in rows], dtype=torch.float32)
 
 
@@ -301,7 +346,10 @@ def _number(value: Any, where: str) -> float:
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{where}: expected numbers, None or NaN, got {value!r:.80}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer that is more than any float: as good as infinite
+        return math.nan
 
 
 def _column(values: list[float | None]) -> Tensor:

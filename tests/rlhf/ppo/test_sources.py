@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -55,8 +56,11 @@ def test_a_module_beside_the_command_is_found(
     assert open_gold("reward_of_mine:f", tokenizer, prompts)(samples).reward.tolist() == [1.0, 1.0, 1.0]
 
 
-def test_none_nan_and_infinity_are_nan(tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path) -> None:
-    rewards = _open(_function(tmp_path, "return [None, float('inf'), 2]"), tokenizer, prompts, "callable")(samples)
+@pytest.mark.parametrize("value", ["None", "float('nan')", "float('inf')", "10**400"])
+def test_what_is_no_finite_number_is_nan(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path, value: str
+) -> None:
+    rewards = _open(_function(tmp_path, f"return [{value}, {value}, 2]"), tokenizer, prompts, "callable")(samples)
     assert [math.isnan(x) for x in rewards.reward.tolist()] == [True, True, False]
 
 
@@ -76,7 +80,15 @@ def test_a_mapping_may_say_what_its_heads_think(
         ("return ['a', 1, 2]", "expected numbers, None or NaN, got 'a'"),
         ("return {'score': [1, 2, 3]}", "expected rewards in the answer, got score"),
         ("return {'rewards': [1, 2, 3], 'mean': [[1], [1, 2], [1]]}", "mean: expected one list a response, all of one"),
+        ("return {'rewards': [1, 2, 3], 'mean': [[], [], []]}", "mean: expected one list a response, .* none empty"),
+        (
+            "return {'rewards': [1, 2, 3], 'mean': [[1, 2]] * 3, 'std': [[1, 2, 3]] * 3}",
+            r"mine.py:score: expected mean and std of the same heads, got 2 and 3 a response",
+        ),
+        ("pass", r"reward.source: .*mine.py:score: expected rewards, got None"),
+        ("return {'rewards': None}", "expected rewards, got None"),
         ("raise KeyError('k')", r"reward.source: .*mine.py:score raised KeyError: 'k'"),
+        ("raise SystemExit(0)", r"reward.source: .*mine.py:score raised SystemExit: 0"),
     ],
 )
 def test_what_a_function_does_wrong_is_said(
@@ -84,6 +96,17 @@ def test_what_a_function_does_wrong_is_said(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         _open(_function(tmp_path, body), tokenizer, prompts, "callable")(samples)
+
+
+def test_a_gold_function_that_ends_the_process_is_refused_like_any_error(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path
+) -> None:
+    gold = open_gold(_function(tmp_path, "raise SystemExit(0)"), tokenizer, prompts)
+    with pytest.raises(ValueError, match=r"^gold: .*mine.py:score raised SystemExit: 0"):
+        gold(samples)
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n", "utf-8")
+    with pytest.raises(ValueError, match=r"^gold: .*script.py cannot be imported: SystemExit: 0"):
+        open_gold(f"{tmp_path / 'script.py'}:score", tokenizer, prompts)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +142,8 @@ class _Server(BaseHTTPRequestHandler):
         self.seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         code, body = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         self.send_response(code)
+        if body.startswith(b"CUT"):  # promises more than it sends
+            self.send_header("Content-Length", "100")
         self.end_headers()
         self.wfile.write(body)
 
@@ -161,9 +186,44 @@ def test_a_server_gets_texts_and_openrlhfs_query(
 def test_a_server_that_is_busy_is_asked_again(
     tokenizer: Any, prompts: list[Prompt], samples: Samples, serve: Any
 ) -> None:
-    url, server = serve((503, b"busy"), (500, b"oops"), (200, b"[1, 2, 3]"))
+    url, server = serve((503, b"busy"), (200, b"CUT"), (200, b"[1, 2, 3]"))
     assert _open(url, tokenizer, prompts, "http")(samples).reward.tolist() == [1, 2, 3]
     assert len(server.seen) == 3
+
+
+def test_every_new_try_is_told(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, serve: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, _ = serve((503, b"busy"), (200, b"CUT"), (200, b"[1, 2, 3]"))
+    with caplog.at_level(logging.WARNING, logger="prudent"):
+        _open(url, tokenizer, prompts, "http")(samples)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"reward.source: {url}: try 1 of 3: 503 Service Unavailable: 'busy'; again in 0.01 s",
+        f"reward.source: {url}: try 2 of 3: IncompleteRead(3 bytes read, 97 more expected); again in 0.01 s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://", "no host is given"),
+        ("http://:8000/x", "no host is given"),
+        ("http://localhost:abc/x", "Port could not be cast to integer value as 'abc'"),
+        ("http://localhost:99999/x", "Port out of range"),
+        ("http://localhost:0/x", "there is no port 0"),
+        ("http://local host:1/x", "blanks and what is not ASCII are written %XX"),
+        ("http://localhost:1/größe", "blanks and what is not ASCII are written %XX"),
+        ("http://[::1/x", "Invalid IPv6 URL"),
+        ("file:///etc/passwd", "its scheme is file"),
+        ("host/score", "its scheme is missing"),
+    ],
+)
+def test_what_is_no_url_is_refused_before_it_is_asked(
+    tokenizer: Any, prompts: list[Prompt], url: str, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=r"^reward\.source: expected a URL as http://host:8000/path, got") as error:
+        _open(url, tokenizer, prompts, "http")
+    assert reason in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +231,9 @@ def test_a_server_that_is_busy_is_asked_again(
     [
         ((404, b"what?"), r"refused the request: 404 Not Found: 'what\?'", 1),
         ((503, b"busy"), "expected rewards, got none in 3 tries, last 503", 3),
+        ((200, b"CUT"), "expected rewards, got none in 3 tries, last IncompleteRead", 3),
+        ((200, b"null"), "expected rewards, got None", 1),
+        ((200, b'{"rewards": null}'), "expected rewards, got None", 1),
         ((200, b"<html>"), "expected JSON, got b'<html>'", 1),
         ((200, b'{"rewards": [1]}'), "expected a list of 3, one a response, got 1", 1),
     ],
