@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+_ERRNO = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)")  # as Python and Rust print the system's number
 
 
 def _sync(path: Path) -> None:
@@ -21,22 +26,74 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _temporary_name(path: Path) -> Path:
-    # a sibling, because a rename is atomic only within one file system; the process id keeps two writers apart
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def cause(error: BaseException) -> str:
+    """What the system said, where it is behind `error`; else its first line."""
+    number = _number(error)
+    if number is not None:
+        return os.strerror(number)
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _number(error: BaseException) -> int | None:
+    """The system's number of what went wrong, wherever it is behind `error`."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.errno:
+            return behind.errno
+        printed = _ERRNO.search(str(behind))  # safetensors and shutil.copytree pass the text on alone
+        if printed is not None:
+            return int(printed[1] or printed[2])
+        behind = behind.__context__
+    return None
+
+
+def _failed_write(error: BaseException, temporary: Path | None) -> bool:
+    """Whether `error` is of a write that names no file, or none but the `temporary` that nobody asked for."""
+    if isinstance(error, OSError) and error.filename is None:
+        return error.errno is not None or isinstance(error, shutil.Error)  # else a library's own, a failed download say
+    if isinstance(error, OSError):
+        return temporary is not None and str(error.filename).startswith(str(temporary))
+    if isinstance(error, SafetensorError):
+        return "deserializ" not in str(error).lower()
+    return "inline_container" in str(error)  # torch's zip writer, which says no more of a disk that is full
+
+
+@contextmanager
+def writing(path: Path | str, temporary: Path | None = None) -> Iterator[None]:
+    """Turn a write that fails inside into an OSError with `path` as its `filename` and the system's words.
+
+    temporary: what is written in its place; an error that names another file is passed on as it is.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _failed_write(error, temporary):
+            raise
+        number = _number(error)
+        reason = "is the disk full?" if number is None else os.strerror(number)
+        raise OSError(number or errno.EIO, f"could not be written ({reason})", str(path)) from error
 
 
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary sibling to write; on a clean exit it becomes `path`, on an error it is removed."""
+    """Yield a temporary sibling to write; on a clean exit it becomes `path`, on an error it is removed.
+
+    Raises:
+        OSError: as `writing`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(path)
+    # a sibling, because a rename is atomic only within one file system; the process id keeps two writers apart
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
+        with writing(path, temporary):
+            temporary.touch()
+            mode = temporary.stat().st_mode & 0o777
+            yield temporary
+            temporary.chmod(mode)  # safetensors makes its files private
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -57,21 +114,79 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield a temporary sibling folder to fill; on a clean exit it becomes `path`, on an error it is removed.
 
     An existing folder `path` is replaced: it stays whole until the new one is, then gives way by two renames.
+
+    Raises:
+        OSError: as `writing`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
     try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        for entry in sorted(temporary.rglob("*")):
-            _sync(entry)
-        _sync(temporary)
-        retired = path.with_name(f".{path.name}.{os.getpid()}.old")
-        if path.exists():
-            os.replace(path, retired)
-        os.replace(temporary, path)
-        _sync(path.parent)
-        shutil.rmtree(retired, ignore_errors=True)
+        with writing(path, temporary):
+            temporary.mkdir()
+            readers = temporary.stat().st_mode & 0o666
+            yield temporary
+            for entry in sorted(temporary.rglob("*")):
+                if entry.is_file():
+                    entry.chmod(readers)  # safetensors makes its files private
+                _sync(entry)
+            _sync(temporary)
+            retired = path.with_name(f".{path.name}.{os.getpid()}.old")
+            if path.exists():
+                os.replace(path, retired)
+            os.replace(temporary, path)
+            _sync(path.parent)
+            shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: naming the file, where it holds anything else.
+        OSError: where it cannot be opened.
+    """
+    path = Path(path)
+    try:
+        return _object(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON object, got {error}") from None
+
+
+def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
+    """The objects of a log of JSON lines, in order; [] if there is no such file. What a kill left of a last line that
+    has no end yet is passed over.
+
+    Raises:
+        ValueError: naming file and line, for another line that is no JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            rows.append(_object(line))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object, got {error}: take the line out of the file"
+            ) from None
+    return rows
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    """ValueError: what there is instead."""
+    if not content.strip():
+        raise ValueError("nothing")
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"bytes that are no UTF-8 ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON ({error.msg} at character {error.pos})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}")
+    return value
