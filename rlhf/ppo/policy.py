@@ -89,7 +89,7 @@ class Policy(nn.Module):
         _drop_no_more(model)
         model.requires_grad_(full)
         self.model = model
-        self.frozen: Any = copy.deepcopy(model).to(self.dtype).requires_grad_(False) if full else None
+        self.frozen: Any = cast(copy.deepcopy(model), self.dtype).requires_grad_(False) if full else None
         self._adapters = Adapters(self.frozen if full else model, config.model)
         self._trained: dict[str, dict[str, nn.Parameter]] = {}
         self._add_parts(reward)
@@ -117,7 +117,7 @@ class Policy(nn.Module):
                     "base first (peft: PeftModel.from_pretrained(base, folder).merge_and_unload())"
                 )
         elif config.dtype != "auto":
-            model = model.to(trunk_dtype(config, device))
+            model = cast(model, trunk_dtype(config, device))
         source, reward = config.reward.source, None
         kind = rewards.resolve_kind(config.reward, model) if source else None
         if kind == "shared":
@@ -309,6 +309,19 @@ def trunk_dtype(config: PPOConfig, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     return torch.bfloat16 if device.type == "cuda" and config.policy.mode == "lora" else torch.float32
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """`model`, a causal language model, with its parameters in `dtype`, as `from_pretrained` would have loaded it.
+
+    nn.Module.to takes buffers along, and in bf16 the rotary frequencies put position 1000 off by up to 1.8 rad. What
+    `from_pretrained` kept in a wider dtype than the model's stays.
+    """
+    before = model.dtype
+    for parameter in model.parameters():
+        if parameter.dtype == before:
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _boundaries(batch: TokenBatch) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from prudent.engine import EnsembleHead
 from prudent.rlhf.ppo.adapters import StoredWide
 from prudent.rlhf.ppo.attention import FLASH
 from prudent.rlhf.ppo.batch import Samples, token_batch
-from prudent.rlhf.ppo.policy import RewardOnTrunk
+from prudent.rlhf.ppo.policy import Policy, RewardOnTrunk
 
 from .cases import (
     FAMILIES,
@@ -24,6 +25,7 @@ from .cases import (
     loss_of,
     make,
     plain_logprobs,
+    settings,
     stirred,
     tiny,
     tiny_lm,
@@ -146,6 +148,48 @@ def test_fp32_weights_that_are_all_trained_compute_in_bf16_under_autocast() -> N
         wide = exact.logprobs(exact.hidden(batch, "actor"), batch, 1.0).logprob
         narrow = policy.logprobs(hidden, batch, 1.0).logprob
     torch.testing.assert_close(narrow, wide, rtol=0.1, atol=0.1)
+
+
+def _both_logprobs(policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
+    """The actor's and the reference's log-probabilities of 2 x 400 random tokens."""
+    ids = torch.randint(1, VOCABULARY, (2, 404), generator=torch.Generator().manual_seed(2)).tolist()
+    samples = Samples([row[:4] for row in ids], [row[4:] for row in ids], [False] * 2, [0, 1])
+    batch = token_batch(samples, range(2), packed=False, device="cpu")
+    with torch.no_grad():
+        actor = policy.logprobs(policy.hidden(batch, "actor"), batch, 1.0).logprob
+        return actor, policy.logprobs(policy.hidden(batch, "reference"), batch, 1.0, "reference").logprob
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_an_untrained_policy_in_bf16_is_its_reference_to_the_bit_however_long_the_text(
+    mode: str, tmp_path: Path
+) -> None:
+    tiny_lm(max_position_embeddings=512).save_pretrained(tmp_path)
+    options = {"model": str(tmp_path), "dtype": "bfloat16", "reward": {"source": "vader", "kind": "callable"}}
+    policy = Policy.load(settings(policy={"mode": mode}, **options), device="cpu")
+    assert policy.dtype == torch.bfloat16
+    actor, reference = _both_logprobs(policy)
+    assert torch.equal(actor, reference)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_model_that_is_given_in_fp32_becomes_what_is_loaded_in_bf16(mode: str, tmp_path: Path) -> None:
+    # its rotary frequencies stay fp32: in bf16 positions some hundred tokens apart are taken for others
+    given = tiny_lm(max_position_embeddings=512)
+    given.save_pretrained(tmp_path)
+    config = settings(
+        model=str(tmp_path), dtype="bfloat16", reward={"source": "vader", "kind": "callable"}, policy={"mode": mode}
+    )
+    results = []
+    for model in (None, given):
+        torch.manual_seed(0)
+        policy = Policy.load(config, device="cpu", model=model)
+        for part in filter(None, (policy.model, policy.frozen)):
+            assert {b.dtype for name, b in part.named_buffers() if "inv_freq" in name} == {torch.float32}
+            assert {p.dtype for n, p in part.named_parameters() if "lora" not in n} == {torch.bfloat16}
+        results.append(_both_logprobs(policy))
+    for loaded, passed in zip(*results, strict=True):
+        assert torch.equal(loaded, passed)
 
 
 def test_a_bf16_policy_samples_from_what_it_scores() -> None:
