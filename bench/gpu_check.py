@@ -3,8 +3,8 @@
     python bench/gpu_check.py --minutes 9 --out runs/gpu   in a checkout, nothing installed but torch and triton
     python bench/gpu_check.py --dry                        the same on a CPU: interpreted, tiny sizes, no GPU numbers
 
-Stages: build (the native library), machine (its ceilings and versions), tests (every op's Triton cases on the device,
-and what else is marked gpu), determinism (100 runs), graphs (CUDA-graph capture and replay), sanitizer
+Stages: build (the native library), machine (its ceilings and versions), tests (every op's Triton cases and every
+other test of it that takes the device), determinism (100 runs), graphs (CUDA-graph capture and replay), sanitizer
 (compute-sanitizer, where present), timing (against eager, torch.compile, liger-kernel and cut-cross-entropy, where
 installed). Each runs in child processes with a limit of its own, and one that fails does not hide the next; an op whose
 correctness failed is not timed. gpu_check.json, gpu_check.md and gpu_check.log in --out are rewritten after each stage.

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
-_counters: dict[tuple[torch.device, int, int], Tensor] = {}
+COUNTERS = 320  # in a row; 1280 bytes, so every row has the 16-byte alignment that a kernel was compiled for
+ROWS = 64
+
+_free: dict[torch.device, list[Tensor]] = {}
+_of_stream: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def arrivals(device: torch.device, count: int = 1) -> Tensor:
-    """[count] int32 zeros on `device`; the kernel that counts in them leaves them zero.
+    """At least `count` (at most COUNTERS) int32 zeros on `device`; the kernel that counts in them leaves them zero.
 
-    One tensor per device and stream: kernels of a stream run one after another. A captured graph gets its own, zeroed
-    by each replay, since it may be replayed beside its stream's eager calls.
+    A stream has one row for all its calls: its kernels run one after another. A captured graph may be replayed beside
+    its stream's eager calls, so each call in it takes a row for good.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream, count)
-    if key not in _counters:
-        _counters[key] = torch.zeros(count, dtype=torch.int32, device=device)
-    return _counters[key]
+    capturing = torch.cuda.is_current_stream_capturing()
+    return _row(device, None if capturing else torch.cuda.current_stream(device).cuda_stream)
+
+
+def _row(device: torch.device, stream: int | None) -> Tensor:
+    """The stream's row, or (None: a call that is being captured) a new one."""
+    if stream is not None and (device, stream) in _of_stream:
+        return _of_stream[device, stream]
+    if device not in _free and stream is not None:  # memory is not asked for in a capture
+        with ThreadPoolExecutor(1) as thread:
+            # torch.compile's cudagraphs send what the calling thread allocates to the graph's pool, also before the
+            # capture; memory from there that outlives the call would be handed out again
+            _free[device] = thread.submit(_zero_rows, device).result()
+    if not _free.get(device):
+        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)  # in a graph: zeroed by each replay
+    row = _free[device].pop()
+    if stream is not None:
+        _of_stream[device, stream] = row
+    return row
+
+
+def _zero_rows(device: torch.device) -> list[Tensor]:
+    rows = torch.zeros(ROWS, COUNTERS, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other streams are going to read them
+    return list(rows)

@@ -23,15 +23,27 @@ _chosen: dict[str, Config] = {}
 
 
 def choose(
-    table_config: Config, candidates: Sequence[Config], key: tuple[object, ...], run: Callable[[Config], object]
+    table_config: Config,
+    candidates: Sequence[Config],
+    key: tuple[object, ...],
+    run: Callable[[Config], object],
+    device: torch.device,
 ) -> Config:
     """The fastest of `candidates` and the table's own, or the table's where tuning is off or cannot be done now.
 
     `key` names the kernel and its bucket of shapes; never put a sequence length in it, or each length is timed anew.
-    `run` launches the kernel with a config, any number of times, into outputs that the real launch overwrites.
+    `run` launches the kernel on `device` with a config, any number of times, into outputs that the real launch
+    overwrites.
     """
-    if os.environ.get("PRUDENT_AUTOTUNE") != "1" or not _can_time():
+    if os.environ.get("PRUDENT_AUTOTUNE") != "1" or not _can_time(device):
         return table_config
+    with torch.cuda.device(device):  # whose clock and name are asked for; the caller's may be another
+        return _fastest(table_config, candidates, key, run)
+
+
+def _fastest(
+    table_config: Config, candidates: Sequence[Config], key: tuple[object, ...], run: Callable[[Config], object]
+) -> Config:
     candidates = [table_config, *(c for c in candidates if c != table_config)]
     name = "|".join(str(part) for part in (*key, *_machine()))
     if name not in _chosen:
@@ -53,9 +65,9 @@ def cache_file() -> Path:
     return Path(os.environ.get("PRUDENT_CACHE") or Path.home() / ".cache" / "prudent") / "tuning.json"
 
 
-def _can_time() -> bool:
+def _can_time(device: torch.device) -> bool:
     """A captured graph takes no timings: what is launched would be recorded into it."""
-    return torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
 def _machine() -> tuple[str, ...]:

@@ -16,34 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
+from ..arrivals import arrivals
 from ..launch import Config, launch
 from . import configs, reference
 from .contract import Grads, Inputs, Outputs
 from .reference import cvar_tail
 from .triton_backward import combine_kernel, outer_kernel, product_gradient_kernel, weight_gradient_kernel
 from .triton_forward import centre_kernel, forward_kernel
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-_spare_counters: dict[torch.device, list[Tensor]] = {}
-
-
-def _counters_of(device: torch.device) -> Tensor:
-    """[1 + MAX_SPLIT_BLOCKS] int32 zeros that the forward's programs count their arrivals in; the kernel leaves zeros.
-
-    One row per (device, stream): kernels of a stream run one after another. A captured graph may be replayed beside its
-    stream's eager calls, so each call in it has a row of its own: one of those that the stream's first eager call
-    zeroed, or where none is left a new one, which the graph then zeroes in each replay.
-    """
-    if device.type != "cuda":
-        return torch.zeros(1 + configs.MAX_SPLIT_BLOCKS, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        spare = _spare_counters.get(device)
-        return spare.pop() if spare else torch.zeros(1 + configs.MAX_SPLIT_BLOCKS, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counters:
-        _counters[key], *spare = torch.zeros(32, 1 + configs.MAX_SPLIT_BLOCKS, dtype=torch.int32, device=device)
-        _spare_counters.setdefault(device, []).extend(spare)  # their memory lives as long as the row that is kept
-    return _counters[key]
 
 
 def _common(inputs: Inputs) -> dict[str, Any]:
@@ -111,6 +90,7 @@ def forward(inputs: Inputs, keep: bool = False) -> Outputs:
         configs.forward_candidates(common["BN"], inputs.hidden.dtype),
         ("ensemble_reward.forward", *configs.bucket(n, common["BN"], common["d"], inputs.hidden.dtype)),
         lambda config: _launch_forward(inputs, common, outputs, config),
+        inputs.hidden.device,
     )
     _launch_forward(inputs, common, outputs, config)
     if _centring(inputs, config)["CENTRE"] == "later":
@@ -131,8 +111,9 @@ def _launch_forward(inputs: Inputs, common: dict[str, Any], outputs: Outputs, co
         forward_kernel, (programs, splits) if splits > 1 else (programs,), config, device,
         **{name: common[name] for name in (*_HEADS_ARGUMENTS, *_PRODUCT_ARGUMENTS)}, **centring,
         reward=reward, mean_out=mean, std_out=std, reward_sum=reward_sum, saved=saved if saved.shape[0] else None,
-        partials=new(programs, dtype=dtype), shares=shares, table=table, counters=_counters_of(device),
-        blocks_each=blocks_each, SPLITS=splits, M=config.block_rows, BD=config.block_dim,
+        partials=new(programs, dtype=dtype), shares=shares, table=table,
+        counters=arrivals(device, 1 + configs.MAX_SPLIT_BLOCKS), blocks_each=blocks_each, SPLITS=splits,
+        M=config.block_rows, BD=config.block_dim,
     )  # fmt: skip
 
 
@@ -263,7 +244,7 @@ def _outer_products(
         configs.outer_candidates(common["BN"], inputs.hidden.dtype),
         ("ensemble_reward.outer", need_hidden, need_folded,
          *configs.bucket(n, common["BN"], d, inputs.hidden.dtype)),
-        run,
+        run, inputs.hidden.device,
     )  # fmt: skip
     return out, run(config)
 

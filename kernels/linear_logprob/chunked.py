@@ -36,7 +36,7 @@ class _Call:
         self.flat: Tensor | None = None
         with contextlib.suppress(RuntimeError):  # leading dimensions that do not merge are gathered chunk by chunk
             self.flat = hidden.view(-1, self.dim)
-        flat_target = inputs.target.reshape(-1)
+        flat_target = inputs.target.reshape(-1).contiguous()  # a view of one dimension keeps its stride
         self.target = flat_target if rows is None else flat_target[rows]
 
     def row_chunks(self) -> Iterator[tuple[int, int]]:

@@ -30,7 +30,7 @@ def _capped(raw, inverse_temperature, softcap, SOFTCAP: tl.constexpr, ACC: tl.co
     return tempered, slope
 
 
-@triton.jit(do_not_specialize=["column"])
+@triton.jit(do_not_specialize=["column", "rows"])
 def statistics_kernel(
     tile, target, state, logprob, entropy, lse, columns, column, rows,
     inverse_temperature: tl.float64, softcap: tl.float64,

@@ -1,4 +1,6 @@
-"""The public op on this machine: one arithmetic by every road, and every wrong input refused by name."""
+"""The public op on this machine, on its GPU if it has one: one arithmetic by every road, and every wrong input refused
+by name.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,13 @@ import prudent
 from prudent.kernels.ensemble_reward import cpu, op, reference
 from prudent.kernels.ensemble_reward.contract import Inputs
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 K, D, N = 3, 9, 8
 
 
-def tensors(dtype: torch.dtype = torch.float32, grad: bool = True) -> dict[str, Any]:
+def tensors(
+    dtype: torch.dtype = torch.float32, grad: bool = True, device: torch.device | str = DEVICE
+) -> dict[str, Any]:
     g = torch.Generator().manual_seed(1)
     made = {
         "hidden": torch.randn(N, D, generator=g, dtype=torch.float64).to(dtype),
@@ -24,7 +29,11 @@ def tensors(dtype: torch.dtype = torch.float32, grad: bool = True) -> dict[str, 
         "bias": torch.randn(2 * K, generator=g, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32)),
         "norm_weight": (torch.rand(D, generator=g, dtype=torch.float64) + 0.5).to(dtype),
     }
-    return {name: t.requires_grad_(grad) for name, t in made.items()}
+    return {name: t.to(device).requires_grad_(grad) for name, t in made.items()}
+
+
+def random(*shape: int, grad: bool = False) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE, requires_grad=grad)
 
 
 def as_inputs(t: dict[str, Any], aggregation: str = "tradeoff:0.4", **changes: Any) -> Inputs:
@@ -49,11 +58,17 @@ def as_inputs(t: dict[str, Any], aggregation: str = "tradeoff:0.4", **changes: A
 
 EXTRAS = {
     "plain": {},
-    "sampled": {"seed": torch.tensor([11])},
-    "gathered": {"rows": torch.tensor([7, 0, 0, 3])},
-    "calibrated": {"shift": torch.ones(K), "scale": torch.full((K,), 2.0), "std_ref": torch.ones(K)},
+    "sampled": {"seed": torch.tensor([11], device=DEVICE)},
+    "gathered": {"rows": torch.tensor([7, 0, 0, 3], device=DEVICE)},
+    "calibrated": {
+        name: torch.full((K,), value, device=DEVICE)
+        for name, value in (("shift", 1.0), ("scale", 2.0), ("std_ref", 1.0))
+    },
     "grouped": {"group_size": 4, "aggregation": "min,centre=group"},
-    "labelled": {"group": torch.tensor([0, 1, 2, 0, 1, 2, 0, 0]), "aggregation": "lcb:1,centre=group"},
+    "labelled": {
+        "group": torch.tensor([0, 1, 2, 0, 1, 2, 0, 0], device=DEVICE),
+        "aggregation": "lcb:1,centre=group",
+    },
     "unnormed": {"norm_weight": None, "bias": None},
 }
 
@@ -65,7 +80,7 @@ def test_the_registered_op_passes_opcheck(extra: str) -> None:
 
 def test_the_registered_backward_passes_opcheck() -> None:
     inputs = as_inputs(tensors(grad=False))
-    grads = (torch.randn(()).expand(N), None, torch.randn(N, K), torch.randn(()))
+    grads = (random().expand(N), None, random(N, K), random())
     saved = reference.forward(inputs, True)[4]
     opcheck(torch.ops.prudent.ensemble_reward_backward.default, (*grads, *inputs, saved, True, True, False, True))
 
@@ -148,24 +163,24 @@ def test_exported_with_dynamic_rows() -> None:
             return prudent.ensemble_reward(hidden, self.weight).reward
 
     model = Scores()
-    program = torch.export.export(model, (torch.randn(5, D),), dynamic_shapes=({0: torch.export.Dim("n")},))
+    program = torch.export.export(model, (random(5, D),), dynamic_shapes=({0: torch.export.Dim("n")},))
     assert "prudent.ensemble_reward" in str(program.graph)
-    hidden = torch.randn(13, D)
+    hidden = random(13, D)
     torch.testing.assert_close(program.module()(hidden), model(hidden))
 
 
 def test_leading_dimensions_are_flattened_and_rows_index_the_flat_view() -> None:
-    hidden, weight = torch.randn(2, 4, D), torch.randn(2 * K, D)
+    hidden, weight = random(2, 4, D), random(2 * K, D)
     every = prudent.ensemble_reward(hidden, weight)
     assert every.reward.shape == (8,)
-    last = prudent.ensemble_reward(hidden, weight, rows=torch.tensor([3, 7]))
+    last = prudent.ensemble_reward(hidden, weight, rows=torch.tensor([3, 7], device=DEVICE))
     torch.testing.assert_close(last.mean, every.mean[[3, 7]])
     one = prudent.ensemble_reward(hidden[0, 0], weight)
     torch.testing.assert_close(one.mean, every.mean[:1])
 
 
 def test_a_slice_that_cannot_be_viewed_flat_is_still_right() -> None:
-    hidden, weight = torch.randn(3, 4, D), torch.randn(2 * K, D)
+    hidden, weight = random(3, 4, D), random(2 * K, D)
     got = prudent.ensemble_reward(hidden[:, 1:], weight).mean
     torch.testing.assert_close(got, prudent.ensemble_reward(hidden[:, 1:].contiguous(), weight).mean)
 
@@ -173,8 +188,8 @@ def test_a_slice_that_cannot_be_viewed_flat_is_still_right() -> None:
 @pytest.mark.parametrize("heads", [1, 33])
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_edges_of_n_and_k(n: int, heads: int, poisoned_empty: None) -> None:
-    hidden, weight = torch.randn(n, D, requires_grad=True), torch.randn(2 * heads, D, requires_grad=True)
-    out = prudent.ensemble_reward(hidden, weight, seed=torch.tensor([1]), centre="batch")
+    hidden, weight = random(n, D, grad=True), random(2 * heads, D, grad=True)
+    out = prudent.ensemble_reward(hidden, weight, seed=torch.tensor([1], device=DEVICE), centre="batch")
     assert out.reward.shape == (n,)
     assert out.std.shape == (n, heads)
     (out.reward.square().sum() + out.mean.sum() + out.reward_sum).backward()
@@ -200,7 +215,7 @@ def test_only_wanted_gradients_are_made(needs: tuple[bool, ...]) -> None:
 
 def test_nothing_saved_is_changed_and_backward_can_run_twice() -> None:
     t = tensors()
-    loss = prudent.ensemble_reward(t["hidden"], t["weight"], seed=torch.tensor([3])).reward.sum()
+    loss = prudent.ensemble_reward(t["hidden"], t["weight"], seed=torch.tensor([3], device=DEVICE)).reward.sum()
     first = torch.autograd.grad(loss, [t["hidden"], t["weight"]], retain_graph=True)
     second = torch.autograd.grad(loss, [t["hidden"], t["weight"]])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -215,7 +230,7 @@ def test_a_second_derivative_is_refused_not_silently_zero() -> None:
 
 
 def test_checkpointing_replays_the_same_noise() -> None:
-    t, seed = tensors(), torch.tensor([99])
+    t, seed = tensors(), torch.tensor([99], device=DEVICE)
 
     def reward(hidden: torch.Tensor) -> torch.Tensor:
         return prudent.ensemble_reward(hidden, t["weight"], seed=seed).reward.sum()
@@ -227,8 +242,8 @@ def test_checkpointing_replays_the_same_noise() -> None:
     assert torch.equal(plain[0], replayed[0])
 
 
-def test_fp64_is_served_by_the_reference_exactly() -> None:
-    t = tensors(torch.float64, grad=False)
+def test_on_a_cpu_fp64_is_served_by_the_reference_exactly() -> None:
+    t = tensors(torch.float64, grad=False, device="cpu")
     inputs = as_inputs(t)
     for a, b in zip(torch.ops.prudent.ensemble_reward(*inputs, True), reference.forward(inputs, True), strict=True):
         assert torch.equal(a, b)
@@ -313,7 +328,7 @@ def test_an_error_that_is_not_about_the_arguments_comes_through(monkeypatch: pyt
 
 
 def test_the_registered_op_refuses_with_the_same_words_even_on_fake_tensors() -> None:
-    bad = as_inputs(tensors(grad=False), bias=torch.zeros(3))
+    bad = as_inputs(tensors(grad=False, device="cpu"), bias=torch.zeros(3))
     with pytest.raises(ValueError, match=r"ensemble_reward: bias: expected shape \[6\], got \[3\]"):
         torch.ops.prudent.ensemble_reward(*bad, False)
     with (

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from prudent.kernels import tuning
 from prudent.kernels.launch import Config
 
 TABLE, OTHER, SLOW = Config(16, 64, 4, 3), Config(32, 64, 4, 3), Config(64, 64, 4, 3)
 KEY = ("kernel", "rows<=1024", "D=4096")
+DEVICE = torch.device("cuda", 1)
 
 
 class Timer:
@@ -21,8 +24,16 @@ class Timer:
 
     def __init__(self) -> None:
         self.timed: list[Config] = []
+        self.device: torch.device | None = None
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        self.device = device
+        yield
+        self.device = None
 
     def __call__(self, run: Callable[[Config], None], config: Config) -> float:
+        assert self.device == DEVICE  # the tensors', not whichever is current
         run(config)
         self.timed.append(config)
         return {TABLE: 2.0, OTHER: 1.0, SLOW: 3.0}[config]
@@ -34,14 +45,15 @@ def timer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Timer:
     monkeypatch.setenv("PRUDENT_AUTOTUNE", "1")
     monkeypatch.setenv("PRUDENT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tuning, "_milliseconds", timer)
-    monkeypatch.setattr(tuning, "_can_time", lambda: True)
+    monkeypatch.setattr(tuning, "_can_time", lambda device: True)
     monkeypatch.setattr(tuning, "_machine", lambda: ("a device", "torch 2", "triton 3"))
     monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(torch.cuda, "device", timer.on)
     return timer
 
 
 def choose(candidates: tuple[Config, ...] = (TABLE, OTHER, SLOW)) -> Config:
-    return tuning.choose(TABLE, candidates, KEY, lambda config: None)
+    return tuning.choose(TABLE, candidates, KEY, lambda config: None, DEVICE)
 
 
 def forget_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +71,7 @@ def test_without_the_variable_the_table_serves_and_nothing_is_timed(
 
 
 def test_where_nothing_can_be_timed_the_table_serves(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_can_time", lambda: False)
+    monkeypatch.setattr(tuning, "_can_time", lambda device: False)
     assert choose() == TABLE
     assert timer.timed == []
 

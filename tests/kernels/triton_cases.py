@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prudent.kernels import arrivals
 from prudent.kernels.ensemble_reward import configs, ensemble_reward, op, philox_normal, reference
 from prudent.kernels.ensemble_reward import triton as execution
 from prudent.kernels.ensemble_reward.contract import Inputs
@@ -351,6 +352,20 @@ def test_addresses_beyond_two_to_the_31_elements(gathered: bool) -> None:
     close(execution.forward(large), execution.forward(small), 0.0)
     grads, needs = some_grads(large), (False, True, True, True)
     close(backward(execution, grads, large, needs), backward(execution, grads, small, needs), 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+def test_the_very_first_call_may_be_inside_torch_compiles_own_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its warm-up allocates from the graph's pool, and refuses memory there that outlives the call."""
+    monkeypatch.setattr(arrivals, "_free", {})
+    monkeypatch.setattr(arrivals, "_of_stream", {})
+    inputs = make(n=30, dtype=torch.float32)
+    run = torch.compile(lambda h, w: ensemble_reward(h, w, centre="batch").reward, mode="reduce-overhead")
+    replayed = [run(inputs.hidden, inputs.weight).clone() for _ in range(4)]
+    expected = ensemble_reward(inputs.hidden, inputs.weight, centre="batch").reward
+    for reward in replayed:
+        torch.testing.assert_close(reward, expected, rtol=0, atol=0)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,6 @@
-"""The public op on this machine: one arithmetic by every road, its edges, and every wrong input refused by name."""
+"""The public op on this machine, on its GPU if it has one: one arithmetic by every road, its edges, and every wrong
+input refused by name.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,14 @@ from torch.library import opcheck
 from prudent.kernels.advantages import AdvantageOutput, advantages, cpu, op, reference
 from prudent.kernels.advantages.contract import Inputs
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INF = float("inf")
 PLAIN = (0.97, 0.9, 0.2, "k3", 10.0, "skip", "last", "sample")
+
+
+@pytest.fixture
+def make_batch(make_batch: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *sizes, **options: tuple(t.to(DEVICE) for t in make_batch(*sizes, **options))
 
 
 def tensors_of(out: AdvantageOutput) -> list[torch.Tensor]:
@@ -90,16 +98,16 @@ def test_an_integer_mask_is_its_boolean(make_batch: Callable[..., Any], dtype: t
 
 def test_views_expanded_and_transposed_tensors_are_read_where_they_lie(make_batch: Callable[..., Any]) -> None:
     score, logprob, ref_logprob, value, mask = make_batch("right", dtype=torch.float32)
-    wide = torch.full((6, 20), float("nan"))
+    wide = torch.full((6, 20), float("nan"), device=DEVICE)
     wide[:, 3:16] = value
     strided = (
         score[:1].expand(6), logprob.T.contiguous().T, ref_logprob[:1].expand(6, 13), wide[:, 3:16],
         torch.stack([mask, ~mask], 2)[:, :, 0],
     )  # fmt: skip
     assert_same(advantages(*strided), advantages(*(t.clone(memory_format=torch.contiguous_format) for t in strided)))
-    one = torch.ones(1, 1).expand(6, 13)
-    full = torch.ones(6, 13, dtype=torch.bool)
-    assert_same(advantages(score, one, one, one, full), advantages(score, *[torch.ones(6, 13)] * 3, full))
+    one = torch.ones(1, 1, device=DEVICE).expand(6, 13)
+    full = torch.ones(6, 13, dtype=torch.bool, device=DEVICE)
+    assert_same(advantages(score, one, one, one, full), advantages(score, *[one.contiguous()] * 3, full))
 
 
 def test_nothing_is_changed_in_place(make_batch: Callable[..., Any]) -> None:
@@ -112,8 +120,8 @@ def test_nothing_is_changed_in_place(make_batch: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize(("batch", "length"), [(0, 5), (3, 0), (0, 0)])
 def test_an_empty_batch_gives_empty_outputs_and_zero_statistics(batch: int, length: int) -> None:
-    tokens = torch.zeros(batch, length)
-    out = advantages(torch.zeros(batch), tokens, tokens, tokens, tokens.bool())
+    tokens = torch.zeros(batch, length, device=DEVICE)
+    out = advantages(tokens.new_zeros(batch), tokens, tokens, tokens, tokens.bool())
     assert [t.shape for t in out[:4]] == [(batch, length)] * 3 + [(batch,)]
     assert [float(x) for x in out.stats] == [0.0] * 6
     assert not out.dropped.any()
@@ -157,11 +165,11 @@ def test_what_is_not_finite_drops_its_own_sequence_and_no_other(
 
 def test_an_impossible_token_is_clipped_like_any_other() -> None:
     """k3 of a token of probability 0 is infinite, and 10 once clipped, as OpenRLHF's and verl's."""
-    logprob, zero = torch.tensor([[-INF, 0.0]]), torch.zeros(1, 2)
-    mask = torch.ones(1, 2, dtype=torch.bool)
-    out = advantages(torch.zeros(1), logprob, zero, None, mask, kl_coef=0.5, kl_estimator="k3", kl_clip=10.0)
+    logprob, zero = torch.tensor([[-INF, 0.0]], device=DEVICE), torch.zeros(1, 2, device=DEVICE)
+    mask = torch.ones(1, 2, dtype=torch.bool, device=DEVICE)
+    out = advantages(zero[:, 0], logprob, zero, None, mask, kl_coef=0.5, kl_estimator="k3", kl_clip=10.0)
     assert out.reward.tolist() == [[-5.0, 0.0]]
-    assert advantages(torch.zeros(1), logprob, zero, None, mask, kl_estimator="k3").dropped.item()
+    assert advantages(zero[:, 0], logprob, zero, None, mask, kl_estimator="k3").dropped.item()
 
 
 @pytest.mark.parametrize(("whiten", "ddof"), [("sample", 1), ("population", 0)])
@@ -169,8 +177,8 @@ def test_whitened_over_unmasked_tokens_alone(make_batch: Callable[..., Any], whi
     batch = make_batch("holes", batch=20)
     out = advantages(*batch, whiten=whiten)
     taken = out.advantage[batch[4]]
-    torch.testing.assert_close(taken.mean(), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-14)
-    torch.testing.assert_close(taken.var(correction=ddof), torch.ones((), dtype=torch.float64), rtol=1e-7, atol=0)
+    assert taken.mean().item() == pytest.approx(0, abs=1e-14)
+    assert taken.var(correction=ddof).item() == pytest.approx(1, rel=1e-7)
     raw = advantages(*batch, whiten="none").advantage[batch[4]]
     torch.testing.assert_close(out.stats.mean, raw.mean())
     torch.testing.assert_close(out.stats.std, raw.std(correction=ddof))
@@ -178,8 +186,8 @@ def test_whitened_over_unmasked_tokens_alone(make_batch: Callable[..., Any], whi
 
 @pytest.mark.parametrize("whiten", ["none", "centre", "sample", "population"])
 def test_one_token_in_all_has_nothing_to_whiten_with(whiten: str) -> None:
-    one = torch.ones(1, 1)
-    out = advantages(torch.ones(1), one, one, one * 0, one.bool(), whiten=whiten)
+    one = torch.ones(1, 1, device=DEVICE)
+    out = advantages(one[0], one, one, one * 0, one.bool(), whiten=whiten)
     assert out.advantage.item() == (1.0 if whiten == "none" else 0.0)
     assert (out.stats.tokens, out.stats.std) == (1, 0)
 
@@ -190,7 +198,7 @@ def test_the_ends_of_gamma_and_lam(make_batch: Callable[..., Any], gamma: float,
     score, logprob, ref_logprob, value, mask = make_batch("right")
     out = advantages(score, logprob, ref_logprob, value, mask, gamma=gamma, lam=lam, holes=holes, whiten="none")
     v, r = torch.where(mask, value, 0), out.reward
-    following = torch.cat([v[:, 1:], torch.zeros(6, 1).double()], 1)
+    following = torch.cat([v[:, 1:], v.new_zeros(6, 1)], 1)
     expected = {
         (0.0, 0.0): r - v,
         (0.0, 1.0): r - v,
@@ -215,18 +223,18 @@ def test_a_score_for_every_token(make_batch: Callable[..., Any]) -> None:
     last = length - 1 - mask.flip(1).int().argmax(1)
     spread = torch.full_like(value, float("nan"))  # what stands under the mask is not read
     spread[mask] = 0
-    spread[torch.arange(6), last] = score
+    spread[torch.arange(6, device=DEVICE), last] = score
     assert_same(
         advantages(spread, logprob, ref_logprob, value, mask), advantages(score, logprob, ref_logprob, value, mask)
     )
-    dense = torch.randn(6, length, dtype=torch.float64)
+    dense = torch.randn(6, length, dtype=torch.float64, device=DEVICE)
     out = advantages(dense, None, None, value, mask, kl_coef=0.0)
     assert torch.equal(out.reward, torch.where(mask, dense, 0))
 
 
 @pytest.mark.skipif(not cpu.available(), reason="the native CPU library is not built")
 def test_both_cpu_executions_are_reached(make_batch: Callable[..., Any]) -> None:
-    inputs = Inputs(*make_batch("holes"), *PLAIN)
+    inputs = Inputs(*(t.cpu() for t in make_batch("holes")), *PLAIN)
     assert op._backend(inputs) is cpu
     for ours, theirs in zip(cpu.forward(inputs), reference.forward(inputs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -291,9 +299,9 @@ def test_scores_whose_squares_overflow_fp32_are_whitened(
 ) -> None:
     if not native:
         monkeypatch.setattr(cpu, "available", lambda: False)
-    score, mask = torch.tensor([1e25, -1e25]), torch.ones(2, 2, dtype=torch.bool)
+    score, mask = torch.tensor([1e25, -1e25], device=DEVICE), torch.ones(2, 2, dtype=torch.bool, device=DEVICE)
     out = advantages(score, None, None, None, mask, kl_coef=0.0, whiten=whiten)
     # two tokens of +1e25 and two of -1e25: the deviation over ddof 3, or over 4
     each = 1.0 if whiten == "population" else 0.75**0.5
     torch.testing.assert_close(out.advantage, each * score.sign()[:, None].expand(2, 2))
-    torch.testing.assert_close(out.stats.std, torch.tensor(1e25 / each))
+    assert out.stats.std.item() == pytest.approx(1e25 / each, rel=1e-5)

@@ -111,7 +111,7 @@ def test_equal_calls_have_equal_bits_and_leave_the_counter_zero(
     first = execution.forward(inputs)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, execution.forward(inputs), strict=True))
-        assert counter.item() == 0
+        assert not counter.any()
 
 
 def test_more_sequences_than_the_last_program_sums_at_a_time(

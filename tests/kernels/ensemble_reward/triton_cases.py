@@ -173,7 +173,7 @@ def test_the_forward_is_one_launch_in_every_mode(given: dict[str, Any]) -> None:
 def test_the_arrival_counters_are_zero_again_after_every_call(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They serve a stream's calls, and each replay of a graph, without anybody zeroing them."""
     counters = torch.zeros(1 + configs.MAX_SPLIT_BLOCKS, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(execution, "_counters_of", lambda device: counters)
+    monkeypatch.setattr(execution, "arrivals", lambda device, count: counters)
     inputs = make(n, 65, aggregation="tradeoff:0.4,centre=batch")
     for _ in range(3):
         torch.testing.assert_close(execution.forward(inputs)[0], reference.forward(inputs)[0], rtol=1e-11, atol=1e-11)
@@ -303,7 +303,7 @@ def test_a_captured_graph_replays_beside_eager_calls_with_the_seed_it_finds(
     given: dict[str, Any], dtype: torch.dtype
 ) -> None:
     inputs = make(**given, dtype=dtype)
-    results(inputs)  # compiled before it is captured
+    execution.forward(inputs)  # the kernel that is captured must be compiled before
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

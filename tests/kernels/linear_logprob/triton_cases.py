@@ -82,6 +82,15 @@ def test_sizes_on_both_sides_of_a_tiles_edge(t: int, d: int, v: int) -> None:
     agrees_in_fp64(make(t=t, d=d, v=v, softcap=3.0))
 
 
+@pytest.mark.parametrize("kind", ["column", "one for all", "column of [t, 1]"])
+def test_targets_of_any_stride(kind: str) -> None:
+    g = torch.Generator().manual_seed(2)
+    table = torch.randint(0, V, (T, 7), generator=g).to(DEVICE)
+    target = {"column": table[:, 2], "one for all": table[0, 0].expand(T), "column of [t, 1]": table[:, 5:6]}[kind]
+    inputs = make()
+    agrees_in_fp64(inputs._replace(target=target, hidden=inputs.hidden.view(*target.shape, D)))
+
+
 @pytest.mark.parametrize("v", [1023, 1024, 1025, 4097])
 def test_tiles_as_wide_as_the_table_has_them(v: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "plan", lambda *shapes: Plan(4, 2048))

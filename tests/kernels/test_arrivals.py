@@ -1,0 +1,63 @@
+"""Which counters a call gets. Where they lie and whether a graph replays is tested on a GPU: */triton_cases.py."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+
+from prudent.kernels import arrivals
+from prudent.kernels.ensemble_reward import configs
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_made_yet() -> Iterator[None]:
+    with mock.patch.dict(arrivals._free, clear=True), mock.patch.dict(arrivals._of_stream, clear=True):
+        yield
+
+
+def test_a_stream_keeps_its_row_and_shares_it_with_nobody() -> None:
+    first, second = arrivals._row(CPU, 1), arrivals._row(CPU, 2)
+    assert arrivals._row(CPU, 1).data_ptr() == first.data_ptr() != second.data_ptr()
+
+
+def test_every_captured_call_has_a_row_of_its_own() -> None:
+    rows = [arrivals._row(CPU, 1), *(arrivals._row(CPU, None) for _ in range(arrivals.ROWS + 3))]
+    assert len({row.data_ptr() for row in rows}) == len(rows)
+    assert not any(row.any() for row in rows)
+
+
+def test_every_row_is_aligned_as_a_first_tensor_is() -> None:
+    """Triton compiles anew for a pointer that is not a multiple of 16 bytes, which a capture does not survive."""
+    for row in (arrivals._row(CPU, 1), *(arrivals._row(CPU, None) for _ in range(arrivals.ROWS))):
+        assert row.data_ptr() % 16 == 0
+
+
+def test_there_are_counters_for_every_split_block() -> None:
+    assert arrivals.COUNTERS >= 1 + configs.MAX_SPLIT_BLOCKS
+    assert arrivals.arrivals(CPU, 1 + configs.MAX_SPLIT_BLOCKS).tolist() == [0] * (1 + configs.MAX_SPLIT_BLOCKS)
+
+
+def test_in_a_capture_nothing_is_allocated_for_later() -> None:
+    assert arrivals._row(CPU, None).tolist() == [0] * arrivals.COUNTERS
+    assert not arrivals._free
+
+
+def test_what_lasts_is_allocated_outside_the_calling_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[threading.Thread] = []
+    real = arrivals._zero_rows
+
+    def watched(device: torch.device) -> list[torch.Tensor]:
+        made.append(threading.current_thread())
+        return real(device)
+
+    monkeypatch.setattr(arrivals, "_zero_rows", watched)
+    with torch.inference_mode():  # which the rows would otherwise carry on
+        row = arrivals._row(CPU, 1)
+    assert made[0] is not threading.current_thread()
+    assert not row.is_inference()
