@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import pickle
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -31,6 +34,22 @@ def refuse_missing(where: str, name: object, missing: Iterable[str]) -> None:
         )
 
 
+@contextmanager
+def reading_weights(name: object) -> Iterator[None]:
+    """Turn what readers of weights raise for a file that is cut short or of another shape into one ValueError."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        if isinstance(error, OSError) and (error.errno is None or error.filename is not None):
+            raise  # says enough; torch's reader of a file cut short gives a bare number
+        reason = (str(error) or "the file ends early").splitlines()[0].partition(". ")[0]
+        if "ignore_mismatched_sizes" in reason:
+            reason = "their shapes are not those of its config.json"
+        raise ValueError(f"{name}: its weights cannot be read ({reason})") from error
+
+
 def load_trunk(source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[str, Any], need_pooler: bool) -> Any:
     """The base model of a folder or hub name, or of an instance (by reference); text only, encoder or decoder."""
     if isinstance(source, PreTrainedModel):
@@ -42,7 +61,8 @@ def load_trunk(source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[st
             "(of a PEFT model, give `get_base_model()`)"
         )
     else:
-        model, info = AutoModel.from_pretrained(source, output_loading_info=True, **kwargs)
+        with reading_weights(source):
+            model, info = AutoModel.from_pretrained(source, output_loading_info=True, **kwargs)
         trunk = model.base_model
         # language-model checkpoints of the BERT family come without the pooler, which `first` pooling does not read
         missing = (key for key in info["missing_keys"] if need_pooler or not key.startswith("pooler."))
@@ -68,7 +88,10 @@ def model_of_sequence_classifier(
     else:
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         _check_labels(AutoConfig.from_pretrained(source, **hub))
-        original, info = AutoModelForSequenceClassification.from_pretrained(source, output_loading_info=True, **kwargs)
+        with reading_weights(source):
+            original, info = AutoModelForSequenceClassification.from_pretrained(
+                source, output_loading_info=True, **kwargs
+            )
         refuse_missing(where, source, info["missing_keys"])
     trunk: Any = original.base_model
     linear = _linear_head(original, trunk.config.hidden_size)
@@ -90,6 +113,11 @@ def _refuse_options(where: str, kwargs: dict[str, Any]) -> None:
 
 def _check_labels(config: Any) -> None:
     if config.num_labels != 1:
+        kinds = config.architectures or ()
+        if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+            raise ValueError(
+                f"from_sequence_classifier: expected a reward model, got {kinds[0]}, a model without a reward head"
+            )
         raise ValueError(
             f"from_sequence_classifier: num_labels: expected 1 (a reward model), got {config.num_labels} in the "
             f"{config.model_type!r} configuration"

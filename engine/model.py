@@ -16,7 +16,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..kernels import Aggregation
 from .config import EnsembleRewardConfig, max_positions, position_offset
-from .convert import load_trunk, model_of_sequence_classifier, refuse_missing
+from .convert import load_trunk, model_of_sequence_classifier, reading_weights, refuse_missing
 from .head import EnsembleHead
 
 
@@ -102,11 +102,13 @@ class EnsembleRewardModel(PreTrainedModel):
         """`PreTrainedModel.from_pretrained`; a checkpoint that lacks a tensor is refused, not filled at random.
 
         Raises:
-            ValueError: naming the missing tensors.
+            ValueError: naming the missing tensors, or the folder whose weights cannot be read.
         """
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        name = args[0] if args else ""
+        with reading_weights(name):
+            loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
-        refuse_missing("EnsembleRewardModel.from_pretrained", args[0] if args else "", info["missing_keys"])
+        refuse_missing("EnsembleRewardModel.from_pretrained", name, info["missing_keys"])
         return (model, info) if output_loading_info else model
 
     @classmethod

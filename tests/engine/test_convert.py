@@ -208,13 +208,6 @@ def test_several_labels_are_refused_before_anything_is_loaded(make_classifier, t
         EnsembleRewardModel.from_sequence_classifier(str(tmp_path))
 
 
-def test_a_language_model_called_a_classifier_is_refused_for_its_missing_head(causal_lm, tmp_path):
-    causal_lm.config.num_labels = 1
-    causal_lm.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"from_sequence_classifier: .* got none for score\.weight"):
-        EnsembleRewardModel.from_sequence_classifier(str(tmp_path))
-
-
 def test_a_head_with_a_hidden_layer_is_refused_by_name(make_classifier):
     with pytest.raises(
         ValueError, match=r"classifier: expected one linear layer .* RobertaForSequenceClassification, got RobertaClass"
@@ -246,3 +239,55 @@ def test_a_model_without_a_head_is_refused(causal_lm):
     causal_lm.config.num_labels = 1
     with pytest.raises(ValueError, match="score: expected one linear layer as the head of LlamaForCausalLM, got none"):
         EnsembleRewardModel.from_sequence_classifier(causal_lm)
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "says"),
+    [
+        (2, "expected a reward model, got LlamaForCausalLM, a model without a reward head"),
+        (1, r".* got none for score\.weight"),  # called a classifier
+    ],
+)
+def test_a_plain_language_model_is_refused_for_its_missing_head(causal_lm, tmp_path, num_labels, says):
+    causal_lm.config.num_labels = num_labels
+    causal_lm.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"from_sequence_classifier: {says}"):
+        EnsembleRewardModel.from_sequence_classifier(str(tmp_path))
+
+
+def _cut_safetensors(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _cut_bin(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    file = folder / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _empty_bin(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").touch()
+
+
+def _other_shape(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: t[..., :16].contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("breaks", [_cut_safetensors, _cut_bin, _empty_bin, _other_shape])
+@pytest.mark.parametrize("load", ["from_trunk", "from_sequence_classifier", "from_pretrained"])
+def test_weights_that_cannot_be_read_are_one_sentence_with_the_folder(make_classifier, tmp_path, breaks, load):
+    original = make_classifier()
+    if load == "from_pretrained":
+        original = EnsembleRewardModel.from_sequence_classifier(original)
+    original.save_pretrained(tmp_path)
+    breaks(tmp_path)
+    with pytest.raises(ValueError, match=r": its weights cannot be read \(.+\)$") as raised:
+        getattr(EnsembleRewardModel, load)(tmp_path)
+    assert str(raised.value).startswith(str(tmp_path))
+    assert "\n" not in str(raised.value)
+    if breaks is _other_shape:
+        assert "(their shapes are not those of its config.json)" in str(raised.value)
