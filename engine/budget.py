@@ -25,6 +25,7 @@ TERMS = (
 # of what comes and goes
 CONTEXT = 1 << 30
 FRAGMENTS = 0.05
+_LEAST = 10**6  # bytes that are a size
 
 
 def parse_size(text: str | int) -> int:
@@ -32,16 +33,15 @@ def parse_size(text: str | int) -> int:
     more.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for anything else, and for less than 1 MB: whoever writes 80 means another unit.
     """
-    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
-        return text
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)b?\s*", str(text), re.IGNORECASE)
-    size = 0.0
-    if found and not (found[3] and not found[2]):
-        size = float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " ")
-    if size < 1:
-        raise ValueError(f"size: expected bytes as 80GB (10^9), 80GiB (2^30) or a whole number, got {text!r}")
+    if not found or (found[3] and not found[2]):
+        raise ValueError(f"expected a size as 80GB (10^9), 80GiB (2^30) or a whole number of bytes, got {text!r}")
+    size = float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " ")
+    if size < _LEAST:
+        meant = f": did you mean {found[1]}GB?" if size >= 1 and not found[2] else ""
+        raise ValueError(f"expected a size of 1MB or more, got {text!r}{meant}")
     return int(size)
 
 

@@ -7,7 +7,8 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -60,10 +61,9 @@ def load_config(cls: type[Config], file: Path | str | None = None, sets: Iterabl
         return cls.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         mended = [*(entry.partition("=")[0].strip() for entry in sets), *given]  # not what the file says
-        said = [_explain(cls, detail) for detail in error.errors()]
-        keys = [".".join(map(str, detail["loc"])) for detail in error.errors()]
-        by_file = file is not None and not any(f"{key}.".startswith(f"{other}.") for key in keys for other in mended)
-        raise ValueError((f"{file}: " if by_file else "") + "; ".join(said)) from None
+        said = _explained(cls, error)
+        by_file = file is not None and not any(f"{key}.".startswith(f"{other}.") for key in said for other in mended)
+        raise ValueError((f"{file}: " if by_file else "") + "; ".join(said.values())) from None
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -135,8 +135,40 @@ _EXPECTED = {
 }
 
 
-def _explain(cls: type[BaseModel], detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
+def _explained(cls: type[BaseModel], error: ValidationError) -> dict[str, str]:
+    """Key -> its sentence. Where a key takes one thing or another, pydantic says what each of them lacks."""
+    said: dict[str, str] = {}
+    for detail in error.errors():
+        key, alternatives = _place(cls, detail["loc"])
+        if key not in said:
+            said[key] = _explain(cls, key, detail, " or ".join(map(_described, alternatives)))
+    return said
+
+
+def _place(cls: type[BaseModel], loc: tuple[Any, ...]) -> tuple[str, list[Any]]:
+    """The dotted key; and the alternatives that it has, if `loc` goes on with pydantic's name of one of them."""
+    key: list[str] = []
+    place: Any = cls
+    for part in loc:
+        members = [a for a in get_args(place) if a is not NoneType] if get_origin(place) in (Union, UnionType) else []
+        if len(members) > 1:
+            return ".".join(key), members
+        place = members[0] if members else place
+        field = place.model_fields.get(part) if isinstance(place, type) and issubclass(place, BaseModel) else None
+        place = None if field is None else field.annotation
+        key.append(str(part))
+    return ".".join(key), []
+
+
+def _described(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(repr, get_args(annotation)))
+    kind, *notes = get_args(annotation) if get_origin(annotation) is Annotated else [annotation]
+    bounds = [f" >= {bound.ge}" for note in notes for bound in note.metadata if hasattr(bound, "ge")]
+    return _EXPECTED.get(f"{kind.__name__}_type", kind.__name__) + "".join(bounds)
+
+
+def _explain(cls: type[BaseModel], key: str, detail: Any, expected: str | None) -> str:
     kind, got = detail["type"], detail.get("input")
     if kind == "extra_forbidden":
         return f"unknown key {key!r}: {_nearest(cls, key)}"
@@ -144,9 +176,8 @@ def _explain(cls: type[BaseModel], detail: Any) -> str:
         return f"{key}: a value is needed"
     if kind in ("value_error", "assertion_error"):  # our own validators say what they expected
         message = str(detail["msg"]).removeprefix("Value error, ")
+        message = message.removeprefix(f"{key.rpartition('.')[2]}: ")  # from a function that names its own argument so
         return f"{key}: {message}" if key else message
-    expected = _EXPECTED.get(kind)
-    if expected is None:
-        expected = re.sub(r"^Input should be ", "", str(detail["msg"]))
+    expected = expected or _EXPECTED.get(kind) or re.sub(r"^Input should be ", "", str(detail["msg"]))
     shown = json.dumps(got, ensure_ascii=False, default=str)
     return f"{key}: expected {expected}, got {shown} ({type(got).__name__})"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from prudent.rlhf.config import JobConfig, config_keys, load_config
 
@@ -16,6 +16,15 @@ class Inner(JobConfig):
     lr: float = 0.1
     epochs: int = 3
     noise: Literal["closed", "sampled"] = "closed"
+    rows: Annotated[int, Field(ge=1)] | Literal["auto", "all"] = "auto"
+    name: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _no_shouting(cls, value: str | None) -> str | None:
+        if value == "LOUD":
+            raise ValueError("name: expected a quiet one, got LOUD")
+        return value
 
 
 class Outer(JobConfig):
@@ -61,6 +70,10 @@ def test_the_resolved_yaml_reads_back_to_the_same_config(tmp_path: Path) -> None
         ("fit.lr=.nan", "fit.lr: expected a finite number, got NaN (float)"),
         ("resume=1", "resume: expected true or false, got 1 (int)"),
         ("fit.noise=open", "fit.noise: expected 'closed' or 'sampled', got \"open\" (str)"),
+        ("fit.rows=0", "fit.rows: expected a whole number >= 1 or 'auto' or 'all', got 0 (int)"),
+        ("fit.rows=few", "fit.rows: expected a whole number >= 1 or 'auto' or 'all', got \"few\" (str)"),
+        ("fit.name=3", "fit.name: expected a string, got 3 (int)"),
+        ("sizes=[1, x]", 'sizes.1: expected a whole number, got "x" (str)'),
         ("fit=3", "fit: expected a group of keys, got 3 (int)"),
         ("seed=-1", "seed: expected greater than or equal to 0, got -1 (int)"),
         ("seed.x=1", 'seed: expected a whole number, got {"x": 1} (dict)'),
@@ -70,6 +83,13 @@ def test_the_resolved_yaml_reads_back_to_the_same_config(tmp_path: Path) -> None
 def test_a_wrong_entry_is_named(entry: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         load_config(Outer, None, ["model=m", entry])
+
+
+def test_one_mistake_is_one_sentence_with_the_key_once() -> None:
+    with pytest.raises(ValueError, match=r"^fit\.rows: expected [^;:]*$"):
+        load_config(Outer, None, ["model=m", "fit.rows=few"])
+    with pytest.raises(ValueError, match=r"^fit\.name: expected a quiet one, got LOUD$"):
+        load_config(Outer, None, ["model=m", "fit.name=LOUD"])
 
 
 def test_the_file_is_named_for_its_own_mistakes_only(tmp_path: Path) -> None:
@@ -111,4 +131,5 @@ def test_an_absent_file_is_named_and_an_empty_one_is_no_mistake(tmp_path: Path) 
 
 
 def test_keys_are_listed_with_their_groups() -> None:
-    assert config_keys(Outer) == ["model", "output", "seed", "resume", "sizes", "fit.lr", "fit.epochs", "fit.noise"]
+    inner = ["fit.lr", "fit.epochs", "fit.noise", "fit.rows", "fit.name"]
+    assert config_keys(Outer) == ["model", "output", "seed", "resume", "sizes", *inner]

@@ -189,7 +189,8 @@ def test_auto_is_resolved_or_refused_with_the_key_that_helps() -> None:
 
 
 @pytest.mark.parametrize(("sets", "message"), [
-    (["gpu=much"], "gpu: size: expected bytes"),
+    (["gpu=much"], "gpu: expected a size as 80GB"),
+    (["gpu='80'"], "gpu: expected a size of 1MB or more, got '80': did you mean 80GB"),
     (["gpuu=3"], "unknown key 'gpuu'"),
 ])  # fmt: skip
 def test_what_cannot_be_planned_is_refused(sets: list[str], message: str) -> None:
