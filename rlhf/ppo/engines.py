@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
-from contextlib import nullcontext
 from itertools import groupby
 from typing import Any
 
@@ -121,26 +120,26 @@ class Static:
         logits = next_logits(model, read.last_hidden_state[:, -1]).repeat_interleave(samples, dim=0)
         cache = _static_cache(read.past_key_values, width, samples, size)
         del read
-        step = _Step(
-            model,
-            self.rule,
-            cache,
-            uniform.to(model.device),
-            attended.repeat_interleave(samples, dim=0),
-            positions[:, -1:].repeat_interleave(samples, dim=0) + 1,
-            width,
-        )
+        attention = _decoding_attention(model, size)
+        mask = attended[:, None, None].repeat_interleave(samples, dim=0)
+        if attention == "eager":  # which adds its mask to the scores
+            mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+        position = positions[:, -1:].repeat_interleave(samples, dim=0) + 1
+        step = _Step(model, self.rule, cache, uniform.to(model.device), mask, position, width)
         step.take(logits)
-        with attending(model, _ATTENTION) if shares_prefix(model, size) else nullcontext():
+        with attending(model, attention):
             _run(step, limit)
         return _responses(step.tokens.cpu(), self.rule)
 
 
 class _Step:
-    """One token of all N rows: every tensor stays where it is, so that a captured step can be launched again."""
+    """One token of all N rows: every tensor stays where it is, so that a captured step can be launched again.
+
+    mask: [N, 1, 1, L], True where a row attends, or 0 there and the least number elsewhere; handed on as it is.
+    """
 
     def __init__(
-        self, model: Any, rule: Rule, cache: Cache, uniform: Tensor, attended: Tensor, position: Tensor, width: int
+        self, model: Any, rule: Rule, cache: Cache, uniform: Tensor, mask: Tensor, position: Tensor, width: int
     ) -> None:
         self.model, self.rule, self.cache, self.uniform = model, rule, cache, uniform
         device = uniform.device
@@ -149,8 +148,9 @@ class _Step:
         self.done = torch.zeros(len(uniform), dtype=torch.bool, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)  # tokens drawn
         self.column = torch.full((1,), width, dtype=torch.int64, device=device)  # where the next one is written
-        self.position, self.mask = position, attended[:, None, None]
-        self.mask.index_fill_(3, self.column, True)
+        self.position, self.mask = position, mask
+        self._attended: bool | float = True if mask.dtype == torch.bool else 0.0
+        self.mask.index_fill_(3, self.column, self._attended)
         rule.stop = rule.stop.to(device)  # once: a graph cannot copy from the CPU
         names = inspect.signature(model.base_model.forward).parameters
         # transformers 5 below 5.2 finds its place in the cache by this
@@ -167,7 +167,7 @@ class _Step:
         ).last_hidden_state[:, -1]
         self.position += 1
         self.column += 1
-        self.mask.index_fill_(3, self.column, True)
+        self.mask.index_fill_(3, self.column, self._attended)
         self.take(next_logits(self.model, hidden))
 
     def take(self, logits: Tensor) -> None:
@@ -200,6 +200,20 @@ def _run(step: _Step, limit: int) -> None:
             replay()
         if number % _CHECK_EVERY == 0 and bool(step.done.all()):
             return
+
+
+def _decoding_attention(model: Any, size: int) -> str:
+    """What one token attends with to a cache of `size` positions under a mask: ours, or one of the model's own.
+
+    flash-attn takes no mask over a cache. Scores that are softcapped are right in eager alone, where transformers
+    gives such a family no SDPA.
+    """
+    if shares_prefix(model, size):
+        return _ATTENTION
+    usual: str = model.config._attn_implementation
+    if usual in ("sdpa", "eager"):
+        return usual
+    return "sdpa" if model._supports_sdpa else "eager"
 
 
 def _static_cache(read: Any, width: int, samples: int, size: int) -> Cache:

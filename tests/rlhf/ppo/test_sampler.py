@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from prudent.rlhf.decode import Sampling, draw_tokens
 from prudent.rlhf.ppo import sampler
@@ -19,6 +20,8 @@ from prudent.rlhf.ppo.sampler import Faster, check_logits, draw, open_sampler
 
 VOCAB = 40
 FAMILIES = ["llama", "qwen3", "mistral", "gpt2", "gpt_neox"]  # shared prompts in the first three
+ATTENTIONS = [(family, attention) for family in (*FAMILIES, "olmo2", "gemma2") for attention in ("sdpa", "eager")]
+ATTENTIONS.remove(("gemma2", "sdpa"))  # which cannot cap scores
 
 
 def _model(family: str = "llama", **changes: Any) -> Any:
@@ -66,15 +69,38 @@ def _alone(model: Any, prompt: list[int], uniform: torch.Tensor, rule: Rule) -> 
 
 
 @pytest.mark.parametrize("engine", [SharedPrefix, Static])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_row_says_what_it_says_alone_without_a_cache(family: str, engine: Any) -> None:
+@pytest.mark.parametrize(("family", "attention"), ATTENTIONS)
+def test_every_row_says_what_it_says_alone_without_a_cache(family: str, attention: str, engine: Any) -> None:
     model, rule = _model(family), _rule(temperature=1.3)
+    model.set_attn_implementation(attention)
     prompts, uniform = _prompts([5, 9, 1, 6], samples=3), _uniform(12, 12)
     responses, stopped = engine(rule)(model, prompts, uniform)
     assert any(stopped)
     assert not all(stopped)
     for row in range(12):
         assert (responses[row], stopped[row]) == _alone(model, prompts[row], uniform[row], rule)
+
+
+@pytest.mark.parametrize(("family", "attention"), [("gpt_neox", "sdpa"), ("gemma2", "eager")])
+def test_a_flash_attention_reads_prompts_and_leaves_the_static_cache_to_one_that_takes_a_mask(
+    family: str, attention: str
+) -> None:
+    model, rule, seen = _model(family), _rule(), []
+    model.set_attn_implementation(attention)
+    prompts, uniform = _prompts([6, 6], samples=2), _uniform(4, 12)
+    expected = [_alone(model, prompt, u, rule) for prompt, u in zip(prompts, uniform, strict=True)]
+
+    def flash(module: Any, query: torch.Tensor, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        seen.append(query.shape[2])
+        causal = torch.full((6, 6), float("-inf")).triu(1)[None, None]
+        own = sys.modules[type(module).__module__].eager_attention_forward
+        return own(module, query, key, value, causal, **options)
+
+    AttentionInterface.register("stand_in", flash)
+    model.set_attn_implementation("stand_in")
+    assert list(zip(*Static(rule)(model, prompts, uniform), strict=True)) == expected
+    assert set(seen) == {6}
+    assert model.config._attn_implementation == "stand_in"
 
 
 @pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.7}, {"top_k": 9, "top_p": 0.8}, {"least": 6}])
