@@ -161,7 +161,7 @@ def _compared(
     progress: bool,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Name -> the other model's own reward of both sides [P]; heads on the same trunk read the features at hand."""
-    other = load_scorer(str(config.compare), config.batch_tokens, config.max_length, progress)
+    other = load_scorer(str(config.compare), config.batch_tokens, config.max_length, progress, key="compare")
     same_reading = other.model.config.append_eos == scorer.model.config.append_eos
     if not same_reading or model_fingerprint(other.model) != model_fingerprint(scorer.model):
         features = _features(other, pairs, config, progress)

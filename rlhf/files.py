@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 
 _ERRNO = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)")  # as Python and Rust print the system's number
@@ -140,6 +141,26 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_mistyped(key: str, name: str) -> None:
+    """Raise ValueError for a path that is not there and would be taken for a hub's name, which costs half a minute."""
+    path = Path(name)
+    if not name:
+        raise ValueError(f"{key}: expected a file, a folder or a hub's name, got an empty text")
+    if path.exists():
+        return
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ValueError(f"{key}: {name}: no such file or folder")
+    if "/" in name and path.parent.is_dir() and not _downloaded(name):
+        raise ValueError(
+            f"{key}: {name}: no such file or folder (no hub is asked for it, because there is a folder {path.parent})"
+        )
+
+
+def _downloaded(name: str) -> bool:
+    folder = name.partition(":")[0].replace("/", "--")
+    return any((Path(HF_HUB_CACHE) / f"{kind}--{folder}").is_dir() for kind in ("models", "datasets"))
 
 
 def read_json(path: Path | str) -> dict[str, Any]:

@@ -1,13 +1,17 @@
-"""Reward models that are there before training: taken as stage 1, and not mistaken for a bare trunk."""
+"""Models that a config names: loaded, or said in one sentence not to be what its key asks for."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..engine import EnsembleRewardConfig, EnsembleRewardModel
+from ..engine.convert import reading_weights, refuse_missing
+from .files import refuse_mistyped
 from .train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -34,7 +38,7 @@ def check_given(config: TrainConfig, mode: str) -> None:
 
 def _check_eos(key: str, name: str, config: TrainConfig) -> EnsembleRewardConfig | None:
     """The configuration of an EnsembleRewardModel; None for another classifier: loading says what that lacks."""
-    found = _loads(key, name, AutoConfig)
+    found = _load(key, name, "a reward model's folder or hub name", AutoConfig.from_pretrained)
     if not isinstance(found, EnsembleRewardConfig):
         return None
     if config.append_eos not in (None, found.append_eos):
@@ -56,27 +60,71 @@ def load_stage1(config: TrainConfig) -> EnsembleRewardModel:
 
 def load_reward(key: str, name: str, config: TrainConfig) -> EnsembleRewardModel:
     """A trained reward model, which the config's `key` gave, as it is: heads, aggregation and calibration."""
-    kind: Any = EnsembleRewardModel
-    try:
-        if isinstance(AutoConfig.from_pretrained(name), EnsembleRewardConfig):
-            model: EnsembleRewardModel = kind.from_pretrained(name, dtype=config.dtype)
-        else:
-            model = kind.from_sequence_classifier(name, dtype=config.dtype, append_eos=config.append_eos)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{key}: {' '.join(str(error).split())}") from None
+    model = load_reward_model(key, name, dtype=config.dtype, append_eos=config.append_eos)
     if config.max_length is not None:
         model.config.max_score_length = config.max_length
     model.requires_grad_(False)
     return model
 
 
+def load_reward_model(
+    key: str, name: str, *, dtype: str = "auto", append_eos: bool | None = None
+) -> EnsembleRewardModel:
+    """An ensemble as it is, or anybody's one-head sequence classifier as a model of one head.
+
+    Args:
+        key: the config's, for errors.
+        name: folder or hub name.
+        append_eos: of a classifier, which does not say; see `EnsembleRewardConfig`.
+
+    Raises:
+        ValueError: in one sentence, for whatever is no reward model, or cannot be read.
+    """
+    wanted = "a reward model's folder or hub name"
+    if isinstance(_load(key, name, wanted, AutoConfig.from_pretrained), EnsembleRewardConfig):
+        ensemble: EnsembleRewardModel = _load(key, name, wanted, EnsembleRewardModel.from_pretrained, dtype=dtype)
+        return ensemble
+    classifier = EnsembleRewardModel.from_sequence_classifier
+    model: EnsembleRewardModel = _load(key, name, wanted, classifier, dtype=dtype, append_eos=append_eos)
+    return model
+
+
+def load_language_model(key: str, name: str, dtype: Any = "auto") -> Any:
+    """A causal language model on the CPU, which the config's `key` gave.
+
+    Raises:
+        ValueError: in one sentence, for what is none, lacks tensors, or cannot be read.
+    """
+    load, wanted = AutoModelForCausalLM.from_pretrained, "a causal language model's folder or hub name"
+    model, info = _load(key, name, wanted, load, dtype=dtype, output_loading_info=True)
+    refuse_missing(key, name, info["missing_keys"])
+    return model
+
+
 def load_tokenizer(key: str, name: str) -> Any:
     """The tokeniser of a folder or hub name, which the config's `key` gave."""
-    return _loads(key, name, AutoTokenizer)
+
+    def load(name: str) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except (OSError, ImportError):
+            raise
+        except Exception as error:  # a bare one, in the library below, for a file that is not what it reads
+            missing = "instantiate the backend tokenizer" in str(error)
+            raise ValueError("it has none" if missing else f"its tokeniser cannot be read ({error})") from error
+
+    return _load(key, name, "a folder or hub name with a tokeniser", load)
+
+
+def model_folder(name: Path | str) -> str:
+    """`name`, or the model in it where it is a run folder of `prudent train`."""
+    model = Path(name) / "model"
+    is_run = (model / "config.json").is_file() and not (Path(name) / "config.json").exists()
+    return str(model if is_run else name)
 
 
 def _check_trunk(name: str) -> None:
-    found = _loads("model", name, AutoConfig)
+    found = _load("model", name, "a language model's folder or hub name", AutoConfig.from_pretrained)
     if isinstance(found, EnsembleRewardConfig):
         raise ValueError(
             f"model: expected a language model, got the reward model {name}, whose heads would be dropped: to train "
@@ -86,9 +134,30 @@ def _check_trunk(name: str) -> None:
         logger.warning("model: %s has a classification head, which is dropped; to keep it, give it as stage1 too", name)
 
 
-def _loads(key: str, name: str, kind: Any) -> Any:
+def _load(key: str, name: str, wanted: str, load: Callable[..., Any], **options: Any) -> Any:
+    """`load(name)`, whose errors become one sentence with the key, the name and what it is instead of `wanted`."""
+    refuse_mistyped(key, name)
     try:
-        return kind.from_pretrained(name)
+        with reading_weights(name):
+            return load(name, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{key}: {name} is neither a folder nor a hub name that loads: {reason}") from None
+        ours = reason.removeprefix(f"{name}: ")  # whole sentences of the engine, behind the folder or the function
+        if reason.startswith(("from_sequence_classifier: ", "EnsembleRewardModel")):
+            ours = reason.partition(": ")[2]
+        if ours != reason:
+            raise ValueError(f"{key}: {name}: {ours}") from error
+        if Path(name).is_dir():
+            raise ValueError(f"{key}: expected {wanted}, got {_described(name)}: {reason}") from error
+        raise ValueError(f"{key}: {name} is neither a folder nor a hub name that loads: {reason}") from error
+
+
+def _described(name: str) -> str:
+    """A folder, and where the model is that may have been meant."""
+    folder, model = Path(name), model_folder(name)
+    if model != name:
+        return f"{name}, a run folder whose model is {model}"
+    if (folder / "config.json").exists() or not (folder / "adapter_config.json").exists():
+        return f"the folder {name}"
+    merged = f" (merged, it is {folder.parent / 'model'})" if (folder.parent / "model").is_dir() else ""
+    return f"{name}, a LoRA without the model that it changes{merged}"

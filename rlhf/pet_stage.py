@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +13,11 @@ from torch import Tensor
 
 from ..engine import EnsembleHead, EnsembleRewardModel, Scorer
 from ..engine.config import max_positions
-from ..engine.convert import refuse_missing
 from .data import PreferencePair
 from .decode import Sampling
 from .features import compute_features, model_fingerprint
-from .files import atomic_write_json
-from .given import load_tokenizer
+from .files import atomic_write_json, read_json
+from .given import load_language_model, load_tokenizer
 from .pet import PETConfig
 from .pet_fit import PETFeatures, fit_pet
 from .rollout import Request, Rollout, Turn, sample
@@ -89,7 +87,8 @@ class PETStage:
         which only measure; sampled, or read from an earlier start of the run."""
         config, pet = self.config, self.config.pet
         tokenizer = load_tokenizer("model", config.model)
-        model = _language_model(config).to(self.device).eval()
+        dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+        model = load_language_model("model", config.model, dtype).to(self.device).eval()
         turn = Turn(tokenizer, model)
         room = pet.max_new_tokens + len(turn.closing)
         limit = max_positions(model.config)
@@ -166,24 +165,13 @@ def _distinct(pairs: Sequence[PreferencePair], limit: int | None, seed: int) -> 
     return {key: prompt for key, prompt in prompts.items() if key in kept}
 
 
-def _language_model(config: TrainConfig) -> Any:
-    """The reference policy: config.model, with its language-model head."""
-    from transformers import AutoModelForCausalLM
-
-    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, output_loading_info=True)
-    model, info = loaded
-    refuse_missing("model", config.model, info["missing_keys"])
-    return model
-
-
 def _claim(folder: Path, identity: dict[str, Any]) -> None:
     """Refuse a folder of samples that were drawn otherwise."""
     file = folder / "sampling.json"
     if not file.exists():
         atomic_write_json(file, identity)
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_json(file)
     changed = [
         f"{key} ({before.get(key)} there, {value} here)" for key, value in identity.items() if before.get(key) != value
     ]

@@ -17,12 +17,12 @@ from typing import IO, Any
 import torch
 from pydantic import Field
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
 
-from ..engine import Aggregation, EnsembleRewardConfig, EnsembleRewardModel, Scorer, Scores
+from ..engine import Aggregation, Scorer, Scores
 from .config import JobConfig
 from .data import PreferencePair
 from .files import atomic_write_json
+from .given import load_reward_model, load_tokenizer, model_folder
 from .rows import RowError, pairs_of_row
 
 CHUNK_ROWS = 256  # rows read, scored and written at a time: the memory a file takes, and the most a kill costs
@@ -131,17 +131,14 @@ def run_score(
     return result
 
 
-def load_scorer(model: str, batch_tokens: int, max_length: int | None, progress: bool) -> Scorer:
-    """A `Scorer` for an ensemble, or for anybody's one-head sequence classifier, on the GPU if there is one."""
-    try:
-        is_ensemble = AutoConfig.from_pretrained(model).model_type == EnsembleRewardConfig.model_type
-        kind: Any = EnsembleRewardModel
-        load = kind.from_pretrained if is_ensemble else kind.from_sequence_classifier
-        loaded = load(model, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except OSError as error:
-        raise ValueError(f"model {model!r}: {' '.join(str(error).split())}") from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def load_scorer(
+    model: str, batch_tokens: int, max_length: int | None, progress: bool, *, key: str = "model"
+) -> Scorer:
+    """A `Scorer` for an ensemble, a run folder that holds one, or anybody's one-head sequence classifier, on the GPU if
+    there is one. ValueError, with the config's `key`, for anything else."""
+    folder = model_folder(model)
+    loaded, tokenizer = load_reward_model(key, folder), load_tokenizer(key, folder)
+    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
     return Scorer(loaded.to(device), tokenizer, batch_tokens=batch_tokens, max_length=max_length, progress=progress)
 
 

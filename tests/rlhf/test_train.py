@@ -321,7 +321,7 @@ def test_a_reward_model_where_a_trunk_is_expected_is_refused(
 
 
 def test_a_model_that_is_not_there_is_named(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model: .*nowhere.* is neither a folder nor a hub name that loads"):
+    with pytest.raises(ValueError, match=r"model: .*nowhere: no such file or folder"):
         run_train(_config(tmp_path / "nowhere", data, tmp_path / "run"), progress=False)
 
 
