@@ -100,7 +100,8 @@ class Static:
 
     @torch.no_grad()
     def __call__(self, model: Any, prompts: list[list[int]], uniform: Tensor) -> _Drawn:
-        """See `Sampler`. ValueError for a model with layers that attend to fewer positions than are read."""
+        """See `Sampler`. ValueError for a model with layers that attend to fewer positions than are read, or with
+        rotary frequencies that change with the length."""
         model = causal_lm(model)
         limit = uniform.shape[1]
         distinct, samples = prompt_groups(prompts)
@@ -108,6 +109,7 @@ class Static:
         # one position more than is read, and a multiple of 16, as attention kernels want their masks
         size = -(-(width + limit + 1) // 16) * 16
         _refuse_windows(model, size)
+        _refuse_dynamic_rope(model)
         attended = torch.zeros(len(distinct), size, dtype=torch.bool)
         ids = torch.zeros(len(distinct), width, dtype=torch.int64)
         for row, prompt in enumerate(distinct):
@@ -242,6 +244,18 @@ def _refuse_windows(model: Any, size: int) -> None:
     )
 
 
+def _refuse_dynamic_rope(model: Any) -> None:
+    """A frequency that follows the length is computed anew on the CPU's word at every token: no graph captures it."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each kind of layer
+    if any(part.get("rope_type") == "dynamic" for part in parts):
+        raise ValueError(
+            f"rollout.engine: expected shared_prefix or continuous for {config.model_type} with rope_type dynamic, "
+            "whose rotary frequencies change with the length, got static"
+        )
+
+
 def _attend(
     module: torch.nn.Module,
     query: Tensor,
@@ -287,12 +301,19 @@ class Continuous:
         self.rule = rule
 
     def __call__(self, model: Any, prompts: list[list[int]], uniform: Tensor) -> _Drawn:
-        """See `Sampler`. RuntimeError if the batch comes back with rows missing."""
+        """See `Sampler`. RuntimeError if the batch comes back with rows missing; ValueError for scores that are
+        softcapped without flash-attn."""
         from transformers import GenerationConfig
 
         model = causal_lm(model)
         if not hasattr(model, "generate_batch"):
             raise ValueError("rollout.engine: expected transformers with generate_batch for continuous, got none in it")
+        attention = model.config._attn_implementation
+        if attention == "eager" and getattr(model.config, "attn_logit_softcapping", None):
+            raise ValueError(  # transformers' eager attention over pages leaves the cap out
+                f"rollout.engine: expected static or shared_prefix for {model.config.model_type} without flash-attn, "
+                "whose attention scores are softcapped, got continuous"
+            )
         limit, stop = uniform.shape[1], self.rule.stop.tolist()
         sampling = self.rule.sampling
         generation = GenerationConfig(
@@ -307,7 +328,8 @@ class Continuous:
         seed = int.from_bytes(hashlib.sha256(uniform.numpy().tobytes()).digest()[:6], "big")
         on_gpu = model.device.type == "cuda"
         options = _paging(prompts, limit, seed)
-        with torch.random.fork_rng(devices=[model.device] if on_gpu else []):
+        # transformers switches the attention, and where it fails before its first row not back
+        with torch.random.fork_rng(devices=[model.device] if on_gpu else []), attending(model, attention):
             torch.manual_seed(seed)
             outputs = model.generate_batch(prompts, generation_config=generation, **options)
         answers = list(outputs.values())  # in the prompts' order
@@ -333,6 +355,7 @@ def _paging(prompts: list[list[int]], limit: int, seed: int) -> dict[str, Any]:
         "num_blocks": sum(-(-(len(prompt) + limit) // page) + 1 for prompt in prompts),
         "max_batch_tokens": max(len(prompts), 4096),
         "seed": seed,
+        "auto_switch_to_flash": False,  # which attention runs is the policy's choice
     }
     return {"continuous_batching_config": kind(**{name: value for name, value in wanted.items() if name in known})}
 

@@ -197,6 +197,25 @@ def test_a_short_window_is_refused_by_the_static_cache_alone() -> None:
         Static(_rule())(model, prompts, uniform)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+        {"full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    ],
+)
+def test_rotary_frequencies_that_change_with_the_length_are_refused_by_the_static_cache_alone(
+    rope: dict[str, Any],
+) -> None:
+    model, prompts, uniform = _model(), _prompts([6, 4]), _uniform(2, 12)
+    model.config.rope_parameters = rope
+    with pytest.raises(
+        ValueError, match=r"expected shared_prefix or continuous for llama with rope_type dynamic, .* g"
+    ):
+        Static(_rule())(model, prompts, uniform)
+    assert len(SharedPrefix(_rule())(model, prompts, uniform)[0]) == 2
+
+
 # -- the distribution
 
 
@@ -369,7 +388,13 @@ def _answering(outputs: list[Any], seen: dict[str, Any]) -> Any:
         seen.update(options, prompts=prompts, generation=generation_config, noise=torch.rand(1).item())
         return {f"req_{i}": output for i, output in enumerate(outputs)}
 
-    return SimpleNamespace(device=torch.device("cpu"), generate_batch=generate_batch)
+    config = SimpleNamespace(_attn_implementation="sdpa")
+    return SimpleNamespace(
+        device=torch.device("cpu"),
+        generate_batch=generate_batch,
+        config=config,
+        set_attn_implementation=lambda name: setattr(config, "_attn_implementation", name),
+    )
 
 
 def _output(*tokens: int, error: str | None = None) -> Any:
@@ -411,3 +436,35 @@ def test_continuous_batching_runs_on_a_cpu_and_follows_the_policy() -> None:
     assert float(((share - probability).abs() / (deviation + 1e-3)).max()) < 4
     assert engine(model, [[5]] * 512, _uniform(512, 1))[0] == responses
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_continuous_batching_that_fails_before_its_first_row_leaves_the_model_its_attention(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.generation.continuous_batching import continuous_api
+
+    def full(manager: Any) -> None:  # as where memory runs out while graphs are captured
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(continuous_api.ContinuousBatchingManager, "warmup", full)
+    model, prompts, uniform = _model(), _prompts([4, 6]), _uniform(2, 12)
+    model.set_attn_implementation(attention)
+    expected = SharedPrefix(_rule())(model, prompts, uniform)
+    chosen = Faster(SharedPrefix(_rule()), Continuous(_rule()))
+    assert chosen(model, prompts, uniform) == expected
+    assert chosen.name == "shared_prefix"
+    assert model.config._attn_implementation == attention
+    assert SharedPrefix(_rule())(model, prompts, uniform) == expected
+
+
+def test_continuous_batching_attends_as_the_policy_does_where_flash_attention_is_there() -> None:
+    seen: dict[str, Any] = {}
+    Continuous(_rule(3))(_answering([_output(5, 3)], seen), [[1]], _uniform(1, 3))
+    assert seen["continuous_batching_config"].auto_switch_to_flash is False
+
+
+def test_continuous_batching_refuses_softcapped_scores_that_its_eager_attention_would_not_cap() -> None:
+    model = _model("gemma2")
+    with pytest.raises(ValueError, match=r"expected static or shared_prefix for gemma2 .* softcapped, got continuous"):
+        Continuous(_rule())(model, _prompts([4]), _uniform(1, 4))
