@@ -311,7 +311,10 @@ def readme_block(op: str, rows: Sequence[Compiled]) -> str:
             else "none has a stack to spill to."
         )
     )
-    command = f"`prudent bench --aot --op {op}` compiles them ahead of time; nothing here was run on a GPU."
+    import triton
+
+    by = "Triton " + ".".join(triton.__version__.split(".")[:2])
+    command = f"`prudent bench --aot --op {op}` compiles them ahead of time, here by {by}; nothing was run on a GPU."
     said = "\n\n".join([worst, *remarks(rows)])
     return f"{BEGIN}\n{command}\n\n{table(shown, markdown=True)}\n\n{said}\n{END}"
 

@@ -121,11 +121,12 @@ _FORWARD: dict[tuple[torch.dtype, int], tuple[Row, ...]] = {
         # 256 last tokens of 4096: 16 blocks x 16 parts = 256 programs, each with its whole 8 KB (4 tiles) on the way at
         # once. That is all there is, 2 MB, and half of what 132 multiprocessors could have in flight: latency is left.
         Row(1024, Config(16, 64, 4, 5)),
-        # 24 KB a program, 4 or 5 of them a multiprocessor: three times Little's law; weight traffic 0.31 of the
-        # features. With fewer row blocks than multiprocessors D is split: 4096 rows are 64 blocks x 4 parts.
+        # 24 KB a program, on sm_90 4 of them a multiprocessor (125 registers by Triton 3.9; 3 by 3.6's 139): two to
+        # three times Little's law; weight traffic 0.31 of the features. With fewer row blocks than multiprocessors D is
+        # split: 4096 rows are 64 blocks x 4 parts.
         Row(32768, Config(64, 64, 4, 4)),
-        # 32 KB a program, 3 of them; weight traffic 0.16. 65536 rows are 512 programs, 1.3 waves of 396, and in the
-        # tail one program a multiprocessor is still enough.
+        # 32 KB a program, on sm_90 4 of them (64 registers by Triton 3.9; 2 by 3.6's 87); weight traffic 0.16. 65536
+        # rows are 512 programs, one wave of 528 or two of 264, and in the tail one a multiprocessor is still enough.
         Row(_ANY, Config(128, 64, 8, 3)),
     ),
     # 12 heads' weight is 0.75 of the features at 64 rows; 128 rows would leave 2 programs a multiprocessor
@@ -184,15 +185,36 @@ def padded_columns(num_heads: int) -> int:
     return max(16, 2 << (num_heads - 1).bit_length())
 
 
-def forward_config(num_rows: int, columns: int, dtype: torch.dtype) -> Config:
-    """The forward's tile for N rows and padded 2K `columns`."""
-    return next(row.config for row in _FORWARD[dtype, columns] if num_rows <= row.rows)
+def forward_config(num_rows: int, columns: int, dtype: torch.dtype, target: str) -> Config:
+    """The forward's tile for N rows and padded 2K `columns` on the platform named `target`."""
+    return _compilable(next(row.config for row in _FORWARD[dtype, columns] if num_rows <= row.rows), target)
+
+
+def _compilable(config: Config, target: str) -> Config:
+    """`config`, or what a Triton below 3.8 can compile in its place.
+
+    On sm_100 a product of 64 rows or more lies in tensor memory, where the layout pass of 3.6.0 and 3.7.1 fails on
+    ours; on gfx942 the pipeliner of 3.5.1 and 3.6.0 fails at 4 stages.
+    """
+    if target == "sm_100" and config.block_rows > 32 and _triton_version() < (3, 8):
+        return config._replace(block_rows=32, num_warps=4)
+    if target == "gfx942" and config.num_stages > 3 and _triton_version() < (3, 8):
+        return config._replace(num_stages=3)
+    return config
 
 
 @cache
-def forward_candidates(columns: int, dtype: torch.dtype) -> tuple[Config, ...]:
+def _triton_version() -> tuple[int, int]:
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+@cache
+def forward_candidates(columns: int, dtype: torch.dtype, target: str) -> tuple[Config, ...]:
     """What PRUDENT_AUTOTUNE=1 chooses among: the tiles of every number of rows, at as many stages and at fewer."""
-    tiles = [row.config for row in _FORWARD[dtype, columns]]
+    tiles = dict.fromkeys(_compilable(row.config, target) for row in _FORWARD[dtype, columns])
     return tuple(tile._replace(num_stages=stages) for tile in tiles for stages in range(2, tile.num_stages + 1))
 
 

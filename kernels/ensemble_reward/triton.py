@@ -84,10 +84,10 @@ def forward(inputs: Inputs, keep: bool = False) -> Outputs:
     if n == 0:
         return reward, mean, std, inputs.hidden.new_zeros((), dtype=dtype), saved
     outputs = reward, mean, std, new((), dtype=dtype), saved
-    common = _common(inputs)
+    common, target = _common(inputs), configs.platform(inputs.hidden.device).name
     config = tuning.choose(
-        configs.forward_config(n, common["BN"], inputs.hidden.dtype),
-        configs.forward_candidates(common["BN"], inputs.hidden.dtype),
+        configs.forward_config(n, common["BN"], inputs.hidden.dtype, target),
+        configs.forward_candidates(common["BN"], inputs.hidden.dtype, target),
         ("ensemble_reward.forward", *configs.bucket(n, common["BN"], common["d"], inputs.hidden.dtype)),
         lambda config: _launch_forward(inputs, common, outputs, config),
         inputs.hidden.device,

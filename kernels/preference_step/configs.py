@@ -1,7 +1,7 @@
 """The static table of `preference_step`'s Triton kernels: tiles by padded D and dtype, each with its reason.
 
 Never keyed on timing, nor on P but to have no more programs than work. Every statement about registers and shared
-memory is what `prudent bench --aot --op preference_step` prints; nothing here was timed on a GPU.
+memory is what `prudent bench --aot --op preference_step` prints with Triton 3.9; nothing here was timed on a GPU.
 
 **One read.** A block of MP pairs is whole rows, and stays in the program's registers and shared memory from its
 products to its share of the gradient: the features are read from memory once and never again, not even from a cache.
@@ -12,7 +12,7 @@ K = 5. The weights are read once a program.
 **Bytes in flight.** At 4.8 TB/s and 0.8 us of latency an H200 needs 29 KB on the way to each of its 132
 multiprocessors. A program has (stages - 1) blocks under way while it works on another, a block being 4 MP D bytes in
 16 bits: at D = 4096 16 KiB, so 4 stages have 48 KiB under way for a resident program, of which there is one for eq. 8
-(112 registers a thread and more) and there are two on sm_90 for Bradley-Terry (64).
+(112 registers a thread and more) and there are two on sm_90 for Bradley-Terry (64; by Triton 3.6 90, and one).
 """
 
 from __future__ import annotations

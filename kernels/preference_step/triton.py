@@ -6,6 +6,7 @@ have equal bits. CPU tensors run where Triton's interpreter is on: that is how t
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -25,7 +26,13 @@ LANES = 32 if torch.version.hip is None else 64  # threads of a warp
 def step(inputs: Inputs, lanes: int = LANES) -> Outputs:
     """(loss [], dweight [2K, D], dbias [2K], accuracy [], std []); widths past `max_dim` run the reference."""
     features, d, heads, pairs = inputs.features, inputs.features.shape[1], inputs.num_heads, inputs.num_pairs
-    if d > max_dim(inputs.loss, features.dtype, lanes):
+    widest = max_dim(inputs.loss, features.dtype, lanes)
+    if d > widest:
+        warnings.warn(
+            f"preference_step: the kernel holds at most {widest} columns for loss {inputs.loss} and {features.dtype}, "
+            f"got {d}: the reference runs, with a wide copy of the features",
+            stacklevel=2,
+        )
         return reference.step(inputs)
     brme, dtype, device = inputs.loss == "brme", inputs.output_dtype, features.device
     config = step_config(d, features.dtype, lanes)
