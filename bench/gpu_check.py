@@ -8,6 +8,7 @@ other test of it that takes the device), determinism (100 runs), graphs (CUDA-gr
 (compute-sanitizer, where present), timing (against eager, torch.compile, liger-kernel and cut-cross-entropy, where
 installed). Each runs in child processes with a limit of its own, and one that fails does not hide the next; an op whose
 correctness failed is not timed. gpu_check.json, gpu_check.md and gpu_check.log in --out are rewritten after each stage.
+Where a call may not last long enough for all: `--stages tests determinism graphs sanitizer`, then `--stages timing`.
 pytest is used where it is installed; carry the wheels of pytest, pluggy and iniconfig otherwise.
 """
 
