@@ -27,12 +27,12 @@ from .demo_pairs import GoldPairs, make_pairs
 from .demo_ppo import DemoPPOConfig
 from .embedded import embedded_model, wheel_folder
 from .features import compute_features
-from .files import atomic_folder, atomic_write_json, atomic_write_text
+from .files import atomic_folder, atomic_write_json, atomic_write_text, read_json
 from .fit import BradleyTerryConfig, BRMEConfig, PairFeatures, fit_heads
 from .gold import VaderGold
 from .head_metrics import evaluate_heads
 from .rollout import Request, Rollout, sample
-from .run_folder import claim_folder
+from .run_folder import claim_folder, held
 from .runlog import RunLog
 from .statistics import group_labels, pair_accuracy
 
@@ -94,13 +94,14 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
     """
     config = config.model_copy(update={"dtype": _dtype(config.dtype)})
     done = config.output / "metrics.json"
-    if claim_folder(config, ("samples.jsonl", "features", "checkpoints", "metrics.json")) and done.exists():
-        return DemoResult(config.output, json.loads(done.read_text(encoding="utf-8")))
-    plot_style.require_matplotlib()  # whatever is missing is said before minutes of work, not after
-    if config.model is None:
-        wheel_folder()
-    with RunLog(config.output) as log:
-        return DemoResult(config.output, _Run(config, log, progress).go())
+    with held(config.output):
+        if claim_folder(config, ("samples.jsonl", "features", "checkpoints", "metrics.json")) and done.exists():
+            return DemoResult(config.output, read_json(done))
+        plot_style.require_matplotlib()  # whatever is missing is said before minutes of work, not after
+        if config.model is None:
+            wheel_folder()
+        with RunLog(config.output) as log:
+            return DemoResult(config.output, _Run(config, log, progress).go())
 
 
 def _dtype(asked: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:

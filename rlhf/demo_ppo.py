@@ -6,7 +6,6 @@ head was trained on), and differ in nothing but the reward; so their first step 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -148,12 +147,12 @@ def table_rows(ppo: Mapping[str, Any]) -> list[list[str]]:
 
 def page(folder: Path, ppo: Mapping[str, Any]) -> dict[str, Any]:
     """What the demo's page shows of the runs: the table, the picture's rows, and responses of both policies."""
+    from .ppo.monitor import read_texts
     from .ppo.report import before_and_after
 
     texts = {}
     for name in ARMS:
-        lines = (folder / "ppo" / name / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-        texts[name] = before_and_after([json.loads(line) for line in lines])
+        texts[name] = before_and_after(read_texts(folder / "ppo" / name))
     prompts = (folder / "ppo" / "prompts.txt").read_text(encoding="utf-8").splitlines()
     samples = []
     for i, pair in enumerate(texts["single"]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from pydantic import Field, field_validator
 
 from ..kernels import Aggregation
 from .config import JobConfig
+from .files import read_json
 from .fit_config import BradleyTerryConfig, BRMEConfig
 from .pet_config import PETConfig
 from .run_folder import claim_folder
@@ -166,12 +166,13 @@ def _changed(config: JobConfig) -> list[str]:
     return [name for name, field in type(config).model_fields.items() if getattr(config, name) != field.default]
 
 
+MADE = ("metrics.jsonl", "features", "checkpoints", "stage1", "train.json")  # by a run that computes
+
+
 def open_folder(config: TrainConfig, resume: bool) -> dict[str, Any] | None:
     """Claim the output folder. The final metrics if the run in it is finished, else None."""
-    if not claim_folder(
-        config, ("metrics.jsonl", "features", "checkpoints", "stage1", "train.json"), free=_FREE, resume=resume
-    ):
+    if not claim_folder(config, MADE, free=_FREE, resume=resume):
         (config.output / "data.json").unlink(missing_ok=True)  # of a run that was refused
         return None
     done = config.output / "train.json"
-    return dict(json.loads(done.read_text(encoding="utf-8"))) if done.exists() else None
+    return read_json(done) if done.exists() else None

@@ -15,12 +15,13 @@ from ...engine import EnsembleRewardModel, Scorer
 from ..best_of_n import powers_of_two
 from ..decode import Sampling
 from ..features import compute_features
-from ..files import atomic_write_json, atomic_write_text
+from ..files import atomic_write_json, atomic_write_text, read_json
 from ..given import load_tokenizer
 from ..rollout import Request, Rollout, Turn, sample
 from ..statistics import best_of_n_curve, mean_interval
 from .batch import Samples
 from .config import PPOConfig
+from .findings import count
 from .prompts import Prompt, load_prompts, longest_prompt, prompt_order
 from .rewards import RewardSource, open_gold
 
@@ -45,7 +46,7 @@ class BestOf:
 
     def __str__(self) -> str:
         m = self.metrics
-        lines = [f"{m['prompts']} prompts, best of {m['n'][-1]}: what each reward picks"]
+        lines = [f"{count(m['prompts'], 'prompt')}, best of {m['n'][-1]}: what each reward picks"]
         for name, row in m["rewards"].items():
             gold = "" if row["gold"] is None else f"gold {row['gold'][-1]:+.3f}, "
             same = f", the same as PET's for {row['same_as_pet']:.0%}" if name in m["difference"] else ""
@@ -75,6 +76,8 @@ def prepare(config: PPOConfig, progress: bool) -> Source:
     prompt_order(len(prompts), 0, config.rollout.prompts_per_step, config.seed)  # refuses too few
     used = prompts[: config.best_of_prompts]
     gold = None if config.gold is None else open_gold(config.gold, tokenizer, used)
+    if gold is not None:  # somebody's code: what is wrong with it is said now, of a prompt taken for its own response
+        gold(Samples([used[0].ids], [used[0].ids], [False], [0]))
     return Source(model, tokenizer, turn, used, gold)
 
 
@@ -87,7 +90,7 @@ def compare_best_of_n(
     """
     done = config.output / "best_of_n.json"
     if done.exists():
-        return BestOf(json.loads(done.read_text(encoding="utf-8")))
+        return BestOf(read_json(done))
     n, folder, rollout = config.pet.samples, config.output / "best_of_n", config.rollout
     sampling = Sampling(
         rollout.max_new_tokens, rollout.temperature, rollout.top_k or len(source.tokenizer), rollout.top_p

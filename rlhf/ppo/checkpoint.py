@@ -2,42 +2,54 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-from ..files import atomic_folder, atomic_write_json
+from ..files import atomic_folder, atomic_write_json, cause, read_json
 
 logger = logging.getLogger(__name__)
 
 KEPT = 2  # besides the last good one: the newest may be of a policy that has just gone wrong
 _NAME = re.compile(r"step-(\d{6,})")
+_CHUNK = 1 << 24  # bytes read at once
+
+
+class State(TypedDict):
+    """The small state of a run, as JSON has it."""
+
+    kl_coef: float
+    bad_steps: int
+    rules: dict[str, Any]
+    monitor: dict[str, Any]
 
 
 class Saved(NamedTuple):
-    """What a checkpoint holds: the policy's trained tensors, the optimizer's state, and small state, as JSON has it."""
+    """What a checkpoint holds: the policy's trained tensors, the optimizer's state, and small state."""
 
     policy: dict[str, Tensor]
     optimizer: dict[str, Any]
-    state: dict[str, Any]
+    state: State
 
 
 class Checkpoints:
     """The folders `folder`/step-%06d, where step counts the updates that were done.
 
-    A folder appears by one rename, after its files are on the disk. state.json holds the size of state.pt: a folder in
-    which the two do not agree was cut short (by a copy, or a broken disk) and is passed over.
+    A folder appears by one rename, after its files are on the disk. state.json holds size and checksum of state.pt: a
+    folder in which they do not agree is damaged (by a copy, or a broken disk) and is passed over. The size is looked at
+    always, the checksum when the folder is loaded.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._damaged: set[int] = set()  # steps, as far as is known
         self.folder.mkdir(parents=True, exist_ok=True)
         for pattern in (
             ".step-*.tmp",
@@ -56,15 +68,20 @@ class Checkpoints:
         return sorted(step for match in found if self._whole(step := int(match[1])))
 
     def _whole(self, step: int) -> bool:
-        path = self.path(step)
+        if step in self._damaged:
+            return False
         try:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            whole = bool((path / "state.pt").stat().st_size == state["bytes"])
-        except (OSError, ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            logger.warning("checkpoints: %s was cut short and is passed over", path)
-        return whole
+            written = read_json(self.path(step) / "state.json")
+            size = (self.path(step) / "state.pt").stat().st_size
+        except (OSError, ValueError):
+            return self._pass_over(step)
+        needed = {*State.__annotations__, "crc32"}
+        return (needed <= written.keys() and size == written.get("bytes")) or self._pass_over(step)
+
+    def _pass_over(self, step: int) -> bool:
+        self._damaged.add(step)
+        logger.warning("checkpoints: %s is damaged (cut short, or its bytes changed): passed over", self.path(step))
+        return False
 
     def save(self, step: int, saved: Saved) -> None:
         """Write the checkpoint of `step`.
@@ -76,29 +93,46 @@ class Checkpoints:
             with atomic_folder(self.path(step)) as temporary:
                 file = temporary / "state.pt"
                 with file.open("wb") as stream:  # whose errors, unlike those of torch's own writer, say why
-                    torch.save({"policy": saved.policy, "optimizer": saved.optimizer}, stream)
-                atomic_write_json(temporary / "state.json", {**saved.state, "step": step, "bytes": file.stat().st_size})
+                    summed = _Summed(stream)
+                    torch.save({"policy": saved.policy, "optimizer": saved.optimizer}, summed)  # type: ignore[arg-type]
+                known = {"step": step, "bytes": file.stat().st_size, "crc32": summed.crc32}
+                atomic_write_json(temporary / "state.json", {**saved.state, **known})
+            self._damaged.discard(step)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
             kept = self.steps()
-            cause = _cause(error)
             raise OSError(
-                f"output: the checkpoint of step {step} could not be written to {self.folder} ({cause}); "
+                f"output: the checkpoint of step {step} could not be written to {self.folder} ({cause(error)}); "
                 + (f"the last whole one is of step {kept[-1]}" if kept else "none was written before")
                 + "; make room and go on with --resume"
             ) from error
 
-    def load(self, step: int) -> Saved:
-        """The checkpoint of `step`, its tensors on the CPU."""
-        path = self.path(step)
-        tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return Saved(tensors["policy"], tensors["optimizer"], state)
-
-    def last_good(self, bad_since: int | None) -> int | None:
-        """The newest checkpoint from before step `bad_since`; None if there is none.
+    def newest(self, bad_since: int | None = None) -> tuple[int, Saved] | None:
+        """The newest checkpoint that is whole, of those from before step `bad_since` if given; None if there is none.
 
         The checkpoint of step s holds the policy that step s samples from: it is good if step s still was.
         """
+        while (step := self.last_good(bad_since)) is not None:
+            saved = self.load(step)
+            if saved is not None:
+                return step, saved
+        return None
+
+    def load(self, step: int) -> Saved | None:
+        """The checkpoint of `step`, its tensors on the CPU; None, with a warning, if it is damaged."""
+        file = self.path(step) / "state.pt"
+        try:
+            state: Any = read_json(self.path(step) / "state.json")
+            whole = _crc32(file) == state["crc32"]
+        except OSError:  # a broken disk
+            whole = False
+        if not whole:
+            self._pass_over(step)
+            return None
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        return Saved(tensors["policy"], tensors["optimizer"], state)
+
+    def last_good(self, bad_since: int | None) -> int | None:
+        """The step of the newest checkpoint from before step `bad_since`, by its size whole; None if there is none."""
         return max((step for step in self.steps() if bad_since is None or step < bad_since), default=None)
 
     def prune(self, bad_since: int | None) -> None:
@@ -113,11 +147,23 @@ class Checkpoints:
                 shutil.rmtree(retired, ignore_errors=True)
 
 
-def _cause(error: BaseException) -> str:
-    """What the system said, where it is behind `error`; else its first line."""
-    behind: BaseException | None = error
-    while behind is not None:
-        if isinstance(behind, OSError) and behind.errno:
-            return os.strerror(behind.errno)
-        behind = behind.__context__
-    return (str(error) or type(error).__name__).splitlines()[0]
+class _Summed:
+    """A file that is written from start to end, and the checksum of what went in."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.crc32 = stream, 0
+
+    def write(self, data: bytes) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return self.stream.write(data)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def _crc32(file: Path) -> int:
+    found = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            found = zlib.crc32(chunk, found)
+    return found

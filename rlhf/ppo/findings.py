@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 BLOCKS = 8  # a run is cut into so many at most
 FEWEST = 3  # steps of a block at least: six steps are needed to say anything
+_NEAR = 0.005  # nats that two decimals show
 _OF_SEVERAL = {f"reward/{name}" for name in ("nominal", "worst", "gap", "disagreement", "disagreement_ratio")}  # heads
 RISES, FALLS, FLAT = "rises", "falls", "no change shown"
 
@@ -46,6 +47,10 @@ class Change(NamedTuple):
     def verdict(self) -> str:
         """`rises` or `falls` where the interval leaves 0 out, else `no change shown`."""
         return RISES if self.low > 0 else FALLS if self.high < 0 else FLAT
+
+    def within(self, bound: float) -> Change:
+        """With an interval that stays between -bound and bound: what a change of that quantity can be."""
+        return self._replace(low=max(self.low, -bound), high=min(self.high, bound))
 
     def __str__(self) -> str:
         form = "+.3f" if max(abs(self.low), abs(self.high)) < 10 else "+.1f"
@@ -172,19 +177,26 @@ def student_quantile(probability: float, freedom: float) -> float:
     return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
 
 
-def findings(rows: Rows, *, versus: str) -> list[str]:
+def findings(rows: Rows, *, versus: str, steps: int | None = None, rolled_back_to: int | None = None) -> list[str]:
     """The outcome in sentences, the headline first.
 
     rows: of metrics.jsonl.   versus: what the heads' doubt is compared with ("the preference data", "the start").
+    steps: how many were done; None: as many as `rows` tell.   rolled_back_to: the step whose policy was taken up again
+    at the end, if any: the numbers up to the end are then another policy's.
     """
     rows = by_step(rows)
     if not rows:
-        return ["No step was finished."]
-    lines = [headline(rows)]
-    lines += [
-        line for line in (_reward(rows), _doubt(rows, versus), _distance(rows), _text(rows), _faults(rows)) if line
+        return ["No step was finished." if not steps else "metrics.jsonl is empty: nothing can be said of the run."]
+    lines = [
+        headline(rows),
+        _rolled_back(rows, rolled_back_to),
+        _reward(rows),
+        _doubt(rows, versus),
+        _distance(rows, rolled_back_to),
+        _text(rows),
+        faults(rows, steps),
     ]
-    return lines
+    return [line for line in lines if line]
 
 
 def headline(rows: Rows) -> str:
@@ -194,7 +206,8 @@ def headline(rows: Rows) -> str:
     if up is None:
         return f"{count(len(rows), 'step')}: too few to tell a change from noise ({2 * FEWEST} are needed)."
     if not gold.values:
-        return f"The proxy reward {_plain(up.verdict)} ({up}). Without a gold scorer, no one can tell if it was hacked."
+        missing = "a number from the gold scorer" if "gold/mean" in rows[0] else "a gold scorer"
+        return f"The proxy reward {_plain(up.verdict)} ({up}). Without {missing}, no one can tell if it was hacked."
     overall, down = change(gold), fall(gold)
     if overall is None:
         return "The gold reward was measured at too few steps to tell a change from noise."
@@ -246,13 +259,29 @@ def _doubt(rows: Rows, versus: str) -> str:
     return f"Compared with {versus}, the heads at the end {' and '.join(parts)}." if parts else ""
 
 
-def _distance(rows: Rows) -> str:
+def _rolled_back(rows: Rows, step: int | None) -> str:
+    if step is None:
+        return ""
+    return f"The policy that is kept is the one of step {step}: what is said of the end is of another, thrown away."
+
+
+def _distance(rows: Rows, rolled_back_to: int | None) -> str:
     kl, token, chi2 = (ends(series(rows, f"kl/{name}")) for name in ("sequence", "token", "chi2"))
     if kl is None:
         return ""
-    extra = [f"{token[1]:.3f} a token"] if token else []
+    extra = [f"{token[1]:.3f} a token"] if token and kl[1] >= _NEAR else []
     extra += [f"chi-squared {chi2[1]:.3g}"] if chi2 else []
-    return f"The policy ended {kl[1]:.2f} nats a response from the reference{_bracket(extra)}."
+    said = f"{_nats(kl[1])} nats a response from the reference{_bracket(extra)}"
+    if rolled_back_to is None:
+        return f"The policy ended {said}."
+    kept = next((row.get("kl/sequence") for row in rows if row["step"] == rolled_back_to), None)
+    then = f", where it was {_nats(kept)} from it" if kept is not None and _finite(kept) else ""
+    return f"The policy had come {said} before it was rolled back to step {rolled_back_to}{then}."
+
+
+def _nats(value: float) -> str:
+    """An estimate of KL may come out below 0, which KL cannot be."""
+    return f"{value:.2f}" if value >= _NEAR else "about 0"
 
 
 def _text(rows: Rows) -> str:
@@ -271,11 +300,43 @@ def _text(rows: Rows) -> str:
     return _capital("; ".join(parts)) + "." if parts else ""
 
 
-def _faults(rows: Rows) -> str:
-    dropped, skipped = (int(sum(series(rows, name).values)) for name in ("samples/dropped", "update/skipped"))
+def faults(rows: Rows, steps: int | None = None) -> str:
+    """What went wrong on the way, in sentences; "" if nothing did.
+
+    rows: of `by_step`.   steps: how many were done; None: as many as `rows` tell.
+    """
+    dropped, skipped = total(rows, "samples/dropped"), total(rows, "update/skipped")
+    starved = total([row for row in rows if not _finite(row.get("reward/mean"))], "update/skipped")
+    broken = skipped - starved
     parts = [f"{count(dropped, 'sample')} without a finite reward left out"] if dropped else []
-    parts += [f"{count(skipped, 'update')} skipped for a loss that was not finite"] if skipped else []
-    return _capital(", ".join(parts)) + "." if parts else ""
+    parts += [f"{count(starved, 'update')} skipped because no sample was left"] if starved else []
+    parts += [f"{count(broken, 'update')} skipped for a loss that was not finite"] if broken else []
+    said = [_capital(", ".join(parts)) + "."] if parts else []
+    gold = [row["gold/mean"] for row in rows if "gold/mean" in row]
+    if gold and not any(map(_finite, gold)):
+        said.append(f"The gold scorer gave no finite number in {count(len(gold), 'step')}.")
+    done = steps if steps is not None else (rows[-1]["step"] + 1 if rows else 0)
+    missing = sorted(set(range(done)) - {row["step"] for row in rows})
+    if missing:
+        said.append(f"metrics.jsonl lacks {_spans(missing)}: the numbers are of the others alone.")
+    return " ".join(said)
+
+
+def total(rows: Rows, name: str) -> int:
+    """The sum of a metric that counts."""
+    return int(sum(series(rows, name).values))
+
+
+def _spans(steps: Sequence[int]) -> str:
+    """`step 3`, `steps 0 to 4, 7`; `steps` ascending."""
+    spans: list[list[int]] = []
+    for step in steps:
+        if spans and step == spans[-1][1] + 1:
+            spans[-1][1] = step
+        else:
+            spans.append([step, step])
+    said = ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in spans)
+    return f"step{'s' * (len(steps) > 1)} {said}"
 
 
 def _shown(moved: Change | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import resource
@@ -17,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import read_json_lines, writing
 from ..runlog import RunLog
 from .batch import Experience, Samples
 from .config import PPOConfig
 from .losses import chi2_estimate
+
+logger = logging.getLogger(__name__)
 
 RATIOS = {"reward/head_std": "reward/head_std_ratio", "reward/disagreement": "reward/disagreement_ratio"}
 TEXTS = 4  # prompts whose responses are kept
@@ -118,6 +122,7 @@ class Monitor:
         self.config, self.log, self.device, self.gold, self.decode = config, log, device, gold, decode
         self.clock = Clock(device)
         self.baseline: dict[str, float] = {}  # of the metrics in RATIOS
+        self._gold_failed = False
         self._trackers = open_trackers(config)
         self._texts = TextLog(config.output / "samples.jsonl")
 
@@ -138,14 +143,26 @@ class Monitor:
                 start = self.baseline.get(name, math.nan)
                 metrics[ratio] = metrics[name] / start if start else math.nan
         if self.gold is not None:
-            scores = self.gold(experience.samples).reward
-            metrics["gold/mean"] = float(scores[torch.isfinite(scores)].double().mean())
+            metrics["gold/mean"] = self._gold_mean(step, self.gold(experience.samples).reward)
         metrics |= {"kl/coef": kl_coef, **learned, **self.clock.metrics(int(experience.mask.sum()))}
         metrics["memory/peak_gib"] = peak_gib(self.device)
         self.log.metrics(step, metrics)
         for tracker in self._trackers:
             tracker.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
         return metrics
+
+    def _gold_mean(self, step: int, scores: Tensor) -> float:
+        """The mean of the finite ones; NaN, with one warning, where there is none: no rule over gold fires then."""
+        finite = scores[torch.isfinite(scores)]
+        if not len(finite) and not self._gold_failed:
+            logger.warning(
+                "gold: %s gave no finite number for any of the %d responses of step %d",
+                self.config.gold,
+                len(scores),
+                step,
+            )
+            self._gold_failed = True
+        return float(finite.double().mean())
 
     def texts(self, step: int, experience: Experience) -> None:
         """Keep the samples of `experience` as those of the policy after `step` updates."""
@@ -195,13 +212,14 @@ class TextLog:
         if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
             os.truncate(path, content.rfind(b"\n") + 1)  # a line cut short by a kill
         self._written = Counter(row["step"] for row in read_texts(path.parent))
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def add(self, step: int, number: int, row: Mapping[str, Any]) -> None:
         """Append response `number` of `step`, if the file does not have it."""
         if number >= self._written[step]:
-            self._file.write(json.dumps({"step": step, **row}, ensure_ascii=False, allow_nan=False) + "\n")
-            self._file.flush()
+            with writing(self._path):
+                self._file.write(json.dumps({"step": step, **row}, ensure_ascii=False, allow_nan=False) + "\n")
+                self._file.flush()
             self._written[step] = number + 1
 
     def close(self) -> None:
@@ -210,9 +228,8 @@ class TextLog:
 
 
 def read_texts(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of `folder`/samples.jsonl; [] if there is none yet."""
-    path = folder / "samples.jsonl"
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+    """The whole lines of `folder`/samples.jsonl; [] if there is none yet. ValueError naming a line that is none."""
+    return read_json_lines(folder / "samples.jsonl")
 
 
 def _finite(value: Tensor) -> float | None:
@@ -220,22 +237,27 @@ def _finite(value: Tensor) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def open_trackers(config: PPOConfig) -> list[Any]:
-    """accelerate's trackers that `config.trackers` names, begun with the run's config.
-
-    Raises:
-        ImportError: naming what to install.
-    """
+def require_trackers(config: PPOConfig) -> None:
+    """Raise ImportError, naming what to install, where one of `config.trackers` is not."""
     if not config.trackers:
-        return []
+        return
     try:
-        from accelerate import PartialState
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+        from accelerate.tracking import get_available_trackers
     except ImportError:
         raise ImportError("trackers: they come through accelerate: pip install 'prudent[train]'") from None
     missing = [name for name in config.trackers if name not in map(str, get_available_trackers())]
     if missing:
         raise ImportError(f"trackers: {', '.join(missing)} not installed: pip install {' '.join(missing)}")
+
+
+def open_trackers(config: PPOConfig) -> list[Any]:
+    """accelerate's trackers that `config.trackers` names, begun with the run's config; see `require_trackers`."""
+    require_trackers(config)
+    if not config.trackers:
+        return []
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
     PartialState()  # the trackers' own logging asks for it
     trackers = []
     for name in config.trackers:

@@ -14,15 +14,38 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ...engine import EnsembleRewardConfig
 from ..files import atomic_write_json, atomic_write_text
+from ..fit_config import BRMEConfig
+from ..given import check_given
 from ..pet_config import PETConfig
-from ..run_folder import claim_folder
+from ..run_folder import begun, claim_folder, held
 from ..train import TrainConfig, run_train
+from ..train_config import MADE as MADE_BY_TRAIN
+from ..train_config import refuse_unread as refuse_unread_by_train
 from .best_of import compare_best_of_n, prepare
-from .config import FREE, KLConfig, PPOConfig, RewardConfig
+from .config import FREE, KLConfig, PPOConfig, RewardConfig, refuse_unread
+from .monitor import require_trackers
+from .run import unmeasured
+from .stop import StopRules
 
 __all__ = ["PPOConfig", "RecipeResult", "run_recipe"]
 
+# keys that nothing but the last step reads: they may be mended as long as that has not begun
+_OF_PPO = (
+    "policy",
+    "update",
+    "sample_every",
+    "attn",
+    "packed",
+    "reward.centre",
+    "reward.missing_eos_penalty",
+    "reward.clip",
+    "rollout.prompts_per_step",
+    "rollout.samples_per_prompt",
+    "rollout.min_new_tokens",
+    "rollout.engine",
+)
 _SAMPLED_LIKE_THE_POLICY = ("max_new_tokens", "temperature", "top_k", "top_p", "batch_rows")
 
 
@@ -49,26 +72,60 @@ def run_recipe(config: PPOConfig, *, resume: bool = False, progress: bool = True
     Raises:
         ValueError: for a config that cannot be used or an output folder that holds another run, before any work.
     """
-    if config.recipe == "ppo":
-        from .loop import run_ppo
+    from . import loop
 
-        return run_ppo(config, resume=resume, progress=progress)
+    if config.recipe == "ppo":
+        return loop.run_ppo(config, resume=resume, progress=progress)
     config = resolved(config)
+    refuse_early(config)
+    made = tuple(f"reward/{name}" for name in MADE_BY_TRAIN)
+    with held(config.output):
+        if claim_folder(config, made, free=_free(config.output), resume=resume):
+            atomic_write_text(config.output / "config.yaml", config.to_yaml())
+        return _three_steps(config, progress)
+
+
+def refuse_early(config: PPOConfig) -> None:
+    """Say before the reward is trained what a later step would refuse hours later; `config` as `resolved`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     reward, ppo = reward_config(config), ppo_config(config)
-    if claim_folder(config, ("reward",), free=FREE, resume=resume):
-        atomic_write_text(config.output / "config.yaml", config.to_yaml())
+    refuse_unread(ppo, device)
+    refuse_unread_by_train(reward, "head")
+    check_given(reward, "head")
+    require_trackers(ppo)
+    StopRules(ppo.stop_when).refuse(unmeasured(ppo, _heads(config.pet.start)))
+
+
+def _heads(start: str) -> int:
+    """Of the reward that PET starts from, and so of the one it makes."""
+    if start in ("bt", "brme"):
+        return 1 if start == "bt" else BRMEConfig().num_heads
+    from transformers import AutoConfig
+
+    found = AutoConfig.from_pretrained(start)
+    return found.num_heads if isinstance(found, EnsembleRewardConfig) else 1
+
+
+def _free(folder: Path) -> tuple[str, ...]:
+    """What a resumed run may change."""
+    from .loop import MADE
+
+    return FREE if begun(folder / "ppo", MADE) else (*FREE, *_OF_PPO)
+
+
+def _three_steps(config: PPOConfig, progress: bool) -> RecipeResult:
+    from . import loop
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = prepare(config, progress)  # what is wrong with prompts or gold is said before the work
     _say(progress, "[1/3] reward model and PET")
-    trained = run_train(reward, resume=True, progress=progress)
+    trained = run_train(reward_config(config), resume=True, progress=progress)
     _say(progress, "[2/3] best of n")
     rewards = _rewards(config)
     compared = compare_best_of_n(config, source, rewards, device, progress)
     del source  # the memory of one policy
     _say(progress, "[3/3] PPO without KL")
-    from .loop import run_ppo
-
-    learned = run_ppo(ppo, resume=True, progress=progress)
+    learned = loop.run_ppo(ppo_config(config), resume=True, progress=progress)
     metrics = {"reward": trained.metrics, "best_of_n": compared.metrics, "ppo": learned.metrics}
     atomic_write_json(config.output / "recipe.json", metrics)
     return RecipeResult(config.output, metrics, (str(trained), str(compared), str(learned)))

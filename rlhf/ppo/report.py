@@ -31,6 +31,7 @@ TITLES = {  # metric -> what people read, in the table's order
     "time/tokens_per_second": "tokens a second",
     "memory/peak_gib": "peak memory, GiB",
 }
+_SHARES = ("text/truncated",)
 _UPDATE = (
     "policy/loss",
     "value/loss",
@@ -51,18 +52,18 @@ def render(
         metrics_rows: the lines of metrics.jsonl; a metric may be absent, or None where it was not finite.
         samples_rows: the lines of samples.jsonl.
         outcome: what ppo.json holds; read where they are there: `stopped` (why the run ended before its steps were
-            done, a sentence or None), `policy` (what Policy.describe said), `reward` (what rewards came from),
-            `seconds` (of the whole run).
+            done, a sentence or None), `rolled_back_to` (the step whose policy is kept, or None), `steps` (how many were
+            done), `policy` (what Policy.describe said), `reward` (what rewards came from), `seconds` (the run's).
 
     Raises ImportError, naming the extra, without jinja2 or matplotlib.
     """
     rows = by_step(metrics_rows)
-    stopped = outcome.get("stopped")
+    stopped, back = outcome.get("stopped"), outcome.get("rolled_back_to")
     return render_page(
         "ppo_template.html",
         config=config,
         title=f"{count(len(rows), 'step')} of {_estimator(config)}, and what they did",
-        findings=findings(rows, versus=versus(config)),
+        findings=findings(rows, versus=versus(config), steps=outcome.get("steps"), rolled_back_to=back),
         stopped=stopped,
         seconds=_duration(outcome.get("seconds")),
         block=block_length(len(rows)),
@@ -71,7 +72,7 @@ def render(
         has_gold=bool(series(rows, "gold/mean").values),
         table=table(rows),
         figures=_figures(config, rows),
-        samples=before_and_after(samples_rows),
+        samples=before_and_after(samples_rows, back),
         facts=_facts(config, rows, outcome),
         changed=_changed(config),
         settings=config.model_dump(mode="json"),
@@ -92,6 +93,8 @@ def table(rows: Rows) -> dict[str, Any]:
         if both is None:
             continue
         moved = None if name.startswith(("time/", "memory/")) else change(found)
+        if moved is not None and name in _SHARES:
+            moved = moved.within(1)
         lines.append([title, *(number(value) for value in both), "" if moved is None else str(moved)])
     return {"head": ["", "start", "end", "change [95 %]"], "rows": lines}
 
@@ -103,12 +106,13 @@ def number(value: float | None) -> str:
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
-def before_and_after(samples_rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def before_and_after(samples_rows: Sequence[Mapping[str, Any]], end: int | None = None) -> list[dict[str, Any]]:
     """Prompt by prompt, the first sample of the first step and of the last: {"step", "response", "gold", "facts"}.
 
+    end: the last step that counts, of a run that was rolled back to it.
     `after` is None if there is one step; a prompt that one of the two steps lacks is left out.
     """
-    steps = [row["step"] for row in samples_rows]
+    steps = [row["step"] for row in samples_rows if end is None or row["step"] <= end]
     if not steps:
         return []
     first, last = min(steps), max(steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -15,8 +16,9 @@ from ..rollout import Turn
 from ..runlog import RunLog, read_metrics
 from .baseline import preference_texts
 from .batch import Experience, Samples
-from .checkpoint import Checkpoints, Saved
+from .checkpoint import Checkpoints, Saved, State
 from .config import PPOConfig, RolloutConfig
+from .findings import by_step, count, faults, total
 from .memory import limit_memory, with_micro_tokens
 from .monitor import TEXTS, Monitor, read_texts
 from .policy import Policy
@@ -70,11 +72,13 @@ class Run:
         else:
             check_reading(config.reward.source, self.tokenizer, self.policy.model)
         gold = None if config.gold is None else open_gold(config.gold, self.tokenizer, known)
-        self.sampler = open_sampler(config.rollout, self.policy.model, self.turn.stop, device)
+        with self.policy.sampling() as sampled:
+            self.sampler = open_sampler(config.rollout, sampled, self.turn.stop, device)
         self.optimizer = open_optimizer(self.policy, config)
         self.controller = KLController(config.kl.coef, config.kl.target, config.kl.horizon)
         self.rules = StopRules(config.stop_when)
-        self.rules.refuse(self._unmeasured())
+        heads = self.policy.reward_head if self.reward is None else self.reward
+        self.rules.refuse(unmeasured(config, None if heads is None else heads.num_heads))
         self.checkpoints = Checkpoints(config.output / "checkpoints")
         self.monitor = Monitor(config, log, device, gold, self.tokenizer.decode)
         self.texts = texts
@@ -84,17 +88,6 @@ class Run:
             f"reward source: {config.reward.source} ({kind})",
             f"sampling: {self.sampler.name}, {len(self.prompts)} prompts{_truncated(config)}",
         ]
-
-    def _unmeasured(self) -> dict[str, str]:
-        """Metrics that this run cannot have -> what would give them. A function or server may bring heads or not."""
-        missing = {} if self.config.gold is not None else {"gold/mean": "a gold scorer: set gold"}
-        if self.config.critic == "none":
-            missing |= dict.fromkeys(("value/loss", "value/explained_variance"), "a critic: estimator gae has one")
-        heads = self.policy.reward_head if self.reward is None else self.reward
-        if heads is not None and heads.num_heads == 1:
-            names = ("nominal", "worst", "gap", "disagreement", "disagreement_ratio")
-            missing |= dict.fromkeys((f"reward/{name}" for name in names), "a reward of several heads, not one")
-        return missing
 
     def begin(self, resume: bool) -> int:
         """Say what runs, and make ready: from the newest checkpoint, or from the start. -> the first step"""
@@ -118,20 +111,36 @@ class Run:
         samples = draw(self.sampler, self.policy, self.prompts, numbers, config, step, progress=False)
         self.monitor.texts(step, self.score(samples))
 
-    def refuse_bad(self, step: int, learned: dict[str, float]) -> None:
+    def refuse_bad(self, step: int, metrics: dict[str, float]) -> None:
         """Count steps whose loss was not finite; after too many in a row the run ends, its last checkpoint whole."""
-        self.bad_steps = self.bad_steps + 1 if learned["update/skipped"] else 0
+        self.bad_steps = self.bad_steps + 1 if metrics["update/skipped"] else 0
         if self.bad_steps >= self.config.update.max_bad_steps:
             kept = self.checkpoints.steps()
             where = str(self.checkpoints.path(kept[-1])) if kept else "none was written yet"
+            cause = self._cause(no_reward=math.isnan(metrics["reward/mean"]))
             raise ValueError(
-                f"ppo: stopped at step {step}: {self.bad_steps} steps in a row had a loss or rewards not finite; "
-                f"a lower update.lr may help, or a look at the rewards; the last checkpoint: {where}"
+                f"ppo: stopped at step {step}: {self.bad_steps} steps in a row had an update skipped: {cause}; "
+                f"the last checkpoint: {where}"
             )
+
+    def _cause(self, no_reward: bool) -> str:
+        """Why an update was skipped, and what may help."""
+        if no_reward:
+            return f"no response had a finite reward from {self.config.reward.source}, which is to be looked at"
+        return "its loss or gradient was not finite, where a lower update.lr may help"
+
+    def _refuse_unmoved(self, rows: list[dict[str, Any]], steps: int) -> None:
+        """Raise ValueError for a run that made no update; `rows` of all its steps, or nothing is known."""
+        if len(rows) < steps or total(rows, "update/steps"):
+            return
+        cause = self._cause(no_reward=all(row.get("reward/mean") is None for row in rows))
+        if not total(rows, "update/skipped"):
+            cause = "update.max_kl held every one back"
+        raise ValueError(f"ppo: no update was made in {count(steps, 'step')}, so nothing was learned: {cause}")
 
     def save(self, step: int) -> None:
         """The checkpoint of the policy after `step` updates."""
-        state = {
+        state: State = {
             "kl_coef": self.controller.coef,
             "bad_steps": self.bad_steps,
             "rules": self.rules.state(),
@@ -142,56 +151,86 @@ class Run:
 
     def restore(self) -> int:
         """Take up the newest checkpoint; the step to go on with."""
-        steps = self.checkpoints.steps()
-        if not steps:
+        found = self.checkpoints.newest()
+        if found is None:
             return 0
-        saved = self.checkpoints.load(steps[-1])
+        step, saved = found
         self.policy.load_trainable_state(saved.policy)
         self.optimizer.load_state_dict(saved.optimizer)
         self.controller.coef = saved.state["kl_coef"]
         self.bad_steps = saved.state["bad_steps"]
         self.rules.load_state(saved.state["rules"])
         self.monitor.load_state(saved.state["monitor"])
-        return steps[-1]
+        return step
 
     def finish(self, steps: int, fired: Fired | None) -> dict[str, Any]:
         """The policy as a folder, texts of it, the report, and last ppo.json."""
-        folder, stopped = self.config.output, None if fired is None else str(fired)
-        back = self.checkpoints.last_good(fired.since) if fired is not None and fired.rule.rollback else None
-        if back is not None:
-            self.policy.load_trainable_state(self.checkpoints.load(back).policy)
-            stopped = f"{stopped}; the policy is the checkpoint of step {back} again"
-        elif fired is not None and fired.rule.rollback:
-            stopped = f"{stopped}; no checkpoint is from before, so the policy stays as it is"
-        self.keep_texts(steps)
+        folder = self.config.output
+        rows = by_step(read_metrics(folder))
+        if fired is None:
+            self._refuse_unmoved(rows, steps)
+        stopped, back = self._stopped(fired)
+        self.keep_texts(steps if back is None else back)
         with atomic_folder(folder / "policy") as temporary:
             self.policy.save(temporary)
             self.tokenizer.save_pretrained(temporary)
-        rows = read_metrics(folder)
         outcome = {
             "steps": steps,
             "stopped": stopped,
             "rolled_back_to": back,
             "policy": self.combination[0],
             "reward": self.combination[1],
-            "seconds": sum(row[name] for row in rows for name in ("time/rollout", "time/score", "time/update")),
-            "first": {name: rows[0].get(name) for name in SHOWN},
-            "last": {name: rows[-1].get(name) for name in SHOWN},
+            "seconds": sum(row.get(f"time/{name}") or 0.0 for row in rows for name in ("rollout", "score", "update")),
+            "updates": total(rows, "update/steps"),
+            "skipped": total(rows, "update/skipped"),
+            "dropped": total(rows, "samples/dropped"),
+            "faults": faults(rows, steps),
+            "first": {name: rows[0].get(name) if rows else None for name in SHOWN},
+            "last": {name: rows[-1].get(name) if rows else None for name in SHOWN},
         }
+        outcome["report"] = self._report(rows, outcome)
+        atomic_write_json(folder / "ppo.json", outcome)
+        return outcome
+
+    def _stopped(self, fired: Fired | None) -> tuple[str | None, int | None]:
+        """Why the run ends early, and the step whose policy it takes up again, where a rule asks for that."""
+        if fired is None or not fired.rule.rollback:
+            return None if fired is None else str(fired), None
+        found = self.checkpoints.newest(fired.since)
+        if found is None:
+            return f"{fired}; no checkpoint is from before, so the policy stays as it is", None
+        self.policy.load_trainable_state(found[1].policy)
+        return f"{fired}; the policy is the checkpoint of step {found[0]} again", found[0]
+
+    def _report(self, rows: list[dict[str, Any]], outcome: dict[str, Any]) -> bool:
+        """Write report.html; False, and a word to the user, without what it needs."""
+        folder = self.config.output
         try:
             from .report import render
 
             page = render(self.config, rows, read_texts(folder), outcome)
-            atomic_write_text(folder / "report.html", page)
         except ImportError as error:  # the numbers are all there without
             self.say(f"no report.html: {error}")
-        atomic_write_json(folder / "ppo.json", outcome)
-        return outcome
+            return False
+        atomic_write_text(folder / "report.html", page)
+        return True
 
     def say(self, *lines: str) -> None:
         """Tell the user on stderr, unless they asked for quiet."""
         if self.progress:
             tqdm.write("\n".join(lines).replace("\n", "\n  "), file=sys.stderr)
+
+
+def unmeasured(config: PPOConfig, num_heads: int | None) -> dict[str, str]:
+    """Metrics that a run cannot have -> what would give them. num_heads: None of a function or server, which may bring
+    heads or not."""
+    missing = {} if config.gold is not None else {"gold/mean": "a gold scorer: set gold"}
+    if config.critic == "none":
+        missing |= dict.fromkeys(("value/loss", "value/explained_variance"), "a critic: estimator gae has one")
+    if num_heads == 1:
+        names = ("nominal", "worst", "gap", "disagreement", "disagreement_ratio")
+        missing |= dict.fromkeys((f"reward/{name}" for name in names), "a reward of several heads, not one")
+    return missing
 
 
 def _truncated(config: PPOConfig) -> str:

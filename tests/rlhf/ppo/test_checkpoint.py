@@ -15,23 +15,24 @@ import pytest
 import torch
 
 from prudent.rlhf.ppo import checkpoint
-from prudent.rlhf.ppo.checkpoint import Checkpoints, Saved
+from prudent.rlhf.ppo.checkpoint import Checkpoints, Saved, State
 
 
 def _saved(value: float, size: int = 3) -> Saved:
     optimizer = {"state": {0: {"step": torch.tensor(value), "exp_avg": torch.full((size,), value)}}, "param_groups": []}
-    return Saved({"weight": torch.full((size,), value)}, optimizer, {"kl_coef": value, "rules": {}})
+    state = State(kl_coef=value, bad_steps=0, rules={}, monitor={"baseline": {}})
+    return Saved({"weight": torch.full((size,), value)}, optimizer, state)
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     kept = Checkpoints(tmp_path / "checkpoints")
     kept.save(10, _saved(0.1))
     assert Checkpoints(tmp_path / "checkpoints").steps() == [10]
-    back = kept.load(10)
+    step, back = kept.newest()
+    assert step == 10
     assert torch.equal(back.policy["weight"], torch.full((3,), 0.1))
     assert back.optimizer["state"][0]["step"] == torch.tensor(0.1)
     assert back.state["kl_coef"] == 0.1
-    assert back.state["step"] == 10
 
 
 def test_the_newest_two_and_the_last_good_one_stay(tmp_path: Path) -> None:
@@ -56,7 +57,49 @@ def test_one_that_was_cut_short_is_passed_over(tmp_path: Path, caplog: pytest.Lo
     file.write_bytes(file.read_bytes()[:-20])
     with caplog.at_level(logging.WARNING):
         assert kept.steps() == [10]
-    assert "step-000020 was cut short" in caplog.text
+    assert "step-000020 is damaged (cut short, or its bytes changed): passed over" in caplog.text
+
+
+def _flip(file: Path, where: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[where] ^= 255
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("where", [-1, -30, 700])  # the archive's list of contents, and a tensor in it
+def test_one_whose_bytes_changed_is_passed_over_for_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, where: int
+) -> None:
+    for step in (10, 20, 30):
+        Checkpoints(tmp_path).save(step, _saved(step, size=1000))
+    _flip(tmp_path / "step-000030" / "state.pt", where)
+    kept = Checkpoints(tmp_path)
+    assert kept.steps() == [10, 20, 30]  # its size is right: the bytes are read when it is loaded
+    with caplog.at_level(logging.WARNING):
+        step, saved = kept.newest()
+    assert (step, saved.state["kl_coef"]) == (20, 20)
+    assert "step-000030 is damaged" in caplog.text
+    assert kept.steps() == [10, 20]
+    kept.save(30, _saved(30))
+    assert kept.newest()[0] == 30  # written again it is whole
+
+
+def test_the_newest_from_before_a_step_is_whole_too(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path)
+    for step in (10, 20, 30):
+        kept.save(step, _saved(step))
+    _flip(tmp_path / "step-000020" / "state.pt", -1)
+    assert kept.newest(bad_since=30)[0] == 10
+    assert kept.newest(bad_since=10) is None
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"bytes": 1, "crc32": 2, "kl_coef": 0.1}'])
+def test_a_state_that_lacks_something_is_damaged(tmp_path: Path, text: str) -> None:
+    kept = Checkpoints(tmp_path)
+    kept.save(10, _saved(1))
+    kept.save(20, _saved(2))
+    (tmp_path / "step-000020" / "state.json").write_text(text)
+    assert kept.steps() == [10]
 
 
 def test_what_a_kill_left_of_an_unfinished_one_is_swept_away(tmp_path: Path) -> None:
