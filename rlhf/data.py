@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
-from .rows import RowError, Text, pairs_of_row
+from .files import refuse_mistyped
+from .rows import ARRAY, RowError, Text, pairs_of_row
 
-_FILES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+FILES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def load_pairs(
     skip_bad_rows: bool = False,
     limit: int | None = None,
     progress: bool = False,
+    key: str = "data",
 ) -> PairData:
     """Preference pairs from a JSON-lines or Parquet file, or a Hugging Face dataset.
 
@@ -76,12 +79,13 @@ def load_pairs(
         min_score_gap: > 0, on the scores' own scale.
         skip_bad_rows: count broken rows and go on, instead of refusing the file.
         limit: stop after this many rows.
+        key: what errors call the source.
 
     Returns:
         PairData. Exact duplicates and pairs with two equal responses are counted and dropped.
 
     Raises:
-        ValueError: naming file and line, for a broken row; for a file that is missing, empty or without a usable pair.
+        ValueError: naming key, file and line, for a broken row; for a file that is missing, empty or without a usable pair.
     """
     if not min_score_gap > 0:
         raise ValueError(f"min_score_gap: expected a number above 0, got {min_score_gap}")
@@ -89,7 +93,7 @@ def load_pairs(
     counts = dict.fromkeys(("rows", "pairs", "prompts", "bad_rows", "duplicates", "equal", "below_gap"), 0)
     pairs: list[PreferencePair] = []
     seen: set[str] = set()
-    for where, row in tqdm(read_rows(name), desc="reading pairs", unit="row", delay=1, disable=not progress):
+    for where, row in tqdm(read_rows(key, name), desc="reading pairs", unit="row", delay=1, disable=not progress):
         if limit is not None and counts["rows"] >= limit:
             break
         counts["rows"] += 1
@@ -99,27 +103,27 @@ def load_pairs(
             found, below = pairs_of_row(row, min_score_gap)
         except RowError as error:
             if not skip_bad_rows:
-                raise ValueError(f"{where}: {error}") from None
+                raise ValueError(f"{key}: {where}: {error}") from None
             counts["bad_rows"] += 1
             continue
         counts["below_gap"] += below
         for fields in found:
             pair = PreferencePair(**fields, where=where)
             responses = _key(pair.chosen), _key(pair.rejected)
-            key = json.dumps([pair.prompt_key, *responses])
+            whole = json.dumps([pair.prompt_key, *responses])
             if responses[0] == responses[1]:
                 counts["equal"] += 1
-            elif key in seen:
+            elif whole in seen:
                 counts["duplicates"] += 1
             else:
-                seen.add(key)
+                seen.add(whole)
                 pairs.append(pair)
     if counts["rows"] == 0:
-        raise ValueError(f"{name}: expected preference pairs, got an empty file")
+        raise ValueError(f"{key}: {name}: expected preference pairs, got an empty file")
     if not pairs:
         dropped = ", ".join(f"{v} {k}" for k, v in counts.items() if v)
         raise ValueError(
-            f"{name}: expected at least one usable pair, got none ({dropped}; min_score_gap {min_score_gap:g})"
+            f"{key}: {name}: expected at least one usable pair, got none ({dropped}; min_score_gap {min_score_gap:g})"
         )
     counts["pairs"] = len(pairs)
     counts["prompts"] = len({pair.prompt_key for pair in pairs})
@@ -151,39 +155,57 @@ def _key(text: Text) -> str:
     return text if isinstance(text, str) else json.dumps(text, sort_keys=True)
 
 
-def read_rows(name: str) -> Iterator[tuple[str, Any]]:
-    """(where, row) of a file or dataset (as `load_pairs` names them); a line that is no JSON comes as its RowError."""
+def read_rows(key: str, name: str, endings: Collection[str] = tuple(FILES)) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a file or dataset (as `load_pairs` names them); a line that is no JSON comes as its RowError.
+
+    key: what errors call the source.   endings: of all files that may be given for it.
+    """
     path = Path(name)
-    kind = _FILES.get(path.suffix.lower())
+    kind = FILES.get(path.suffix.lower())
     if path.is_file():
         if kind is None:
             raise ValueError(
-                f"{name}: expected a file that ends in {', '.join(_FILES)}, got {path.suffix or 'no ending'}"
+                f"{key}: {name}: expected a file that ends in {', '.join(endings)}, got {path.suffix or 'no ending'}"
             )
-        return _jsonl_rows(path) if kind == "jsonl" else _parquet_rows(path)
+        return _jsonl_rows(key, path) if kind == "jsonl" else _parquet_rows(key, path)
     if kind is not None:
-        raise ValueError(f"{name}: no such file")
-    return _dataset_rows(name)
+        raise ValueError(f"{key}: {name}: {'expected a file, got a folder' if path.is_dir() else 'no such file'}")
+    refuse_mistyped(key, name.partition(":")[0])
+    return _dataset_rows(key, name)
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
+def _jsonl_rows(key: str, path: Path) -> Iterator[tuple[str, Any]]:
+    with opened(key, path) as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            row: Any
-            try:
-                row = json.loads(line.decode("utf-8").rstrip("\r\n"))
-            except UnicodeDecodeError as error:
-                row = RowError(f"expected UTF-8, got {error.reason} at byte {error.start}")
-            except json.JSONDecodeError as error:
-                row = RowError(f"expected one JSON object a line, got {error.msg}: column {error.colno}")
-            except ValueError as error:
-                row = RowError(f"expected one JSON object a line, got {error}")
-            yield f"{path}, line {number}", row
+            if line.strip():
+                yield f"{path}, line {number}", _value_of_line(line)
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+@contextmanager
+def opened(key: str, path: Path) -> Iterator[IO[bytes]]:
+    """A file of data, for reading. ValueError, with `key`, where that is not allowed."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise ValueError(f"{key}: {path}: cannot be read ({error.strerror})") from None
+    with file:
+        yield file
+
+
+def _value_of_line(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig").rstrip("\r\n"))  # Windows' tools begin a file with a mark
+    except UnicodeDecodeError as error:
+        return RowError(f"expected UTF-8, got {error.reason} at byte {error.start}")
+    except json.JSONDecodeError as error:
+        if line.lstrip().startswith(b"["):  # over several lines
+            return RowError(ARRAY)
+        return RowError(f"expected one JSON object a line, got {error.msg}: column {error.colno}")
+    except ValueError as error:
+        return RowError(f"expected one JSON object a line, got {error}")
+
+
+def _parquet_rows(key: str, path: Path) -> Iterator[tuple[str, Any]]:
     try:
         from pyarrow import parquet  # type: ignore[import-untyped]
     except ImportError:
@@ -191,7 +213,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         file = parquet.ParquetFile(path)
     except Exception as error:  # pyarrow has one exception class per cause
-        raise ValueError(f"{path}: expected a Parquet file, got {error}") from None
+        raise ValueError(f"{key}: {path}: expected a Parquet file, got {error}") from None
     number = 0
     for batch in file.iter_batches(batch_size=1024):
         for row in batch.to_pylist():
@@ -199,7 +221,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}, row {number}", row
 
 
-def _dataset_rows(name: str) -> Iterator[tuple[str, Any]]:
+def _dataset_rows(key: str, name: str) -> Iterator[tuple[str, Any]]:
     try:
         import datasets
     except ImportError:
@@ -210,6 +232,8 @@ def _dataset_rows(name: str) -> Iterator[tuple[str, Any]]:
         rows = datasets.load_dataset(repository, split=split)
     except Exception as error:  # offline, unknown name, unknown split, broken file: a class each, the text says which
         reason = " ".join(str(error).split())
-        raise ValueError(f"{name}: neither a file nor a dataset that loads with split {split!r}: {reason}") from None
+        raise ValueError(
+            f"{key}: {name}: neither a file nor a dataset that loads with split {split!r}: {reason}"
+        ) from None
     for number, row in enumerate(rows, 1):
         yield f"{name}, row {number}", row

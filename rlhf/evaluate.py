@@ -77,7 +77,7 @@ def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
     spec = None if config.aggregation is None else Aggregation.parse(config.aggregation)
     if config.pictures:
         require_matplotlib()
-    pairs, counts = _load(config, config.data, progress)
+    pairs, counts = _load(config, "data", progress)
     if config.eval_fraction:
         pairs = split_by_prompt(pairs, config.eval_fraction, config.split_seed)[1]
     scorer = load_scorer(config.model, config.batch_tokens, config.max_length, progress)
@@ -89,7 +89,7 @@ def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
     compare = {} if config.compare is None else _compared(config, scorer, features, pairs, progress)
     foreign = None
     if config.foreign is not None:
-        others, _ = _load(config, config.foreign, progress)
+        others, _ = _load(config, "foreign", progress)
         foreign = _outputs(head, _features(scorer, others, config, progress))
     std_ref = head.std_ref.detach().cpu()
     sources = [pair.source for pair in pairs] if len({pair.source for pair in pairs}) > 1 else None
@@ -120,9 +120,10 @@ def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
     return EvalResult(config.output, metrics, pictures)
 
 
-def _load(config: EvalConfig, data: str, progress: bool) -> tuple[list[PreferencePair], dict[str, int]]:
+def _load(config: EvalConfig, key: str, progress: bool) -> tuple[list[PreferencePair], dict[str, int]]:
     return load_pairs(
-        data,
+        getattr(config, key),
+        key=key,
         min_score_gap=config.min_score_gap,
         skip_bad_rows=config.skip_bad_rows,
         limit=config.limit,

@@ -17,15 +17,25 @@ _MARGIN = ("margin", "strength")
 _SCORE_CHOSEN = ("score_chosen", "chosen_score")
 _SCORE_REJECTED = ("score_rejected", "rejected_score")
 
+ARRAY = "expected JSON lines, one object a line, got an array: write each of its objects on a line of its own"
+
 
 class RowError(ValueError):
     """What is wrong with a row; the reader adds where it is."""
 
 
+def object_of_row(row: Any) -> Mapping[str, Any]:
+    """`row`, if it is an object. Raises RowError."""
+    if isinstance(row, Mapping):
+        return row
+    if isinstance(row, list):
+        raise RowError(ARRAY)
+    raise RowError(f"expected an object with fields, got {'null' if row is None else type(row).__name__}")
+
+
 def pairs_of_row(row: Any, min_score_gap: float) -> tuple[list[dict[str, Any]], int]:
     """(the fields of each pair, how many pairs had too small a score gap). Raises RowError."""
-    if not isinstance(row, Mapping):
-        raise RowError(f"expected an object with fields, got {type(row).__name__}")
+    row = object_of_row(row)
     source = row.get("source")
     if source is not None and not isinstance(source, str):
         raise RowError(f"source: expected a string, got {type(source).__name__}")
@@ -49,14 +59,16 @@ def pairs_of_row(row: Any, min_score_gap: float) -> tuple[list[dict[str, Any]], 
 
 def prompt_of_row(row: Any) -> Text:
     """The prompt a row states, or the one that its pair of responses shares. Raises RowError."""
-    if not isinstance(row, Mapping):
-        raise RowError(f"expected an object with fields, got {type(row).__name__}")
+    row = object_of_row(row)
     given = _first(row, _PROMPT)
     if given is not None:
         return _text(given, "prompt")
     if row.get("chosen") is not None and row.get("rejected") is not None:
         shared: Text = _given_pair(row)["prompt"]
         return shared
+    null = next((name for name in _PROMPT if name in row), None)
+    if null is not None:
+        raise RowError(f"{null}: expected a text or a list of messages, got null")
     raise RowError(f"expected the field prompt, got {', '.join(map(str, row)) or 'none'}")
 
 

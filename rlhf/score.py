@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from ..engine import Aggregation, Scorer, Scores
 from .config import JobConfig
-from .data import PreferencePair
-from .files import atomic_write_json
+from .data import PreferencePair, opened
+from .files import atomic_write_json, read_json, writing
 from .given import load_reward_model, load_tokenizer, model_folder
-from .rows import RowError, pairs_of_row
+from .rows import ARRAY, RowError, object_of_row, pairs_of_row
 
 CHUNK_ROWS = 256  # rows read, scored and written at a time: the memory a file takes, and the most a kill costs
 _SIDES = ("chosen", "rejected")
@@ -108,18 +108,19 @@ def run_score(
     if spec is not None and spec.centre != "none":
         raise ValueError(f"score: aggregation: expected centre=none, for rows are scored one by one, got {str(spec)!r}")
     if config.data != "-" and not Path(config.data).is_file():
-        raise ValueError(f"{config.data}: no such file")
+        found = "expected a file, got a folder" if Path(config.data).is_dir() else "no such file"
+        raise ValueError(f"data: {config.data}: {found}")
     kept, kept_bytes = _kept(config, resume, overwrite)
     scorer = load_scorer(config.model, config.batch_tokens, config.max_length, progress)
     spec = (spec or scorer.model.score.aggregation).with_centre("none")
     spec.check_heads(scorer.model.score.num_heads)
     result = ScoreResult(config.output, rows=kept, kept=kept)
     total = None if config.data == "-" else os.path.getsize(config.data)
-    with ExitStack() as stack:
-        rows = _read_rows(stack.enter_context(_opened(config.data, "rb", sys.stdin.buffer)), config.data)
+    with writing(config.output), ExitStack() as stack:  # closing the file writes too
+        rows = _read_rows(stack.enter_context(_source(config.data)), config.data)
         done = _skip(rows, kept, config)
         _begin(config, kept_bytes)  # nothing that was there is touched before data, model and output are known to fit
-        target = stack.enter_context(_opened(config.output, "ab", sys.stdout.buffer))
+        target = stack.enter_context(_target(config.output))
         stack.enter_context(_quiet())
         options: dict[str, Any] = {"unit": "B", "unit_scale": True, "delay": 1, "disable": not progress}
         bar = stack.enter_context(tqdm(desc="scoring rows", total=total, initial=done, **options))
@@ -131,9 +132,7 @@ def run_score(
     return result
 
 
-def load_scorer(
-    model: str, batch_tokens: int, max_length: int | None, progress: bool, *, key: str = "model"
-) -> Scorer:
+def load_scorer(model: str, batch_tokens: int, max_length: int | None, progress: bool, *, key: str = "model") -> Scorer:
     """A `Scorer` for an ensemble, a run folder that holds one, or anybody's one-head sequence classifier, on the GPU if
     there is one. ValueError, with the config's `key`, for anything else."""
     folder = model_folder(model)
@@ -160,21 +159,23 @@ def _kept(config: ScoreConfig, resume: bool, overwrite: bool) -> tuple[int, int]
     output = Path(config.output)
     if config.output == "-" or not output.exists():
         return 0, 0
-    if output.stat().st_size == 0 and _record(config).exists():
+    if output.is_file() and output.stat().st_size == 0 and _record(config).exists():
         return 0, 0  # of a run that was refused at its first rows: a mended command may have the file
+    if output.is_dir():
+        raise ValueError(f"output: expected a file, got {output}, a folder")
     if config.data != "-" and output.samefile(config.data):
-        raise ValueError(f"score: output: expected another file than the data, got {output}")
+        raise ValueError(f"output: expected another file than the data, got {output}")
     if overwrite:
         return 0, 0
     if not resume:
-        raise ValueError(f"{output}: exists already; resume it, overwrite it, or choose another output")
+        raise ValueError(f"output: {output} exists already; resume it, overwrite it, or choose another output")
     record = _record(config)
     if not record.exists():
-        raise ValueError(f"{output}: cannot be resumed: {record.name}, which says how it was made, is missing")
-    before, made = json.loads(record.read_text(encoding="utf-8")), _made_by(config)
+        raise ValueError(f"output: {output} cannot be resumed: {record.name}, which says how it was made, is missing")
+    before, made = read_json(record), _made_by(config)
     changed = [key for key in made if before.get(key) != made[key]]
     if changed:
-        raise ValueError(f"{output}: cannot be resumed: it was made with another {', '.join(changed)}")
+        raise ValueError(f"output: {output} cannot be resumed: it was made with another {', '.join(changed)}")
     lines = kept = position = end = 0
     with output.open("rb") as file:
         for line in file:
@@ -206,10 +207,13 @@ def _skip(rows: Iterator[_Row], kept: int, config: ScoreConfig) -> int:
     if row is not None:
         with open(config.output, "rb") as file:
             line = next(islice(file, kept - 1, None))
-        written = json.loads(line)
-        if any(written.get(key) != value for key, value in row.value.items()):
+        try:
+            written = json.loads(line)
+        except ValueError:
+            written = None
+        if not isinstance(written, dict) or any(written.get(key) != value for key, value in row.value.items()):
             raise ValueError(
-                f"{config.output}: cannot be resumed: line {kept} is not of {row.where}; has the data changed?"
+                f"output: {config.output} cannot be resumed: line {kept} is not of {row.where}; has either file changed?"
             )
     return size
 
@@ -223,14 +227,13 @@ def _read_rows(file: Iterable[bytes], name: str) -> Iterator[_Row]:
                 value = json.loads(line, parse_constant=_no_constant)
                 if b"\\ud" in line.lower():
                     json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
-                if not isinstance(value, dict):
-                    raise RowError(f"expected an object with fields, got {type(value).__name__}")
-                row.value = value
-                row.items = _items(value)
+                row.value = dict(object_of_row(value))
+                row.items = _items(row.value)
             except RowError as error:
                 row.error = str(error)
             except ValueError as error:
-                row.error = f"expected one JSON object a line, in UTF-8, got {error}"
+                several = line.lstrip().startswith(b"[")
+                row.error = ARRAY if several else f"expected one JSON object a line, in UTF-8, got {error}"
             yield row
 
 
@@ -279,7 +282,7 @@ def _score(
 def _refuse(rows: Iterable[_Row], config: ScoreConfig) -> None:
     for row in rows:
         if row.error is not None and not config.skip_bad_rows:
-            raise ValueError(f"{row.where}: {row.error}")
+            raise ValueError(f"data: {row.where}: {row.error}")
 
 
 def _try_encoding(row: _Row, scorer: Scorer) -> None:
@@ -317,13 +320,12 @@ def _encoded(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-@contextmanager
-def _opened(name: str, mode: str, standard: IO[bytes]) -> Iterator[IO[bytes]]:
-    if name == "-":
-        yield standard
-        return
-    with open(name, mode) as file:
-        yield file
+def _source(name: str) -> AbstractContextManager[IO[bytes]]:
+    return nullcontext(sys.stdin.buffer) if name == "-" else opened("data", Path(name))
+
+
+def _target(name: str) -> AbstractContextManager[IO[bytes]]:
+    return nullcontext(sys.stdout.buffer) if name == "-" else open(name, "ab")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from ...engine.config import max_positions
-from ..data import read_rows
+from ..data import FILES, opened, read_rows
 from ..rollout import Turn
 from ..rows import RowError, Text, prompt_of_row
 from .config import RolloutConfig
@@ -75,7 +75,7 @@ def load_prompts(
             seen.add(key)
             ids = turn.prompt(item)
         except ValueError as error:  # the encoder's reasons too
-            raise ValueError(f"prompts: {where}: {error}") from None
+            raise ValueError(f"prompts: {where}: {str(error).removeprefix('Scorer: item: ')}") from None
         if max_tokens is not None and len(ids) > max_tokens:
             shown = item if isinstance(item, str) else item[-1]["content"]
             raise ValueError(
@@ -92,12 +92,12 @@ def _items(name: str) -> Iterator[tuple[str, Any]]:
     """(where, text or row)."""
     path = Path(name)
     if path.suffix.lower() != ".txt":
-        yield from read_rows(name)
+        yield from read_rows("prompts", name, (".txt", *FILES))
         return
+    with opened("prompts", path) as file:
+        content = file.read()
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"prompts: {name}: cannot be read ({error.strerror})") from None
+        text = content.decode("utf-8-sig")  # Windows' tools begin a file with a mark
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts: {name}: expected UTF-8, got {error.reason} at byte {error.start}") from None
     for number, line in enumerate(text.split("\n"), 1):

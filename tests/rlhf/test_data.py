@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,8 @@ _GOOD = json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"})
     ("line", "message"),
     [
         ("{broken", "expected one JSON object a line, got Expecting property name"),
-        ('["a"]', "expected an object with fields, got list"),
+        ('["a"]', "expected JSON lines, one object a line, got an array"),
+        ("null", "expected an object with fields, got null"),
         ('{"text": "x"}', "expected the fields chosen and rejected, or prompt and responses with scores, got text"),
         ('{"prompt": "p", "chosen": "a", "rejected": null}', "expected chosen and rejected, but rejected is null"),
         ('{"prompt": "p", "chosen": null, "rejected": "b"}', "expected chosen and rejected, but chosen is null"),
@@ -178,7 +180,7 @@ def test_a_broken_line_is_refused_by_file_and_line_or_skipped_and_counted(
 ) -> None:
     file = tmp_path / "d.jsonl"
     file.write_text(f"{_GOOD}\n\n{line}\n")
-    with pytest.raises(ValueError, match=r"d\.jsonl, line 3: ") as caught:
+    with pytest.raises(ValueError, match=r"^data: .*d\.jsonl, line 3: ") as caught:
         load_pairs(file)
     assert message in str(caught.value)
     data = load_pairs(file, skip_bad_rows=True)
@@ -203,11 +205,36 @@ def test_a_file_without_a_usable_pair_says_why(tmp_path: Path) -> None:
         _load(tmp_path, {"prompt": "p", "chosen": "a", "rejected": "a"})
 
 
-@pytest.mark.parametrize(("name", "message"), [("gone.jsonl", "no such file"), ("data.txt", "got .txt")])
-def test_a_missing_file_or_unknown_ending_is_named(tmp_path: Path, name: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gone.jsonl", "no such file"),
+        ("data.txt", "expected a file that ends in .jsonl, .json, .parquet, got .txt"),
+        ("d.jsonl", "expected a file, got a folder"),
+        ("nowhere/set", "no such file or folder"),
+        ("nowhere/set:test", "no such file or folder"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_named_after_its_key(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "data.txt").write_text("x")
-    with pytest.raises(ValueError, match=message):
-        load_pairs(tmp_path / name)
+    (tmp_path / "d.jsonl").mkdir()
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        load_pairs(tmp_path / name, key="foreign")
+    assert str(raised.value).startswith(f"foreign: {tmp_path / name.partition(':')[0]}: ")
+
+
+def test_an_array_is_said_to_be_one(tmp_path: Path) -> None:
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    for text in (json.dumps([pair]), json.dumps([pair], indent=1)):
+        (tmp_path / "d.json").write_text(text)
+        with pytest.raises(ValueError, match=r"data: .*d\.json, line 1: expected JSON lines, .* got an array: write"):
+            load_pairs(tmp_path / "d.json")
+
+
+def test_the_mark_that_windows_tools_begin_a_file_with_is_passed_over(tmp_path: Path) -> None:
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(pair).encode())
+    assert load_pairs(tmp_path / "d.jsonl").pairs[0].prompt == "p"
 
 
 def test_a_gap_that_is_not_positive_is_refused(tmp_path: Path) -> None:

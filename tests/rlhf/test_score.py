@@ -210,7 +210,7 @@ def test_an_existing_output_is_kept_unless_told_otherwise(make):
 
 BROKEN = [
     ('{"prompt": "the food"', "JSON object a line"),
-    ("[1, 2]", "an object with fields, got list"),
+    ("[1, 2]", "one object a line, got an array"),
     ('{"prompt": "the food"}', "prompt and response, messages, or chosen and rejected, got prompt"),
     ('{"prompt": "a", "response": "b", "reward": 1}', "a field 'reward' already"),
     ('{"prompt": "a", "response": 3}', "expected messages"),
@@ -300,7 +300,8 @@ def test_long_rows_are_counted_and_the_scorers_warning_does_not_come_once_a_chun
         ({"aggregation": "tradeof:0.4"}, {}, "aggregation: kind: expected one of"),
         ({"aggregation": "head:3"}, {}, "expected a head below 3"),
         ({"aggregation": "mean,centre=batch"}, {}, "expected centre=none"),
-        ({"data": "no-such-file.jsonl"}, {}, "no such file"),
+        ({"data": "no-such-file.jsonl"}, {}, "^data: no-such-file.jsonl: no such file$"),
+        ({"data": "."}, {}, "^data: .: expected a file, got a folder$"),
         ({"model": "./no-such-model"}, {}, "no-such-model"),
         ({"output": "-"}, {"resume": True}, "expected files"),
         ({}, {"resume": True, "overwrite": True}, "got both"),
@@ -312,6 +313,45 @@ def test_what_cannot_work_is_refused_before_anything_is_written(make, given, fla
     with pytest.raises(ValueError, match=message):
         run_score(config, progress=False, **flags)
     assert config.output == "-" or not Path(config.output).exists()
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_folder_is_no_output(make, tmp_path, flags):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"output: expected a file, got .*/out, a folder"):
+        run_score(make(ROWS[:1], output=str(tmp_path / "out")), progress=False, **flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "says"),
+    [
+        ("out.jsonl.config.json", "{broken", r"out\.jsonl\.config\.json: expected a JSON object, got broken JSON"),
+        ("out.jsonl", "{broken", r"output: .*out\.jsonl cannot be resumed: line 4 is not of .*in\.jsonl, line 4"),
+        ("out.jsonl", "[1]", r"output: .*out\.jsonl cannot be resumed: line 4 is not of .*in\.jsonl, line 4"),
+    ],
+)
+def test_a_resumed_output_that_was_damaged_is_named(make, name, line, says):
+    config = make(ROWS)
+    run_score(config, progress=False)
+    damaged = Path(config.output).with_name(name)
+    lines = damaged.read_text().split("\n")
+    damaged.write_text("\n".join([*lines[:3], line, *lines[4:]]))
+    with pytest.raises(ValueError, match=says):
+        run_score(config, resume=True, progress=False)
+
+
+def test_an_array_over_several_lines_is_said_to_be_one(make):
+    config = make([json.dumps([ROWS[0]], indent=1)])
+    with pytest.raises(ValueError, match=r"^data: .*in\.jsonl, line 1: expected JSON lines, .* got an array"):
+        run_score(config, progress=False)
+
+
+def test_a_full_disk_names_the_output(make, monkeypatch):
+    monkeypatch.setattr(score, "_target", lambda _: open("/dev/full", "ab"))
+    config = make(ROWS)
+    with pytest.raises(OSError, match=r"could not be written \(No space left on device\)") as raised:
+        run_score(config, progress=False)
+    assert raised.value.filename == config.output
 
 
 def test_the_data_is_never_the_output(make):

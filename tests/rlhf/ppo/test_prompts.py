@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ def test_rows_state_a_text_messages_or_a_pair(tmp_path: Path, turn: Turn) -> Non
     assert prompts[1].ids == turn.prompt("my day")  # the template writes both alike
 
 
+@pytest.mark.parametrize(("name", "row"), [("p.txt", "my day"), ("p.jsonl", {"prompt": "my day"})])
+def test_the_mark_that_windows_tools_begin_a_file_with_is_no_part_of_the_first_prompt(
+    tmp_path: Path, turn: Turn, name: str, row: Any
+) -> None:
+    path = _file(tmp_path, name, row)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [prompt.item for prompt in load_prompts(path, turn)] == ["my day"]
+
+
 def test_parquet_is_read(tmp_path: Path, turn: Turn) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pytest.importorskip("pyarrow").table({"prompt": ["my day", "the hotel"], "other": [1, 2]})
@@ -63,6 +73,8 @@ def test_parquet_is_read(tmp_path: Path, turn: Turn) -> None:
     ("name", "row", "message"),
     [
         ("p.jsonl", {"text": "a"}, "p.jsonl, line 2: expected the field prompt, got text"),
+        ("p.jsonl", {"prompt": None}, "p.jsonl, line 2: prompt: expected a text or a list of messages, got null"),
+        ("p.jsonl", "[1]", "p.jsonl, line 2: expected JSON lines, one object a line, got an array"),
         ("p.jsonl", {"prompt": " "}, "line 2: expected a prompt with some text, got an empty one"),
         ("p.jsonl", "{", "line 2: expected one JSON object a line"),
         ("p.txt", "food " * 30, r"line 2: expected at most 20 tokens, so that a response fits behind, got 33: 'food f"),
@@ -76,17 +88,33 @@ def test_a_prompt_that_cannot_be_used_is_named(tmp_path: Path, turn: Turn, name:
 
 def test_messages_need_a_chat_template(tmp_path: Path, plain: Turn) -> None:
     row = {"prompt": [{"role": "user", "content": "my day"}]}
-    with pytest.raises(ValueError, match=r"line 1: .*the tokeniser has no chat template"):
+    with pytest.raises(ValueError, match=r"line 1: expected plain text, because the tokeniser has no chat template"):
         load_prompts(_file(tmp_path, "p.jsonl", row), plain)
 
 
 def test_a_source_without_prompts_is_refused(tmp_path: Path, turn: Turn) -> None:
     with pytest.raises(ValueError, match="expected at least one prompt, got none"):
         load_prompts(_file(tmp_path, "p.txt", "", ""), turn)
-    with pytest.raises(ValueError, match=r"no.txt: cannot be read \(No such file"):
-        load_prompts(tmp_path / "no.txt", turn)
-    with pytest.raises(ValueError, match="no such file"):
-        load_prompts(tmp_path / "no.jsonl", turn)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("no.txt", "no.txt: cannot be read (No such file or directory)"),
+        ("no.jsonl", "no.jsonl: no such file"),
+        ("no/such", "no/such: no such file or folder"),
+        ("rew.py", "rew.py: expected a file that ends in .txt, .jsonl, .json, .parquet, got .py"),
+        ("", "expected a file, a folder or a hub's name, got an empty text"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_named_after_its_key(
+    tmp_path: Path, turn: Turn, name: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "no").mkdir()
+    (tmp_path / "rew.py").touch()
+    with pytest.raises(ValueError, match=re.escape(f"prompts: {says}")):
+        load_prompts(name, turn)
 
 
 def test_a_prompt_leaves_room_for_response_and_closing(model: Any, turn: Turn) -> None:
