@@ -26,6 +26,7 @@ TERMS = (
 CONTEXT = 1 << 30
 FRAGMENTS = 0.05
 _LEAST = 10**6  # bytes that are a size
+_WORTH = 0.01  # of the peak, that a change has to save to be told
 
 
 def parse_size(text: str | int) -> int:
@@ -234,7 +235,10 @@ class Cut(NamedTuple):
 
 
 def cuts(shape: ModelShape, job: JobShape, limit: int) -> list[Cut]:
-    """What could be changed where nothing fits, the most effective first, at one sample a forward pass."""
+    """What could be changed where nothing fits, the most effective first, at one sample a forward pass.
+
+    What saves under a hundredth is left out.
+    """
     options = [
         ("policy.gradient_checkpointing=true", replace(job, checkpointing=True)),
         ("policy.mode=lora", replace(job, mode="lora", mixed=False)),
@@ -248,7 +252,7 @@ def cuts(shape: ModelShape, job: JobShape, limit: int) -> list[Cut]:
     found = []
     for setting, changed in options:
         after = plan(shape, changed, changed.tokens).peak
-        if changed != job and after < before:
+        if changed != job and before - after >= _WORTH * before:
             found.append(Cut(setting, before - after, after <= limit))
     return sorted(found, key=lambda cut: -cut.saves)
 

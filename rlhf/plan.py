@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from pydantic import Field, field_validator
 
 from ..engine.budget import PHASES, TERMS, Budget, Cut, JobShape, ModelShape, cuts, micro_tokens, parse_size, plan
+from .files import refuse_mistyped
+from .given import model_folder
 from .ppo.config import PPOConfig, RewardConfig
 from .ppo.policy import trunk_dtype
+from .ppo.prompts import longest_prompt
+from .rollout import Turn
 
-PROMPT_TOKENS = 512  # where rollout.max_prompt_tokens says nothing
+PROMPT_TOKENS = 512  # where rollout.max_prompt_tokens and the model's positions say nothing
 TOLERANCE = 0.1  # of the tracked peak, within which the plan is to lie
+FLOOR = 16 << 20  # bytes that it may be off by in any case: a tiny model's peak is of small tensors, which no plan has
 
 _LLAMA = {"model_type": "llama", "max_position_embeddings": 8192, "rope_theta": 500000.0, "vocab_size": 128256}
 _QWEN = {"model_type": "qwen2", "max_position_embeddings": 32768, "rope_theta": 1000000.0, "vocab_size": 152064}
@@ -64,8 +69,10 @@ class PlanConfig(PPOConfig):
         return value
 
 
-def model_config(name: str) -> Any:
+def model_config(name: str, key: str = "model") -> Any:
     """The transformers config of a built-in shape, a config.json, a model's folder or a hub name.
+
+    key: the config's that gave it, for errors.
 
     Raises:
         ValueError: where there is none.
@@ -75,12 +82,13 @@ def model_config(name: str) -> Any:
     if name.lower() in SHAPES:
         fields = dict(SHAPES[name.lower()])
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    refuse_mistyped(key, name)
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"model: expected {', '.join(SHAPES)}, a config.json, a folder or a hub name, got {name!r} ({first})"
+            f"{key}: expected {', '.join(SHAPES)}, a config.json, a folder or a hub name, got {name!r} ({first})"
         ) from None
 
 
@@ -89,6 +97,9 @@ def job_shape(config: PPOConfig, model: Any, device: str = "cuda", heads: int = 
 
     A reward of kind auto is taken for heads on the policy's trunk. One that is another model counts with its weights,
     in the policy's dtype, where its config can be read.
+
+    Raises:
+        ValueError: for more new tokens than the model has positions, as `prudent ppo` would.
     """
     rollout, on_gpu = config.rollout, device == "cuda"
     kind = "shared" if config.reward.kind == "auto" else config.reward.kind
@@ -99,7 +110,7 @@ def job_shape(config: PPOConfig, model: Any, device: str = "cuda", heads: int = 
     return JobShape(
         prompts=rollout.prompts_per_step,
         samples=rollout.samples_per_prompt,
-        prompt_tokens=rollout.max_prompt_tokens or PROMPT_TOKENS,
+        prompt_tokens=_prompt_tokens(config, model),
         response_tokens=rollout.max_new_tokens,
         batch_rows=rollout.batch_rows,
         mode=config.policy.mode,
@@ -121,8 +132,19 @@ def job_shape(config: PPOConfig, model: Any, device: str = "cuda", heads: int = 
     )
 
 
+class _Closing:
+    """What `longest_prompt` asks of a `Turn`: at least one token ends a response. No tokeniser is read here."""
+
+    closing = (0,)
+
+
+def _prompt_tokens(config: PPOConfig, model: Any) -> int:
+    limit = longest_prompt(config.rollout, model.get_text_config(), cast(Turn, _Closing()))
+    return PROMPT_TOKENS if limit is None else limit if config.rollout.max_prompt_tokens else min(limit, PROMPT_TOKENS)
+
+
 def _other_model(source: str) -> int:
-    config = model_config(source)
+    config = model_config(model_folder(source), "reward.source")
     return ModelShape.of(getattr(config, "text_config", None) or config).parameters
 
 
@@ -153,7 +175,7 @@ def _advice(found: list[Cut]) -> str:
     if alone:
         return "any one of these fits: " + "; ".join(f"{c.setting} (-{c.saves / 2**30:.1f} GiB)" for c in alone[:3])
     if not found:
-        return "no setting makes it smaller: a smaller model or a larger card is needed"
+        return "no setting makes it much smaller: a smaller model or a larger card is needed"
     return "each of these saves: " + "; ".join(f"{c.setting} (-{c.saves / 2**30:.1f} GiB)" for c in found[:4])
 
 
@@ -168,8 +190,14 @@ class PlanResult(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Whether the plan was held to the loop and is off by more than `TOLERANCE` in a phase."""
-        return any(abs(self.ratio(phase) - 1) > TOLERANCE for phase in self.verified or {})
+        """Whether the plan was held to the loop and is off by more than `TOLERANCE` and `FLOOR` in a phase."""
+        return any(self._off(phase) > FLOOR for phase in self.verified or {})
+
+    def _off(self, phase: str) -> int:
+        """Bytes between plan and loop, where they are more than `TOLERANCE`; else 0."""
+        assert self.verified is not None
+        off = abs(self.budget.tensors(phase) - self.verified[phase])
+        return off if off > TOLERANCE * self.verified[phase] else 0
 
     def ratio(self, phase: str) -> float:
         """Planned over tracked tensor bytes."""
@@ -179,8 +207,8 @@ class PlanResult(NamedTuple):
     def __str__(self) -> str:
         budget, job, shape = self.budget, self.budget.job, self.budget.shape
         lines = [
-            f"{shape.name}: {shape.parameters / 1e9:.2f} billion parameters, {shape.layers} layers of width "
-            f"{shape.hidden}; {job.prompts} prompts x {job.samples} samples, {job.prompt_tokens} + "
+            f"{shape.name}: {shape.parameters / 1e9:.2f} billion parameters, {_count(shape.layers, 'layer')} of width "
+            f"{shape.hidden}; {_count(job.prompts, 'prompt')} x {_count(job.samples, 'sample')}, {job.prompt_tokens} + "
             f"{job.response_tokens} tokens; {job.mode}, {str(job.dtype).removeprefix('torch.')}",
             "",
             f"{'GiB':<20}" + "".join(f"{phase:>10}" for phase in PHASES),
@@ -195,27 +223,36 @@ class PlanResult(NamedTuple):
             lines += ["", f"{'tensors, GiB':<20}{'planned':>10}{'tracked':>10}{'ratio':>8}"]
             for phase, tracked in self.verified.items():
                 planned = budget.tensors(phase) / 2**30
-                lines.append(f"{phase:<20}{planned:>10.2f}{tracked / 2**30:>10.2f}{self.ratio(phase):>8.3f}")
+                off = self._off(phase)
+                small = f"  {off / 2**20:.1f} MiB: too little to judge" if 0 < off <= FLOOR else ""
+                lines.append(f"{phase:<20}{planned:>10.2f}{tracked / 2**30:>10.2f}{self.ratio(phase):>8.3f}{small}")
             held = "is not" if self.failed else "is"
-            lines.append(f"the plan {held} within {TOLERANCE:.0%} of the loop's peak in every phase")
+            lines.append(
+                f"the plan {held} within {TOLERANCE:.0%} of the loop's peak, or {FLOOR >> 20} MiB, in every phase"
+            )
         return "\n".join(lines)
 
     def _verdict(self) -> str:
         budget, size = self.budget, f"{self.limit / 2**30:.1f} GiB"
+        samples = max(1, budget.micro_tokens // budget.job.tokens)
         if self.fits:
-            samples = budget.micro_tokens // budget.job.tokens
             return (
-                f"fits {size}: update.micro_tokens={budget.micro_tokens} ({samples} samples of {budget.job.tokens} "
-                f"tokens a forward pass), {(self.limit - budget.peak) / 2**30:.1f} GiB free"
+                f"fits {size}: update.micro_tokens={budget.micro_tokens} ({_count(samples, 'sample')} of "
+                f"{budget.job.tokens} tokens a forward pass), {(self.limit - budget.peak) / 2**30:.1f} GiB free"
             )
-        over, samples = budget.peak - self.limit, max(1, budget.micro_tokens // budget.job.tokens)
+        over = budget.peak - self.limit
         passes = "even with one sample a forward pass" if samples == 1 else f"with {samples} samples a forward pass"
         worst = max(PHASES, key=budget.total)
         term = max(budget.terms[worst], key=lambda name: budget.terms[worst][name])
+        takes = f"{term} take{'s' * (not term.endswith('s'))} {budget.terms[worst][term] / 2**30:.1f} GiB"
         return (
-            f"does not fit {size}, {passes}: {over / 2**30:.1f} GiB too much in {worst}, "
-            f"where {term} takes {budget.terms[worst][term] / 2**30:.1f} GiB; {_advice(self.advice)}"
+            f"does not fit {size}, {passes}: {over / 2**30:.1f} GiB too much in {worst}, where the {takes}; "
+            f"{_advice(self.advice)}"
         )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def run_plan(config: PlanConfig, *, progress: bool = True) -> PlanResult:

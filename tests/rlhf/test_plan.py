@@ -13,10 +13,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Con
 from prudent import cli
 from prudent.bench.measure import extra_memory
 from prudent.engine import EnsembleHead
-from prudent.engine.budget import PHASES, JobShape, ModelShape, plan
+from prudent.engine.budget import PHASES, TERMS, Budget, JobShape, ModelShape, plan
 from prudent.rlhf.config import load_config
 from prudent.rlhf.decode import Sampling
-from prudent.rlhf.plan import SHAPES, PlanConfig, auto_micro_tokens, job_shape, model_config, run_plan
+from prudent.rlhf.plan import (
+    FLOOR,
+    SHAPES,
+    PlanConfig,
+    PlanResult,
+    auto_micro_tokens,
+    job_shape,
+    model_config,
+    run_plan,
+)
 from prudent.rlhf.plan_verify import _Loop, trace
 from prudent.rlhf.ppo.batch import Experience
 from prudent.rlhf.ppo.engines import Rule, SharedPrefix, Static
@@ -164,6 +173,36 @@ def test_the_answer_names_the_micro_batch_or_what_to_cut(capsys: pytest.CaptureF
     assert cli.main(["plan", "--model", "llama3-8b", "--gpu", "24GB", *goal]) == 0
     assert "does not fit 22.4 GiB" in (said := capsys.readouterr().out)
     assert "rollout.batch_rows=16" in said
+    assert "64 prompts x 1 sample," in said
+    assert cli.main(["plan", "--model", "llama3-8b", "--gpu", "14GB", *goal]) == 0
+    assert "GiB too much in rollout, where the parameters take 15.0 GiB" in (said := capsys.readouterr().out)
+    assert "(-0.0 GiB)" not in said
+
+
+def test_a_response_that_the_model_has_no_positions_for_is_refused_as_ppo_does(tmp_path: Path) -> None:
+    model = LlamaConfig(**SIZES, max_position_embeddings=512)
+    with pytest.raises(
+        ValueError, match=r"rollout\.max_new_tokens: expected at most 510, .* 512 positions too, got 20000"
+    ):
+        job_shape(config("rollout.max_new_tokens=20000"), model)
+    # the prompt is as long as there is room for
+    assert job_shape(config("rollout.max_new_tokens=500"), model).prompt_tokens == 11
+    assert job_shape(config(), model).prompt_tokens == PROMPT
+    unstated = load_config(PlanConfig, None, [], model="small")
+    assert job_shape(unstated, model).prompt_tokens == 512 - 64 - 1
+    assert job_shape(unstated, small()).prompt_tokens == 512
+
+
+@pytest.mark.parametrize(("gib", "off", "failed"), [(0.1, FLOOR, False), (0.1, FLOOR + 1, True), (9, 2 * FLOOR, False)])
+def test_a_plan_may_be_off_by_a_tenth_or_by_too_little_to_matter(gib: float, off: int, failed: bool) -> None:
+    tracked = int(gib * 2**30)
+    phases = {phase: dict.fromkeys(TERMS, 0) | {"activations": tracked - off} for phase in PHASES}
+    budget = Budget(ModelShape.of(small()), JobShape(), 400, phases)
+    result = PlanResult(budget, 10**10, True, [], dict.fromkeys(PHASES, tracked))
+    assert result.failed == failed
+    assert ("16.0 MiB: too little to judge" in str(result)) == (gib < 1 and not failed)
+    held = "is not" if failed else "is"
+    assert str(result).endswith(f"the plan {held} within 10% of the loop's peak, or 16 MiB, in every phase")
 
 
 @pytest.mark.slow
@@ -173,7 +212,7 @@ def test_a_plan_that_the_loop_contradicts_is_exit_code_1(
     small().save_pretrained(tmp_path)
     command = ["plan", "--model", str(tmp_path), "--quiet", "--verify", "--set", "rollout.prompts_per_step=4"]
     assert cli.main(command) == 0
-    assert "the plan is within 10% of the loop's peak in every phase" in capsys.readouterr().out
+    assert "the plan is within 10% of the loop's peak, or 16 MiB, in every phase" in capsys.readouterr().out
     monkeypatch.setattr("prudent.engine.budget_terms.Layer.saved", lambda *args: 0)
     assert cli.main(command) == 1
     assert "the plan is not within 10%" in capsys.readouterr().out
@@ -201,6 +240,15 @@ def test_what_cannot_be_planned_is_refused(sets: list[str], message: str) -> Non
 def test_a_model_that_is_not_there_is_refused_with_the_names_that_are() -> None:
     with pytest.raises(ValueError, match=r"model: expected llama3-1b, .* got 'no/where'"):
         model_config("no/where")
+
+
+def test_a_mistyped_folder_is_refused_before_a_hub_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ValueError, match=r"^model: runs/nope: no such file or folder"):
+        model_config("runs/nope")
+    with pytest.raises(ValueError, match=r"^reward\.source: runs/nope: no such file or folder"):
+        job_shape(config("reward.kind=model", "reward.source=runs/nope"), small())
 
 
 def test_the_external_reward_model_counts(tmp_path: Path) -> None:
