@@ -26,6 +26,7 @@ from .attention import FLASH, resolve, say_once
 from .batch import TokenBatch
 from .config import PPOConfig
 from .describe import describe_policy
+from .precision import cast, in_dtype, is_mixed
 from .probe import logit_rule, why_not_packed
 
 Role = Literal["actor", "critic", "reference", "reward"]
@@ -77,15 +78,15 @@ class Policy(nn.Module):
         self.config, self.device = config, torch.device(device)
         model = model.to(self.device)
         full = config.policy.mode == "full"
-        # in full, fp32 weights under autocast: a step of 1e-6 is lost in a bf16 weight
-        self._autocast = full and model.dtype == torch.float32 and self.device.type == "cuda" and config.dtype == "auto"
+        self._autocast = is_mixed(config, model.dtype, self.device)
         self.dtype: torch.dtype = torch.bfloat16 if self._autocast else model.dtype  # of the hidden states
-        self.logit_rule = logit_rule(model)
         self.vocab_size, self.hidden_size = model.get_output_embeddings().weight.shape
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
         # right padding is seen by no token of a model that masks causally and nothing more, and SDPA is faster unmasked
         self._causal = model.config.model_type in SHARING_MODELS
-        self.attention, self.packed = self._choose_attention(model)
+        with in_dtype(model, self.dtype):
+            self.logit_rule = logit_rule(model)
+            self.attention, self.packed = self._choose_attention(model)
         _drop_no_more(model)
         model.requires_grad_(full)
         self.model = model
@@ -210,7 +211,8 @@ class Policy(nn.Module):
             inputs["position_ids"] = batch.position_ids + position_offset(model.config)
         if batch.attention_mask is None and self.attention == FLASH and self._causal:
             inputs |= _boundaries(batch)
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast)
+        # a pass reads each weight once: autocast's own store of casts would keep them all to its end
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast, cache_enabled=False)
         with autocast, self._adapters.using(adapter):
             hidden: Tensor = model.base_model(**inputs).last_hidden_state
         return hidden.flatten(0, 1).to(self.dtype)
@@ -277,9 +279,10 @@ class Policy(nn.Module):
 
     @contextmanager
     def sampling(self) -> Iterator[Any]:
-        """`model` with the actor on, in eval mode, without gradient, its LoRA in the trunk's dtype; for a sampler."""
-        lora = self.config.policy.mode == "lora"
-        narrow = self._adapters.in_dtype("actor", self.model.dtype) if lora else nullcontext()
+        """`model` with the actor on, in eval mode, without gradient, in `dtype` itself and its LoRA; for a sampler."""
+        narrow: AbstractContextManager[Any] = in_dtype(self.model, self.dtype)
+        if self.config.policy.mode == "lora":
+            narrow = self._adapters.in_dtype("actor", self.dtype)
         with evaluating(self.model), narrow:
             yield self.model
 
@@ -309,19 +312,6 @@ def trunk_dtype(config: PPOConfig, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     return torch.bfloat16 if device.type == "cuda" and config.policy.mode == "lora" else torch.float32
-
-
-def cast(model: Any, dtype: torch.dtype) -> Any:
-    """`model`, a causal language model, with its parameters in `dtype`, as `from_pretrained` would have loaded it.
-
-    nn.Module.to takes buffers along, and in bf16 the rotary frequencies put position 1000 off by up to 1.8 rad. What
-    `from_pretrained` kept in a wider dtype than the model's stays.
-    """
-    before = model.dtype
-    for parameter in model.parameters():
-        if parameter.dtype == before:
-            parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def _boundaries(batch: TokenBatch) -> dict[str, Any]:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prudent.engine import EnsembleHead
+from prudent.rlhf.decode import Sampling
+from prudent.rlhf.ppo import policy as policies
 from prudent.rlhf.ppo.adapters import StoredWide
-from prudent.rlhf.ppo.attention import FLASH
+from prudent.rlhf.ppo.attention import FLASH, Attention
 from prudent.rlhf.ppo.batch import Samples, token_batch
+from prudent.rlhf.ppo.engines import Rule, Static
+from prudent.rlhf.ppo.loop import run_ppo
 from prudent.rlhf.ppo.policy import Policy, RewardOnTrunk
+from prudent.rlhf.ppo.precision import cast
+from prudent.rlhf.ppo.sampler import check_logits
+from prudent.rlhf.runlog import read_metrics
 
 from .cases import (
     FAMILIES,
@@ -190,6 +200,62 @@ def test_a_model_that_is_given_in_fp32_becomes_what_is_loaded_in_bf16(mode: str,
         results.append(_both_logprobs(policy))
     for loaded, passed in zip(*results, strict=True):
         assert torch.equal(loaded, passed)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU has with mode full and dtype auto: fp32 weights under autocast, and an attention that takes half
+    precisions alone, as flash-attn does."""
+
+    def half_only(module: Any, query: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("FlashAttention only supports fp16 and bf16 data type")
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, *args, **options)
+
+    AttentionInterface.register("half_only", half_only)
+    AttentionMaskInterface.register("half_only", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    monkeypatch.setattr(policies, "is_mixed", lambda config, *_: config.policy.mode == "full")
+    monkeypatch.setattr(policies, "resolve", lambda *_: Attention("half_only", packed=True))
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_mixed_weights_are_probed_and_sampled_in_bf16_and_are_themselves_again_afterwards() -> None:
+    lm = tiny_lm(tie_word_embeddings=True)
+    narrow = cast(copy.deepcopy(lm), torch.bfloat16)
+    policy = make(lm, policy={"mode": "full"})
+    assert (policy.attention, policy.packed, policy.dtype) == ("half_only", True, torch.bfloat16)
+    weights = dict(policy.model.named_parameters())
+    prompts, uniform = [[5, 6, 7], [8, 9]], torch.rand(2, 12, generator=torch.Generator().manual_seed(4))
+    engine = Static(Rule(Sampling(12, 1.0, 0, 1.0), 0, {1}))
+    with policy.sampling() as model:
+        check_logits(model)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+        drawn = engine(model, prompts, uniform)
+    assert drawn == engine(narrow, prompts, uniform)
+    after = dict(policy.model.named_parameters())
+    assert weights.keys() == after.keys()
+    assert all(after[name] is weight and weight.dtype == torch.float32 for name, weight in weights.items())
+    assert all(gradient.dtype == torch.float32 for gradient in gradients(policy, whole(packed=True)).values())
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("engine", ["shared_prefix", "static"])
+def test_a_run_with_mixed_weights_goes_through_its_steps(engine: str, tiny_chat_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("the food\na hotel\n")
+    (tmp_path / "rewards.py").write_text("def length(prompts, responses):\n    return [len(r) for r in responses]\n")
+    config = settings(
+        model=str(tiny_chat_folder),
+        prompts=str(tmp_path / "prompts.txt"),
+        output=tmp_path / "run",
+        reward={"source": f"{tmp_path / 'rewards.py'}:length"},
+        policy={"mode": "full"},
+        rollout={"prompts_per_step": 2, "max_new_tokens": 6, "engine": engine},
+        steps=1,
+    )
+    run_ppo(config, progress=False)
+    (row,) = read_metrics(tmp_path / "run")
+    assert row["update/steps"] > 0
 
 
 def test_a_bf16_policy_samples_from_what_it_scores() -> None:
