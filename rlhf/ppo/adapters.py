@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ...engine.convert import reading_weights
 from ..reward_adapter import save_lora
 from .config import PolicyConfig
 
@@ -64,7 +65,7 @@ class Adapters:
         """The LoRA in `folder`, frozen.
 
         Raises:
-            ValueError: where it does not fit the model, tensor by tensor.
+            ValueError: where it does not fit the model, tensor by tensor, or cannot be read.
         """
         peft = _peft()
         wanted = f"reward.source: expected an adapter that fits {self._name}, got {folder}"
@@ -72,7 +73,9 @@ class Adapters:
             config = peft.PeftConfig.from_pretrained(str(folder))
             config.base_model_name_or_path = None  # the model here counts, whatever it is called
             self._inject(adapter, config)
-            given = load_file(folder / "adapter_model.safetensors")
+            weights = folder / "adapter_model.safetensors"
+            with reading_weights(weights):
+                given = load_file(weights)
             own = peft.get_peft_model_state_dict(self._peft, adapter_name=adapter, save_embedding_layers=False)
             for name in sorted(own.keys() ^ given.keys()):
                 raise ValueError(f"{name} is in one of them alone")

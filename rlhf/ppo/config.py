@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ...engine.budget import parse_size
 from ...kernels import Aggregation
 from ..config import JobConfig
-from ..files import atomic_write_text
 from ..pet_config import PETConfig
-from ..run_folder import claim_folder
 from .stop import parse_rule
 
 TRACKERS = ("wandb", "trackio")
+KL_ERROR_BOUND = 0.2  # of the proportional error of the KL controller (arXiv 1909.08593, section 2.2)
+Kind = Literal["shared", "adapter", "model", "callable", "http"]
+_CALLABLE = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")
 
 
 class PolicyConfig(JobConfig):
@@ -81,7 +83,7 @@ class KLConfig(JobConfig):
     estimator: Literal["k1", "k2", "k3", "abs"] = "k1"  # in the loss k2: k1's gradient there has mean 0
     chi2: float = Field(default=0.0, ge=0)  # times sqrt of the chi-squared divergence, in the loss (arXiv 2403.03185)
     target: float | None = Field(default=None, gt=0)  # nats a sequence; adapts coef (arXiv 1909.08593)
-    horizon: int = Field(default=10_000, ge=1)  # sequences, of the adaption
+    horizon: int = Field(default=10_000, ge=1)  # sequences, of the adaption: more than a fifth of a step's
 
     @model_validator(mode="before")
     @classmethod
@@ -113,7 +115,7 @@ class UpdateConfig(JobConfig):
     warmup: int = Field(default=0, ge=0)  # steps of the loop
     weight_decay: float = Field(default=0.0, ge=0)
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    micro_tokens: int | Literal["auto"] = "auto"  # tokens in one forward and backward pass
+    micro_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # tokens in one forward and backward pass
     max_bad_steps: int = Field(default=5, ge=1)  # skipped for a loss that is not finite, in a row, before the run stops
 
 
@@ -144,6 +146,13 @@ class PPOConfig(JobConfig):
     stop_when: tuple[str, ...] = ()  # e.g. "disagreement > 3x for 5", "kl > 20 for 3 then rollback"
     trackers: tuple[str, ...] = ()  # wandb, trackio: beside JSON lines and TensorBoard, through accelerate
 
+    @field_validator("memory_budget")
+    @classmethod
+    def _size(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_size(value)
+        return value
+
     @model_validator(mode="after")
     def _fits_together(self) -> PPOConfig:
         grouped = self.update.estimator in ("rloo", "group") or self.reward.centre == "group"
@@ -158,6 +167,8 @@ class PPOConfig(JobConfig):
             raise ValueError("reward.source: a value is needed")
         if self.recipe == "ppo" and self.pet != PETConfig():
             raise ValueError("pet: has no effect with recipe ppo: set recipe to pet")
+        if self.recipe == "pet" and self.reward.timeout != RewardConfig().timeout:
+            raise ValueError("reward.timeout: has no effect with recipe pet, whose reward is a model: http reads it")
         if self.recipe == "pet" and self.data is None:
             raise ValueError("data: expected preference pairs with recipe pet, got none")
         if self.kl.target is not None and not self.kl.coef:
@@ -168,6 +179,12 @@ class PPOConfig(JobConfig):
                 f"got {self.rollout.min_new_tokens}"
             )
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+        if self.kl.target is not None and self.kl.horizon <= KL_ERROR_BOUND * samples:
+            raise ValueError(
+                f"kl.horizon: expected at least {int(KL_ERROR_BOUND * samples) + 1} with {samples} samples a step, so "
+                f"that kl.coef stays above 0 (a step multiplies it by 1 - {KL_ERROR_BOUND:g} x samples / horizon at "
+                f"least), got {self.kl.horizon}"
+            )
         if self.update.minibatches > samples:
             raise ValueError(
                 f"update.minibatches: expected at most the {samples} samples of a step, got {self.update.minibatches}"
@@ -187,70 +204,66 @@ class PPOConfig(JobConfig):
         return self.policy.critic
 
 
-# what a resumed run may change: nothing that its numbers depend on, but for how many steps there are
-FREE = ("output", "steps", "save_every", "memory_budget", "trackers")
+# what a resumed run may change: nothing that the policy depends on, but for how many steps there are
+FREE = ("output", "steps", "save_every", "memory_budget", "trackers", "stop_when", "gold")
+
+
+def kind_by_name(config: RewardConfig) -> Kind | None:
+    """The kind that `config.kind` or the source's name says; None where what the source holds has to be looked at."""
+    source = config.source
+    if config.kind != "auto":
+        return config.kind
+    if source.startswith(("http://", "https://")):
+        return "http"
+    named = source == "vader" or _CALLABLE.fullmatch(source)
+    return "callable" if named and not Path(source).exists() else None
 
 
 def refuse_unread(config: PPOConfig, device: str) -> None:
-    """Raise ValueError for a key that was set and that nothing in this combination reads; say what would read it."""
-    policy, kl, update = config.policy, config.kl, config.update
-    unread: list[tuple[str, JobConfig, tuple[str, ...], bool, str]] = [
+    """Raise ValueError for a key that was set and that nothing in this combination reads; say what would read it.
+
+    What the kind of the reward decides is told as soon as that is known: here by its name, else by
+    `refuse_unread_by_reward`.
+    """
+    full, critic, estimator = config.policy.mode == "full", config.critic, config.update.estimator
+    # the recipe's own last step, whose recipe is ppo, has its key too; it always has `data`
+    no_recipe = config.recipe == "ppo" and config.data is None
+    for keys, unread, why in (
+        (("policy.lora_rank", "policy.lora_alpha", "policy.lora_dropout"), full, "policy.mode full: lora reads it"),
         (
-            "policy",
-            policy,
-            ("lora_rank", "lora_alpha", "lora_dropout"),
-            policy.mode == "full",
-            "policy.mode full: lora reads it",
-        ),
-        (
-            "update",
-            update,
-            ("value_clip", "value_coef", "value_lr"),
-            config.critic == "none",
+            ("update.value_clip", "update.value_coef", "update.value_lr"),
+            critic == "none",
             "critic none: estimator gae has one",
         ),
         (
-            "policy",
-            policy,
-            ("critic",),
-            config.critic != "none" and update.estimator != "gae",
-            f"estimator {update.estimator}, which asks no critic: gae does",
+            ("policy.critic",),
+            critic != "none" and estimator != "gae",
+            f"estimator {estimator}, which asks no critic: gae does",
         ),
-        ("update", update, ("lam",), update.estimator != "gae", f"estimator {update.estimator}: gae reads it"),
-        ("kl", kl, ("place", "estimator"), not kl.coef, "kl.coef 0: set one above 0"),
-        ("kl", kl, ("horizon",), kl.target is None, "a fixed kl.coef: set kl.target"),
-        (
-            "reward",
-            config.reward,
-            ("timeout",),
-            config.reward.kind not in ("auto", "http"),
-            f"reward.kind {config.reward.kind}: http reads it",
-        ),
-    ]
-    for group, values, keys, is_unread, why in unread:
-        for key in keys if is_unread else ():
-            if getattr(values, key) != type(values).model_fields[key].default:
-                raise ValueError(f"{group}.{key}: has no effect with {why}")
+        (("update.lam",), estimator != "gae", f"estimator {estimator}: gae reads it"),
+        (("kl.place", "kl.estimator"), not config.kl.coef, "kl.coef 0: set one above 0"),
+        (("kl.horizon",), config.kl.target is None, "a fixed kl.coef: set kl.target"),
+        (("best_of_prompts",), no_recipe, "recipe ppo: pet compares best of n"),
+    ):
+        _refuse_set(config, keys if unread else (), why)
+    kind = kind_by_name(config.reward)
+    if kind is not None:
+        refuse_unread_by_reward(config, kind)
     if config.memory_budget is not None and device == "cpu":
         raise ValueError("memory_budget: has no effect on a CPU: it limits what a process takes of a GPU's memory")
 
 
-def open_folder(config: PPOConfig, resume: bool) -> dict[str, Any] | None:
-    """Claim the output folder. What ppo.json holds if the run in it is finished, else None.
+def refuse_unread_by_reward(config: PPOConfig, kind: Kind) -> None:
+    """Raise ValueError for a key of the reward that was set and that nothing reads with a reward of this kind."""
+    if kind != "http":
+        _refuse_set(config, ["reward.timeout"], f"reward.kind {kind}: http reads it")
+    if kind in ("callable", "http"):
+        _refuse_set(config, ["reward.aggregation"], f"reward.kind {kind}: the heads of a model read it")
 
-    Raises:
-        ValueError: for a folder with other files, a run without `resume`, or a run with another config.
-    """
-    folder = config.output
-    if not claim_folder(config, ("metrics.jsonl", "ppo.json"), free=FREE, resume=resume):
-        # what another command left of its start (texts, the checkpoint of step 0) is not this one's
-        (folder / "samples.jsonl").unlink(missing_ok=True)
-        shutil.rmtree(folder / "checkpoints" / "step-000000", ignore_errors=True)
-        return None
-    done = folder / "ppo.json"
-    outcome: dict[str, Any] | None = json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
-    if outcome is not None and outcome["stopped"] is None and config.steps > outcome["steps"]:
-        outcome = None  # more steps were asked for
-    if outcome is None:
-        atomic_write_text(folder / "config.yaml", config.to_yaml())
-    return outcome
+
+def _refuse_set(config: PPOConfig, keys: Iterable[str], why: str) -> None:
+    for key in keys:
+        group, _, name = key.rpartition(".")
+        values = getattr(config, group) if group else config
+        if getattr(values, name) != type(values).model_fields[name].default:
+            raise ValueError(f"{key}: has no effect with {why}")

@@ -12,19 +12,20 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from ...engine import EnsembleHead
+from ...engine import EnsembleHead, EnsembleRewardConfig
 from ...engine.config import position_offset
-from ...engine.convert import refuse_missing
 from ...engine.mode import evaluating
 from ...kernels import linear_logprob
 from ...kernels.linear_logprob.contract import LogprobOutput
 from ..decode import SHARING_MODELS
+from ..files import refuse_mistyped
+from ..given import load_language_model
 from .adapters import Adapters
 from .attention import FLASH, resolve, say_once
 from .batch import TokenBatch
-from .config import PPOConfig
+from .config import PPOConfig, refuse_unread_by_reward
 from .describe import describe_policy
 from .precision import cast, in_dtype, is_mixed
 from .probe import logit_rule, why_not_packed
@@ -102,16 +103,18 @@ class Policy(nn.Module):
     @classmethod
     def load(cls, config: PPOConfig, *, device: torch.device | str, model: Any = None) -> Policy:
         """The policy that `config` asks for; `model`, a causal language model that is loaded already, replaces
-        `config.model`. Fresh LoRA weights are drawn from torch's generator, on the CPU where the model is read."""
+        `config.model`. Fresh LoRA weights are drawn from torch's generator, on the CPU where the model is read.
+
+        Raises:
+            ValueError: for a model or a reward that cannot be loaded or used, and for a key that nothing reads with
+                a reward of its kind.
+        """
         from . import rewards
 
         device = torch.device(device)
         if model is None:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                config.model, dtype=trunk_dtype(config, device), output_loading_info=True
-            )
-            model, info = loaded
-            refuse_missing("model", config.model, info["missing_keys"])
+            _refuse_other_kinds(config.model)
+            model = load_language_model("model", config.model, trunk_dtype(config, device))
             if getattr(model, "peft_config", None):  # transformers put it on; as one LoRA among ours it would be off
                 raise ValueError(
                     f"model: expected a whole causal language model, got {config.model}, a LoRA: merge it into its "
@@ -121,6 +124,8 @@ class Policy(nn.Module):
             model = cast(model, trunk_dtype(config, device))
         source, reward = config.reward.source, None
         kind = rewards.resolve_kind(config.reward, model) if source else None
+        if kind is not None:
+            refuse_unread_by_reward(config, kind)
         if kind == "shared":
             reward = RewardOnTrunk(rewards.load_shared_head(source, model, config.reward.aggregation))
         elif kind == "adapter":
@@ -305,6 +310,23 @@ class Policy(nn.Module):
         if self.value_head is not None:
             state = {name: tensor.cpu().contiguous() for name, tensor in self.value_head.state_dict().items()}
             save_file(state, folder / "value_head.safetensors")
+
+
+def _refuse_other_kinds(name: str) -> None:
+    """transformers lists every family that it knows, three thousand characters of them."""
+    refuse_mistyped("model", name)
+    try:
+        found = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return  # loading says what is wrong with it
+    if isinstance(found, EnsembleRewardConfig):
+        raise ValueError(
+            f"model: expected a causal language model, got the reward model {name}: give it as reward.source, and as "
+            "model the policy that it is to train"
+        )
+    own_code = "AutoModelForCausalLM" in getattr(found, "auto_map", {})
+    if type(found) not in AutoModelForCausalLM._model_mapping and not own_code:
+        raise ValueError(f"model: expected a causal language model, got {name}, of model type {found.model_type}")
 
 
 def trunk_dtype(config: PPOConfig, device: torch.device) -> torch.dtype:

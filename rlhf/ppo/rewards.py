@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from ...engine import EnsembleHead, EnsembleRewardConfig, EnsembleRewardModel
 from ...engine.text import ItemEncoder
 from ..decode import causal_lm
-from ..given import load_tokenizer
+from ..files import refuse_mistyped
+from ..given import load_reward_model, load_tokenizer, model_folder
 from ..reward_adapter import appends_eos, is_reward_adapter, load_head
-from .config import PPOConfig, RewardConfig
+from .config import Kind, PPOConfig, RewardConfig, kind_by_name
 from .probe import has_values
 from .prompts import Prompt
 from .sources import CallableReward, HTTPReward, ModelReward, Rewards, RewardSource, Texts, VaderReward
@@ -31,9 +32,7 @@ __all__ = [
     "resolve_kind",
 ]
 
-Kind = Literal["shared", "adapter", "model", "callable", "http"]
 _SAMPLE = 4096  # elements of each tensor that are compared: a trunk that was trained differs in every matrix
-_CALLABLE = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")
 
 
 def resolve_kind(config: RewardConfig, policy: Any) -> Kind:
@@ -44,13 +43,9 @@ def resolve_kind(config: RewardConfig, policy: Any) -> Kind:
     Raises:
         ValueError: for a source that is none of them.
     """
-    source = config.source
-    if config.kind != "auto":
-        return config.kind
-    if source.startswith(("http://", "https://")):
-        return "http"
-    if not Path(source).exists() and (source == "vader" or _CALLABLE.fullmatch(source)):
-        return "callable"
+    source, named = config.source, kind_by_name(config)
+    if named is not None:
+        return named
     if _adapter_folder(source) is not None:
         return "adapter"
     return "shared" if _why_not_shared(source, policy)[0] is None else "model"
@@ -80,7 +75,7 @@ def load_adapter(source: str | Path, aggregation: str = "") -> tuple[Path, Ensem
     """(the LoRA's folder, the heads) of what `prudent train` with mode lora saved: adapter/, or the run that holds it.
 
     Raises:
-        ValueError: for a folder without them.
+        ValueError: for a folder without them, or with some that cannot be read.
     """
     folder = _adapter_folder(source)
     if folder is None:
@@ -88,7 +83,11 @@ def load_adapter(source: str | Path, aggregation: str = "") -> tuple[Path, Ensem
             "reward.source: expected a folder with a LoRA and heads, as `prudent train` with mode lora saves in "
             f"adapter/, got {source}"
         )
-    return folder, _aggregated(load_head(folder), aggregation)
+    try:
+        head = load_head(folder)
+    except ValueError as error:
+        raise ValueError(f"reward.source: {error}") from error
+    return folder, _aggregated(head, aggregation)
 
 
 def check_reading(source: str | Path, tokenizer: Any, policy: Any) -> None:
@@ -105,7 +104,7 @@ def check_reading(source: str | Path, tokenizer: Any, policy: Any) -> None:
     Raises:
         ValueError: for ids that differ.
     """
-    folder = str(_adapter_folder(source) or _model_folder(source))
+    folder = str(_adapter_folder(source) or model_folder(source))
     theirs = load_tokenizer("reward.source", folder)
     if _adapter_folder(source) is None:
         config = _config(folder)
@@ -149,7 +148,7 @@ def open_reward(
     if kind == "callable":
         return VaderReward(texts) if reward.source == "vader" else CallableReward("reward.source", reward.source, texts)
     if kind == "model":
-        return ModelReward(_model_folder(reward.source), texts, device, reward.aggregation)
+        return ModelReward(model_folder(reward.source), texts, device, reward.aggregation)
     raise ValueError(f"reward.kind: expected model, callable or http, got {kind}, whose heads the policy holds")
 
 
@@ -161,13 +160,6 @@ def open_gold(name: str, tokenizer: Any, prompts: Sequence[Prompt]) -> RewardSou
     if name.startswith(("http://", "https://")):
         return HTTPReward(name, texts, key="gold")
     return CallableReward("gold", name, texts)
-
-
-def _model_folder(source: str | Path) -> str:
-    """`source`, or the model in it where it is a run folder of `prudent train`."""
-    model = Path(source) / "model"
-    is_run = (model / "config.json").is_file() and not (Path(source) / "config.json").exists()
-    return str(model if is_run else source)
 
 
 def _adapter_folder(source: str | Path) -> Path | None:
@@ -187,8 +179,7 @@ def _aggregated(head: EnsembleHead, aggregation: str) -> EnsembleHead:
 
 
 def _config(source: str) -> Any:
-    from transformers import AutoConfig
-
+    refuse_mistyped("reward.source", source)
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -201,7 +192,7 @@ def _config(source: str) -> Any:
 
 def _why_not_shared(source: str, policy: Any) -> tuple[str | None, EnsembleHead | None]:
     """(why the heads in `source` cannot read the policy's trunk, None) or (None, the heads)."""
-    source = _model_folder(source)
+    source = model_folder(source)
     config = _config(source)
     if not isinstance(config, EnsembleRewardConfig):
         return "which is no EnsembleRewardModel", None
@@ -215,7 +206,7 @@ def _why_not_shared(source: str, policy: Any) -> tuple[str | None, EnsembleHead 
             return f"whose trunk has {name} {one} where the policy has {other}", None
     if not has_values(trunk.get_input_embeddings().weight):
         return None, EnsembleRewardModel(config).score  # shapes are all there is
-    loaded: Any = EnsembleRewardModel.from_pretrained(source, dtype="auto")
+    loaded: Any = load_reward_model("reward.source", source)
     differs = _first_difference(loaded.model.state_dict(), trunk.state_dict())
     if differs is not None:
         return f"whose trunk has another {differs} than the policy", None

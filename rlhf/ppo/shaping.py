@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ...kernels import advantages
 from .batch import Experience
-from .config import PPOConfig
+from .config import KL_ERROR_BOUND, PPOConfig
 from .losses import kl_estimate
 
 GROUP_STD_FLOOR = 1e-4  # added to a group's std, as TRL's GRPO does
-KL_ERROR_BOUND = 0.2  # of the proportional error (arXiv 1909.08593, section 2.2)
 
 
 class KLController:
@@ -22,7 +21,8 @@ class KLController:
 
         e = clip(KL / target - 1, -0.2, 0.2)        coef <- coef * (1 + e * n / horizon)
 
-    after each step of n sequences. `coef` is all its state. Without a target it stays as it is.
+    after each step of n sequences. `coef` is all its state. Without a target it stays as it is. It stays above 0 where
+    horizon > 0.2 n, which `PPOConfig` sees to.
     """
 
     def __init__(self, coef: float, target: float | None = None, horizon: int = 10_000) -> None:

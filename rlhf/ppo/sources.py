@@ -98,10 +98,7 @@ class ModelReward:
     """
 
     def __init__(self, source: str, texts: Texts, device: torch.device | str, aggregation: str) -> None:
-        try:
-            self._scorer = load_scorer(source, _BATCH_TOKENS, None, progress=False)
-        except ValueError as error:
-            raise ValueError(f"reward.source: {error}") from error
+        self._scorer = load_scorer(source, _BATCH_TOKENS, None, progress=False, key="reward.source")
         self._scorer.model.to(device).requires_grad_(False)
         head = self._scorer.model.score
         self.name, self.num_heads, self._texts = source, head.num_heads, texts

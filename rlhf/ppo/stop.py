@@ -53,12 +53,14 @@ SHORT = {
     "truncated": "text/truncated",
     "entropy": "policy/entropy",
 }
+_MENDED = "with another stop_when the run goes on by --resume"
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
     "<": operator.lt,
     "<=": operator.le,
 }
+_FROM_ZERO = ("kl/sequence", "kl/token", "kl/chi2")  # the policy begins as its own reference
 _FORM = "NAME > VALUE for STEPS then stop (or: <, >=, <=; VALUEx for times its start; then rollback)"
 _RULE = re.compile(
     r"(?P<name>[\w/]+)\s*(?P<compare>>=|<=|>|<)\s*(?P<value>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)(?P<times>x?)"
@@ -106,6 +108,10 @@ def parse_rule(text: str) -> Rule:
     value, steps = float(found["value"]), int(found["steps"] or 1)
     if not math.isfinite(value) or (found["times"] and value <= 0):
         raise ValueError(f"stop_when: expected a finite number, above 0 before x, got {found['value']} in {text!r}")
+    if found["times"] and metric in _FROM_ZERO:
+        raise ValueError(
+            f"stop_when: expected a number without x in {text!r}, because {metric} starts at 0, got {value:g}x"
+        )
     if steps < 1:
         raise ValueError(f"stop_when: expected at least 1 step, got {steps} in {text!r}")
     return Rule(text, metric, found["compare"], value, bool(found["times"]), steps, found["action"] == "rollback")
@@ -125,6 +131,8 @@ class _Watch:
             raise ValueError(
                 f"stop_when: {rule.text!r} watches {rule.metric}, which this run does not measure; it measures "
                 + ", ".join(name for name in METRICS if name in metrics)
+                + "; "
+                + _MENDED
             )
         value = metrics[rule.metric]
         if rule.relative and self.start is None:
@@ -133,7 +141,7 @@ class _Watch:
             if value <= 0 or math.isinf(value):
                 raise ValueError(
                     f"stop_when: expected {rule.metric} to start above 0, so that times its start means something in "
-                    f"{rule.text!r}, got {value:.4g} at step {step}: give a number without x"
+                    f"{rule.text!r}, got {value:.4g} at step {step}: give a number without x; {_MENDED}"
                 )
             self.start = value
         bound = rule.value * (self.start or 0.0) if rule.relative else rule.value
@@ -158,7 +166,8 @@ class StopRules:
         """The first rule that has now held for long enough, if any; the rules see every step.
 
         Raises:
-            ValueError: for a metric that this run does not measure, or a start that has no multiples.
+            ValueError: for a metric that this run does not measure, or a start that has no multiples: rules may be
+                others on resume.
         """
         fired = [found for watch in self._watches if (found := watch.observe(step, metrics)) is not None]
         return fired[0] if fired else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from prudent.rlhf.config import load_config
 from prudent.rlhf.files import atomic_write_json
-from prudent.rlhf.ppo.config import PPOConfig, open_folder, refuse_unread
+from prudent.rlhf.ppo.config import PPOConfig, refuse_unread, refuse_unread_by_reward
+from prudent.rlhf.ppo.loop import open_folder
 
 
 def _config(*sets: str, output: Path | str = "run", **given: Any) -> PPOConfig:
@@ -37,6 +39,18 @@ def test_the_critic_follows_from_the_estimator() -> None:
         (["policy.critic=none"], "policy.critic: expected shared or adapter with estimator gae"),
         (["reward.source="], "reward.source: a value is needed"),
         (["kl.coef=0", "kl.target=6"], "kl.coef: expected above 0 with kl.target 6"),
+        (
+            ["kl.target=1000", "kl.horizon=1", "rollout.samples_per_prompt=10"],
+            "kl.horizon: expected at least 129 with 640 samples a step, so that kl.coef stays above 0",
+        ),
+        (["kl.target=6", "kl.horizon=2", "rollout.prompts_per_step=10"], "kl.horizon: expected at least 3 with 10"),
+        (["update.micro_tokens=0"], "update.micro_tokens: expected a whole number >= 1 or 'auto', got 0"),
+        (["update.micro_tokens=-5"], "update.micro_tokens: expected a whole number >= 1 or 'auto', got -5"),
+        (["update.micro_tokens=many"], "update.micro_tokens: expected a whole number >= 1 or 'auto', got \"many\""),
+        (["memory_budget=much"], "memory_budget: expected a size"),
+        (["reward.aggregation=best"], "reward.aggregation: kind: expected one of tradeoff"),
+        (["recipe=pet", "reward.timeout=5"], "reward.timeout: has no effect with recipe pet"),
+        (['stop_when=["kl > 3x"]'], "stop_when: expected a number without x in 'kl > 3x'"),
         (["rollout.min_new_tokens=65"], "rollout.min_new_tokens: expected at most max_new_tokens 64"),
         (["update.minibatches=65"], "update.minibatches: expected at most the 64 samples of a step"),
         (["trackers=[wanda]"], "trackers: expected any of wandb, trackio, got 'wanda'"),
@@ -60,18 +74,38 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_loaded(sets: l
         (["kl.coef=0", "kl.place=loss"], "kl.place"),
         (["kl.horizon=5"], "kl.horizon"),
         (["reward.kind=shared", "reward.timeout=5"], "reward.timeout"),
+        (["reward.source=mine.py:f", "reward.timeout=5"], "reward.timeout"),
+        (["reward.source=mine.py:f", "reward.aggregation=min"], "reward.aggregation"),
+        (["reward.source=http://host/x", "reward.aggregation=min"], "reward.aggregation"),
+        (["best_of_prompts=5"], "best_of_prompts"),
         (["memory_budget=80GB"], "memory_budget"),
     ],
 )
 def test_a_key_that_nothing_reads_is_refused(sets: list[str], key: str) -> None:
+    source = next((s.partition("=")[2] for s in sets if s.startswith("reward.source=")), "r")
     with pytest.raises(ValueError, match=f"^{key}: has no effect"):
-        refuse_unread(_config(*sets), "cpu")
+        refuse_unread(_config(*sets, **{"reward.source": source}), "cpu")
 
 
 def test_what_is_read_passes() -> None:
     refuse_unread(_config(), "cpu")
     refuse_unread(_config("policy.lora_rank=8", "update.value_clip=0.1", "kl.target=6", "kl.horizon=500"), "cpu")
     refuse_unread(_config("memory_budget=80GB"), "cuda")
+    refuse_unread(_config("reward.timeout=5", **{"reward.source": "http://host/x"}), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "unread"),
+    [("shared", "reward.timeout"), ("adapter", "reward.timeout"), ("model", "reward.timeout"), ("http", None)],
+)
+def test_what_no_reward_of_the_kind_found_reads_is_refused_then(kind: Any, unread: str | None) -> None:
+    config = _config("reward.timeout=5")
+    refuse_unread(config, "cpu")  # nobody has looked what kind the folder `r` holds
+    with pytest.raises(ValueError, match=f"^{unread}: has no effect") if unread else nullcontext():
+        refuse_unread_by_reward(config, kind)
+    heads_are_read = _config("reward.aggregation=min")
+    with pytest.raises(ValueError, match=r"^reward\.aggregation") if kind == "http" else nullcontext():
+        refuse_unread_by_reward(heads_are_read, kind)
 
 
 class TestFolder:
@@ -106,12 +140,19 @@ class TestFolder:
         with pytest.raises(ValueError, match="another seed"):
             open_folder(_config("seed=5", output=tmp_path), resume=True)
         assert open_folder(_config("save_every=3", output=tmp_path), resume=True) is None
+        # what only watches may be another
+        watched = _config("gold=vader", output=tmp_path, stop_when=["length > 90"])
+        assert open_folder(watched, resume=True) is None
 
     def test_a_finished_run_is_finished_unless_more_steps_are_asked_for(self, tmp_path: Path) -> None:
         open_folder(_config("steps=5", output=tmp_path), resume=False)
         (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
-        atomic_write_json(tmp_path / "ppo.json", {"steps": 5, "stopped": None})
-        assert open_folder(_config("steps=5", output=tmp_path), resume=True) == {"steps": 5, "stopped": None}
+        nothing = {"rolled_back_to": None, "first": {}, "last": {}, "faults": "", "report": False}
+        atomic_write_json(tmp_path / "ppo.json", {"steps": 5, "stopped": None, **nothing})
+        (tmp_path / "policy").mkdir()
+        (tmp_path / "policy" / "model.safetensors").write_bytes(b"...")
+        finished = open_folder(_config("steps=5", output=tmp_path), resume=True)
+        assert finished == {"steps": 5, "stopped": None, **nothing}
         assert open_folder(_config("steps=9", output=tmp_path), resume=True) is None
-        atomic_write_json(tmp_path / "ppo.json", {"steps": 5, "stopped": "'kl > 3' held"})
+        atomic_write_json(tmp_path / "ppo.json", {"steps": 5, "stopped": "'kl > 3' held", **nothing})
         assert open_folder(_config("steps=12", output=tmp_path), resume=True) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,43 @@ def test_a_lora_for_a_model_is_refused_with_the_way_to_merge_it(tmp_path: Path) 
     )
     with pytest.raises(ValueError, match=r"^model: expected a whole .*lora, a LoRA: merge it .*merge_and_unload"):
         Policy.load(settings(model=str(tmp_path / "lora"), reward={"source": "vader"}), device="cpu")
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def test_weights_cut_short_are_one_sentence_with_their_file(tmp_path: Path) -> None:
+    tiny_lm().save_pretrained(tmp_path / "model")
+    _cut(tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"^model: .*model: its weights cannot be read \(.*\)$"):
+        Policy.load(settings(model=str(tmp_path / "model"), reward={"source": "vader"}), device="cpu")
+    make().save(tmp_path)
+    _cut(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"^reward\.source: .*adapter_model.safetensors: its weights cannot be read"):
+        make(reward=RewardOnTrunk(EnsembleHead(WIDTH, 3), tmp_path))
+
+
+def test_what_is_no_causal_language_model_is_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    EnsembleRewardModel.from_trunk(tiny_lm(), num_heads=2).save_pretrained(tmp_path / "reward")
+    AutoConfig.for_model("t5").save_pretrained(tmp_path / "t5")
+    monkeypatch.chdir(tmp_path)
+    for name, said in (
+        ("./reward", "expected a causal language model, got the reward model ./reward: give it as reward.source"),
+        ("./t5", "expected a causal language model, got ./t5, of model type t5"),
+        ("reward/nope", "reward/nope: no such file or folder"),
+    ):
+        with pytest.raises(ValueError, match=f"^model: {re.escape(said)}"):
+            Policy.load(settings(model=name, reward={"source": "vader"}), device="cpu")
+
+
+def test_a_key_that_no_reward_of_its_kind_reads_is_refused_once_the_kind_is_known(tmp_path: Path) -> None:
+    EnsembleRewardModel.from_trunk(tiny_lm(), num_heads=2).save_pretrained(tmp_path)
+    config = settings(reward={"source": str(tmp_path), "timeout": 5.0, "aggregation": "min"})
+    with pytest.raises(ValueError, match=r"^reward\.timeout: has no effect with reward\.kind shared: http reads it"):
+        Policy.load(config, device="cpu", model=tiny_lm())
 
 
 def test_the_trunks_dtype_follows_device_and_mode() -> None:

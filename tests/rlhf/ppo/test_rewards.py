@@ -65,6 +65,36 @@ def test_a_source_that_is_nothing_is_refused(policy: Any, tmp_path: Path) -> Non
         resolve_kind(RewardConfig(source=str(tmp_path)), policy)
 
 
+def test_a_mistyped_folder_is_refused_before_a_hub_is_asked(
+    policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^reward\.source: runs/lora: no such file or folder"):
+        resolve_kind(RewardConfig(source="runs/lora"), policy)
+
+
+def test_weights_cut_short_are_one_sentence_with_their_folder(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
+    weights = _save(tmp_path, policy, tokenizer) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    for load in (
+        lambda: resolve_kind(RewardConfig(source=str(tmp_path)), policy),
+        lambda: load_shared_head(tmp_path, policy),
+    ):
+        with pytest.raises(ValueError, match=rf"^reward\.source: {tmp_path}: its weights cannot be read"):
+            load()
+
+
+def test_a_model_without_a_tokeniser_is_one_sentence_with_its_folder(
+    policy: Any, prompts: list[Prompt], tokenizer: Any, tmp_path: Path
+) -> None:
+    EnsembleRewardModel.from_trunk(policy, num_heads=3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"^reward\.source: .*{tmp_path}.*") as error:
+        _open(tmp_path, tokenizer, prompts, "model")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
 def test_heads_on_the_policys_trunk_are_shared_in_any_precision(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
     source = _save(tmp_path, policy, tokenizer)
     assert resolve_kind(RewardConfig(source=str(source)), policy) == "shared"
@@ -154,6 +184,9 @@ def test_an_adapter_is_found_in_its_folder_and_in_its_run(policy: Any, tmp_path:
         assert (found, head.num_heads, str(head.aggregation)) == (folder, 2, "min")
     with pytest.raises(ValueError, match="expected a folder with a LoRA and heads"):
         load_adapter(tmp_path)
+    (folder / "head.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"^reward\.source: .*head.safetensors"):
+        load_adapter(folder)
 
 
 def test_a_reward_that_reads_other_tokens_than_the_policy_is_refused(

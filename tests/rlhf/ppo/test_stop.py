@@ -43,6 +43,9 @@ def test_every_short_name_stands_for_a_metric_that_is_logged() -> None:
         ("kl > 3 for 0", "at least 1 step"),
         ("kl > 0x", "above 0 before x"),
         ("kl > 1e999", "a finite number"),
+        ("kl > 3x", "a number without x in 'kl > 3x', because kl/sequence starts at 0, got 3x"),
+        ("kl/token >= .5x for 2", "because kl/token starts at 0"),
+        ("kl/chi2 > 2x", "because kl/chi2 starts at 0"),
     ],
 )
 def test_what_says_no_rule_is_refused_with_what_would(text: str, said: str) -> None:
@@ -72,12 +75,13 @@ def test_nan_ends_a_row_and_infinity_is_beyond_every_bound() -> None:
 
 
 def test_a_start_that_has_no_multiples_is_refused_at_the_first_step() -> None:
-    with pytest.raises(ValueError, match="give a number without x"):
-        StopRules(["kl > 3x"]).observe(0, {"kl/sequence": 0.0})
+    with pytest.raises(ValueError, match="give a number without x; with another stop_when the run goes on by --resume"):
+        StopRules(["gap > 3x"]).observe(0, {"reward/gap": 0.0})
 
 
 def test_a_metric_that_the_run_does_not_measure_is_refused_with_those_it_does() -> None:
-    with pytest.raises(ValueError, match="does not measure; it measures kl/sequence, text/length"):
+    said = "does not measure; it measures kl/sequence, text/length; with another stop_when the run goes on by --resume"
+    with pytest.raises(ValueError, match=said):
         StopRules(["gap > 3"]).observe(0, {"text/length": 1.0, "kl/sequence": 0.0})
 
 
@@ -114,3 +118,20 @@ def test_a_resumed_run_counts_on() -> None:
     fired = second.observe(3, {"reward/disagreement": values[3]})
     assert fired is not None
     assert fired.since == 1
+
+
+def test_on_resume_a_rule_that_stays_counts_on_and_one_that_is_added_begins_anew() -> None:
+    old, added = "length > 5 for 3", "disagreement > 2x for 2"
+    first = StopRules([old, "gap > 9"])
+    for step in range(2):
+        first.observe(step, {"text/length": 6, "reward/gap": 1.0, "reward/disagreement": 1.0})
+    second = StopRules([added, old])
+    second.load_state(first.state())
+    assert second.state() == {old: {"start": None, "since": 0}, added: {"start": None, "since": None}}
+    fired = second.observe(2, {"text/length": 6, "reward/disagreement": 4.0})
+    assert fired is not None
+    assert (fired.rule.text, fired.since) == (old, 0)
+    for step, disagreement in ((3, 8.0), (4, 8.1)):  # of 4, where the rule began
+        fired = second.observe(step, {"text/length": 1, "reward/disagreement": disagreement})
+        assert fired is None
+    assert second.observe(5, {"text/length": 1, "reward/disagreement": 8.1}) is not None
