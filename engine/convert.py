@@ -44,7 +44,9 @@ def reading_weights(name: object) -> Iterator[None]:
     except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         if isinstance(error, OSError) and (error.errno is None or error.filename is not None):
             raise  # says enough; torch's reader of a file cut short gives a bare number
-        reason = (str(error) or "the file ends early").splitlines()[0].partition(". ")[0]
+        lines = [*(str(error) or "the file ends early").splitlines(), ""]
+        # torch lists every tensor that does not fit under a heading: the first tells enough
+        reason = (lines[0] if not lines[0].endswith(":") else lines[1].strip()).partition(". ")[0]
         if "ignore_mismatched_sizes" in reason:
             reason = "their shapes are not those of its config.json"
         raise ValueError(f"{name}: its weights cannot be read ({reason})") from error

@@ -85,7 +85,8 @@ def load_pairs(
         PairData. Exact duplicates and pairs with two equal responses are counted and dropped.
 
     Raises:
-        ValueError: naming key, file and line, for a broken row; for a file that is missing, empty or without a usable pair.
+        ValueError: naming key, file and line, for a broken row; for a file that is missing, empty or without a usable
+            pair.
     """
     if not min_score_gap > 0:
         raise ValueError(f"min_score_gap: expected a number above 0, got {min_score_gap}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..engine.convert import reading_weights
 from ..engine.head import EnsembleHead
 from .files import atomic_file
+
+logger = logging.getLogger(__name__)
 
 
 class LoopConfig(Protocol):
@@ -123,11 +127,16 @@ class HeadTraining:
             "head": self.head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        with atomic_file(self.checkpoint) as temporary:
-            torch.save(state, temporary)
+        with atomic_file(self.checkpoint) as temporary, temporary.open("wb") as stream:
+            torch.save(state, stream)  # a stream's errors, unlike those of torch's own writer, say why
 
     def _load(self, checkpoint: Path) -> None:
-        saved: dict[str, Any] = torch.load(checkpoint, map_location=self.head.weight.device, weights_only=True)
+        try:
+            with reading_weights(checkpoint):
+                saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except ValueError as error:
+            logger.warning("%s: the stage is begun anew", error)
+            return
         if saved["identity"] != self._identity:
             theirs, ours = json.loads(saved["identity"]), json.loads(self._identity)
             other = [name for name in ours if theirs.get(name) != ours[name]]

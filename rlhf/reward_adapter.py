@@ -17,8 +17,11 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from ..engine import EnsembleHead
+from ..engine.convert import reading_weights
+from .files import read_json
 
 _WEIGHTS = "adapter_model.safetensors"  # peft's name
+_SETTINGS = ("hidden_size", "num_heads", "aggregation", "std_floor", "append_eos")  # of head.json
 _ROOT = "base_model.model."  # peft's, before every name in the model it wraps
 
 
@@ -86,7 +89,16 @@ def is_reward_adapter(folder: Path | str) -> bool:
 
 def appends_eos(folder: Path | str) -> bool:
     """The `append_eos` of a folder that `save_head` wrote."""
-    return bool(json.loads((Path(folder) / "head.json").read_text(encoding="utf-8"))["append_eos"])
+    return bool(_settings(Path(folder))["append_eos"])
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What head.json says; ValueError where it does not say it all."""
+    settings = read_json(folder / "head.json")
+    missing = [name for name in _SETTINGS if name not in settings]
+    if missing:
+        raise ValueError(f"{folder / 'head.json'}: expected {', '.join(_SETTINGS)}, got none for {', '.join(missing)}")
+    return settings
 
 
 def load_head(folder: Path | str) -> EnsembleHead:
@@ -97,15 +109,16 @@ def load_head(folder: Path | str) -> EnsembleHead:
     """
     folder = Path(folder)
     try:
-        settings = json.loads((folder / "head.json").read_text(encoding="utf-8"))
+        settings = _settings(folder)
         head = EnsembleHead(
             settings["hidden_size"],
             settings["num_heads"],
             aggregation=settings["aggregation"],
             std_floor=settings["std_floor"],
         )
-        head.load_state_dict(load_file(folder / "head.safetensors"))
-    except (OSError, KeyError, RuntimeError) as error:
+        with reading_weights(folder / "head.safetensors"):
+            head.load_state_dict(load_file(folder / "head.safetensors"))
+    except (OSError, TypeError) as error:
         raise ValueError(
             f"{folder}: expected head.json and head.safetensors, as `prudent train` with mode lora saves them, "
             f"got {error}"

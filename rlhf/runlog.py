@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .files import read_json_lines, writing
+
 
 class RunLog:
     """Appends to `folder`/metrics.jsonl, one object a call, and to `folder`/tensorboard/ if TensorBoard is installed.
@@ -23,7 +25,7 @@ class RunLog:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "metrics.jsonl"
-        self._seen = {(row["step"], *sorted(row.keys())) for row in _mend(self.path)}
+        self._seen = {(row.get("step"), *sorted(row.keys())) for row in _mend(self.path)}
         self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         try:
@@ -42,22 +44,25 @@ class RunLog:
         if key in self._seen:
             return
         self._seen.add(key)
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
         if self._board is not None:
-            for name, value in list(row.items())[2:]:
-                if value is not None:
-                    self._board.add_scalar(name, value, row["step"])
+            with writing(self.folder / "tensorboard"):
+                for name, value in list(row.items())[2:]:
+                    if value is not None:
+                        self._board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
         """Flush to disk and close; safe to call twice."""
+        board, self._board = self._board, None
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+            with writing(self.path), self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        if board is not None:
+            with writing(self.folder / "tensorboard"):
+                board.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -69,12 +74,8 @@ class RunLog:
 
 
 def read_metrics(folder: Path | str) -> list[dict[str, Any]]:
-    """The whole lines of `folder`/metrics.jsonl, in order; [] if there is none yet."""
-    path = Path(folder) / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines]
+    """The whole lines of `folder`/metrics.jsonl, in order; [] if there is none yet. ValueError naming a broken one."""
+    return read_json_lines(Path(folder) / "metrics.jsonl")
 
 
 def _mend(path: Path) -> list[dict[str, Any]]:

@@ -213,7 +213,7 @@ def _skip(rows: Iterator[_Row], kept: int, config: ScoreConfig) -> int:
             written = None
         if not isinstance(written, dict) or any(written.get(key) != value for key, value in row.value.items()):
             raise ValueError(
-                f"output: {config.output} cannot be resumed: line {kept} is not of {row.where}; has either file changed?"
+                f"output: {config.output} cannot be resumed: line {kept} is not of {row.where}; has a file changed?"
             )
     return size
 

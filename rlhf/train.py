@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -18,12 +17,13 @@ from ..engine import EnsembleHead, EnsembleRewardModel, Scorer, calibrate
 from ..kernels import Aggregation
 from .data import PreferencePair, load_pairs, split_by_prompt
 from .features import compute_features
-from .files import atomic_folder, atomic_write_json
+from .files import atomic_folder, atomic_write_json, read_json
 from .fit import FitConfig, PairFeatures, fit_heads
-from .given import check_given, load_reward, load_stage1, load_tokenizer
+from .given import check_given, load_reward, load_reward_model, load_stage1, load_tokenizer
 from .losses import partition
 from .pet_stage import PETStage
 from .reward_adapter import save_head
+from .run_folder import held
 from .runlog import RunLog
 from .statistics import hidden_norms, pair_correct
 from .train_config import TrainConfig, TrainResult, open_folder, refuse_unread
@@ -51,17 +51,19 @@ def run_train(config: TrainConfig, *, resume: bool = False, progress: bool = Tru
 
     Raises:
         ValueError: for data or a config that cannot be used, a key that the mode does not read included; for an output
-            folder that holds another run or anything else; for a loss that is not finite.
+            folder that holds another run or anything else, or in which another process trains; for a loss that is not
+            finite.
+        OSError: for a file that cannot be written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("train: expected one process, got a launcher's several: the run folder has one writer")
     refuse_unread(config, _mode(config))
-    finished = open_folder(config, resume)
-    if finished is not None:
-        return TrainResult(config.output, finished, finished_before=True)
-    with RunLog(config.output) as log:
-        run = _Run(config, log, resume, progress)
-        return TrainResult(config.output, run.go())
+    with held(config.output):
+        finished = open_folder(config, resume)
+        if finished is not None:
+            return TrainResult(config.output, finished, finished_before=True)
+        with RunLog(config.output) as log:
+            return TrainResult(config.output, _Run(config, log, resume, progress).go())
 
 
 def _mode(config: TrainConfig) -> str:
@@ -117,7 +119,7 @@ class _Run:
             "held_out_prompts": len({pair.prompt_key for pair in self.held_out}),
         }
         path = self.folder / "data.json"
-        if path.exists() and json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != digest:
+        if path.exists() and read_json(path).get("fingerprint") != digest:
             raise ValueError(
                 f"data: {self.config.data} has changed since {self.folder} was begun: choose another folder"
             )
@@ -238,7 +240,7 @@ class _Run:
     def _saved(self, name: str) -> EnsembleRewardModel | None:
         """A finished stage's model, if it is there."""
         folder = self.folder / name
-        return self._placed(EnsembleRewardModel.from_pretrained(folder, dtype="auto")) if folder.exists() else None
+        return self._placed(load_reward_model("output", str(folder))) if folder.exists() else None
 
     def _train_stage(self, losses: FitConfig, p_hat: tuple[Tensor | None, Tensor | None]) -> EnsembleRewardModel:
         model = self._load(losses.num_heads, losses)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import logging
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..engine import EnsembleHead, EnsembleRewardModel
 from ..kernels import EnsembleOutput
-from .files import atomic_folder
+from .files import atomic_folder, read_json, writing
 from .fit import FitConfig, pair_metrics, step_noise
 from .losses import bradley_terry, brme, bsr
 from .reward_adapter import peft_hushed, save_lora
 from .runlog import RunLog
 from .statistics import hidden_norms
 from .trunk_config import TrunkConfig
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["PairTrainer", "TrunkConfig", "collate", "last_checkpoint", "train_trunk"]
 
@@ -168,10 +172,26 @@ def last_checkpoint(folder: Path) -> str | None:
     whole = []
     for path in folder.glob("checkpoint-*"):
         try:
-            whole.append((json.loads((path / "trainer_state.json").read_text())["global_step"], str(path)))
+            step = read_json(path / "trainer_state.json")["global_step"]
         except (OSError, ValueError, KeyError):
             continue
+        cut = next((file for file in sorted(path.rglob("*")) if _is_cut(file)), None)
+        if cut is None:
+            whole.append((step, str(path)))
+        else:
+            logger.warning("%s was cut short: its checkpoint is passed over", cut)
     return max(whole)[1] if whole else None
+
+
+def _is_cut(file: Path) -> bool:
+    """Whether a file of tensors ends too early, which both formats can tell without reading them."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt"):
+                return False
+        except SafetensorError:
+            return True
+    return file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file)
 
 
 def train_trunk(
@@ -232,7 +252,8 @@ def train_trunk(
     trainer.remove_callback(PrinterCallback if not progress else ProgressCallback)
     if progress:
         trainer.add_callback(_Bar)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
+    with writing(folder):
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
     if held_out:
         trainer.evaluate()
     if mode == "lora":

@@ -111,3 +111,29 @@ def test_a_head_comes_back_as_it_was_kept(tmp_path: Path) -> None:
 def test_a_folder_without_heads_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected head.json and head.safetensors, as `prudent train`"):
         load_head(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("head.json", b"{broken", r"head\.json: expected a JSON object, got broken JSON"),
+        ("head.json", b'{"hidden_size": 4}', r"head\.json: expected .*, got none for num_heads, aggregation"),
+        ("head.safetensors", b"\x08", r"head\.safetensors: its weights cannot be read \(Error while deserializing"),
+    ],
+)
+def test_a_broken_file_of_the_heads_is_named(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    save_head(EnsembleHead(4, 3), tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        load_head(tmp_path)
+    if name == "head.json":
+        with pytest.raises(ValueError, match=says):
+            appends_eos(tmp_path)
+
+
+def test_heads_of_another_shape_than_their_settings_are_refused(tmp_path: Path) -> None:
+    save_head(EnsembleHead(4, 3), tmp_path)
+    settings = json.loads((tmp_path / "head.json").read_text())
+    (tmp_path / "head.json").write_text(json.dumps({**settings, "num_heads": 2}))
+    with pytest.raises(ValueError, match=r"head\.safetensors: its weights cannot be read \(size mismatch for weight: "):
+        load_head(tmp_path)

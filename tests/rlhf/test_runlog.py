@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from prudent.rlhf.runlog import RunLog, read_metrics
 
 
@@ -37,3 +39,21 @@ def test_closing_twice_is_harmless(tmp_path: Path) -> None:
     log.close()
     log.close()
     assert read_metrics(tmp_path) == []
+
+
+@pytest.mark.parametrize("line", ["[1,2]", "", "{broken", "7"])
+def test_a_line_that_is_no_object_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "time": 0}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: expected a JSON object, got .*: take the line out"):
+        RunLog(tmp_path)
+
+
+def test_a_full_disk_names_the_log(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log._file.close()
+    log._file = Path("/dev/full").open("a")
+    for write in (lambda: log.metrics(1, {"loss": 0.5}), log.close):
+        with pytest.raises(OSError, match="could not be written \\(No space left on device\\)") as raised:
+            write()
+        assert raised.value.filename == str(log.path)
+    log.close()

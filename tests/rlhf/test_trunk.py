@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
 from prudent.engine import EnsembleRewardModel
@@ -178,10 +180,51 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_the_same_numbers
     (tmp_path / "killed").mkdir()
     shutil.copytree(tmp_path / "whole" / "checkpoint-8", tmp_path / "killed" / "checkpoint-8")
     shutil.copytree(tmp_path / "whole" / "checkpoint-12", tmp_path / "killed" / "checkpoint-12")
-    (tmp_path / "killed" / "checkpoint-12" / "trainer_state.json").write_text('{"global_step": 1')
+    cut = tmp_path / "killed" / "checkpoint-12" / ("trainer_state.json" if mode == "full" else "optimizer.pt")
+    cut.write_bytes(cut.read_bytes()[:-20])
     resumed = train("killed", True)
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "trainer_state.json"])
+def test_a_checkpoint_with_a_file_that_was_cut_is_passed_over(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (8, 12):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        torch.save({"a": torch.zeros(99)}, folder / "optimizer.pt")
+        save_file({"a": torch.zeros(99)}, folder / "model.safetensors")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
+    file = tmp_path / "checkpoint-12" / name
+    file.write_bytes(file.read_bytes()[:-9])
+    with caplog.at_level(logging.WARNING):
+        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+    if name != "trainer_state.json":  # which the Trainer writes last: without it a kill is the likely reason
+        assert f"{file} was cut short: its checkpoint is passed over" in caplog.text
+
+
+def test_a_write_of_the_trainers_that_fails_is_one_sentence(
+    tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(PairTrainer, "train", full)
+    with pytest.raises(OSError, match=r"could not be written \(is the disk full\?\)") as raised:
+        train_trunk(
+            _model(tiny_chat_folder),
+            _rows(8),
+            [],
+            BradleyTerryConfig(),
+            TrunkConfig(),
+            "full",
+            tmp_path,
+            progress=False,
+        )
+    assert raised.value.filename == str(tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_training_by_name(tiny_chat_folder: Path, tmp_path: Path) -> None:
