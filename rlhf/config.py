@@ -165,7 +165,7 @@ def _described(annotation: Any) -> str:
         return " or ".join(map(repr, get_args(annotation)))
     kind, *notes = get_args(annotation) if get_origin(annotation) is Annotated else [annotation]
     bounds = [f" >= {bound.ge}" for note in notes for bound in note.metadata if hasattr(bound, "ge")]
-    return _EXPECTED.get(f"{kind.__name__}_type", kind.__name__) + "".join(bounds)
+    return _EXPECTED.get(f"{kind.__name__}_type", str(kind)) + "".join(bounds)
 
 
 def _explain(cls: type[BaseModel], key: str, detail: Any, expected: str | None) -> str:

@@ -64,7 +64,7 @@ class PlanConfig(PPOConfig):
 
     @field_validator("gpu")
     @classmethod
-    def _size(cls, value: str) -> str:
+    def _card(cls, value: str) -> str:
         parse_size(value)
         return value
 

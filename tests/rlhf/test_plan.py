@@ -229,6 +229,7 @@ def test_auto_is_resolved_or_refused_with_the_key_that_helps() -> None:
 
 @pytest.mark.parametrize(("sets", "message"), [
     (["gpu=much"], "gpu: expected a size as 80GB"),
+    (["memory_budget='80'"], "memory_budget: expected a size of 1MB or more"),
     (["gpu='80'"], "gpu: expected a size of 1MB or more, got '80': did you mean 80GB"),
     (["gpuu=3"], "unknown key 'gpuu'"),
 ])  # fmt: skip
