@@ -262,7 +262,7 @@ def _doubt(rows: Rows, versus: str) -> str:
 def _rolled_back(rows: Rows, step: int | None) -> str:
     if step is None:
         return ""
-    return f"The policy that is kept is the one of step {step}: what is said of the end is of another, thrown away."
+    return f"The policy that is kept is that of step {step}; the end told of here is a later one's, thrown away."
 
 
 def _distance(rows: Rows, rolled_back_to: int | None) -> str:

@@ -23,6 +23,7 @@ from prudent.rlhf.ppo import checkpoint, loop, report, run, update
 from prudent.rlhf.ppo.checkpoint import Checkpoints
 from prudent.rlhf.ppo.config import PPOConfig
 from prudent.rlhf.ppo.monitor import Monitor, read_texts
+from prudent.rlhf.ppo.policy import Policy
 from prudent.rlhf.runlog import read_metrics
 
 PROMPTS = "the food\na hotel\nmy day\nthe train\nyour film\nthe soup\nthe room\nvery good people\n"
@@ -274,6 +275,45 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_it_goes_on_later(
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("name", ["policy", "report.html"])
+def test_a_disk_that_is_full_at_the_end_is_said_with_the_path_and_the_run_finished_later(
+    tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config = _config(tiny_chat_folder, tmp_path, "steps=2")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        if name == "policy":
+            patch.setattr(Policy, "save", full)
+        else:
+            patch.setattr(report, "render", lambda *_: 10**6 * "page")
+            write = Path.write_text
+            patch.setattr(Path, "write_text", lambda p, t, **k: full() if len(t) > 10**6 else write(p, t, **k))
+        with pytest.raises(OSError, match=f"could not be written .No space left on device.*{name}"):
+            loop.run_ppo(config, progress=False)
+    assert not (config.output / "ppo.json").exists()
+    assert loop.run_ppo(config, resume=True, progress=False).metrics["steps"] == 2
+    assert not [path.name for path in config.output.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_checkpoint_whose_bytes_changed_is_not_trained_on(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    config = _config(tiny_chat_folder, tmp_path, "steps=4", "save_every=2")
+    loop.run_ppo(config, progress=False)
+    file = config.output / "checkpoints" / "step-000004" / "state.pt"
+    content = bytearray(file.read_bytes())
+    middle = slice(len(content) // 2, len(content) // 2 + 400)
+    content[middle] = bytes(byte ^ 255 for byte in content[middle])
+    file.write_bytes(content)
+    loop.run_ppo(config.model_copy(update={"steps": 6}), resume=True, progress=False)
+    unbroken = config.model_copy(update={"steps": 6, "output": tmp_path / "unbroken"})
+    loop.run_ppo(unbroken, progress=False)
+    assert _metrics(config.output) == _metrics(unbroken.output)
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_samples_without_a_finite_reward_are_dropped_and_counted(tiny_chat_folder: Path, tmp_path: Path) -> None:
     config = _config(
         tiny_chat_folder,
@@ -284,7 +324,9 @@ def test_samples_without_a_finite_reward_are_dropped_and_counted(tiny_chat_folde
         "rollout.prompts_per_step=1",
         **{"reward.source": f"{tmp_path / 'rewards.py'}:sometimes"},
     )
-    loop.run_ppo(config, progress=False)
+    result = loop.run_ppo(config, progress=False)
+    assert (result.metrics["dropped"], result.metrics["skipped"]) == (4, 0)
+    assert "4 samples without a finite reward left out." in str(result)
     for row in read_metrics(config.output):
         assert row["samples/dropped"] == 2
         assert row["update/skipped"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from prudent.rlhf.ppo.config import PPOConfig
 from prudent.rlhf.ppo.loop import PPOResult, run_ppo
 from prudent.rlhf.ppo.monitor import read_texts
 from prudent.rlhf.ppo.stop import METRICS
+from prudent.rlhf.run_folder import held
 from prudent.rlhf.runlog import read_metrics
 
 REWARDS = """
@@ -189,12 +191,17 @@ class TestStopping:
         assert f"the policy is the checkpoint of step {since - 1} again" in result.metrics["stopped"]
         kept = Checkpoints(config.output / "checkpoints")
         assert since - 1 in kept.steps()
-        good = kept.load(since - 1).policy
+        loaded = kept.load(since - 1)
+        assert loaded is not None
+        good = loaded.policy
         saved = {}
         for file in (config.output / "policy").glob("**/*.safetensors"):
             saved |= load_file(file)
         norms = sorted(float(tensor.norm()) for tensor in saved.values())
         assert norms == sorted(float(tensor.norm()) for tensor in good.values())
+        # the texts are those of the policy that is kept, and the numbers are said not to be
+        assert max(row["step"] for row in read_texts(config.output)) == since - 1
+        assert f"first and last step, before the policy was rolled back to step {since - 1}:" in str(result)
 
     def test_without_one_from_before_it_is_the_policy_as_it_came(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
         config = _config(tiny_chat_folder, tmp_path, 'stop_when=["length > 0 for 2 then rollback"]')
@@ -229,6 +236,51 @@ class TestStopping:
             run_ppo(config, progress=False)
 
 
+@pytest.mark.usefixtures("no_pictures")
+class TestFinishedAgain:
+    """A finished run of which something is gone is finished again, from its newest checkpoint."""
+
+    @pytest.mark.parametrize("gone", ["policy", "report.html", "ppo.json", "metrics.jsonl"])
+    def test_what_was_removed_is_there_again(self, tiny_chat_folder: Path, tmp_path: Path, gone: str) -> None:
+        config = _config(tiny_chat_folder, tmp_path, "steps=2")
+        before = run_ppo(config, progress=False).metrics
+        path = config.output / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        again = run_ppo(config, resume=True, progress=False)
+        assert again.finished_before == (gone == "metrics.jsonl")  # which nothing gives again, and nothing asks for
+        assert again.metrics == before
+        assert run_ppo(config, resume=True, progress=False).finished_before
+
+    @pytest.mark.parametrize("text", ["{}", "[]", '{"steps": 2', ""])
+    def test_an_outcome_that_is_none(self, tiny_chat_folder: Path, tmp_path: Path, text: str) -> None:
+        config = _config(tiny_chat_folder, tmp_path, "steps=2")
+        before = run_ppo(config, progress=False).metrics
+        (config.output / "ppo.json").write_text(text)
+        again = run_ppo(config, resume=True, progress=False)
+        assert (again.finished_before, again.metrics) == (False, before)
+
+    def test_a_run_whose_numbers_are_gone_says_which(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
+        config = _config(tiny_chat_folder, tmp_path, "steps=2")
+        run_ppo(config, progress=False)
+        (config.output / "metrics.jsonl").unlink()
+        with pytest.raises(ValueError, match="holds a run already"):  # its checkpoints are there
+            run_ppo(config, progress=False)
+        more = run_ppo(config.model_copy(update={"steps": 4}), resume=True, progress=False)
+        assert more.metrics["faults"] == "metrics.jsonl lacks steps 0 to 1: the numbers are of the others alone."
+        assert more.metrics["faults"] in str(more)
+
+    def test_without_what_the_report_needs_none_is_promised(
+        self, tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def missing(*_: Any) -> str:
+            raise ImportError("pip install 'prudent[report]'")
+
+        monkeypatch.setattr(report, "render", missing)
+        config = _config(tiny_chat_folder, tmp_path, "steps=1")
+        assert "report:" not in str(run_ppo(config, progress=False))
+        assert run_ppo(config, resume=True, progress=False).finished_before
+
+
 class TestRefusals:
     """What cannot be run is refused before anything is computed."""
 
@@ -236,6 +288,20 @@ class TestRefusals:
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(ValueError, match="expected one process"):
             run_ppo(_config(tiny_chat_folder, tmp_path))
+
+    def test_a_folder_that_another_process_writes(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
+        config = _config(tiny_chat_folder, tmp_path)
+        with held(config.output), pytest.raises(ValueError, match="is being written by process"):
+            run_ppo(config, resume=True, progress=False)
+
+    def test_a_tracker_that_is_not_installed(
+        self, tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+        config = _config(tiny_chat_folder, tmp_path, trackers=["wandb"])
+        with pytest.raises(ImportError, match="trackers: wandb not installed"):
+            run_ppo(config, progress=False)
+        assert not config.output.exists()
 
     def test_a_prompt_longer_than_the_model_holds_is_named(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
         (tmp_path / "prompts.txt").write_text("the food\n" + "good " * 200 + "\n")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -155,6 +158,16 @@ class TestMonitor:
             again.close()
         assert metrics["reward/head_std_ratio"] == pytest.approx(5)
 
+    def test_a_judge_without_a_number_is_told_of_once(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        def judge(samples: Samples) -> Rewards:
+            return Rewards(torch.full((len(samples.responses),), math.nan))
+
+        config = _config(tmp_path, gold="mine.py:judge")
+        with RunLog(tmp_path) as log, Monitor(config, log, CPU, judge, _decode) as watch:
+            for step in range(2):
+                assert math.isnan(watch.observe(step, _experience(), {}, 0.0)["gold/mean"])
+        assert caplog.messages == ["gold: mine.py:judge gave no finite number for any of the 3 responses of step 0"]
+
     def test_texts_with_their_numbers_each_once(self, tmp_path: Path) -> None:
         for _ in range(2):  # as a resumed run does
             with RunLog(tmp_path) as log, Monitor(_config(tmp_path), log, CPU, _gold, _decode) as watch:
@@ -183,6 +196,24 @@ class TestMonitor:
             log.add(0, number, {"response": text})
         log.close()
         assert [row["response"] for row in read_texts(tmp_path)] == ["whole", "second"]
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path: Path) -> None:
+    class Full(StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = TextLog(tmp_path / "samples.jsonl")
+    log.close()
+    log._file = Full()  # type: ignore[assignment]
+    with pytest.raises(OSError, match=r"could not be written \(No space left on device\).*samples\.jsonl"):
+        log.add(0, 0, {"response": "whole"})
+
+
+def test_a_line_that_is_no_sample_is_named(tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").write_text('{"step": 0}\nwhat is this\n')
+    with pytest.raises(ValueError, match=r"samples\.jsonl, line 2: expected a JSON object"):
+        read_texts(tmp_path)
 
 
 class TestTrackers:

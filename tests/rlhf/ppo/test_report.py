@@ -126,6 +126,59 @@ def test_what_was_dropped_and_skipped_is_told() -> None:
     assert "6 samples without a finite reward left out" in F.findings(rows, versus="the start")[-1]
 
 
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        ([1.0, 1.0], "4 updates skipped for a loss that was not finite."),
+        ([None, None], "4 updates skipped because no sample was left."),
+        ([None, 1.0], "2 updates skipped because no sample was left, 2 updates skipped for a loss that was not"),
+    ],
+)
+def test_why_an_update_was_skipped_is_told(rewards: list[float | None], said: str) -> None:
+    rows = [{"step": i, "reward/mean": reward, "update/skipped": 2} for i, reward in enumerate(rewards)]
+    assert F.faults(rows).startswith(said)
+
+
+def test_steps_that_the_numbers_are_not_of_are_named() -> None:
+    assert F.faults(run(9)) == ""
+    said = "metrics.jsonl lacks steps 0 to 2, 5: the numbers are of the others alone."
+    assert said in F.findings([row for row in run(9) if row["step"] not in (0, 1, 2, 5)], versus="the start")
+    assert F.faults(run(9), steps=10).startswith("metrics.jsonl lacks step 9:")
+    assert F.findings([], versus="the start", steps=9) == ["metrics.jsonl is empty: nothing can be said of the run."]
+
+
+def test_a_gold_scorer_that_gave_no_number_is_not_one_that_is_missing() -> None:
+    rows = [row | {"gold/mean": None} for row in run(12, gold=None)]
+    lines = F.findings(rows, versus="the start")
+    assert "Without a number from the gold scorer, no one can tell" in lines[0]
+    assert lines[-1] == "The gold scorer gave no finite number in 12 steps."
+    text = Reader(render(config(gold="mine.py:judge"), rows, [], {})).text
+    assert "The gold scorer (mine.py:judge) gave no finite number, so the right half of this picture" in text
+    assert "No gold scorer was given" not in text
+    assert "No gold scorer was given" in Reader(render(config(), run(12, gold=None), [], {})).text
+
+
+def test_a_kl_estimated_below_0_is_about_0() -> None:
+    rows = [{"step": step, "kl/sequence": -0.04, "kl/token": -0.001} for step in range(9)]
+    assert "The policy ended about 0 nats a response from the reference." in F.findings(rows, versus="the start")
+
+
+def test_after_a_rollback_the_end_is_said_to_be_of_the_policy_that_was_thrown_away() -> None:
+    rows = [{"step": step, "kl/sequence": 10.0 * step, "reward/mean": 0.0} for step in range(5)]
+    lines = F.findings(rows, versus="the start", rolled_back_to=1)
+    assert lines[1] == "The policy that is kept is that of step 1; the end told of here is a later one's, thrown away."
+    said = "The policy had come 40.00 nats a response from the reference before it was rolled back to step 1, where"
+    assert f"{said} it was 10.00 from it." in lines
+    outcome = {"stopped": "a rule", "rolled_back_to": 10, "steps": 30}
+    text = Reader(render(config(), whole(), texts(), outcome)).text
+    assert "at step 0 (left) and step 10 (right)" in text
+    assert "response 1 at 10" in text
+    assert "response 1 at 20" not in text
+    back = Reader(render(config(), whole(), texts(), outcome | {"rolled_back_to": 0})).text
+    assert "Responses at step 0." in back
+    assert "response 1 at 20" not in back
+
+
 def test_a_run_that_went_back_counts_a_step_once_the_later_way() -> None:
     rows = [{"step": 0, "x": 1.0}, {"step": 1, "x": 2.0}, {"step": 1, "x": 5.0, "y": None}, {"step": 2, "x": None}]
     assert F.series(F.by_step(rows), "x") == F.Series([0, 1], [1.0, 5.0])
@@ -218,6 +271,14 @@ def test_the_table_gives_start_end_and_change() -> None:
     assert float(end) > 0.8
     assert re.fullmatch(r"\+0\.\d{3} \[\+0\.\d{3}, \+[01]\.\d{3}\]", moved)
     assert table(run(3))["rows"][0][3] == ""
+
+
+def test_a_share_changes_by_1_at_most() -> None:
+    cut = [1.0, 0.9, 1.0, 0.0, 0.1, 0.0]
+    rows = [{"step": step, "text/truncated": share, "text/length": 9 * share} for step, share in enumerate(cut)]
+    lines = {line[0]: line[3] for line in table(rows)["rows"]}
+    assert re.fullmatch(r"-0\.933 \[-1\.000, -0\.\d{3}\]", lines["share cut off"])
+    assert "[-1.000" not in lines["length, tokens"]
 
 
 def test_the_picture_draws_the_runs_way_through_kl_and_reward() -> None:
