@@ -359,6 +359,7 @@ def run(arguments: argparse.Namespace) -> Any:
     job = _job(arguments)
     module = import_module(f".rlhf.{job.module}", __package__)
     from .rlhf.config import config_template, load_config
+    from .rlhf.files import in_a_sentence
 
     if arguments.keys:
         return config_template(getattr(module, job.config)).rstrip()
@@ -369,7 +370,10 @@ def run(arguments: argparse.Namespace) -> Any:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # of weights that are read and written
-    return getattr(module, job.run)(config, progress=not arguments.quiet, **options)
+    try:
+        return getattr(module, job.run)(config, progress=not arguments.quiet, **options)
+    except OSError as error:
+        raise OSError(in_a_sentence(error, getattr(config, "output", None))) from error
 
 
 def bench(argv: Sequence[str]) -> int:

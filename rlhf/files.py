@@ -35,6 +35,20 @@ def cause(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+def in_a_sentence(error: OSError, output: Path | str | None) -> str:
+    """PATH: what the system said of it; behind its key, where it is the `output`, in it, beside it or above it."""
+    if error.errno is None or error.strerror is None:
+        return str(error)
+    if error.filename is None:  # of a file that is open: it is the output that a disk has no room for
+        return error.strerror if output is None else f"output: {output}: {error.strerror}"
+    name = os.fsdecode(error.filename)
+    if output is not None:
+        file, own = (Path(os.path.abspath(path)) for path in (name, output))
+        if file.is_relative_to(own) or own.is_relative_to(file) or str(file).startswith(f"{own}."):
+            name = f"output: {name}"
+    return f"{name}: {error.strerror}"
+
+
 def _number(error: BaseException) -> int | None:
     """The system's number of what went wrong, wherever it is behind `error`."""
     behind: BaseException | None = error

@@ -70,6 +70,42 @@ def test_a_wrong_argument_is_one_sentence_and_exit_code_2(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["score", "--output", "folder", "--overwrite"], "output: expected a file, got folder, a folder"),
+        (["score", "--data", "folder", "--output", "o"], "data: folder: expected a file, got a folder"),
+        (
+            ["score", "--model", "folder", "--output", "o"],
+            "model: expected a reward model's folder or hub name, got the",
+        ),
+        (["eval", "--model", "folder/nope", "--output", "o"], "model: folder/nope: no such file or folder"),
+        (["train", "--output", "file/out"], "output: file/out: Not a directory"),
+        (["train", "--model", "folder", "--output", "o"], "model: expected a language model's folder or hub name, got"),
+        (["train", "--output", "o", "--data", "no.jsonl"], "data: no.jsonl: no such file"),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_one_sentence_behind_its_key(
+    arguments: list[str],
+    says: str,
+    tiny_chat_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    pair = {"prompt": "the food was", "chosen": "good", "rejected": "bad"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    given = {"--model": str(tiny_chat_folder), "--data": "pairs.jsonl"}
+    rest = [part for flag, value in given.items() if flag not in arguments for part in (flag, value)]
+    assert cli.main([*arguments, *rest, "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith(f"prudent: error: {says}")
+    assert error.count("prudent: error") == 1
+
+
 def test_debug_shows_the_traceback_behind_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRUDENT_DEBUG", "1")
     with pytest.raises(ValueError, match="data: a value is needed"):

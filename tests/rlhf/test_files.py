@@ -23,6 +23,7 @@ from prudent.rlhf.files import (
     atomic_write_json,
     atomic_write_text,
     cause,
+    in_a_sentence,
     read_json,
     read_json_lines,
     writing,
@@ -78,9 +79,7 @@ def test_an_existing_folder_survives_a_failure_and_is_replaced_by_success(tmp_pa
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_every_file_has_the_mode_that_the_umask_asks_for_safetensors_too(
-    tmp_path: Path, umask: int, mode: int
-) -> None:
+def test_every_file_has_the_mode_that_the_umask_asks_for_safetensors_too(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
         with atomic_folder(tmp_path / "model") as folder:
@@ -180,6 +179,28 @@ def test_torchs_own_writer_which_says_nothing_is_put_into_words(tmp_path: Path) 
     with pytest.raises(OSError, match=r"could not be written \(is the disk full\?\)") as raised, writing(tmp_path):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
     assert raised.value.filename == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "output", "says"),
+    [
+        ("runs/a", "runs/a", "output: runs/a: No space left on device"),
+        ("runs/a/model/x", Path("runs/a/"), "output: runs/a/model/x: No space left on device"),
+        ("runs", "runs/a/b", "output: runs: No space left on device"),
+        ("out.jsonl.config.json", "./out.jsonl", "output: out.jsonl.config.json: No space left on device"),
+        (None, "runs/a", "output: runs/a: No space left on device"),
+        ("runs/ab", "runs/a", "runs/ab: No space left on device"),
+        ("cache/x", "runs/a", "cache/x: No space left on device"),
+        ("cache/x", None, "cache/x: No space left on device"),
+        (None, None, "No space left on device"),
+    ],
+)
+def test_what_the_system_said_stands_behind_the_path_and_that_behind_its_key(
+    file: str | None, output: str | Path | None, says: str
+) -> None:
+    error = OSError(errno.ENOSPC, "No space left on device", *([] if file is None else [file]))
+    assert in_a_sentence(error, output) == says
+    assert in_a_sentence(OSError("output: a sentence"), output) == "output: a sentence"
 
 
 def test_the_cause_is_the_systems_words_or_else_the_first_line() -> None:

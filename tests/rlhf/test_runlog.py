@@ -51,7 +51,7 @@ def test_a_line_that_is_no_object_is_named(tmp_path: Path, line: str) -> None:
 def test_a_full_disk_names_the_log(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
     log._file.close()
-    log._file = Path("/dev/full").open("a")
+    log._file = Path("/dev/full").open("a")  # noqa: SIM115  the log closes it
     for write in (lambda: log.metrics(1, {"loss": 0.5}), log.close):
         with pytest.raises(OSError, match="could not be written \\(No space left on device\\)") as raised:
             write()

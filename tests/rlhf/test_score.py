@@ -347,7 +347,7 @@ def test_an_array_over_several_lines_is_said_to_be_one(make):
 
 
 def test_a_full_disk_names_the_output(make, monkeypatch):
-    monkeypatch.setattr(score, "_target", lambda _: Path("/dev/full").open("ab"))
+    monkeypatch.setattr(score, "_target", lambda _: Path("/dev/full").open("ab"))  # noqa: SIM115  the job closes it
     config = make(ROWS)
     with pytest.raises(OSError, match=r"could not be written \(No space left on device\)") as raised:
         run_score(config, progress=False)
