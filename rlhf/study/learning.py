@@ -7,7 +7,6 @@ its samples: whether it rises, whether it stays up, and which proxy brings most.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,12 +23,15 @@ from ..config import JobConfig
 from ..files import atomic_write_json, atomic_write_text
 from ..plot_style import require_matplotlib, save_png
 from ..ppo.config import KLConfig, PolicyConfig, PPOConfig, RewardConfig, RolloutConfig, UpdateConfig
+from ..run_folder import claim_folder, held
 from ..runlog import read_metrics
 from . import learning_report
 from .learning_rewards import RewardsConfig, prepare
+from .wording import RESULTS, command
 
 SHOWN = ("gold/mean", "reward/mean", "kl/sequence", "text/length", "text/truncated", "policy/entropy")
 BLOCK = 5  # steps
+_FREE = ("output", "seeds", "kl", "lambdas", "processes", "window")  # what no run in the folder depends on
 
 
 class LearningPPOConfig(JobConfig):
@@ -86,11 +88,23 @@ def run_learning(config: LearningConfig, *, progress: bool = True) -> LearningRe
     The folder: seed-S/ (samples, pairs and the reward models of a seed), runs/ (PPO runs, see `run_ppo`).
 
     Raises:
-        ValueError: for a model that cannot be used, or a folder that holds runs of another config.
+        ValueError: for a model that cannot be used, or a folder that holds anything but runs of this config; more
+            seeds, lambdas and KL coefficients may be added.
         ImportError: naming the extra to install.
     """
     require_matplotlib()
-    _claim(config)
+    with held(config.output):
+        if claim_folder(config, RESULTS, free=_FREE):
+            atomic_write_text(config.output / "config.yaml", config.to_yaml())
+        metrics = _measure(config, progress)
+        atomic_write_json(config.output / "learning.json", metrics)
+        atomic_write_text(config.output / "learning.md", learning_report.markdown(metrics))
+        save_png(learning_report.picture(metrics), config.output / "learning.png")
+    return LearningResult(config.output, metrics)
+
+
+def _measure(config: LearningConfig, progress: bool) -> dict[str, Any]:
+    """What learning.json holds."""
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     jobs = [(config.model_dump_json(), seed) for seed in seeds]
     prepared = dict(zip(seeds, _in_processes(_prepare, jobs, config.processes, "rewards", progress), strict=True))
@@ -102,16 +116,14 @@ def run_learning(config: LearningConfig, *, progress: bool = True) -> LearningRe
         {"kl": kl, "seed": seed, "arm": arm.name, **summary(curves, config.window), "text": text}
         for (kl, seed, arm), (curves, text) in zip(runs, rows, strict=True)
     ]
-    metrics = {
-        "config": config.model_dump(mode="json", exclude={"output", "model"}) | {"model": Path(config.model).name},
+    named = config.model_copy(update={"model": Path(config.model).name})
+    return {
+        "command": command("learning", named),
+        "config": named.model_dump(mode="json", exclude={"output"}),
         "rewards": {str(seed): numbers for seed, numbers in prepared.items()},
         "runs": results,
         "torch": torch.__version__,
     }
-    atomic_write_json(config.output / "learning.json", metrics)
-    atomic_write_text(config.output / "learning.md", learning_report.markdown(metrics))
-    save_png(learning_report.picture(metrics), config.output / "learning.png")
-    return LearningResult(config.output, metrics)
 
 
 def arms(config: LearningConfig) -> list[Arm]:
@@ -169,18 +181,6 @@ def summary(curves: dict[str, list[float | None]], window: int) -> dict[str, Any
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return round(sum(known) / len(known), 4) if known else None
-
-
-def _claim(config: LearningConfig) -> None:
-    """Refuse a folder whose runs had other settings; more seeds, lambdas and KL coefficients may be added."""
-    path = config.output / "config.yaml"
-    open_keys = {"output", "seeds", "kl", "lambdas", "processes", "window"}
-    now = json.dumps(config.model_dump(mode="json", exclude=open_keys), sort_keys=True)
-    mark = config.output / "settings.json"
-    if mark.exists() and mark.read_text(encoding="utf-8") != now:
-        raise ValueError(f"output: {config.output} holds runs with other settings ({path}): name another --output")
-    atomic_write_text(mark, now)
-    atomic_write_text(path, config.to_yaml())
 
 
 def _prepare(config: str, seed: int) -> dict[str, Any]:

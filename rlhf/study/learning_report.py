@@ -7,6 +7,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from ..plot_style import GREY, styled
+from .wording import count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,10 +29,10 @@ def markdown(metrics: dict[str, Any]) -> str:
         f"{data['pairs_per_prompt']} pairs of them by gold with {data['label_noise']:.0%} of the labels flipped, and "
         "trains all the rewards on them: heads on the frozen trunk's features.",
         "",
-        f"    prudent study learning --model {config['model']} --seeds {config['seeds']}",
+        f"    {metrics['command']}",
         "",
-        f"{ppo['steps']} steps of {ppo['prompts_per_step']} prompts x {ppo['samples_per_prompt']} samples of at most "
-        f"{data['max_new_tokens']} tokens, {ppo['estimator']}, {ppo['mode']}, lr {ppo['lr']:g}, epochs "
+        f"{ppo['steps']} steps of {count(ppo['prompts_per_step'], 'prompt')} x {ppo['samples_per_prompt']} samples of "
+        f"at most {data['max_new_tokens']} tokens, {ppo['estimator']}, {ppo['mode']}, lr {ppo['lr']:g}, epochs "
         f"{ppo['epochs']}, minibatches {ppo['minibatches']}. Final: the mean of the last {config['window']} steps; "
         f"peak: the best {config['window']} in a row. The unit of proxies is a head's standard deviation over the "
         "reference's own samples; PET's rewards are stretched to their start's. Each number: mean over seeds, and "

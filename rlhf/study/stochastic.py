@@ -26,10 +26,12 @@ from tqdm import tqdm
 from ..config import JobConfig
 from ..files import atomic_write_json, atomic_write_text
 from ..plot_style import require_matplotlib, save_png
+from ..run_folder import claim_folder, held
 from ..statistics import mean_interval
 from . import stochastic_report
 from .networks import Layers, repeated, trained
 from .toy_world import SIZE, Judged, ToyPolicyConfig, fresh_policies, log_policy, train_policies
+from .wording import RESULTS, command
 
 ARMS = ("constant", "worst of random", "random")
 
@@ -73,11 +75,25 @@ class StochasticResult:
 
 
 def run_stochastic(config: StochasticConfig, *, progress: bool = True) -> StochasticResult:
-    """Train good policies on rewards that mean nothing; write stochastic.json, stochastic.md and stochastic.png.
+    """Train good policies on rewards that mean nothing; write stochastic.json, stochastic.md and stochastic.png, beside
+    config.yaml.
 
-    Raises ImportError naming the extra if matplotlib is not installed.
+    Raises:
+        ValueError: for a folder that holds anything but this study with this config.
+        ImportError: naming the extra, if matplotlib is not installed.
     """
     require_matplotlib()
+    with held(config.output):
+        claim_folder(config, RESULTS)
+        metrics = _measure(config, progress)
+        atomic_write_json(config.output / "stochastic.json", metrics)
+        atomic_write_text(config.output / "stochastic.md", stochastic_report.markdown(metrics))
+        save_png(stochastic_report.picture(metrics), config.output / "stochastic.png")
+    return StochasticResult(config.output, metrics)
+
+
+def _measure(config: StochasticConfig, progress: bool) -> dict[str, Any]:
+    """What stochastic.json holds."""
     start = good_policies(config)
     results: dict[str, Any] = {}
     for name, setting in tqdm(settings(config).items(), desc="stochastic", unit="setting", disable=not progress):
@@ -92,17 +108,14 @@ def run_stochastic(config: StochasticConfig, *, progress: bool = True) -> Stocha
             for arm, curve in gold.items()
         }
     mean, variance = minimum_moments(config.heads)
-    metrics = {
+    return {
+        "command": command("stochastic", config),
         "config": config.model_dump(mode="json", exclude={"output"}),
         "oracle": {str(k): list(minimum_moments(k)) for k in sorted({2, 3, 4, 5, config.heads})},
         "minimum": {"mean": mean, "variance": variance, "std": math.sqrt(variance)},
         "settings": results,
         "torch": torch.__version__,
     }
-    atomic_write_json(config.output / "stochastic.json", metrics)
-    atomic_write_text(config.output / "stochastic.md", stochastic_report.markdown(metrics))
-    save_png(stochastic_report.picture(metrics), config.output / "stochastic.png")
-    return StochasticResult(config.output, metrics)
 
 
 def settings(config: StochasticConfig) -> dict[str, Setting]:

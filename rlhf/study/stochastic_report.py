@@ -24,7 +24,7 @@ def markdown(metrics: dict[str, Any]) -> str:
         f"{config['heads']} random heads and on one, each N(0, 1). Here on {seeds} policies of the toy (8 prompts, 8 "
         f"responses) that give the right response probability {config['start']:g}; the loss of it is the degradation.",
         "",
-        f"    prudent study stochastic --seeds {seeds}",
+        f"    {metrics['command']}",
         "",
         f"{config['samples']} samples a prompt and step, one epoch where none is named, clip {config['clip']:g}, Adam "
         f"at {config['adam_lr']:g}, SGD at {config['sgd_lr']:g}, an exact critic.",

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from ..config import JobConfig
 from ..files import atomic_write_json, atomic_write_text
 from ..plot_style import require_matplotlib, save_png
+from ..run_folder import claim_folder, held
 from ..statistics import Interval, mean_interval
 from . import toy_report
 from .networks import repeated
@@ -39,6 +40,7 @@ from .toy_world import (
     right,
     train_policies,
 )
+from .wording import RESULTS, command
 
 LAMBDAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -93,11 +95,24 @@ class ToyResult:
 
 
 def run_toy(config: ToyConfig, *, progress: bool = True) -> ToyResult:
-    """Train every arm's policies and write toy.json, toy.md and toy.png into `config.output`.
+    """Train every arm's policies and write toy.json, toy.md and toy.png into `config.output`, beside config.yaml.
 
-    Raises ImportError naming the extra if matplotlib is not installed.
+    Raises:
+        ValueError: for a folder that holds anything but this study with this config.
+        ImportError: naming the extra, if matplotlib is not installed.
     """
     require_matplotlib()
+    with held(config.output):
+        claim_folder(config, RESULTS)
+        metrics = _measure(config, progress)
+        atomic_write_json(config.output / "toy.json", metrics)
+        atomic_write_text(config.output / "toy.md", toy_report.markdown(metrics))
+        save_png(toy_report.picture(metrics), config.output / "toy.png")
+    return ToyResult(config.output, metrics)
+
+
+def _measure(config: ToyConfig, progress: bool) -> dict[str, Any]:
+    """What toy.json holds."""
     settings = SETTINGS if config.sensitivity else {"as above": {}}
     known: dict[str, tuple[Tensor, Tensor]] = {}
     compared = ("single", f"tradeoff:{config.lam:g}", "worst of the set", "mean of all")
@@ -123,12 +138,8 @@ def run_toy(config: ToyConfig, *, progress: bool = True) -> ToyResult:
         else:
             results, _ = train_arms({arm: every[arm] for arm in compared}, rewards[:, 1:], changed)
         table[name] = {arm: results[arm] for arm in compared}
-    metrics = {"config": config.model_dump(mode="json", exclude={"output"}), **main, "settings": table}
-    metrics["torch"] = torch.__version__
-    atomic_write_json(config.output / "toy.json", metrics)
-    atomic_write_text(config.output / "toy.md", toy_report.markdown(metrics))
-    save_png(toy_report.picture(metrics), config.output / "toy.png")
-    return ToyResult(config.output, metrics)
+    metrics = {"command": command("toy", config), "config": config.model_dump(mode="json", exclude={"output"}), **main}
+    return metrics | {"settings": table, "torch": torch.__version__}
 
 
 def _changed(config: ToyConfig, change: Mapping[str, dict[str, Any]]) -> ToyConfig:

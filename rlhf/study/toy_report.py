@@ -27,7 +27,7 @@ def markdown(metrics: dict[str, Any]) -> str:
         f"leads it to the optimal actor. Here over {seeds} seeds, each with pairs, reward models and policies of its "
         "own; the arms of a seed share all three and all random numbers.",
         "",
-        f"    prudent study toy --seeds {seeds}",
+        f"    {metrics['command']}",
         "",
         f"Not in the paper, chosen here: reward models of {reward['layers']} hidden layers of {reward['width']} "
         f"{reward['activation']}, initial weights {reward['scale']:g} times torch's, {reward['steps']} Adam steps at "

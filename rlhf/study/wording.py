@@ -1,8 +1,35 @@
-"""How a study writes its numbers, and by which rule an interval becomes a word."""
+"""How a study writes its command and its numbers, and by which rule an interval becomes a word."""
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
+from functools import reduce
+
+from ..config import JobConfig, config_keys
+
+RESULTS = ("*.json*", "*/")  # by which a folder is known to hold results, whoever's
+_FLAGS = ("model", "seeds")  # told always
+
+
+def command(study: str, config: JobConfig) -> str:
+    """What to type for the numbers of `config`: every key that is not its default; where they go is left open."""
+    kind = type(config)
+    needed = {name: getattr(config, name) for name, field in kind.model_fields.items() if field.is_required()}
+    plain, words = kind.model_validate(needed), ["prudent", "study", study]
+    for key in config_keys(kind):
+        default, value = (reduce(getattr, key.split("."), c) for c in (plain, config))
+        if key in _FLAGS:
+            words += [f"--{key}", str(value)]
+        elif value != default and key != "output":
+            words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"]
+    return shlex.join(words)
+
+
+def count(number: int, what: str) -> str:
+    """The number of things: "1 sample", "2 samples"."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def interval(values: Sequence[float | None], digits: int = 2) -> str:

@@ -110,5 +110,5 @@ def test_a_study_from_end_to_end_is_resumed_not_repeated(
     assert {run["arm"] for run in saved["runs"]} == {arm.name for arm in arms(config)}
     assert "## No KL" in str(result)
     assert (tmp_path / "study" / "learning.png").stat().st_size > 10_000
-    with pytest.raises(ValueError, match="holds runs with other settings"):
+    with pytest.raises(ValueError, match=r"holds a run with another ppo\.steps \(3 there, 4 here\)"):
         run_learning(_config(tiny_chat_folder, tmp_path / "study", "ppo.steps=4"), progress=False)
