@@ -91,8 +91,7 @@ def run_arms(ppo: DemoPPOConfig, start: Start, folder: Path, prompts: Sequence[s
     atomic_write_text(folder / "ppo" / "prompts.txt", "".join(prompt + "\n" for prompt in prompts))
     ppo = ppo.model_copy(update={"prompts_per_step": min(ppo.prompts_per_step, len(prompts))})
     for name in ARMS:
-        if not (folder / "ppo" / name / "ppo.json").exists():
-            run_ppo(arm_config(name, ppo, start, folder), resume=True, progress=progress)
+        run_ppo(arm_config(name, ppo, start, folder), resume=True, progress=progress)
     found = as_dict({name: read_metrics(folder / "ppo" / name) for name in ARMS})
     return found | {"samples": ppo.prompts_per_step * ppo.samples_per_prompt}
 

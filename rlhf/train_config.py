@@ -84,7 +84,8 @@ class TrainResult:
     def __str__(self) -> str:
         m = self.metrics
         head = "was finished before; nothing was done again" if self.finished_before else "finished"
-        lines = [f"{self.folder}: {head}", f"{m['train_pairs']} pairs trained on, {m['held_out_pairs']} held out"]
+        pairs = _count(m["train_pairs"], "pair")
+        lines = [f"{self.folder}: {head}", f"{pairs} trained on, {m['held_out_pairs']} held out"]
         lines += [f"{what}: {m['dropped'][key]}" for key, what in _DROPPED.items() if m["dropped"][key]]
         if m["accuracy"]:
             width = max(map(len, m["accuracy"]))
@@ -99,7 +100,8 @@ def _pet_lines(pet: dict[str, Any]) -> list[str]:
     """What PET did, and what to beware of."""
     before, after = pet["before"], pet["after"]
     rows = [("gap, best of n - reference", "gap"), ("Bradley-Terry loss", "bt"), ("accuracy", "accuracy")]
-    lines = [f"PET on {pet['prompts']} prompts, n = {pet['samples']}, beta = {pet['beta']:g}; before -> after"]
+    asked = _count(pet["prompts"], "prompt")
+    lines = [f"PET on {asked}, n = {pet['samples']}, beta = {pet['beta']:g}; before -> after"]
     for side, prefix in (("training", ""), ("held-out", "eval_")):
         lines += [
             f"  {f'{side} {name}':<38}{before[prefix + key]:>8.3f} -> {after[prefix + key]:.3f}"
@@ -114,6 +116,10 @@ def _pet_lines(pet: dict[str, Any]) -> list[str]:
             "sources apart, which lowers the objective without end; pet.hinge=all or pet.reference=sample prevents it"
         )
     return lines
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 # what a resumed run may change; a lower batch_tokens is what helps one that was killed for memory

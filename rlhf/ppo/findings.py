@@ -275,7 +275,7 @@ def _distance(rows: Rows, rolled_back_to: int | None) -> str:
     if rolled_back_to is None:
         return f"The policy ended {said}."
     kept = next((row.get("kl/sequence") for row in rows if row["step"] == rolled_back_to), None)
-    then = f", where it was {_nats(kept)} from it" if kept is not None and _finite(kept) else ""
+    then = f", where it was {_nats(kept)} nats away" if kept is not None and _finite(kept) else ""
     return f"The policy had come {said} before it was rolled back to step {rolled_back_to}{then}."
 
 

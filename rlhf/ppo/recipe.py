@@ -24,7 +24,7 @@ from ..train import TrainConfig, run_train
 from ..train_config import MADE as MADE_BY_TRAIN
 from ..train_config import refuse_unread as refuse_unread_by_train
 from .best_of import compare_best_of_n, prepare
-from .config import FREE, KLConfig, PPOConfig, RewardConfig, refuse_unread
+from .config import FREE, PPOConfig, RewardConfig, refuse_unread
 from .monitor import require_trackers
 from .run import unmeasured
 from .stop import StopRules
@@ -148,7 +148,7 @@ def resolved(config: PPOConfig) -> PPOConfig:
     for key in _SAMPLED_LIKE_THE_POLICY:
         if getattr(config.pet, key) != PETConfig.model_fields[key].default:
             raise ValueError(f"pet.{key}: has no effect with recipe pet, which samples as PPO does: set rollout.{key}")
-    return config.model_copy(update={"kl": KLConfig(coef=0.0)})
+    return config.model_copy(update={"kl": kl.model_copy(update={"coef": 0.0})})
 
 
 def reward_config(config: PPOConfig) -> TrainConfig:

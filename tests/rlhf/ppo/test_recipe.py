@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from prudent import EnsembleRewardModel
 from prudent.rlhf.config import load_config
-from prudent.rlhf.ppo import loop
+from prudent.rlhf.ppo import loop, recipe
 from prudent.rlhf.ppo.best_of import _metrics
-from prudent.rlhf.ppo.config import PPOConfig
-from prudent.rlhf.ppo.recipe import ppo_config, resolved, reward_config, run_recipe
+from prudent.rlhf.ppo.config import PPOConfig, UpdateConfig
+from prudent.rlhf.ppo.recipe import ppo_config, refuse_early, resolved, reward_config, run_recipe
 from prudent.rlhf.rollout import Rollout
+from prudent.rlhf.train import TrainConfig
 
 THINGS = ("day", "food", "hotel", "train", "film", "room")
 
@@ -93,6 +96,7 @@ def test_what_the_recipe_decides_is_refused(tiny_chat_folder: Path, files: tuple
     for entry, message in (
         ("kl.coef=0.1", "kl: expected none with recipe pet, whose reward is made for none, got coef 0.1"),
         ("kl.chi2=0.1", "kl: expected none with recipe pet"),
+        ("kl.place=loss", r"kl\.place: has no effect with kl\.coef 0"),
         ("reward.source=some/model", "reward.source, reward.kind: expected none with recipe pet"),
         ("pet.max_new_tokens=9", "pet.max_new_tokens: has no effect with recipe pet, which samples as PPO does"),
         ("rollout.prompts_per_step=7", "rollout.prompts_per_step: expected at most 6"),
@@ -106,6 +110,101 @@ def test_what_the_recipe_decides_is_refused(tiny_chat_folder: Path, files: tuple
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"expected a new or empty folder or one of a run, got .* with other files"):
         run_recipe(_config(tiny_chat_folder, files, tmp_path / "other"), progress=False)
+
+
+JUDGE = """
+def broken(prompts, responses):
+    raise RuntimeError("no judge today")
+
+def length(prompts, responses):
+    return [float(len(text)) for text in responses]
+"""
+
+
+@pytest.mark.parametrize(
+    ("sets", "error", "said"),
+    [
+        (
+            ["update.estimator=rloo", "rollout.samples_per_prompt=2", "update.lam=0.5"],
+            ValueError,
+            r"^update\.lam: has no effect with estimator rloo",
+        ),
+        (["policy.mode=full", "policy.lora_rank=8"], ValueError, r"^policy\.lora_rank: has no effect"),
+        (['stop_when=["disagreement > 3x"]'], ValueError, "takes a reward of several heads, not one"),
+        (
+            ['stop_when=["disagreement > 3x"]', "pet.start={one}"],
+            ValueError,
+            "takes a reward of several heads, not one",
+        ),
+        (["gold={judge}:broken"], ValueError, "gold: .*broken raised RuntimeError: no judge today"),
+        (["trackers=[trackio]"], ImportError, "trackers: trackio not installed"),
+        (["pet.start={tmp}/nowhere"], ValueError, r"^pet\.start: "),
+    ],
+)
+def test_what_only_the_last_step_would_refuse_is_refused_before_the_first(
+    tiny_chat_folder: Path,
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sets: list[str],
+    error: type[Exception],
+    said: str,
+) -> None:
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    (tmp_path / "judge.py").write_text(JUDGE)
+    EnsembleRewardModel.from_trunk(str(tiny_chat_folder), num_heads=1).save_pretrained(tmp_path / "one")
+    AutoTokenizer.from_pretrained(tiny_chat_folder).save_pretrained(tmp_path / "one")
+    names = {"judge": tmp_path / "judge.py", "one": tmp_path / "one", "tmp": tmp_path}
+    sets = [entry.format(**names) for entry in sets]
+    with pytest.raises(error, match=said):
+        run_recipe(_config(tiny_chat_folder, files, tmp_path / "run", *sets), progress=False)
+    assert not (tmp_path / "run" / "reward").exists()
+    mended = _config(tiny_chat_folder, files, tmp_path / "run", "seed=3", f"gold={tmp_path / 'judge.py'}:length")
+    monkeypatch.setattr(recipe, "run_train", _begun)
+    with pytest.raises(KeyboardInterrupt):  # the folder is taken, and the first step has begun
+        run_recipe(mended, progress=False)
+
+
+def _begun(config: TrainConfig, **_: Any) -> None:
+    config.output.mkdir()
+    (config.output / "metrics.jsonl").write_text("{}\n")
+    raise KeyboardInterrupt
+
+
+def test_several_heads_may_be_watched(tiny_chat_folder: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+    watched = _config(tiny_chat_folder, files, tmp_path, 'stop_when=["disagreement > 3x"]', "pet.start=brme")
+    refuse_early(resolved(watched))
+
+
+def test_data_that_cannot_be_read_may_be_mended(
+    tiny_chat_folder: Path, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = (files[0].with_name("nowhere.jsonl"), files[1])
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        run_recipe(_config(tiny_chat_folder, wrong, tmp_path / "run"), progress=False)
+    monkeypatch.setattr(loop, "run_ppo", _begun)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(_config(tiny_chat_folder, files, tmp_path / "run"), progress=False)
+
+
+def test_what_only_ppo_reads_may_be_changed_until_ppo_has_begun(
+    tiny_chat_folder: Path, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "run_train", _begun)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(_config(tiny_chat_folder, files, tmp_path / "run"), progress=False)
+    other = _config(tiny_chat_folder, files, tmp_path / "run", "update.lr=0.01", "policy.lora_rank=4")
+    monkeypatch.setattr(recipe, "run_train", lambda *_, **__: pytest.fail("gone on"))
+    with pytest.raises(pytest.fail.Exception, match="gone on"):
+        run_recipe(other, resume=True, progress=False)
+    assert load_config(PPOConfig, tmp_path / "run" / "config.yaml").update.lr == 0.01
+    with pytest.raises(ValueError, match=r"another pet\.samples \(4 there, 5 here\)"):
+        run_recipe(_config(tiny_chat_folder, files, tmp_path / "run", "pet.samples=5"), resume=True, progress=False)
+    (tmp_path / "run" / "ppo").mkdir()
+    (tmp_path / "run" / "ppo" / "metrics.jsonl").write_text("{}\n")
+    again = other.model_copy(update={"update": UpdateConfig(minibatches=1, lr=0.5)})
+    with pytest.raises(ValueError, match=r"another update\.lr \(0\.01 there, 0\.5 here\)"):
+        run_recipe(again, resume=True, progress=False)
 
 
 def test_recipe_ppo_is_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

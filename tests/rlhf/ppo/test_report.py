@@ -168,7 +168,7 @@ def test_after_a_rollback_the_end_is_said_to_be_of_the_policy_that_was_thrown_aw
     lines = F.findings(rows, versus="the start", rolled_back_to=1)
     assert lines[1] == "The policy that is kept is that of step 1; the end told of here is a later one's, thrown away."
     said = "The policy had come 40.00 nats a response from the reference before it was rolled back to step 1, where"
-    assert f"{said} it was 10.00 from it." in lines
+    assert f"{said} it was 10.00 nats away." in lines
     outcome = {"stopped": "a rule", "rolled_back_to": 10, "steps": 30}
     text = Reader(render(config(), whole(), texts(), outcome)).text
     assert "at step 0 (left) and step 10 (right)" in text
