@@ -136,15 +136,16 @@ class Checkpoints:
         return max((step for step in self.steps() if bad_since is None or step < bad_since), default=None)
 
     def prune(self, bad_since: int | None) -> None:
-        """Remove all but the newest two and the last good one."""
+        """Remove all but the newest two and the last good one; what is known to be damaged too."""
         steps = self.steps()
         keep = {*steps[-KEPT:], self.last_good(bad_since)}
-        for step in steps:
+        for step in (*steps, *self._damaged):
             if step not in keep:
                 # out of sight first: a kill while files go must not leave half a checkpoint under a good name
                 retired = self.path(step).with_name(f".{self.path(step).name}.old")
                 os.replace(self.path(step), retired)
                 shutil.rmtree(retired, ignore_errors=True)
+        self._damaged.clear()
 
 
 class _Summed:

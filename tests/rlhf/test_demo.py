@@ -19,6 +19,7 @@ from prudent.engine import Scorer
 from prudent.rlhf import demo, rollout
 from prudent.rlhf.config import load_config
 from prudent.rlhf.demo import DemoConfig, read_prompts, run_demo
+from prudent.rlhf.run_folder import held
 
 from .page import Reader
 
@@ -175,6 +176,11 @@ def test_a_folder_of_something_else_is_refused(tiny_chat_folder: Path, tmp_path:
     with pytest.raises(ValueError, match="with other files"):
         run_demo(_config(tiny_chat_folder, tmp_path), progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_another_process_writes_is_refused(finished: tuple[DemoConfig, Any]) -> None:
+    with held(finished[0].output), pytest.raises(ValueError, match="is being written by process"):
+        run_demo(finished[0], progress=False)
 
 
 def test_a_mistake_leaves_the_folder_to_the_mended_command(

@@ -80,8 +80,19 @@ def test_one_whose_bytes_changed_is_passed_over_for_the_one_before(
     assert (step, saved.state["kl_coef"]) == (20, 20)
     assert "step-000030 is damaged" in caplog.text
     assert kept.steps() == [10, 20]
-    kept.save(30, _saved(30))
-    assert kept.newest()[0] == 30  # written again it is whole
+    kept.save(40, _saved(40))
+    kept.prune(bad_since=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000020", "step-000040"]
+
+
+def test_a_damaged_one_that_is_written_again_is_whole(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path)
+    kept.save(10, _saved(1))
+    _flip(tmp_path / "step-000010" / "state.pt", -1)
+    assert kept.newest() is None
+    kept.save(10, _saved(2))
+    step, saved = kept.newest()
+    assert (step, saved.state["kl_coef"]) == (10, 2)
 
 
 def test_the_newest_from_before_a_step_is_whole_too(tmp_path: Path) -> None:
