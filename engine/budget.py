@@ -80,6 +80,7 @@ class ModelShape(NamedTuple):
     vocabulary: int
     adapted: tuple[tuple[int, int], ...]
     head_norms: bool = False
+    tied: bool = False
 
     @classmethod
     def of(cls, config: Any, name: str = "") -> ModelShape:
@@ -112,6 +113,7 @@ class ModelShape(NamedTuple):
             model.get_output_embeddings().weight.shape[0],
             tuple(tuple(m.weight.shape) if _is_conv1d(m) else tuple(m.weight.shape[::-1]) for _, m in first),
             any("q_norm" in n for n, _ in model.named_modules()),
+            model.get_input_embeddings().weight is model.get_output_embeddings().weight,
         )
 
     def lora_parameters(self, rank: int) -> int:
@@ -297,14 +299,17 @@ def _rollout(shape: ModelShape, job: JobShape, layer: Layer) -> Terms:
         length = -(-(job.tokens + 1) // 16) * 16
         cache = width * shape.kv_bytes * rows * length
     prompt_cache = job.dtype.itemsize * shape.kv_bytes * read
+    # mixed weights are sampled from as copies in bf16
+    copies = job.dtype.itemsize * shape.parameters if job.mixed else 0
+    layer = Layer(shape, replace(job, mixed=False))
     reading = layer.forward(read)
     # logits in the trunk's dtype, then fp32 logits, probabilities and their sum, or also the sorted ids
     drawing = rows * shape.vocabulary * (job.dtype.itemsize + 4 * 3 + (12 if job.truncated_sampling else 0))
     drawing = max(drawing, layer.forward(rows))
     # while the cache grows to its length, one layer of the prompts' own is left
     if prompt_cache + reading > cache + drawing:
-        return {"KV cache": prompt_cache, "activations": reading}
-    return {"KV cache": cache, "activations": drawing}
+        return {"parameters": copies, "KV cache": prompt_cache, "activations": reading}
+    return {"parameters": copies, "KV cache": cache, "activations": drawing}
 
 
 def _micro(job: JobShape, micro_tokens: int, extra: int) -> tuple[int, int]:
@@ -319,6 +324,8 @@ def _scoring(shape: ModelShape, job: JobShape, layer: Layer, micro_tokens: int) 
     width = job.dtype.itemsize
     workspace = logprob_workspace(responses, shape.hidden, shape.vocabulary, job.dtype, False, job.device)
     after = width * shape.hidden * (tokens + responses)
+    if job.mixed:  # the head in bf16
+        after += width * shape.vocabulary * shape.hidden
     forward = layer.forward(tokens)
     # either inside the trunk, or at the head with the hidden states of both roles
     if forward >= after + workspace:
@@ -335,11 +342,15 @@ def _update(shape: ModelShape, job: JobShape, layer: Layer, micro_tokens: int) -
     # rows taken from the final hidden states, for the head and for the critic, and its fp32 copy; then their gradients
     rows = responses * hidden * (width + (width * (width < 4) + 4 if job.critic == "shared" else 0))
     head = tokens * hidden * width + rows + 2 * responses * hidden * width
+    norm, inside, bottom = layer.last_norm(tokens), layer.backward(tokens, job.tokens), 0
     if job.mode == "full":  # the head's gradient of this micro-batch beside that of those before
-        head += (4 if job.mixed else width) * shape.vocabulary * hidden
-    norm = layer.last_norm(tokens)
-    inside = layer.backward(tokens, job.tokens)
-    top = max(head + workspace, norm, inside)
+        table = shape.vocabulary * hidden
+        gradient = (4 if job.mixed else width) * table
+        # mixed: in bf16, beside the head in bf16 and the workspace; then in fp32 too
+        head += max(2 * width * table, width * table + gradient - workspace) if job.mixed else gradient
+        if shape.tied:  # it waits for the embedding's, which comes when all that was held is gone, and for their sum
+            norm, inside, bottom = norm + gradient, inside + gradient, 3 * gradient - held
+    top = max(head + workspace, norm, inside, bottom)
     terms = {"gradients": gradients, "activations": held + top}
     if top == head + workspace:
         terms = {"gradients": gradients, "activations": held + head, "logprob workspace": workspace}

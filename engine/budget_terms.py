@@ -20,6 +20,8 @@ class Layer:
         self.adapted, self.head_norms = shape.adapted, shape.head_norms
         self.job = job
         self.lora: bool = job.mode == "lora"
+        sizes = [self.b * i * o for i, o in shape.adapted] if job.mixed else [0]
+        self.casts, self.cast = sum(sizes), max(sizes)  # of a layer's weights by autocast: all, and the largest
 
     def token(self, length: int) -> int:
         """Bytes that autograd saves of one token in one layer, in sequences of `length`."""
@@ -50,8 +52,8 @@ class Layer:
         norm, whose input needs no gradient, and the final one takes its place."""
         final = 0 if self.lora else tokens * (4 + self.b) * self.d
         if self.job.checkpointing:
-            return self.layers * tokens * self.b * self.d + final
-        return self.layers * tokens * self.token(length) + final
+            return self.layers * tokens * (4 if self.job.mixed else self.b) * self.d + final
+        return self.layers * (tokens * self.token(length) + self.casts) + final
 
     def last_norm(self, tokens: int) -> int:
         """In the backward pass of the final norm, where everything is still held: its output, and gradients in fp32."""
@@ -60,10 +62,11 @@ class Layer:
     def backward(self, tokens: int, length: int) -> int:
         """In the last layer's backward pass; what it saved counts here only if it was computed again."""
         inside = tokens * self.b * (2 * self.f + (3 if self.b < 4 else 2) * self.d)
-        return inside + (tokens * self.token(length) if self.job.checkpointing else 0)
+        return inside + (tokens * self.token(length) + self.casts if self.job.checkpointing else 0)
 
     def forward(self, tokens: int) -> int:
         """The highest point of a pass without gradient, in the feed-forward layer: its two inner products and their
         own product, and LoRA's share of one of them; the residual stream, the norm's fp32 copy and its output."""
         wide = (4 if self.lora else 3) * self.b * self.f
-        return tokens * (wide + self.d * (9 if self.b < 4 else 17))
+        narrow = 12 if self.job.mixed else 9 if self.b < 4 else 17
+        return tokens * (wide + self.d * narrow) + self.cast

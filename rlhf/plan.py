@@ -273,10 +273,10 @@ def run_plan(config: PlanConfig, *, progress: bool = True) -> PlanResult:
     result = PlanResult(budget, limit, fits, [] if fits else cuts(shape, job, limit))
     if not config.verify:
         return result
-    if job.mixed or job.masked or job.eager or job.reward == "adapter":
+    if job.masked or job.eager or job.reward == "adapter":
         raise ValueError(
-            "verify: expected LoRA or dtype bfloat16, no eager attention, packing only with flash-attn, and a reward "
-            "on the frozen trunk or elsewhere: the others are planned, and not run without data"
+            "verify: expected no eager attention, packing only with flash-attn, and a reward on the frozen trunk or "
+            "elsewhere: the others are planned, and not run without data"
         )
     from .plan_verify import trace
 
@@ -284,5 +284,6 @@ def run_plan(config: PlanConfig, *, progress: bool = True) -> PlanResult:
         update={"update": config.update.model_copy(update={"micro_tokens": budget.micro_tokens})}
     )
     heads = config.heads if job.reward else None
-    traced = trace(settings, model, job.dtype, job.prompt_tokens, heads, progress)
+    weights = trunk_dtype(config, torch.device("cuda"))
+    traced = trace(settings, model, weights, job.prompt_tokens, heads, progress)
     return result._replace(verified={phase: traced.peaks[phase]["Total"] for phase in PHASES})

@@ -172,7 +172,7 @@ def trace(
 
     Args:
         config: its `update.micro_tokens` is a number.
-        dtype: of the trunk.
+        dtype: of the trunk's weights.
         heads: K of a reward on the trunk's hidden states; None: none there.
     """
     from transformers import AutoModelForCausalLM
@@ -182,7 +182,7 @@ def trace(
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-    settings = config.model_copy(update={"attn": "sdpa", "packed": False, "dtype": "auto"})
+    settings = config.model_copy(update={"attn": "sdpa", "packed": False})
     reward = policies.RewardOnTrunk(EnsembleHead(model_config.hidden_size, heads)) if heads else None
     policy = policies.Policy(settings, model, device="meta", reward=reward)
     policy.device = _CPU

@@ -58,6 +58,7 @@ CASES = {
     "lora, two of them": ("policy.critic=adapter",),
     "rloo, no critic": ("update.estimator=rloo", "rollout.samples_per_prompt=2"),
     "full": ("policy.mode=full",),
+    "full, checkpointed": ("policy.mode=full", "policy.gradient_checkpointing=true"),
 }
 
 
@@ -77,6 +78,18 @@ def test_the_plan_is_within_a_tenth_of_the_loop_on_tensors_without_data(case: st
     given, model = config(f"dtype={dtype}", *CASES[case]), small()
     job = job_shape(given, model)
     tracked = trace(given, model, job.dtype, PROMPT, 5, progress=False).peaks
+    budget = plan(ModelShape.of(model), job, 400)
+    ratios = {phase: budget.tensors(phase) / tracked[phase]["Total"] for phase in PHASES}
+    assert all(0.9 <= ratio <= 1.1 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sets", [(), pytest.param(("policy.gradient_checkpointing=true",), marks=pytest.mark.slow)])
+def test_fp32_weights_under_bf16_autocast_are_within_a_tenth_too(sets: tuple[str, ...], tied: bool) -> None:
+    given, model = config("policy.mode=full", *sets), LlamaConfig(**SIZES, tie_word_embeddings=tied)
+    job = job_shape(given, model)
+    assert (job.mixed, job.dtype) == (True, torch.bfloat16)
+    tracked = trace(given, model, torch.float32, PROMPT, 5, progress=False).peaks
     budget = plan(ModelShape.of(model), job, 400)
     ratios = {phase: budget.tensors(phase) / tracked[phase]["Total"] for phase in PHASES}
     assert all(0.9 <= ratio <= 1.1 for ratio in ratios.values()), ratios
