@@ -89,6 +89,13 @@ def load_reward_model(
     return model
 
 
+def load_trunk(key: str, name: str, **options: Any) -> EnsembleRewardModel:
+    """Fresh heads on a language model, which the config's `key` gave. `options`: of `EnsembleRewardModel.from_trunk`."""
+    wanted = "a language model's folder or hub name"
+    model: EnsembleRewardModel = _load(key, name, wanted, EnsembleRewardModel.from_trunk, **options)
+    return model
+
+
 def load_language_model(key: str, name: str, dtype: Any = "auto") -> Any:
     """A causal language model on the CPU, which the config's `key` gave.
 
@@ -143,7 +150,7 @@ def _load(key: str, name: str, wanted: str, load: Callable[..., Any], **options:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         ours = reason.removeprefix(f"{name}: ")  # whole sentences of the engine, behind the folder or the function
-        if reason.startswith(("from_sequence_classifier: ", "EnsembleRewardModel")):
+        if reason.startswith(("from_trunk: ", "from_sequence_classifier: ", "EnsembleRewardModel")):
             ours = reason.partition(": ")[2]
         if ours != reason:
             raise ValueError(f"{key}: {name}: {ours}") from error

@@ -159,10 +159,10 @@ def _kept(config: ScoreConfig, resume: bool, overwrite: bool) -> tuple[int, int]
     output = Path(config.output)
     if config.output == "-" or not output.exists():
         return 0, 0
-    if output.is_file() and output.stat().st_size == 0 and _record(config).exists():
-        return 0, 0  # of a run that was refused at its first rows: a mended command may have the file
     if output.is_dir():
         raise ValueError(f"output: expected a file, got {output}, a folder")
+    if output.stat().st_size == 0:
+        return 0, 0  # of a run that was refused at its first rows: a mended command may have the file
     if config.data != "-" and output.samefile(config.data):
         raise ValueError(f"output: expected another file than the data, got {output}")
     if overwrite:

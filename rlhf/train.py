@@ -19,7 +19,7 @@ from .data import PreferencePair, load_pairs, split_by_prompt
 from .features import compute_features
 from .files import atomic_folder, atomic_write_json, read_json
 from .fit import FitConfig, PairFeatures, fit_heads
-from .given import check_given, load_reward, load_reward_model, load_stage1, load_tokenizer
+from .given import check_given, load_reward, load_reward_model, load_stage1, load_tokenizer, load_trunk
 from .losses import partition
 from .pet_stage import PETStage
 from .reward_adapter import save_head
@@ -265,7 +265,8 @@ class _Run:
         config = self.config
         dtype = "float32" if config.dtype == "auto" and self.mode == "full" else config.dtype
         torch.manual_seed(config.seed if losses is None else losses.seed)
-        model = EnsembleRewardModel.from_trunk(
+        model = load_trunk(
+            "model",
             config.model,
             num_heads=num_heads,
             aggregation="mean" if num_heads == 1 else config.aggregation,

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from prudent.engine import EnsembleRewardModel
 from prudent.rlhf import files
 from prudent.rlhf.files import refuse_mistyped
-from prudent.rlhf.given import load_language_model, load_reward_model, load_tokenizer, model_folder
+from prudent.rlhf.given import load_language_model, load_reward_model, load_tokenizer, load_trunk, model_folder
 from prudent.rlhf.score import load_scorer
 
 
@@ -52,6 +52,7 @@ def _without(name: str) -> Callable[[Path], None]:
     ("load", "breaks", "says"),
     [
         (load_language_model, _cut("model.safetensors"), "model: {}: its weights cannot be read (Error while"),
+        (load_trunk, _cut("model.safetensors"), "model: {}: its weights cannot be read (Error while"),
         (load_language_model, _without("model.safetensors"), "model: expected a causal language model's folder or hub"),
         (load_language_model, _cut("config.json"), "got the folder {}: It looks like the config file at"),
         (load_reward_model, _cut("config.json"), "model: expected a reward model's folder or hub name, got the folder"),

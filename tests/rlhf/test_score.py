@@ -340,6 +340,16 @@ def test_a_resumed_output_that_was_damaged_is_named(make, name, line, says):
         run_score(config, resume=True, progress=False)
 
 
+def test_an_empty_file_is_free_and_a_byte_order_mark_is_no_part_of_the_first_row(make):
+    config = make(ROWS[:1])
+    data, output = Path(config.data), Path(config.output)
+    data.write_bytes(b"\xef\xbb\xbf" + data.read_bytes())
+    output.parent.mkdir()
+    output.touch()  # a full disk leaves no more
+    run_score(config, progress=False)
+    assert written(config)[0]["prompt"] == ROWS[0]["prompt"]
+
+
 def test_an_array_over_several_lines_is_said_to_be_one(make):
     config = make([json.dumps([ROWS[0]], indent=1)])
     with pytest.raises(ValueError, match=r"^data: .*in\.jsonl, line 1: expected JSON lines, .* got an array"):
