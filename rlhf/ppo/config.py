@@ -187,7 +187,8 @@ class PPOConfig(JobConfig):
             )
         if self.update.minibatches > samples:
             raise ValueError(
-                f"update.minibatches: expected at most the {samples} samples of a step, got {self.update.minibatches}"
+                f"update.minibatches: expected at most {samples}, the number of a step's samples, "
+                f"got {self.update.minibatches}"
             )
         for name in self.trackers:
             if name not in TRACKERS:

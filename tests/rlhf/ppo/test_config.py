@@ -52,7 +52,7 @@ def test_the_critic_follows_from_the_estimator() -> None:
         (["recipe=pet", "reward.timeout=5"], "reward.timeout: has no effect with recipe pet"),
         (['stop_when=["kl > 3x"]'], "stop_when: expected a number without x in 'kl > 3x'"),
         (["rollout.min_new_tokens=65"], "rollout.min_new_tokens: expected at most max_new_tokens 64"),
-        (["update.minibatches=65"], "update.minibatches: expected at most the 64 samples of a step"),
+        (["update.minibatches=65"], "update.minibatches: expected at most 64, the number of a step's samples"),
         (["trackers=[wanda]"], "trackers: expected any of wandb, trackio, got 'wanda'"),
         (['stop_when=["kl > many"]'], "stop_when: expected NAME > VALUE"),
         (["update.epoch=3"], "did you mean 'update.epochs'"),
