@@ -90,7 +90,7 @@ def load_reward_model(
 
 
 def load_trunk(key: str, name: str, **options: Any) -> EnsembleRewardModel:
-    """Fresh heads on a language model, which the config's `key` gave. `options`: of `EnsembleRewardModel.from_trunk`."""
+    """Fresh heads on a language model, which the config's `key` gave; `options` as `EnsembleRewardModel.from_trunk`."""
     wanted = "a language model's folder or hub name"
     model: EnsembleRewardModel = _load(key, name, wanted, EnsembleRewardModel.from_trunk, **options)
     return model

@@ -101,7 +101,7 @@ def test_an_adapter_or_a_run_folder_where_a_model_is_expected_leads_to_the_model
 def test_a_language_model_that_lacks_tensors_is_refused(lm: Path) -> None:
     config = json.loads((lm / "config.json").read_text())
     (lm / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(ValueError, match="model: '.*': expected every tensor of the model in the checkpoint"):
+    with pytest.raises(ValueError, match=r"model: '.*': expected every tensor of the model in the checkpoint"):
         load_language_model("model", str(lm))
 
 
