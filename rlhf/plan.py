@@ -119,7 +119,7 @@ def job_shape(config: PPOConfig, model: Any, device: str = "cuda", heads: int = 
         critic=config.critic,
         reward=kind if kind in ("shared", "adapter") else None,  # type: ignore[arg-type]
         heads=heads,
-        reward_bytes=_other_model(config.reward.source) * dtype.itemsize if kind == "model" else 0,
+        reward_bytes=_other_model(config.reward.source, dtype) if kind == "model" else 0,
         checkpointing=config.policy.gradient_checkpointing,
         optimizer=config.update.optimizer,
         dtype=dtype,
@@ -143,22 +143,42 @@ def _prompt_tokens(config: PPOConfig, model: Any) -> int:
     return PROMPT_TOKENS if limit is None else limit if config.rollout.max_prompt_tokens else min(limit, PROMPT_TOKENS)
 
 
-def _other_model(source: str) -> int:
-    config = model_config(model_folder(source), "reward.source")
-    return ModelShape.of(getattr(config, "text_config", None) or config).parameters
+def _other_model(source: str, dtype: torch.dtype) -> int:
+    """Bytes of another model's weights in `dtype`: by its config, or its files where no model is made of that alone."""
+    from transformers import AutoModel
+
+    folder = model_folder(source)
+    config = model_config(folder, "reward.source")
+    try:
+        with torch.device("meta"):  # a classifier of any family: not all have a causal language model
+            model = AutoModel.from_config(getattr(config, "text_config", None) or config)
+        numbers: int = sum(parameter.numel() for parameter in model.parameters())
+        return dtype.itemsize * numbers
+    except (ValueError, ImportError) as error:
+        found = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        if not found:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"reward.source: expected a model that transformers makes of its config, or a folder with its "
+                f"safetensors, got {source}: {reason}"
+            ) from None
+        return found
 
 
-def auto_micro_tokens(config: PPOConfig, model_config: Any, limit: int, prompt_tokens: int | None = None) -> int:
+def auto_micro_tokens(
+    config: PPOConfig, model_config: Any, limit: int, prompt_tokens: int | None = None, heads: int = 5
+) -> int:
     """`update.micro_tokens: auto` resolved on a GPU: what fits into `limit` bytes, at most all of a step's samples.
 
     Args:
         limit: bytes that the process may take.
         prompt_tokens: of the longest prompt; None: rollout.max_prompt_tokens, or 512 without it.
+        heads: K of a reward on the policy's trunk.
 
     Raises:
         ValueError: if not even one sample does, with the keys that would help.
     """
-    shape, job = ModelShape.of(model_config), job_shape(config, model_config)
+    shape, job = ModelShape.of(model_config), job_shape(config, model_config, heads=heads)
     job = replace(job, prompt_tokens=prompt_tokens or job.prompt_tokens)
     found = micro_tokens(shape, job, limit)
     if not found:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...engine.budget import parse_size
-from .config import PPOConfig
+from .config import Kind, PPOConfig
 
 
 def limit_memory(config: PPOConfig, device: torch.device) -> None:
@@ -18,11 +18,17 @@ def limit_memory(config: PPOConfig, device: torch.device) -> None:
 
 
 def with_micro_tokens(
-    config: PPOConfig, model_config: Any, device: torch.device, longest: int | None = None
+    config: PPOConfig,
+    model_config: Any,
+    device: torch.device,
+    longest: int | None = None,
+    kind: Kind | None = None,
+    heads: int = 5,
 ) -> PPOConfig:
     """`config` with update.micro_tokens auto resolved on a GPU; on a CPU it stays, and the update has its own default.
 
     longest: tokens of the longest prompt there is, which is what the plan is made for; None: what the config allows.
+    kind: what the reward is, from `resolve_kind`; None: as the config says. heads: K of one on the policy's trunk.
 
     Raises:
         ValueError: if not even one sample fits the memory.
@@ -32,8 +38,9 @@ def with_micro_tokens(
     from ..plan import auto_micro_tokens  # which reads this package's config
 
     rollout = config.rollout.model_copy(update={} if longest is None else {"max_prompt_tokens": longest})
-    planned = config.model_copy(update={"rollout": rollout})
-    tokens = auto_micro_tokens(planned, model_config, _limit(config, device))
+    reward = config.reward.model_copy(update={} if kind is None else {"kind": kind})
+    planned = config.model_copy(update={"rollout": rollout, "reward": reward})
+    tokens = auto_micro_tokens(planned, model_config, _limit(config, device), heads=heads)
     return config.model_copy(update={"update": config.update.model_copy(update={"micro_tokens": tokens})})
 
 

@@ -57,14 +57,17 @@ class Run:
         limit = longest_prompt(config.rollout, self.policy.model.config, self.turn)
         self.prompts = load_prompts(config.prompts, self.turn, limit, progress=progress)
         longest = max(len(prompt.ids) for prompt in self.prompts)
-        self.config = config = with_micro_tokens(config, self.policy.model.config, device, longest)
+        kind = self.policy.reward_kind or resolve_kind(config.reward, self.policy.model)
+        own = self.policy.reward_head
+        self.config = config = with_micro_tokens(
+            config, self.policy.model.config, device, longest, kind, 0 if own is None else own.num_heads
+        )
         prompt_order(len(self.prompts), 0, config.rollout.prompts_per_step, config.seed)  # refuses too few
         texts = None
         if config.data is not None:
             texts = preference_texts(config.data, self.turn, self.policy.model.config, len(self.prompts), config.seed)
         known: list[Prompt] = [*self.prompts, *(texts.prompts if texts else [])]
         self.reward: RewardSource | None = None  # the policy's own heads
-        kind = self.policy.reward_kind or resolve_kind(config.reward, self.policy.model)
         if self.policy.reward_kind is None:
             self.reward = open_reward(config, self.tokenizer, known, device, kind)
             if texts is not None and self.reward.num_heads is None:

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from prudent import cli
 from prudent.bench.measure import extra_memory
@@ -231,6 +231,36 @@ def test_a_plan_that_the_loop_contradicts_is_exit_code_1(
     assert "the plan is not within 10%" in capsys.readouterr().out
 
 
+def _reward_bytes(source: Path) -> int:
+    given = config("dtype=bfloat16", "reward.kind=model", **{"reward.source": str(source)})
+    return job_shape(given, small()).reward_bytes
+
+
+@pytest.mark.parametrize("kind", ["llama", "deberta-v2", "modernbert"])
+def test_a_reward_model_of_any_family_counts_with_the_weights_of_its_trunk(kind: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    reward = AutoConfig.for_model(kind, vocab_size=500, num_labels=1, pad_token_id=0, **sizes)
+    reward.save_pretrained(tmp_path / "run" / "model")
+    trunk = sum(parameter.numel() for parameter in AutoModel.from_config(reward).parameters())
+    assert _reward_bytes(tmp_path / "run" / "model") == 2 * trunk
+    assert _reward_bytes(tmp_path / "run") == 2 * trunk  # as the loop takes a run folder of prudent train
+
+
+def test_a_reward_model_that_no_config_makes_counts_with_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*args: Any) -> Any:
+        raise ValueError("Unrecognized configuration class\nof several lines")
+
+    monkeypatch.setattr(AutoModel, "from_config", unknown)
+    small().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^reward.source: expected a model .* safetensors, got .*: Unrecog.* lines$"):
+        _reward_bytes(tmp_path)
+    for part in (1, 2):
+        (tmp_path / f"model-{part}.safetensors").write_bytes(bytes(1000))
+    assert _reward_bytes(tmp_path) == 2000
+
+
 def test_auto_is_resolved_or_refused_with_the_key_that_helps() -> None:
     given, model = config(), model_config("llama3-8b")
     assert auto_micro_tokens(given, model, 40 * 10**9) > 0
@@ -271,4 +301,4 @@ def test_the_external_reward_model_counts(tmp_path: Path) -> None:
     job = job_shape(given, small())
     assert isinstance(job, JobShape)
     assert job.reward is None
-    assert job.reward_bytes == 2 * ModelShape.of(small()).parameters
+    assert job.reward_bytes == 2 * AutoModel.from_config(small()).num_parameters()
