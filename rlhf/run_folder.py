@@ -50,18 +50,28 @@ def _locked(path: Path) -> IO[str] | None:
             return None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                file.truncate(0)
-                file.write(str(os.getpid()))
-                file.flush()
-                return file
         except BlockingIOError:
-            file.seek(0)
-            raise ValueError(f"output: {path.parent} is being written by process {file.read() or 'unknown'}") from None
+            with file:
+                file.seek(0)
+                who = file.read() or "unknown"
+            raise ValueError(f"output: {path.parent} is being written by process {who}") from None
         except OSError:
+            file.close()
             return None
-        file.close()  # the file of one who has just let go
+        if _is_there(file, path):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            return file
+        file.close()  # of one who has just let go and removed it
     return None
+
+
+def _is_there(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def claim_folder(
