@@ -97,6 +97,9 @@ def update(
     Before a step, KL(sampling || updated) a token is known; above update.max_kl the step is not made and the update
     ends. Where loss or gradient is not finite the step is not made either, and counted.
 
+    With policy.lora_dropout above 0 the ratios do not start at 1: samples are scored without dropout and learned from
+    with it, so that some are clipped, and KL(sampling || updated) is above 0, before any step is made.
+
     Args:
         policy: its mode (train, eval) is restored afterwards.
         experience: from `shape`.
