@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -148,7 +149,7 @@ def _load(key: str, name: str, wanted: str, load: Callable[..., Any], **options:
         with reading_weights(name):
             return load(name, **options)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = shorten(str(error), 400)  # transformers lists every family that it knows, 3000 characters of them
         ours = reason.removeprefix(f"{name}: ")  # whole sentences of the engine, behind the folder or the function
         if reason.startswith(("from_trunk: ", "from_sequence_classifier: ", "EnsembleRewardModel")):
             ours = reason.partition(": ")[2]

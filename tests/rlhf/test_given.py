@@ -98,6 +98,12 @@ def test_an_adapter_or_a_run_folder_where_a_model_is_expected_leads_to_the_model
         load_language_model("model", str(run))
 
 
+def test_a_reward_model_where_a_language_model_is_expected_is_refused_in_few_words(run: Path) -> None:
+    with pytest.raises(ValueError, match="model: expected a causal language model's folder or hub name, got") as raised:
+        load_language_model("model", str(run / "model"))
+    assert len(str(raised.value)) < 600 + len(str(run))
+
+
 def test_a_language_model_that_lacks_tensors_is_refused(lm: Path) -> None:
     config = json.loads((lm / "config.json").read_text())
     (lm / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
