@@ -89,8 +89,8 @@ def compare_best_of_n(
     rewards: name -> folder of an EnsembleRewardModel with its tokeniser; the last is PET's.
     """
     done = config.output / "best_of_n.json"
-    if done.exists():
-        return BestOf(read_json(done))
+    if done.exists() and (known := read_json(done)).get("gold") == config.gold:  # which may change on resume
+        return BestOf(known)
     n, folder, rollout = config.pet.samples, config.output / "best_of_n", config.rollout
     sampling = Sampling(
         rollout.max_new_tokens, rollout.temperature, rollout.top_k or len(source.tokenizer), rollout.top_p

@@ -227,8 +227,6 @@ def refuse_unread(config: PPOConfig, device: str) -> None:
     `refuse_unread_by_reward`.
     """
     full, critic, estimator = config.policy.mode == "full", config.critic, config.update.estimator
-    # the recipe's own last step, whose recipe is ppo, has its key too; it always has `data`
-    no_recipe = config.recipe == "ppo" and config.data is None
     for keys, unread, why in (
         (("policy.lora_rank", "policy.lora_alpha", "policy.lora_dropout"), full, "policy.mode full: lora reads it"),
         (
@@ -244,7 +242,7 @@ def refuse_unread(config: PPOConfig, device: str) -> None:
         (("update.lam",), estimator != "gae", f"estimator {estimator}: gae reads it"),
         (("kl.place", "kl.estimator"), not config.kl.coef, "kl.coef 0: set one above 0"),
         (("kl.horizon",), config.kl.target is None, "a fixed kl.coef: set kl.target"),
-        (("best_of_prompts",), no_recipe, "recipe ppo: pet compares best of n"),
+        (("best_of_prompts",), config.recipe == "ppo", "recipe ppo: pet compares best of n"),
     ):
         _refuse_set(config, keys if unread else (), why)
     kind = kind_by_name(config.reward)

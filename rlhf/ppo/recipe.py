@@ -171,6 +171,7 @@ def ppo_config(config: PPOConfig) -> PPOConfig:
     """Step 3: PPO against the pessimistic reward."""
     reward = RewardConfig.model_validate({**config.reward.model_dump(), "source": str(config.output / "reward/model")})
     changed = {"recipe": "ppo", "output": config.output / "ppo", "reward": reward, "pet": PETConfig()}
+    changed["best_of_prompts"] = PPOConfig.model_fields["best_of_prompts"].default
     return PPOConfig.model_validate({**dict(config), **changed})
 
 

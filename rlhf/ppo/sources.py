@@ -115,9 +115,13 @@ class ModelReward:
                 raise ValueError(f"reward.source: {source} cannot read the prompts: {error}") from error
 
     def __call__(self, samples: Samples) -> Rewards:
-        """See `RewardSource`. An answer that was cut off is read without an end."""
-        rows = zip(self._texts.asked(samples), self._texts.said(samples), samples.stopped, strict=True)
-        items = [{"prompt": p, "response": r, "complete": complete} for p, r, complete in rows]
+        """See `RewardSource`.
+
+        An answer that was cut off is read as an ended one, as heads on the trunk read it: another last token would be
+        another reward. What being cut off costs is `reward.missing_eos_penalty`.
+        """
+        rows = zip(self._texts.asked(samples), self._texts.said(samples), strict=True)
+        items = [{"prompt": p, "response": r} for p, r in rows]
         scores = self._scorer.score(items, aggregation=self._aggregation)
         several = self.num_heads > 1
         return Rewards(

@@ -153,6 +153,30 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_heads_on_the_trunk_and_the_same_model_apart_give_the_same_rewards(
+    tiny_chat_folder: Path, tmp_path: Path
+) -> None:
+    from prudent import EnsembleRewardModel
+
+    torch.manual_seed(2)
+    model = EnsembleRewardModel.from_trunk(str(tiny_chat_folder), num_heads=3, dtype=torch.float32)
+    torch.nn.init.normal_(model.score.weight, std=0.3)
+    model.save_pretrained(tmp_path / "reward")
+    AutoTokenizer.from_pretrained(tiny_chat_folder).save_pretrained(tmp_path / "reward")
+    rows = {}
+    for kind in ("shared", "model"):
+        given = {"reward.source": str(tmp_path / "reward"), "output": str(tmp_path / kind)}
+        config = _config(
+            tiny_chat_folder, tmp_path, f"reward.kind={kind}", "steps=1", "rollout.prompts_per_step=8", **given
+        )
+        run_ppo(config, progress=False)
+        (rows[kind],) = read_metrics(config.output)
+    assert 0 < rows["model"]["text/truncated"] < 1
+    for name in ("mean", "nominal", "worst", "head_std", "disagreement"):
+        assert rows["shared"][f"reward/{name}"] == pytest.approx(rows["model"][f"reward/{name}"], rel=1e-4), name
+
+
+@pytest.mark.usefixtures("no_pictures")
 class TestStopping:
     """`stop_when` ends a run, or takes the policy back."""
 

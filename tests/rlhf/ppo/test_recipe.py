@@ -80,6 +80,8 @@ def test_the_three_steps_make_one_folder_and_go_on_after_a_kill(
     # the written config goes in again
     again = load_config(PPOConfig, config.output / "config.yaml")
     assert run_recipe(again, resume=True, progress=False).metrics["best_of_n"] == result.metrics["best_of_n"]
+    other = run_recipe(again.model_copy(update={"gold": None}), resume=True, progress=False)
+    assert other.metrics["best_of_n"]["gold"] is None  # numbers of another judge are not this one's
 
 
 def test_kl_is_off_and_the_samples_are_drawn_as_the_policys_are(

@@ -214,7 +214,7 @@ def test_a_model_reads_texts_with_its_own_tokeniser_and_template(
     rewards = _open(source, tokenizer, prompts, "model", aggregation="min")(samples)
     items = [
         {"prompt": "my day", "response": "good food"},
-        {"prompt": "my day", "response": "bad hotel", "complete": False},
+        {"prompt": "my day", "response": "bad hotel"},  # cut off, and read as an ended one
         {"prompt": "the food was", "response": ""},
     ]
     scores = Scorer(EnsembleRewardModel.from_pretrained(source), theirs, progress=False).score(items, aggregation="min")
