@@ -29,6 +29,7 @@ from .embedded import embedded_model, wheel_folder
 from .features import compute_features
 from .files import atomic_folder, atomic_write_json, atomic_write_text, read_json
 from .fit import BradleyTerryConfig, BRMEConfig, PairFeatures, fit_heads
+from .given import load_language_model, load_tokenizer
 from .gold import VaderGold
 from .head_metrics import evaluate_heads
 from .rollout import Request, Rollout, sample
@@ -132,7 +133,9 @@ class _Run:
         # read first: what is wrong with a file is said before a model is loaded
         prompts = [] if config.preferences else read_prompts(config.prompts, config.held_out_prompts)
         data = (
-            load_pairs(config.preferences, limit=config.limit, progress=self.progress) if config.preferences else None
+            load_pairs(config.preferences, limit=config.limit, progress=self.progress, key="preferences")
+            if config.preferences
+            else None
         )
         with self._stage(0):
             self._load_model()
@@ -153,12 +156,9 @@ class _Run:
         self.seconds[STAGES[number]] = round(time.monotonic() - start, 1)
 
     def _load_model(self) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         self.source = str(embedded_model()) if self.config.model is None else self.config.model
-        self.tokenizer = AutoTokenizer.from_pretrained(self.source)
-        dtype = getattr(torch, self.config.dtype)
-        model: Any = AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype)
+        self.tokenizer = load_tokenizer("model", self.source)
+        model = load_language_model("model", self.source, getattr(torch, self.config.dtype))
         self.model = model.to(self.device).eval()
 
     # sampled responses, labelled by gold

@@ -82,12 +82,17 @@ def load_reward_model(
         ValueError: in one sentence, for whatever is no reward model, or cannot be read.
     """
     wanted = "a reward model's folder or hub name"
-    if isinstance(_load(key, name, wanted, AutoConfig.from_pretrained), EnsembleRewardConfig):
+    if isinstance(load_reward_config(key, name), EnsembleRewardConfig):
         ensemble: EnsembleRewardModel = _load(key, name, wanted, EnsembleRewardModel.from_pretrained, dtype=dtype)
         return ensemble
     classifier = EnsembleRewardModel.from_sequence_classifier
     model: EnsembleRewardModel = _load(key, name, wanted, classifier, dtype=dtype, append_eos=append_eos)
     return model
+
+
+def load_reward_config(key: str, name: str) -> Any:
+    """The configuration of what `load_reward_model` would load."""
+    return _load(key, name, "a reward model's folder or hub name", AutoConfig.from_pretrained)
 
 
 def load_trunk(key: str, name: str, **options: Any) -> EnsembleRewardModel:

@@ -20,9 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..engine.config import max_positions
+from ..engine.convert import reading_weights
 from ..engine.text import ItemEncoder
 from .decode import Sampled, Sampling, sample_batch
-from .files import atomic_file
+from .files import atomic_file, read_json_lines, writing
 from .rows import Text
 
 
@@ -208,7 +209,7 @@ class _Store:
                 "stopped": drawn.stopped[rows],
             }
             lines.append(json.dumps(self.rows[index], ensure_ascii=False) + "\n")
-        with self.file.open("a", encoding="utf-8") as file:
+        with writing(self.file), self.file.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
             file.flush()
             os.fsync(file.fileno())
@@ -216,7 +217,9 @@ class _Store:
     def read(self, batches: list[list[int]]) -> list[Rollout]:
         found: dict[int, Rollout] = {}
         for number, batch in enumerate(batches):
-            features = load_file(self._features(number))["features"]
+            file = self._features(number)
+            with reading_weights(file):
+                features = load_file(file)["features"]
             for index, block in zip(batch, features, strict=True):
                 row = self.rows[index]
                 found[index] = Rollout(row["prompt"], row["responses"], row["stopped"], block)
@@ -231,4 +234,4 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     whole = content.rfind(b"\n") + 1
     if whole != len(content):
         os.truncate(path, whole)
-    return [json.loads(line) for line in content[:whole].splitlines()]
+    return read_json_lines(path)

@@ -16,7 +16,7 @@ from ..best_of_n import powers_of_two
 from ..decode import Sampling
 from ..features import compute_features
 from ..files import atomic_write_json, atomic_write_text, read_json
-from ..given import load_tokenizer
+from ..given import load_language_model, load_reward_model, load_tokenizer
 from ..rollout import Request, Rollout, Turn, sample
 from ..statistics import best_of_n_curve, mean_interval
 from .batch import Samples
@@ -64,12 +64,10 @@ def prepare(config: PPOConfig, progress: bool) -> Source:
 
     The model waits on the CPU: the reward is trained first, and the device's memory is that one's until then.
     """
-    from transformers import AutoModelForCausalLM
-
     tokenizer = load_tokenizer("model", config.model)
-    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
-    model = loaded.eval()
+    own = "bfloat16" if torch.cuda.is_available() else "float32"  # what PPO samples in, whatever it trains
+    dtype = getattr(torch, own if config.dtype == "auto" else config.dtype)
+    model = load_language_model("model", config.model, dtype).eval()
     turn = Turn(tokenizer, model)
     limit = longest_prompt(config.rollout, model.config, turn)
     prompts = load_prompts(config.prompts, turn, limit, progress=progress)
@@ -127,7 +125,7 @@ def compare_best_of_n(
 
 def _scored(name: Path | str, rollouts: list[Rollout], folder: Path, device: torch.device, progress: bool) -> Tensor:
     """[P, n] rewards; two reward models on one trunk compute its features once."""
-    loaded: Any = EnsembleRewardModel.from_pretrained(name, dtype="auto")
+    loaded: Any = load_reward_model("reward", str(name))
     model: EnsembleRewardModel = loaded.to(device).eval()
     scorer = Scorer(model, load_tokenizer("reward", str(name)), progress=False)
     items = [{"prompt": r.prompt, "response": text} for r in rollouts for text in r.responses]

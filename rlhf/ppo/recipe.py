@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ...engine import EnsembleRewardConfig
 from ..files import atomic_write_json, atomic_write_text
 from ..fit_config import BRMEConfig
-from ..given import check_given
+from ..given import check_given, load_reward_config
 from ..pet_config import PETConfig
 from ..run_folder import begun, claim_folder, held
 from ..train import TrainConfig, run_train
@@ -100,9 +100,7 @@ def _heads(start: str) -> int:
     """Of the reward that PET starts from, and so of the one it makes."""
     if start in ("bt", "brme"):
         return 1 if start == "bt" else BRMEConfig().num_heads
-    from transformers import AutoConfig
-
-    found = AutoConfig.from_pretrained(start)
+    found = load_reward_config("pet.start", start)
     return found.num_heads if isinstance(found, EnsembleRewardConfig) else 1
 
 

@@ -190,7 +190,7 @@ def test_a_mistake_leaves_the_folder_to_the_mended_command(
     monkeypatch.setattr(
         demo._Run, "_load_model", lambda self: pytest.fail("a model was loaded before the file was read")
     )
-    with pytest.raises(ValueError, match=r"no_such\.jsonl: no such file"):
+    with pytest.raises(ValueError, match=r"^preferences: .*no_such\.jsonl: no such file"):
         run_demo(config, progress=False)
     with pytest.raises(ValueError, match="no_such_either"):  # and not that the folder holds another run
         run_demo(config.model_copy(update={"preferences": "no_such_either.jsonl"}), progress=False)

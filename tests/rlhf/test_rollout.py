@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,17 @@ def test_lost_features_are_made_again(chat: tuple[Any, Any], tmp_path: Path) -> 
     again = _sample(chat, tmp_path)
     assert (tmp_path / "samples.jsonl").read_bytes() == whole
     assert all(torch.equal(a.features, b.features) for a, b in zip(first, again, strict=True))
+
+
+def test_a_broken_file_is_named(chat: tuple[Any, Any], tmp_path: Path) -> None:
+    _sample(chat, tmp_path)
+    features, samples = next((tmp_path / "features").iterdir()), tmp_path / "samples.jsonl"
+    os.truncate(features, 100)
+    with pytest.raises(ValueError, match=rf"{features.name}: its weights cannot be read"):
+        _sample(chat, tmp_path)
+    samples.write_text("{\n" + samples.read_text())
+    with pytest.raises(ValueError, match=r"samples\.jsonl, line 1: expected a JSON object"):
+        _sample(chat, tmp_path)
 
 
 def test_other_prompts_in_the_folder_are_refused(chat: tuple[Any, Any], tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,13 @@ def test_what_the_recipe_decides_is_refused(tiny_chat_folder: Path, files: tuple
     ):
         with pytest.raises(ValueError, match=message):
             run_recipe(_config(tiny_chat_folder, files, tmp_path / "run", entry), progress=False)
+    with pytest.raises(ValueError, match=r"^pet\.start: .*nothing"):
+        run_recipe(_config(tiny_chat_folder, files, tmp_path / "run", f"pet.start={tmp_path}/nothing"), progress=False)
+    cut = tmp_path / "cut"
+    shutil.copytree(tiny_chat_folder, cut)
+    os.truncate(cut / "model.safetensors", 1000)
+    with pytest.raises(ValueError, match=r"^model: .*cut: its weights cannot be read"):
+        run_recipe(_config(cut, files, tmp_path / "run"), progress=False)
     assert not (tmp_path / "run" / "reward").exists()
     with pytest.raises(ValueError, match="pet: has no effect with recipe ppo: set recipe to pet"):
         _config(tiny_chat_folder, files, tmp_path / "run", "recipe=ppo", "reward.source=x")
