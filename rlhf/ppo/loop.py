@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ..files import atomic_write_text, read_json
-from ..run_folder import claim_folder, held
+from ..run_folder import held
 from ..runlog import RunLog
-from .config import FREE, PPOConfig, refuse_unread
+from .config import PPOConfig, refuse_unread
 from .monitor import require_trackers
+from .outcome import PPOResult, open_folder
 from .prompts import prompt_order
 from .run import Run
 from .sampler import draw
@@ -23,31 +20,6 @@ from .shaping import shape
 from .update import set_learning_rates, update
 
 __all__ = ["PPOConfig", "PPOResult", "run_ppo"]
-
-# what a run makes once it computes; other commands may have left the checkpoint of step 0
-MADE = ("metrics.jsonl", "ppo.json", "checkpoints/step-*[1-9]*")
-
-
-@dataclass(frozen=True)
-class PPOResult:
-    """folder: the run folder. metrics: what ppo.json holds. finished_before: nothing was left to do."""
-
-    folder: Path
-    metrics: dict[str, Any]
-    finished_before: bool = False
-
-    def __str__(self) -> str:
-        m = self.metrics
-        done = f"{m['steps']} step{'s' * (m['steps'] != 1)} done"
-        head = "was finished before; nothing was done again" if self.finished_before else done
-        lines = [f"{self.folder}: {head}", *([f"stopped early: {m['stopped']}"] if m["stopped"] else [])]
-        lines += [m["faults"]] if m["faults"] else []
-        if m["rolled_back_to"] is not None:
-            lines.append(f"first and last step, before the policy was rolled back to step {m['rolled_back_to']}:")
-        shown = [name for name, value in m["last"].items() if value is not None and m["first"].get(name) is not None]
-        lines += [f"  {name:<20} {m['first'][name]:>9.3f} -> {m['last'][name]:.3f}" for name in shown]
-        lines.append(f"policy: {self.folder / 'policy'}")
-        return "\n".join([*lines, *([f"report: {self.folder / 'report.html'}"] if m["report"] else [])])
 
 
 def run_ppo(
@@ -88,38 +60,6 @@ def run_ppo(
             run = Run(config, log, device, progress, model, tokenizer)
             with run.monitor:
                 return PPOResult(config.output, _learn(run, resume))
-
-
-def open_folder(config: PPOConfig, resume: bool) -> dict[str, Any] | None:
-    """Claim the output folder. What ppo.json holds if the run in it is finished and all of it is there, else None.
-
-    Raises:
-        ValueError: for a folder with other files, a run without `resume`, or a run with another config.
-    """
-    folder = config.output
-    if not claim_folder(config, MADE, free=FREE, resume=resume):
-        # what another command left of its start (texts, the checkpoint of step 0) is not this one's
-        (folder / "samples.jsonl").unlink(missing_ok=True)
-        shutil.rmtree(folder / "checkpoints" / "step-000000", ignore_errors=True)
-        return None
-    outcome = _outcome(folder)
-    if outcome is not None and outcome["stopped"] is None and config.steps > outcome["steps"]:
-        outcome = None  # more steps were asked for
-    if outcome is None:
-        atomic_write_text(folder / "config.yaml", config.to_yaml())
-    return outcome
-
-
-def _outcome(folder: Path) -> dict[str, Any] | None:
-    """What ppo.json holds; None if it, or what it speaks of, is gone: the newest checkpoint then gives it again."""
-    try:
-        found = read_json(folder / "ppo.json")
-    except (OSError, ValueError):
-        return None
-    if not {"steps", "stopped", "rolled_back_to", "first", "last", "report", "faults"} <= found.keys():
-        return None
-    there = any((folder / "policy").glob("*")) and (not found["report"] or (folder / "report.html").exists())
-    return found if there else None
 
 
 def _learn(run: Run, resume: bool) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ..train_config import refuse_unread as refuse_unread_by_train
 from .best_of import compare_best_of_n, prepare
 from .config import FREE, PPOConfig, RewardConfig, refuse_unread
 from .monitor import require_trackers
+from .outcome import MADE
 from .run import unmeasured
 from .stop import StopRules
 
@@ -106,8 +107,6 @@ def _heads(start: str) -> int:
 
 def _free(folder: Path) -> tuple[str, ...]:
     """What a resumed run may change."""
-    from .loop import MADE
-
     return FREE if begun(folder / "ppo", MADE) else (*FREE, *_OF_PPO)
 
 

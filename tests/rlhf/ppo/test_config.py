@@ -12,7 +12,7 @@ import pytest
 from prudent.rlhf.config import load_config
 from prudent.rlhf.files import atomic_write_json
 from prudent.rlhf.ppo.config import PPOConfig, refuse_unread, refuse_unread_by_reward
-from prudent.rlhf.ppo.loop import open_folder
+from prudent.rlhf.ppo.outcome import open_folder
 
 
 def _config(*sets: str, output: Path | str = "run", **given: Any) -> PPOConfig:
