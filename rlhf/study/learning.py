@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,14 +19,12 @@ from pydantic import Field
 from tqdm import tqdm
 
 from ..config import JobConfig
-from ..files import atomic_write_json, atomic_write_text
-from ..plot_style import require_matplotlib, save_png
 from ..ppo.config import KLConfig, PolicyConfig, PPOConfig, RewardConfig, RolloutConfig, UpdateConfig
-from ..run_folder import claim_folder, held
 from ..runlog import read_metrics
 from . import learning_report
 from .learning_rewards import RewardsConfig, prepare
-from .wording import RESULTS, command
+from .result import StudyResult, run_study
+from .wording import command
 
 SHOWN = ("gold/mean", "reward/mean", "kl/sequence", "text/length", "text/truncated", "policy/entropy")
 BLOCK = 5  # steps
@@ -71,18 +68,7 @@ class Arm(NamedTuple):
     aggregation: str
 
 
-@dataclass(frozen=True)
-class LearningResult:
-    """folder: holds learning.json, learning.md, learning.png. metrics: what learning.json holds."""
-
-    folder: Path
-    metrics: dict[str, Any]
-
-    def __str__(self) -> str:
-        return f"{learning_report.markdown(self.metrics)}\n{self.folder / 'learning.png'}"
-
-
-def run_learning(config: LearningConfig, *, progress: bool = True) -> LearningResult:
+def run_learning(config: LearningConfig, *, progress: bool = True) -> StudyResult:
     """Every run that is not done yet, then learning.json, learning.md and learning.png.
 
     The folder: seed-S/ (samples, pairs and the reward models of a seed), runs/ (PPO runs, see `run_ppo`).
@@ -92,15 +78,14 @@ def run_learning(config: LearningConfig, *, progress: bool = True) -> LearningRe
             seeds, lambdas and KL coefficients may be added.
         ImportError: naming the extra to install.
     """
-    require_matplotlib()
-    with held(config.output):
-        if claim_folder(config, RESULTS, free=_FREE):
-            atomic_write_text(config.output / "config.yaml", config.to_yaml())
-        metrics = _measure(config, progress)
-        atomic_write_json(config.output / "learning.json", metrics)
-        atomic_write_text(config.output / "learning.md", learning_report.markdown(metrics))
-        save_png(learning_report.picture(metrics), config.output / "learning.png")
-    return LearningResult(config.output, metrics)
+    return run_study(
+        "learning",
+        config,
+        lambda: _measure(config, progress),
+        learning_report.markdown,
+        learning_report.picture,
+        free=_FREE,
+    )
 
 
 def _measure(config: LearningConfig, progress: bool) -> dict[str, Any]:

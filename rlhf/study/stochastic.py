@@ -14,7 +14,6 @@ for four, whitened, and with a KL penalty beside the noise.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,14 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import JobConfig
-from ..files import atomic_write_json, atomic_write_text
-from ..plot_style import require_matplotlib, save_png
-from ..run_folder import claim_folder, held
 from ..statistics import mean_interval
 from . import stochastic_report
 from .networks import Layers, repeated, trained
+from .result import StudyResult, run_study
 from .toy_world import SIZE, Judged, ToyPolicyConfig, fresh_policies, log_policy, train_policies
-from .wording import RESULTS, command
+from .wording import command
 
 ARMS = ("constant", "worst of random", "random")
 
@@ -63,18 +60,7 @@ class Setting(NamedTuple):
     whiten: bool = False
 
 
-@dataclass(frozen=True)
-class StochasticResult:
-    """folder: where stochastic.json, .md and .png are. metrics: what stochastic.json holds. str() is the table."""
-
-    folder: Path
-    metrics: dict[str, Any]
-
-    def __str__(self) -> str:
-        return f"{stochastic_report.markdown(self.metrics)}\n{self.folder / 'stochastic.png'}"
-
-
-def run_stochastic(config: StochasticConfig, *, progress: bool = True) -> StochasticResult:
+def run_stochastic(config: StochasticConfig, *, progress: bool = True) -> StudyResult:
     """Train good policies on rewards that mean nothing; write stochastic.json, stochastic.md and stochastic.png, beside
     config.yaml.
 
@@ -82,14 +68,9 @@ def run_stochastic(config: StochasticConfig, *, progress: bool = True) -> Stocha
         ValueError: for a folder that holds anything but this study with this config.
         ImportError: naming the extra, if matplotlib is not installed.
     """
-    require_matplotlib()
-    with held(config.output):
-        claim_folder(config, RESULTS)
-        metrics = _measure(config, progress)
-        atomic_write_json(config.output / "stochastic.json", metrics)
-        atomic_write_text(config.output / "stochastic.md", stochastic_report.markdown(metrics))
-        save_png(stochastic_report.picture(metrics), config.output / "stochastic.png")
-    return StochasticResult(config.output, metrics)
+    return run_study(
+        "stochastic", config, lambda: _measure(config, progress), stochastic_report.markdown, stochastic_report.picture
+    )
 
 
 def _measure(config: StochasticConfig, progress: bool) -> dict[str, Any]:

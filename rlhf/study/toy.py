@@ -13,7 +13,6 @@ the first are keys of the config, with a table of what hangs on them, and of the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import JobConfig
-from ..files import atomic_write_json, atomic_write_text
-from ..plot_style import require_matplotlib, save_png
-from ..run_folder import claim_folder, held
 from ..statistics import Interval, mean_interval
 from . import toy_report
 from .networks import repeated
+from .result import StudyResult, run_study
 from .toy_world import (
     SIZE,
     Judged,
@@ -40,7 +37,7 @@ from .toy_world import (
     right,
     train_policies,
 )
-from .wording import RESULTS, command
+from .wording import command
 
 LAMBDAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -83,32 +80,14 @@ class Arm(NamedTuple):
     worst: float = 0.0
 
 
-@dataclass(frozen=True)
-class ToyResult:
-    """folder: where toy.json, toy.md and toy.png are. metrics: what toy.json holds. str() is the table."""
-
-    folder: Path
-    metrics: dict[str, Any]
-
-    def __str__(self) -> str:
-        return f"{toy_report.markdown(self.metrics)}\n{self.folder / 'toy.png'}"
-
-
-def run_toy(config: ToyConfig, *, progress: bool = True) -> ToyResult:
+def run_toy(config: ToyConfig, *, progress: bool = True) -> StudyResult:
     """Train every arm's policies and write toy.json, toy.md and toy.png into `config.output`, beside config.yaml.
 
     Raises:
         ValueError: for a folder that holds anything but this study with this config.
         ImportError: naming the extra, if matplotlib is not installed.
     """
-    require_matplotlib()
-    with held(config.output):
-        claim_folder(config, RESULTS)
-        metrics = _measure(config, progress)
-        atomic_write_json(config.output / "toy.json", metrics)
-        atomic_write_text(config.output / "toy.md", toy_report.markdown(metrics))
-        save_png(toy_report.picture(metrics), config.output / "toy.png")
-    return ToyResult(config.output, metrics)
+    return run_study("toy", config, lambda: _measure(config, progress), toy_report.markdown, toy_report.picture)
 
 
 def _measure(config: ToyConfig, progress: bool) -> dict[str, Any]:

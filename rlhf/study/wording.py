@@ -9,7 +9,6 @@ from functools import reduce
 
 from ..config import JobConfig, config_keys
 
-RESULTS = ("*.json*", "*/")  # by which a folder is known to hold results, whoever's
 _FLAGS = ("model", "seeds")  # told always
 
 

@@ -1,0 +1,62 @@
+"""What every study does with its numbers: NAME.json, NAME.md and NAME.png, in a folder of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import JobConfig
+from ..files import atomic_write_json, atomic_write_text
+from ..plot_style import require_matplotlib, save_png
+from ..run_folder import claim_folder, held
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MADE = ("*.json*", "*/")  # by which a folder is known to hold results, whoever's
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """folder: of NAME.json, .md and .png. metrics: what NAME.json holds. text: NAME.md and the picture's path."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def run_study(
+    name: str,
+    config: JobConfig,
+    measure: Callable[[], dict[str, Any]],
+    markdown: Callable[[dict[str, Any]], str],
+    picture: Callable[[dict[str, Any]], Figure],
+    *,
+    free: Collection[str] = ("output",),
+) -> StudyResult:
+    """Call `measure` and write what it gives, its table and its picture into `config.output`, beside config.yaml.
+
+    Args:
+        config: of the study; one with the key `output`, a folder.
+        free: keys that may differ from those of the results in the folder.
+
+    Raises:
+        ValueError: for a folder that holds anything but this study with this config.
+        ImportError: naming the extra, if matplotlib is not installed.
+    """
+    require_matplotlib()
+    folder: Path = config.output  # type: ignore[attr-defined]
+    with held(folder):
+        if claim_folder(config, _MADE, free=free):
+            atomic_write_text(folder / "config.yaml", config.to_yaml())
+        metrics = measure()
+        table = markdown(metrics)
+        atomic_write_json(folder / f"{name}.json", metrics)
+        atomic_write_text(folder / f"{name}.md", table)
+        save_png(picture(metrics), folder / f"{name}.png")
+    return StudyResult(folder, metrics, f"{table}\n{folder / f'{name}.png'}")
