@@ -108,10 +108,32 @@ def load_language_model(key: str, name: str, dtype: Any = "auto") -> Any:
     Raises:
         ValueError: in one sentence, for what is none, lacks tensors, or cannot be read.
     """
+    _refuse_other_kinds(key, name)
     load, wanted = AutoModelForCausalLM.from_pretrained, "a causal language model's folder or hub name"
     model, info = _load(key, name, wanted, load, dtype=dtype, output_loading_info=True)
     refuse_missing(key, name, info["missing_keys"])
+    if getattr(model, "peft_config", None):  # transformers put it on; as one LoRA among the loop's it would be off
+        raise ValueError(
+            f"{key}: expected a whole causal language model, got {name}, a LoRA: merge it into its base first "
+            "(peft: PeftModel.from_pretrained(base, folder).merge_and_unload())"
+        )
     return model
+
+
+def _refuse_other_kinds(key: str, name: str) -> None:
+    """transformers lists every family that it knows, three thousand characters of them."""
+    refuse_mistyped(key, name)
+    try:
+        found = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return  # loading says what is wrong with it
+    if isinstance(found, EnsembleRewardConfig):
+        raise ValueError(
+            f"{key}: expected a causal language model, got the reward model {name}, which scores texts and writes none"
+        )
+    own_code = "AutoModelForCausalLM" in getattr(found, "auto_map", {})
+    if type(found) not in AutoModelForCausalLM._model_mapping and not own_code:
+        raise ValueError(f"{key}: expected a causal language model, got {name}, of model type {found.model_type}")
 
 
 def load_tokenizer(key: str, name: str) -> Any:

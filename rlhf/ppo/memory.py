@@ -28,7 +28,7 @@ def with_micro_tokens(
     """`config` with update.micro_tokens auto resolved on a GPU; on a CPU it stays, and the update has its own default.
 
     longest: tokens of the longest prompt there is, which is what the plan is made for; None: what the config allows.
-    kind: what the reward is, from `resolve_kind`; None: as the config says. heads: K of one on the policy's trunk.
+    kind: what the reward is, from `resolve_reward`; None: as the config says. heads: K of one on the policy's trunk.
 
     Raises:
         ValueError: if not even one sample fits the memory.

@@ -12,20 +12,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from ...engine import EnsembleHead, EnsembleRewardConfig
+from ...engine import EnsembleHead
 from ...engine.config import position_offset
 from ...engine.mode import evaluating
 from ...kernels import linear_logprob
 from ...kernels.linear_logprob.contract import LogprobOutput
 from ..decode import SHARING_MODELS
-from ..files import refuse_mistyped
 from ..given import load_language_model
 from .adapters import Adapters
 from .attention import FLASH, resolve, say_once
 from .batch import TokenBatch
-from .config import PPOConfig, refuse_unread_by_reward
+from .config import Kind, PPOConfig, refuse_unread_by_reward
 from .describe import describe_policy
 from .precision import cast, in_dtype, is_mixed
 from .probe import logit_rule, why_not_packed
@@ -64,6 +62,7 @@ class Policy(nn.Module):
         model: the causal language model that samplers call.
         attention: what transformers calls the attention in use.      packed: whether batches are to be packed
         reward_kind: "shared", "adapter" or None.                      reward_head: EnsembleHead or None
+        source_kind: what `load` found config.reward.source to be, or None.
         value_head: nn.Linear(D, 1), starting at zero, or None.
         logit_rule: scale and softcap of the logits.                   hidden_size, vocab_size, device, dtype
 
@@ -94,6 +93,7 @@ class Policy(nn.Module):
         self.frozen: Any = cast(copy.deepcopy(model), self.dtype).requires_grad_(False) if full else None
         self._adapters = Adapters(self.frozen if full else model, config.model)
         self._trained: dict[str, dict[str, nn.Parameter]] = {}
+        self.source_kind: Kind | None = None
         self._add_parts(reward)
         if config.policy.gradient_checkpointing:
             for module in (model, *([self.frozen] if full and config.critic == "adapter" else [])):
@@ -113,25 +113,17 @@ class Policy(nn.Module):
 
         device = torch.device(device)
         if model is None:
-            _refuse_other_kinds(config.model)
             model = load_language_model("model", config.model, trunk_dtype(config, device))
-            if getattr(model, "peft_config", None):  # transformers put it on; as one LoRA among ours it would be off
-                raise ValueError(
-                    f"model: expected a whole causal language model, got {config.model}, a LoRA: merge it into its "
-                    "base first (peft: PeftModel.from_pretrained(base, folder).merge_and_unload())"
-                )
         elif config.dtype != "auto":
             model = cast(model, trunk_dtype(config, device))
-        source, reward = config.reward.source, None
-        kind = rewards.resolve_kind(config.reward, model) if source else None
-        if kind is not None:
-            refuse_unread_by_reward(config, kind)
-        if kind == "shared":
-            reward = RewardOnTrunk(rewards.load_shared_head(source, model, config.reward.aggregation))
-        elif kind == "adapter":
-            folder, head = rewards.load_adapter(source, config.reward.aggregation)
-            reward = RewardOnTrunk(head, folder)
-        return cls(config, model, device=device, reward=reward)
+        if not config.reward.source:
+            return cls(config, model, device=device)
+        found = rewards.resolve_reward(config.reward, model)
+        refuse_unread_by_reward(config, found.kind)
+        reward = None if found.head is None else RewardOnTrunk(found.head, found.adapter)
+        policy = cls(config, model, device=device, reward=reward)
+        policy.source_kind = found.kind
+        return policy
 
     def _choose_attention(self, model: Any) -> tuple[str, bool]:
         chosen = resolve(self.config.attn, self.dtype, self.device)
@@ -310,23 +302,6 @@ class Policy(nn.Module):
         if self.value_head is not None:
             state = {name: tensor.cpu().contiguous() for name, tensor in self.value_head.state_dict().items()}
             save_file(state, folder / "value_head.safetensors")
-
-
-def _refuse_other_kinds(name: str) -> None:
-    """transformers lists every family that it knows, three thousand characters of them."""
-    refuse_mistyped("model", name)
-    try:
-        found = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError):
-        return  # loading says what is wrong with it
-    if isinstance(found, EnsembleRewardConfig):
-        raise ValueError(
-            f"model: expected a causal language model, got the reward model {name}: give it as reward.source, and as "
-            "model the policy that it is to train"
-        )
-    own_code = "AutoModelForCausalLM" in getattr(found, "auto_map", {})
-    if type(found) not in AutoModelForCausalLM._model_mapping and not own_code:
-        raise ValueError(f"model: expected a causal language model, got {name}, of model type {found.model_type}")
 
 
 def trunk_dtype(config: PPOConfig, device: torch.device) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,72 +22,65 @@ from .prompts import Prompt
 from .sources import CallableReward, HTTPReward, ModelReward, Rewards, RewardSource, Texts, VaderReward
 
 __all__ = [
+    "Resolved",
     "RewardSource",
     "Rewards",
     "check_reading",
-    "load_adapter",
-    "load_shared_head",
     "open_gold",
     "open_reward",
-    "resolve_kind",
+    "resolve_reward",
 ]
 
 _SAMPLE = 4096  # elements of each tensor that are compared: a trunk that was trained differs in every matrix
 
 
-def resolve_kind(config: RewardConfig, policy: Any) -> Kind:
-    """The kind that `config.kind` says, or that `auto` stands for; see `RewardConfig`.
+class Resolved(NamedTuple):
+    """What a reward's source turned out to be, and what of it the policy's trunk carries.
 
-    policy: the causal language model that the rewards are for, as loaded.
-
-    Raises:
-        ValueError: for a source that is none of them.
+    kind      see `RewardConfig`
+    head      of kind shared and adapter: the heads, frozen, with the config's aggregation
+    adapter   of kind adapter: the LoRA's folder
     """
-    source, named = config.source, kind_by_name(config)
-    if named is not None:
-        return named
-    if _adapter_folder(source) is not None:
-        return "adapter"
-    return "shared" if _why_not_shared(source, policy)[0] is None else "model"
+
+    kind: Kind
+    head: EnsembleHead | None = None
+    adapter: Path | None = None
 
 
-def load_shared_head(source: str | Path, policy: Any, aggregation: str = "") -> EnsembleHead:
-    """The heads of the EnsembleRewardModel `source`, if they can read the states of the policy's own trunk.
+def resolve_reward(config: RewardConfig, policy: Any) -> Resolved:
+    """The kind that `config.kind` says, or that `auto` stands for, and the heads of one on the policy's trunk.
+
+    Of kind adapter is what `prudent train` with mode lora saved: adapter/, or the run that holds it. A model whose
+    trunk is compared with the policy's is read once.
 
     Args:
-        source: folder or hub name.
-        policy: the causal language model whose frozen trunk will make the features.
-        aggregation: as `RewardConfig.aggregation`: "" takes the model's own; of one head it is always mean.
+        config: aggregation "" takes the heads' own; of one head it is always mean.
+        policy: the causal language model that the rewards are for, as loaded.
 
     Raises:
-        ValueError: for a trunk that is not the policy's, or heads that do not read its last token.
+        ValueError: for a source that is of none of the kinds, or not of the one asked for; for heads that cannot be
+            read, or do not read the last token of a shared trunk.
     """
-    reason, head = _why_not_shared(str(source), policy)
-    if reason is not None or head is None:
-        raise ValueError(
-            f"reward.source: expected an EnsembleRewardModel on the policy's own trunk with kind shared, got {source}, "
-            f"{reason}; reward.kind=model takes it, with a trunk of its own"
-        )
-    return _aggregated(head, aggregation)
-
-
-def load_adapter(source: str | Path, aggregation: str = "") -> tuple[Path, EnsembleHead]:
-    """(the LoRA's folder, the heads) of what `prudent train` with mode lora saved: adapter/, or the run that holds it.
-
-    Raises:
-        ValueError: for a folder without them, or with some that cannot be read.
-    """
-    folder = _adapter_folder(source)
-    if folder is None:
+    source, kind = config.source, kind_by_name(config)
+    folder = _adapter_folder(source) if kind in (None, "adapter") else None
+    if folder is not None:
+        return Resolved("adapter", _aggregated(_read_head(folder), config.aggregation), folder)
+    if kind == "adapter":
         raise ValueError(
             "reward.source: expected a folder with a LoRA and heads, as `prudent train` with mode lora saves in "
             f"adapter/, got {source}"
         )
-    try:
-        head = load_head(folder)
-    except ValueError as error:
-        raise ValueError(f"reward.source: {error}") from error
-    return folder, _aggregated(head, aggregation)
+    if kind not in (None, "shared"):
+        return Resolved(kind)
+    reason, head = _why_not_shared(source, policy)
+    if head is not None:
+        return Resolved("shared", _aggregated(head, config.aggregation))
+    if kind == "shared":
+        raise ValueError(
+            f"reward.source: expected an EnsembleRewardModel on the policy's own trunk with kind shared, got {source}, "
+            f"{reason}; reward.kind=model takes it, with a trunk of its own"
+        )
+    return Resolved("model")
 
 
 def check_reading(source: str | Path, tokenizer: Any, policy: Any) -> None:
@@ -137,7 +130,7 @@ def open_reward(
         tokenizer: the policy's, which makes texts of responses.
         prompts: those that `Samples.prompt_index` will number.
         device: where a reward model goes.
-        kind: from `resolve_kind`.
+        kind: from `resolve_reward`.
 
     Raises:
         ValueError: for a source that cannot be loaded, or a reward model that cannot read the prompts.
@@ -164,6 +157,13 @@ def open_gold(name: str, tokenizer: Any, prompts: Sequence[Prompt]) -> RewardSou
 
 def _adapter_folder(source: str | Path) -> Path | None:
     return next((f for f in (Path(source), Path(source) / "adapter") if is_reward_adapter(f)), None)
+
+
+def _read_head(folder: Path) -> EnsembleHead:
+    try:
+        return load_head(folder)
+    except ValueError as error:
+        raise ValueError(f"reward.source: {error}") from error
 
 
 def _aggregated(head: EnsembleHead, aggregation: str) -> EnsembleHead:

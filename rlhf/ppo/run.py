@@ -23,7 +23,7 @@ from .memory import limit_memory, with_micro_tokens
 from .monitor import TEXTS, Monitor, read_texts
 from .policy import Policy
 from .prompts import Prompt, load_prompts, longest_prompt, prompt_order
-from .rewards import RewardSource, check_reading, open_gold, open_reward, resolve_kind
+from .rewards import RewardSource, check_reading, open_gold, open_reward
 from .sampler import draw, open_sampler
 from .score import score
 from .shaping import KLController
@@ -57,8 +57,8 @@ class Run:
         limit = longest_prompt(config.rollout, self.policy.model.config, self.turn)
         self.prompts = load_prompts(config.prompts, self.turn, limit, progress=progress)
         longest = max(len(prompt.ids) for prompt in self.prompts)
-        kind = self.policy.reward_kind or resolve_kind(config.reward, self.policy.model)
-        own = self.policy.reward_head
+        own, kind = self.policy.reward_head, self.policy.source_kind
+        assert kind is not None  # a run has a reward: its config wants one
         self.config = config = with_micro_tokens(
             config, self.policy.model.config, device, longest, kind, 0 if own is None else own.num_heads
         )

@@ -11,15 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prudent.engine import EnsembleHead, EnsembleRewardModel, Scorer
+from prudent.rlhf.ppo import rewards
 from prudent.rlhf.ppo.batch import Samples
 from prudent.rlhf.ppo.config import PPOConfig, RewardConfig
+from prudent.rlhf.ppo.policy import Policy
 from prudent.rlhf.ppo.prompts import Prompt
 from prudent.rlhf.ppo.rewards import (
     check_reading,
-    load_adapter,
-    load_shared_head,
     open_reward,
-    resolve_kind,
+    resolve_reward,
 )
 from prudent.rlhf.reward_adapter import save_head
 
@@ -37,6 +37,28 @@ def _config(source: str | Path, **reward: Any) -> PPOConfig:
 
 def _open(source: str | Path, tokenizer: Any, prompts: list[Prompt], kind: Any, **reward: Any) -> Any:
     return open_reward(_config(source, **reward), tokenizer, prompts, "cpu", kind)
+
+
+def resolve_kind(config: RewardConfig, policy: Any) -> str:
+    return resolve_reward(config, policy).kind
+
+
+def load_shared_head(source: str | Path, policy: Any, aggregation: str = "") -> EnsembleHead:
+    config = RewardConfig(source=str(source), kind="shared", aggregation=aggregation)
+    head = resolve_reward(config, policy).head
+    assert head is not None
+    return head
+
+
+def test_a_model_that_is_compared_with_the_policy_is_read_once(
+    policy: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, read = _save(tmp_path, policy, tokenizer), []
+    own = AutoModelForCausalLM.from_pretrained(tokenizer.name_or_path)  # which gets LoRAs
+    real = rewards.load_reward_model
+    monkeypatch.setattr(rewards, "load_reward_model", lambda *given: read.append(given) or real(*given))
+    found = Policy.load(_config(source, aggregation="min"), device="cpu", model=own)
+    assert (found.source_kind, found.reward_kind, len(read)) == ("shared", "shared", 1)
 
 
 # -- kinds
@@ -179,14 +201,15 @@ def test_an_adapter_is_found_in_its_folder_and_in_its_run(policy: Any, tmp_path:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / name).write_text("{}")
     for source in (folder, folder.parent):
-        assert resolve_kind(RewardConfig(source=str(source)), policy) == "adapter"
-        found, head = load_adapter(source, "min")
-        assert (found, head.num_heads, str(head.aggregation)) == (folder, 2, "min")
+        found = resolve_reward(RewardConfig(source=str(source), aggregation="min"), policy)
+        assert found.head is not None
+        assert (found.kind, found.adapter) == ("adapter", folder)
+        assert (found.head.num_heads, str(found.head.aggregation)) == (2, "min")
     with pytest.raises(ValueError, match="expected a folder with a LoRA and heads"):
-        load_adapter(tmp_path)
+        resolve_reward(RewardConfig(source=str(tmp_path), kind="adapter"), policy)
     (folder / "head.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match=r"^reward\.source: .*head.safetensors"):
-        load_adapter(folder)
+        resolve_reward(RewardConfig(source=str(folder)), policy)
 
 
 def test_a_reward_that_reads_other_tokens_than_the_policy_is_refused(
