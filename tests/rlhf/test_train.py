@@ -23,21 +23,13 @@ from prudent.rlhf.given import check_given, load_stage1
 from prudent.rlhf.runlog import read_metrics
 from prudent.rlhf.train import TrainConfig, run_train
 
-GOOD, BAD = ("good", "great", "happy", "lovely", "nice", "fine"), ("bad", "awful", "sad", "poor", "ugly", "boring")
+from .sentiment import write_pairs
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sentiment pairs: 12 prompts, 72 pairs."""
-    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [
-        {"prompt": f"was the {thing} {how}", "chosen": f"the {thing} was {good}", "rejected": f"the {thing} was {bad}"}
-        for thing in ("day", "food", "hotel", "train", "film", "room")
-        for how in ("very", "not")
-        for good, bad in zip(GOOD, BAD, strict=True)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", ("very", "not"))
 
 
 def _config(model: Path, data: Path, output: Path, *sets: str, **given: Any) -> TrainConfig:

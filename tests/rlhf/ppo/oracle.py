@@ -69,9 +69,6 @@ class Table(nn.Module):
     def values(self, hidden_rows: Tensor) -> Tensor:
         return hidden_rows[:, -1]
 
-    def parameter_groups(self, config: PPOConfig) -> list[dict[str, Any]]:
-        raise NotImplementedError
-
     # the oracle's own way to the same numbers
 
     def tokens(self, prompt: int, response: tuple[int, ...]) -> list[Tensor]:
