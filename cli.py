@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from . import __version__
-from .jobs import BENCH_ABOUT, BENCHES, JOBS, OPTIONS, STUDIES, STUDY_ABOUT, Job
+from .commands import BENCH_ABOUT, BENCHES, JOBS, OPTIONS, STUDIES, STUDY_ABOUT, Job
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,8 +74,8 @@ def run(arguments: argparse.Namespace) -> Any:
     """Load the job's config from file, --set and flags (the last wins), and run the job."""
     job = _job(arguments)
     module = import_module(f".rlhf.{job.module}", __package__)
-    from .rlhf.config import config_template, load_config
-    from .rlhf.files import in_a_sentence
+    from .rlhf.job.config import config_template, load_config
+    from .rlhf.job.files import in_a_sentence
 
     if arguments.keys:
         return config_template(getattr(module, job.config)).rstrip()

@@ -25,12 +25,12 @@ from transformers import AutoTokenizer
 
 from ..engine import EnsembleHead, EnsembleRewardModel, Scorer
 from ..kernels import Aggregation, nominal_reward
-from ..rlhf.data import PreferencePair, load_pairs, split_by_prompt
-from ..rlhf.embedded import embedded_model
-from ..rlhf.features import compute_features
-from ..rlhf.files import atomic_write_json, atomic_write_text
-from ..rlhf.fit import BradleyTerryConfig, BRMEConfig, fit_heads
-from ..rlhf.statistics import accuracy_difference, group_labels, pair_accuracy
+from ..rlhf.data.pairs import PreferencePair, load_pairs, split_by_prompt
+from ..rlhf.evaluation.statistics import accuracy_difference, group_labels, pair_accuracy
+from ..rlhf.job.files import atomic_write_json, atomic_write_text
+from ..rlhf.models.embedded import embedded_model
+from ..rlhf.models.features import compute_features
+from ..rlhf.reward.fit import BradleyTerryConfig, BRMEConfig, fit_heads
 
 SCORERS = (
     "single",

@@ -56,8 +56,9 @@ GOALS = (
 
 def loop_part(name: str, dry: bool) -> dict[str, Any]:
     """Two steps of a shape's loop, the second one measured: peaks, seconds of each phase, and their ratios."""
-    from ..engine.budget import PHASES, ModelShape, parse_size, plan
-    from ..rlhf.plan import SHAPES, auto_micro_tokens, job_shape
+    from ..rlhf.models.shapes import SHAPES
+    from ..rlhf.ppo.budget import PHASES, ModelShape, parse_size, plan
+    from ..rlhf.ppo.memory import auto_micro_tokens, job_shape
 
     shape, goal = PARTS[name]
     device = torch.device("cpu" if dry else "cuda")
@@ -143,7 +144,7 @@ def _phases(loop: OurLoop, device: torch.device) -> tuple[dict[str, float], dict
 
 def trl_part(dry: bool, python: str, path: str) -> dict[str, Any]:
     """Our loop and TRL's on the 1B shape: the rates, the peaks, and their ratios."""
-    from ..rlhf.plan import SHAPES
+    from ..rlhf.models.shapes import SHAPES
 
     fields = SMALL if dry else {k: v for k, v in SHAPES[SIDE_BY_SIDE].items() if k != "model_type"}
     sides = Sides(shape=tuple(fields.items()), device="cpu" if dry else "cuda", dtype="float32" if dry else "bfloat16",

@@ -86,9 +86,9 @@ class OurLoop:
     def __init__(self, sides: Sides, micro_tokens: int | None = None) -> None:
         from ..engine import EnsembleHead
         from ..rlhf.ppo.config import PPOConfig
-        from ..rlhf.ppo.policy import Policy, RewardOnTrunk
-        from ..rlhf.ppo.sampler import open_sampler
+        from ..rlhf.ppo.policy.policy import Policy, RewardOnTrunk
         from ..rlhf.ppo.update import open_optimizer
+        from ..rlhf.sampling.sampler import open_sampler
 
         self.sides = sides
         length = sides.prompt_tokens + sides.response_tokens
@@ -108,15 +108,15 @@ class OurLoop:
         self.optimizer = open_optimizer(self.policy, self.config)
 
     def draw(self, step: int) -> Any:
-        from ..rlhf.ppo.prompts import Prompt
-        from ..rlhf.ppo.sampler import draw
+        from ..rlhf.ppo.rollout import draw
+        from ..rlhf.sampling.prompts import Prompt
 
         prompts = [Prompt("", ids) for ids in prompt_ids(self.sides, self.policy.vocab_size, step)]
         return draw(self.sampler, self.policy, prompts, range(len(prompts)), self.config, step, progress=False)
 
     def score(self, samples: Any) -> Any:
+        from ..rlhf.ppo.advantages import shape
         from ..rlhf.ppo.score import score
-        from ..rlhf.ppo.shaping import shape
 
         experience = score(self.policy, None, samples, self.config, closing=[1])
         return shape(experience, self.config, self.config.kl.coef)

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..rlhf.files import atomic_write_json, atomic_write_text
+from ..rlhf.job.files import atomic_write_json, atomic_write_text
 from .case import Check
 from .cases import CASES
 from .machine import Machine

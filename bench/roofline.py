@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..rlhf.files import atomic_write_text
-from ..rlhf.plot_style import GREY, OTHERS, label_left, legend, panels, save_png, styled, to_svg
+from ..rlhf.job.files import atomic_write_text
+from ..rlhf.report.style import GREY, OTHERS, label_left, legend, panels, save_png, styled, to_svg
 from .machine import Machine
 from .measure import Row
 

@@ -15,9 +15,11 @@ from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from ..kernels import Aggregation
-from .config import EnsembleRewardConfig, max_positions, position_offset
-from .convert import load_trunk, model_of_sequence_classifier, reading_weights, refuse_missing
+from .config import EnsembleRewardConfig, is_encoder, max_positions, position_offset
+from .convert import _HUB_OPTIONS, _check_labels, _linear_head, _refuse_options, load_trunk
+from .eval_mode import evaluating
 from .head import EnsembleHead
+from .weights import reading_weights, refuse_missing
 
 
 @dataclass
@@ -309,3 +311,61 @@ def _check_head(head: EnsembleHead, hidden_size: int, num_heads: int | None, std
 AutoConfig.register(EnsembleRewardConfig.model_type, EnsembleRewardConfig, exist_ok=True)
 AutoModel.register(EnsembleRewardConfig, EnsembleRewardModel, exist_ok=True)
 AutoModelForSequenceClassification.register(EnsembleRewardConfig, EnsembleRewardModel, exist_ok=True)
+
+
+def model_of_sequence_classifier(
+    cls: type[EnsembleRewardModel], source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[str, Any]
+) -> EnsembleRewardModel:
+    """See `EnsembleRewardModel.from_sequence_classifier`."""
+    where = "from_sequence_classifier"
+    append_eos = kwargs.pop("append_eos", None)
+    if isinstance(source, PreTrainedModel):
+        _refuse_options(where, kwargs)
+        original = source
+        _check_labels(original.config)
+    else:
+        hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        _check_labels(AutoConfig.from_pretrained(source, **hub))
+        with reading_weights(source):
+            original, info = AutoModelForSequenceClassification.from_pretrained(
+                source, output_loading_info=True, **kwargs
+            )
+        refuse_missing(where, source, info["missing_keys"])
+    trunk: Any = original.base_model
+    linear = _linear_head(original, trunk.config.hidden_size)
+    head = EnsembleHead(trunk.config.hidden_size, 1, aggregation="mean")
+    with torch.no_grad():
+        head.weight[0] = linear.weight[0]
+        head.weight[1] = 0.0
+        head.bias[0] = 0.0 if linear.bias is None else linear.bias[0]
+    pooled = is_encoder(trunk.config) and getattr(trunk, "pooler", None) is not None
+    model = cls.from_trunk(trunk, head=head, pooling="pooler" if pooled else None, append_eos=append_eos)
+    _check_same_rewards(original, model, linear)
+    return model
+
+
+def _check_same_rewards(original: PreTrainedModel, model: EnsembleRewardModel, linear: nn.Linear) -> None:
+    """Refuse an architecture that does something between trunk and head: two random sequences must score alike."""
+    generator = torch.Generator().manual_seed(0)
+    # the original finds its last token by the padding id, so the probe must not contain it
+    allowed = torch.ones(original.config.vocab_size)
+    padding = getattr(original.config, "pad_token_id", None)
+    if padding is not None:
+        allowed[padding] = 0.0
+    pairs = []
+    with evaluating(original):
+        for length in (5, 9):
+            ids = allowed.multinomial(length, replacement=True, generator=generator)[None].to(original.device)
+            mask = torch.ones_like(ids)
+            want = original(input_ids=ids, attention_mask=mask).logits.float().view(())
+            hidden = model.features(ids, mask)
+            got = model.score(hidden).reward.view(())
+            # the original rounds its reward to its own dtype; both add up D products, in fp32 at least
+            terms = (hidden.float().abs() @ linear.weight.float().abs().T).view(())
+            tolerance = 8 * torch.finfo(original.dtype).eps * want.abs() + 1e-5 * terms
+            pairs.append((float(got), float(want), float(tolerance)))
+    if not all(abs(got - want) <= tolerance for got, want, tolerance in pairs):
+        raise ValueError(
+            f"from_sequence_classifier: {type(original).__name__}: expected the reward to be one linear layer on the "
+            f"trunk's hidden state, got {[p[0] for p in pairs]} that way where the model says {[p[1] for p in pairs]}"
+        )

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..kernels import Aggregation, aggregate, nominal_reward, philox_normal
 from .config import max_positions
-from .mode import evaluating
+from .eval_mode import evaluating
 from .text import Item, ItemEncoder
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prudent import cli, jobs
+from prudent import cli, commands
 
 
 def prudent(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -18,7 +18,7 @@ def prudent(*arguments: str, stdin: str | None = None) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.parametrize("command", sorted(jobs.JOBS))
+@pytest.mark.parametrize("command", sorted(commands.JOBS))
 def test_help_teaches_by_example_without_loading_a_model_library(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -36,13 +36,13 @@ def test_the_version_is_the_packages() -> None:
     assert (done.returncode, done.stdout.split()[0]) == (0, "prudent")
 
 
-@pytest.mark.parametrize("command", sorted(jobs.JOBS))
+@pytest.mark.parametrize("command", sorted(commands.JOBS))
 def test_every_flag_sets_a_key_that_the_jobs_config_has(command: str) -> None:
     from importlib import import_module
 
-    from prudent.rlhf.config import config_keys
+    from prudent.rlhf.job.config import config_keys
 
-    job = jobs.JOBS[command]
+    job = commands.JOBS[command]
     module = import_module(f"prudent.rlhf.{job.module}")
     assert {flag.key for flag in job.flags} <= set(config_keys(getattr(module, job.config)))
     assert callable(getattr(module, job.run))
@@ -177,7 +177,7 @@ def test_bench_says_what_it_has_without_loading_any_of_it(
         cli.main(["bench", "--help"])
     shown = capsys.readouterr().out
     assert done.value.code == 0
-    for part in jobs.BENCHES:
+    for part in commands.BENCHES:
         assert part in shown
 
 
@@ -186,7 +186,7 @@ def test_bench_hands_its_flags_to_the_microbenchmarks(capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.startswith("ensemble_reward, forward")
 
 
-@pytest.mark.parametrize("part", sorted(jobs.BENCHES))
+@pytest.mark.parametrize("part", sorted(commands.BENCHES))
 def test_each_part_of_bench_has_its_own_help(part: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         cli.main(["bench", part, "--help"])

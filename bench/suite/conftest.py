@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prudent.bench import cases, machine, measure, report
-from prudent.bench.case import SIZES, Case
+from .. import cases, machine, measure, report
+from ..case import SIZES, Case
 
 _TIMED = ("ours", "eager", "compiled")  # what every case has; the table has the rest too
 

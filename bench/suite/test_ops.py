@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from prudent.bench.case import Case
+from ..case import Case
 
 
 class Recorded:

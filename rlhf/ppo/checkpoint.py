@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from ..files import atomic_folder, atomic_write_json, cause, read_json
+from ..job.files import atomic_folder, atomic_write_json, cause, read_json
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ...engine.budget import parse_size
 from ...kernels import Aggregation
-from ..config import JobConfig
-from ..pet_config import PETConfig
+from ..job.config import JobConfig
+from ..reward.config import PETConfig
+from ..sampling.config import RolloutConfig
+from .budget import parse_size
 from .stop import parse_rule
 
 TRACKERS = ("wandb", "trackio")
@@ -58,21 +59,6 @@ class RewardConfig(JobConfig):
     @classmethod
     def _known_aggregation(cls, value: str) -> str:
         return str(Aggregation.parse(value)) if value else value
-
-
-class RolloutConfig(JobConfig):
-    """How responses are drawn."""
-
-    prompts_per_step: int = Field(default=64, ge=1)
-    samples_per_prompt: int = Field(default=1, ge=1)  # rloo and group need two at least
-    max_new_tokens: int = Field(default=64, ge=1)
-    min_new_tokens: int = Field(default=0, ge=0)
-    max_prompt_tokens: int | None = Field(default=None, ge=1)  # longer prompts are refused; None: what the model holds
-    temperature: float = Field(default=1.0, gt=0)
-    top_k: int = Field(default=0, ge=0)  # 0: all; the update's probabilities are those of the whole vocabulary
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    engine: Literal["auto", "shared_prefix", "static", "continuous"] = "auto"
-    batch_rows: int = Field(default=256, ge=1)
 
 
 class KLConfig(JobConfig):

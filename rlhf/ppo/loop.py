@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..run_folder import held
-from ..runlog import RunLog
+from ..job.folder import held
+from ..job.log import RunLog
+from ..sampling.prompts import prompt_order
+from .advantages import shape
 from .config import PPOConfig, refuse_unread
-from .monitor import require_trackers
 from .outcome import PPOResult, open_folder
-from .prompts import prompt_order
+from .rollout import draw
 from .run import Run
-from .sampler import draw
-from .shaping import shape
 from .update import set_learning_rates, update
+from .watch.monitor import require_trackers
 
 __all__ = ["PPOConfig", "PPOResult", "run_ppo"]
 

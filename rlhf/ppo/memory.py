@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 
-from ...engine.budget import parse_size
+from ..models.loading import model_folder
+from ..models.shapes import model_config
+from ..sampling.prompts import longest_prompt
+from ..sampling.turn import Turn
+from .budget import Cut, JobShape, ModelShape, cuts, micro_tokens, parse_size, plan
 from .config import Kind, PPOConfig
+from .policy.precision import trunk_dtype
 
 
 def limit_memory(config: PPOConfig, device: torch.device) -> None:
@@ -35,8 +42,6 @@ def with_micro_tokens(
     """
     if config.update.micro_tokens != "auto" or device.type != "cuda":
         return config
-    from ..plan import auto_micro_tokens  # which reads this package's config
-
     rollout = config.rollout.model_copy(update={} if longest is None else {"max_prompt_tokens": longest})
     reward = config.reward.model_copy(update={} if kind is None else {"kind": kind})
     planned = config.model_copy(update={"rollout": rollout, "reward": reward})
@@ -51,3 +56,113 @@ def _card(device: torch.device) -> int:
 def _limit(config: PPOConfig, device: torch.device) -> int:
     """Bytes that this process may take."""
     return _card(device) if config.memory_budget is None else min(parse_size(config.memory_budget), _card(device))
+
+
+PROMPT_TOKENS = 512  # where rollout.max_prompt_tokens and the model's positions say nothing
+
+
+def job_shape(config: PPOConfig, model: Any, device: str = "cuda", heads: int = 5) -> JobShape:
+    """The sizes of `config` for a model of config `model`; `device`: cuda or cpu.
+
+    A reward of kind auto is taken for heads on the policy's trunk. One that is another model counts with its weights,
+    in the policy's dtype, where its config can be read.
+
+    Raises:
+        ValueError: for more new tokens than the model has positions, as `prudent ppo` would.
+    """
+    rollout, on_gpu = config.rollout, device == "cuda"
+    kind = "shared" if config.reward.kind == "auto" else config.reward.kind
+    dtype = trunk_dtype(config, torch.device(device))
+    mixed = config.policy.mode == "full" and on_gpu and config.dtype == "auto"
+    dtype = torch.bfloat16 if mixed else dtype
+    flash = config.attn in ("auto", "flash") and on_gpu and dtype != torch.float32
+    return JobShape(
+        prompts=rollout.prompts_per_step,
+        samples=rollout.samples_per_prompt,
+        prompt_tokens=_prompt_tokens(config, model),
+        response_tokens=rollout.max_new_tokens,
+        batch_rows=rollout.batch_rows,
+        mode=config.policy.mode,
+        rank=config.policy.lora_rank,
+        dropout=config.policy.lora_dropout > 0,
+        critic=config.critic,
+        reward=kind if kind in ("shared", "adapter") else None,  # type: ignore[arg-type]
+        heads=heads,
+        reward_bytes=_other_model(config.reward.source, dtype) if kind == "model" else 0,
+        checkpointing=config.policy.gradient_checkpointing,
+        optimizer=config.update.optimizer,
+        dtype=dtype,
+        mixed=mixed,
+        masked=bool(config.packed) and not flash,
+        eager=config.attn == "eager",
+        truncated_sampling=rollout.top_k > 0 or rollout.top_p < 1,
+        shared_prefix=rollout.engine == "shared_prefix" or (rollout.engine == "auto" and not on_gpu),
+        device="gpu" if on_gpu else "cpu",
+    )
+
+
+class _Closing:
+    """What `longest_prompt` asks of a `Turn`: at least one token ends a response. No tokeniser is read here."""
+
+    closing = (0,)
+
+
+def _prompt_tokens(config: PPOConfig, model: Any) -> int:
+    limit = longest_prompt(config.rollout, model.get_text_config(), cast(Turn, _Closing()))
+    return PROMPT_TOKENS if limit is None else limit if config.rollout.max_prompt_tokens else min(limit, PROMPT_TOKENS)
+
+
+def _other_model(source: str, dtype: torch.dtype) -> int:
+    """Bytes of another model's weights in `dtype`: by its config, or its files where no model is made of that alone."""
+    from transformers import AutoModel
+
+    folder = model_folder(source)
+    config = model_config(folder, "reward.source")
+    try:
+        with torch.device("meta"):  # a classifier of any family: not all have a causal language model
+            model = AutoModel.from_config(getattr(config, "text_config", None) or config)
+        numbers: int = sum(parameter.numel() for parameter in model.parameters())
+        return dtype.itemsize * numbers
+    except (ValueError, ImportError) as error:
+        found = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        if not found:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"reward.source: expected a model that transformers makes of its config, or a folder with its "
+                f"safetensors, got {source}: {reason}"
+            ) from None
+        return found
+
+
+def auto_micro_tokens(
+    config: PPOConfig, model_config: Any, limit: int, prompt_tokens: int | None = None, heads: int = 5
+) -> int:
+    """`update.micro_tokens: auto` resolved on a GPU: what fits into `limit` bytes, at most all of a step's samples.
+
+    Args:
+        limit: bytes that the process may take.
+        prompt_tokens: of the longest prompt; None: rollout.max_prompt_tokens, or 512 without it.
+        heads: K of a reward on the policy's trunk.
+
+    Raises:
+        ValueError: if not even one sample does, with the keys that would help.
+    """
+    shape, job = ModelShape.of(model_config), job_shape(config, model_config, heads=heads)
+    job = replace(job, prompt_tokens=prompt_tokens or job.prompt_tokens)
+    found = micro_tokens(shape, job, limit)
+    if not found:
+        need = plan(shape, job, job.tokens)
+        raise ValueError(
+            f"memory: expected at most {limit / 2**30:.1f} GiB, got {need.peak / 2**30:.1f} GiB with one sample a "
+            f"forward pass; {_advice(cuts(shape, job, limit))}"
+        )
+    return found
+
+
+def _advice(found: list[Cut]) -> str:
+    alone = [cut for cut in found if cut.fits]
+    if alone:
+        return "any one of these fits: " + "; ".join(f"{c.setting} (-{c.saves / 2**30:.1f} GiB)" for c in alone[:3])
+    if not found:
+        return "no setting makes it much smaller: a smaller model or a larger card is needed"
+    return "each of these saves: " + "; ".join(f"{c.setting} (-{c.saves / 2**30:.1f} GiB)" for c in found[:4])

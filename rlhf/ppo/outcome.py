@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write_text, read_json
-from ..run_folder import claim_folder
+from ..job.files import atomic_write_text, read_json
+from ..job.folder import claim_folder
 from .config import FREE, PPOConfig
 
 # what a run makes once it computes; other commands may have left the checkpoint of step 0

@@ -9,26 +9,29 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..files import atomic_folder, atomic_write_json, atomic_write_text
-from ..given import load_tokenizer
-from ..reward_adapter import peft_hushed
-from ..rollout import Turn
-from ..runlog import RunLog, read_metrics
-from .baseline import preference_texts
+from ..job.files import atomic_folder, atomic_write_json, atomic_write_text
+from ..job.log import RunLog, read_metrics
+from ..models.adapter import peft_hushed
+from ..models.loading import load_tokenizer
+from ..sampling.config import RolloutConfig
+from ..sampling.prompts import Prompt, load_prompts, longest_prompt, prompt_order
+from ..sampling.sampler import open_sampler
+from ..sampling.turn import Turn
+from .advantages import KLController
 from .batch import Experience, Samples
 from .checkpoint import Checkpoints, Saved, State
-from .config import PPOConfig, RolloutConfig
-from .findings import by_step, count, faults, total
+from .config import PPOConfig
 from .memory import limit_memory, with_micro_tokens
-from .monitor import TEXTS, Monitor, read_texts
-from .policy import Policy
-from .prompts import Prompt, load_prompts, longest_prompt, prompt_order
-from .rewards import RewardSource, check_reading, open_gold, open_reward
-from .sampler import draw, open_sampler
+from .policy.describe import describe_policy
+from .policy.policy import Policy
+from .rewards.resolve import RewardSource, check_reading, open_gold, open_reward
+from .rollout import draw
 from .score import score
-from .shaping import KLController
 from .stop import Fired, StopRules
 from .update import open_optimizer
+from .watch.baseline import preference_texts
+from .watch.findings import by_step, count, faults, total
+from .watch.monitor import TEXTS, Monitor, read_texts
 
 SHOWN = (  # what ppo.json and the command's last lines tell of the first and the last step
     "reward/mean",
@@ -87,7 +90,7 @@ class Run:
         self.texts = texts
         self.bad_steps = 0  # in a row
         self.combination = [
-            self.policy.describe(),
+            describe_policy(self.policy),
             f"reward source: {config.reward.source} ({kind})",
             f"sampling: {self.sampler.name}, {len(self.prompts)} prompts{_truncated(config)}",
         ]
@@ -209,7 +212,7 @@ class Run:
         """Write report.html; False, and a word to the user, without what it needs."""
         folder = self.config.output
         try:
-            from .report import render
+            from .watch.report import render
 
             page = render(self.config, rows, read_texts(folder), outcome)
         except ImportError as error:  # the numbers are all there without

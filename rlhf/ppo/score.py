@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...engine.mode import evaluating
+from ...engine.eval_mode import evaluating
 from ...kernels import nominal_reward
 from .batch import Experience, Samples, TokenBatch, micro_batches, response_mask, sequence_length, token_batch
 from .config import PPOConfig
-from .policy import Policy
+from .policy.policy import Policy
 from .update import AUTO_MICRO_TOKENS
 
 if TYPE_CHECKING:
-    from .rewards import RewardSource
+    from .rewards.resolve import RewardSource
 
 
 def score(

@@ -18,13 +18,13 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from ..config import JobConfig
-from ..ppo.config import KLConfig, PolicyConfig, PPOConfig, RewardConfig, RolloutConfig, UpdateConfig
-from ..runlog import read_metrics
+from ..job.config import JobConfig
+from ..job.log import read_metrics
+from ..ppo.config import KLConfig, PolicyConfig, PPOConfig, RewardConfig, UpdateConfig
+from ..sampling.config import RolloutConfig
 from . import learning_report
 from .learning_rewards import RewardsConfig, prepare
-from .result import StudyResult, run_study
-from .wording import command
+from .result import StudyResult, command, run_study
 
 SHOWN = ("gold/mean", "reward/mean", "kl/sequence", "text/length", "text/truncated", "policy/entropy")
 BLOCK = 5  # steps
@@ -177,7 +177,7 @@ def _prepare(config: str, seed: int) -> dict[str, Any]:
 def _run(config: str) -> tuple[dict[str, list[float | None]], str]:
     """One PPO run, or what is left of it: its curves, and its last text of the first prompt."""
     from ..ppo.loop import run_ppo
-    from ..ppo.monitor import read_texts
+    from ..ppo.watch.monitor import read_texts
 
     ppo = PPOConfig.model_validate_json(config)
     run_ppo(ppo, resume=True, progress=False)

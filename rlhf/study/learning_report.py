@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from ..plot_style import GREY, styled
-from .wording import count
+from ..report.style import GREY, styled
+from ..report.words import count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

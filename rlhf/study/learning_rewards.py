@@ -12,16 +12,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...engine import EnsembleHead, EnsembleRewardModel, calibrate
-from ..config import JobConfig
-from ..decode import Sampling
-from ..demo_pairs import GoldPairs, make_pairs
-from ..files import atomic_folder, atomic_write_json, atomic_write_text
-from ..fit import BradleyTerryConfig, BRMEConfig, fit_heads
-from ..gold import VaderGold
-from ..pet_config import PETConfig
-from ..pet_fit import PETFeatures, fit_pet
-from ..rollout import Request, Rollout, sample
-from ..statistics import best_of_n_curve, pair_correct
+from ..data.gold import VaderGold
+from ..evaluation.statistics import best_of_n_curve, pair_correct
+from ..job.config import JobConfig
+from ..job.files import atomic_folder, atomic_write_json, atomic_write_text
+from ..reward.config import PETConfig
+from ..reward.fit import BradleyTerryConfig, BRMEConfig, fit_heads
+from ..reward.pet.fit import PETFeatures, fit_pet
+from ..sampling.labelled_pairs import GoldPairs, make_pairs
+from ..sampling.stored import Request, Rollout, sample
+from ..sampling.tokens import Sampling
 
 _WHO = (
     "a little girl named Lily",
@@ -124,7 +124,7 @@ def prepare(model: str, folder: Path, config: RewardsConfig, seed: int, aggregat
 
 
 def _prompts(config: RewardsConfig) -> list[str]:
-    from ..demo import read_prompts
+    from ..sampling.prompts import read_prompts
 
     prompts = list(OPENINGS) if config.prompts is None else read_prompts(config.prompts, config.held_out_prompts)
     # held-out ones are the last: spread the openings, whose neighbours share a hero

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import JobConfig
-from ..files import atomic_write_json, atomic_write_text
-from ..plot_style import require_matplotlib, save_png
-from ..run_folder import claim_folder, held
+from ..job.config import JobConfig, config_keys
+from ..job.files import atomic_write_json, atomic_write_text
+from ..job.folder import claim_folder, held
+from ..report.style import require_matplotlib, save_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_FLAGS = ("model", "seeds")  # told always
+
+
+def command(study: str, config: JobConfig) -> str:
+    """What to type for the numbers of `config`: every key that is not its default; where they go is left open."""
+    kind = type(config)
+    needed = {name: getattr(config, name) for name, field in kind.model_fields.items() if field.is_required()}
+    plain, words = kind.model_validate(needed), ["prudent", "study", study]
+    for key in config_keys(kind):
+        default, value = (reduce(getattr, key.split("."), c) for c in (plain, config))
+        if key in _FLAGS:
+            words += [f"--{key}", str(value)]
+        elif value != default and key != "output":
+            words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"]
+    return shlex.join(words)
+
 
 _MADE = ("*.json*", "*/")  # by which a folder is known to hold results, whoever's
 

@@ -22,13 +22,12 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import JobConfig
-from ..statistics import mean_interval
+from ..evaluation.statistics import mean_interval
+from ..job.config import JobConfig
 from . import stochastic_report
 from .networks import Layers, repeated, trained
-from .result import StudyResult, run_study
+from .result import StudyResult, command, run_study
 from .toy_world import SIZE, Judged, ToyPolicyConfig, fresh_policies, log_policy, train_policies
-from .wording import command
 
 ARMS = ("constant", "worst of random", "random")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..plot_style import label_left, legend, panels, styled
-from .wording import interval, signed, verdict
+from ..report.style import label_left, legend, panels, styled
+from ..report.words import interval, signed, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

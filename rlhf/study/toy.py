@@ -21,11 +21,11 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import JobConfig
-from ..statistics import Interval, mean_interval
+from ..evaluation.statistics import Interval, mean_interval
+from ..job.config import JobConfig
 from . import toy_report
 from .networks import repeated
-from .result import StudyResult, run_study
+from .result import StudyResult, command, run_study
 from .toy_world import (
     SIZE,
     Judged,
@@ -37,7 +37,6 @@ from .toy_world import (
     right,
     train_policies,
 )
-from .wording import command
 
 LAMBDAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..plot_style import GREY, looks_of, styled
-from .wording import interval, signed, verdict
+from ..report.style import GREY, looks_of, styled
+from ..report.words import interval, signed, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

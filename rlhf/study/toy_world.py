@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..config import JobConfig
-from ..losses import bradley_terry
+from ..job.config import JobConfig
 from ..ppo.losses import policy_loss
+from ..reward.losses import bradley_terry
 from .networks import Layers, forward, networks, trained
 
 SIZE = 8  # prompts, and responses to each

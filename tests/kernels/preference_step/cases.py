@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prudent.kernels.ensemble_reward import EnsembleOutput, ensemble_reward, philox_normal
 from prudent.kernels.preference_step.contract import Inputs
-from prudent.rlhf.losses import bradley_terry, brme, bsr
+from prudent.rlhf.reward.losses import bradley_terry, brme, bsr
 
 # every loss with every option, apart and together
 LOSSES: dict[str, dict[str, Any]] = {
@@ -64,7 +64,7 @@ def in_fp64(inputs: Inputs) -> Inputs:
 
 
 def losses_of(out: EnsembleOutput, inputs: Inputs) -> Tensor:
-    """The loss as rlhf/losses.py writes it, on heads that are already there; the centring penalty beside it."""
+    """The loss as rlhf/reward/losses.py writes it, on heads that are already there; the centring penalty beside it."""
     pairs, reward = inputs.num_pairs, out.mean.mean(dim=1)
     if inputs.loss == "bt":
         loss = bradley_terry(reward[:pairs], reward[pairs:], inputs.margin)
@@ -83,7 +83,7 @@ def losses_of(out: EnsembleOutput, inputs: Inputs) -> Tensor:
 
 
 def composed(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, dweight, dbias by `ensemble_reward`, rlhf/losses.py and autograd."""
+    """loss, dweight, dbias by `ensemble_reward`, rlhf/reward/losses.py and autograd."""
     weight, bias = inputs.weight.detach().clone().requires_grad_(), inputs.bias.detach().clone().requires_grad_()
     out = ensemble_reward(
         inputs.features, weight, bias, rows=inputs.rows, aggregation="mean", std_floor=inputs.std_floor

@@ -1,4 +1,4 @@
-"""The explicit gradient of reference.py is autograd's of the composed form: `ensemble_reward` and rlhf/losses.py."""
+"""The explicit gradient of reference.py equals autograd of `ensemble_reward` with the losses of rlhf/reward."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from prudent.rlhf.ppo.batch import Samples, TokenBatch, token_batch
 from prudent.rlhf.ppo.config import PPOConfig
-from prudent.rlhf.ppo.policy import Policy, RewardOnTrunk
+from prudent.rlhf.ppo.policy.policy import Policy, RewardOnTrunk
 
 VOCABULARY, WIDTH = 97, 32
 SAMPLES = Samples(

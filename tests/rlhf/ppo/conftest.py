@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prudent.rlhf.ppo.batch import Samples
-from prudent.rlhf.ppo.prompts import Prompt
-from prudent.rlhf.rollout import Turn
+from prudent.rlhf.sampling.prompts import Prompt
+from prudent.rlhf.sampling.turn import Turn
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from prudent.rlhf.config import load_config
-from prudent.rlhf.files import atomic_write_json
+from prudent.rlhf.job.config import load_config
+from prudent.rlhf.job.files import atomic_write_json
 from prudent.rlhf.ppo.config import PPOConfig, refuse_unread, refuse_unread_by_reward
 from prudent.rlhf.ppo.outcome import open_folder
 

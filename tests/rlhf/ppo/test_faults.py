@@ -18,13 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prudent.rlhf.config import load_config
-from prudent.rlhf.ppo import checkpoint, loop, report, run, update
+from prudent.rlhf.job.config import load_config
+from prudent.rlhf.job.log import read_metrics
+from prudent.rlhf.ppo import checkpoint, loop, run, update
 from prudent.rlhf.ppo.checkpoint import Checkpoints
 from prudent.rlhf.ppo.config import PPOConfig
-from prudent.rlhf.ppo.monitor import Monitor, read_texts
-from prudent.rlhf.ppo.policy import Policy
-from prudent.rlhf.runlog import read_metrics
+from prudent.rlhf.ppo.policy.policy import Policy
+from prudent.rlhf.ppo.watch import report
+from prudent.rlhf.ppo.watch.monitor import Monitor, read_texts
 
 PROMPTS = "the food\na hotel\nmy day\nthe train\nyour film\nthe soup\nthe room\nvery good people\n"
 REWARDS = """

@@ -13,15 +13,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prudent.cli import main
-from prudent.rlhf.config import load_config
-from prudent.rlhf.ppo import loop, report
+from prudent.rlhf.job.config import load_config
+from prudent.rlhf.job.folder import held
+from prudent.rlhf.job.log import read_metrics
+from prudent.rlhf.ppo import loop
 from prudent.rlhf.ppo.checkpoint import Checkpoints
 from prudent.rlhf.ppo.config import PPOConfig
 from prudent.rlhf.ppo.loop import PPOResult, run_ppo
-from prudent.rlhf.ppo.monitor import read_texts
 from prudent.rlhf.ppo.stop import METRICS
-from prudent.rlhf.run_folder import held
-from prudent.rlhf.runlog import read_metrics
+from prudent.rlhf.ppo.watch import report
+from prudent.rlhf.ppo.watch.monitor import read_texts
 
 REWARDS = """
 def good(prompts, responses):

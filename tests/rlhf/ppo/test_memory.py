@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from prudent.engine import EnsembleRewardModel
-from prudent.rlhf import plan
+from prudent.rlhf.plan import plan
 from prudent.rlhf.ppo import memory, run
 from prudent.rlhf.ppo.config import PPOConfig
 from prudent.rlhf.ppo.loop import run_ppo

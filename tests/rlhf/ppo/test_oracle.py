@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from prudent.rlhf.ppo.advantages import leave_one_out, shape
 from prudent.rlhf.ppo.config import PPOConfig
 from prudent.rlhf.ppo.losses import chi2_estimate, chi2_price, kl_estimate
-from prudent.rlhf.ppo.shaping import leave_one_out, shape
 
 from .oracle import (
     PROMPTS,

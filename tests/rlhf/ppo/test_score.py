@@ -12,8 +12,8 @@ from torch import Tensor
 from prudent.engine import EnsembleHead, EnsembleRewardModel
 from prudent.rlhf.ppo.batch import Experience, Samples
 from prudent.rlhf.ppo.config import PPOConfig
-from prudent.rlhf.ppo.policy import Policy, RewardOnTrunk
-from prudent.rlhf.ppo.rewards import Rewards
+from prudent.rlhf.ppo.policy.policy import Policy, RewardOnTrunk
+from prudent.rlhf.ppo.rewards.resolve import Rewards
 from prudent.rlhf.ppo.score import score
 
 from .cases import SAMPLES, WIDTH, Largest, tiny_lm

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from prudent.rlhf.ppo import update as module
+from prudent.rlhf.ppo.advantages import shape
 from prudent.rlhf.ppo.batch import Experience, TokenBatch, token_batch
-from prudent.rlhf.ppo.shaping import shape
 from prudent.rlhf.ppo.update import open_optimizer, set_learning_rates, update
 
 from .update_cases import Recurrent, a_config, gradients, run, sampled

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from prudent.rlhf.ppo.advantages import shape
 from prudent.rlhf.ppo.batch import Experience, Samples
 from prudent.rlhf.ppo.config import PPOConfig
-from prudent.rlhf.ppo.policy import Policy
-from prudent.rlhf.ppo.rewards import Rewards
+from prudent.rlhf.ppo.policy.policy import Policy
+from prudent.rlhf.ppo.rewards.resolve import Rewards
 from prudent.rlhf.ppo.score import score
-from prudent.rlhf.ppo.shaping import shape
 from prudent.rlhf.ppo.update import open_optimizer, update
 
 from .cases import tiny_lm

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import prudent
+from prudent.rlhf.ppo.advantages import shape
 from prudent.rlhf.ppo.batch import Experience, Samples, TokenBatch, response_mask, token_batch
 from prudent.rlhf.ppo.config import PPOConfig
-from prudent.rlhf.ppo.shaping import shape
 from prudent.rlhf.ppo.update import open_optimizer, update
 
 VOCAB, WIDTH = 11, 8

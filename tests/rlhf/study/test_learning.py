@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prudent.rlhf.config import load_config
+from prudent.rlhf.job.config import load_config
 from prudent.rlhf.study.learning import LearningConfig, arms, ppo_config, run_learning, summary
 from prudent.rlhf.study.learning_report import findings
 

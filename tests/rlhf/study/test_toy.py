@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prudent.rlhf.config import load_config
+from prudent.rlhf.job.config import load_config
 from prudent.rlhf.study.toy import ToyConfig, arms, run_toy, train_arms, wilson
 from prudent.rlhf.study.toy_report import findings
 from prudent.rlhf.study.toy_world import SIZE, ToyRewardConfig, draw, normalised, preference_pairs, reward_models, right

@@ -1,0 +1,1 @@
+"""Preference pairs, rows and gold scores from files and data sets."""

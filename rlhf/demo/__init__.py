@@ -1,0 +1,1 @@
+"""The demo: a model, its reward ensemble, best-of-n and PPO."""

@@ -1,0 +1,341 @@
+"""The job behind `prudent demo`: from a real language model to a report on what a pessimistic ensemble buys."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from tqdm import tqdm
+
+from ...engine import EnsembleHead, EnsembleRewardModel, Scorer, calibrate
+from ..data.gold import VaderGold
+from ..data.pairs import PairData, PreferencePair, load_pairs, split_by_prompt
+from ..evaluation.best_of_n import SINGLE, rewards, study
+from ..evaluation.metrics import evaluate_heads
+from ..evaluation.statistics import group_labels, pair_accuracy
+from ..job.config import JobConfig
+from ..job.files import atomic_folder, atomic_write_json, atomic_write_text, read_json
+from ..job.folder import claim_folder, held
+from ..job.log import RunLog
+from ..models.embedded import embedded_model, wheel_folder
+from ..models.features import compute_features
+from ..models.loading import load_language_model, load_tokenizer
+from ..report import style as plot_style
+from ..reward.fit import BradleyTerryConfig, BRMEConfig, PairFeatures, fit_heads
+from ..sampling.labelled_pairs import GoldPairs, make_pairs
+from ..sampling.prompts import read_prompts
+from ..sampling.stored import Request, Rollout, sample
+from ..sampling.tokens import Sampling
+from . import ppo as demo_ppo
+from . import report
+from .ppo import DemoPPOConfig
+
+STAGES = ("the language model", "responses", "preference pairs", "reward heads", "evaluation", "PPO", "report")
+_HELD_OUT_PAIRS = 40  # a held-out prompt: 32 prompts then measure an accuracy to about 2 %
+
+
+class DemoConfig(JobConfig):
+    """Everything `prudent demo` can be told. The defaults sample some 270,000 tokens: about 4 minutes on two idle
+    AVX512-BF16 cores (1,400 tokens/s), 13 on cores that multiply in float32; the heads take half a minute, PPO as
+    `DemoPPOConfig` says."""
+
+    output: Path = Path("runs/demo")
+    model: str | None = None  # folder or hub name of a causal language model; None: SmolLM2-135M-Instruct, its wheel
+    prompts: Path | None = None  # one prompt a line; None: ours
+    preferences: str | None = None  # real pairs (file or data set) instead of sampled ones; then there is no gold
+    limit: int | None = Field(None, ge=1)  # rows of `preferences`
+    eval_fraction: float = Field(0.2, gt=0, lt=1)  # of the prompts of `preferences`
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the machine multiplies it fast
+    seed: int = Field(0, ge=0, lt=2**30)
+    samples_per_prompt: int = Field(16, ge=2)  # of a training prompt
+    pairs_per_prompt: int = Field(120, ge=1)  # 120: all pairs of 16 responses
+    held_out_prompts: int = Field(32, ge=2)
+    best_of: int = Field(256, ge=4)  # responses to a held-out prompt
+    label_noise: float = Field(0.25, ge=0, le=0.5)
+    max_new_tokens: int = Field(28, ge=1)
+    temperature: float = Field(0.8, gt=0)
+    top_k: int = Field(50, ge=1)
+    top_p: float = Field(0.95, gt=0, le=1)
+    batch_rows: int = Field(256, ge=1)
+    bt: BradleyTerryConfig = BradleyTerryConfig()
+    brme: BRMEConfig = BRMEConfig()
+    ppo: DemoPPOConfig = DemoPPOConfig()
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """folder: the run folder. metrics: what metrics.json holds. str() is the closing table and the report's path."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+    def __str__(self) -> str:
+        return report.table(self.metrics) + f"\n\nreport: {self.folder / 'report.html'}"
+
+
+def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
+    """Sample, label, train, evaluate, report; what a former start of the same run has done is not done again.
+
+    The run folder: config.yaml (resolved), samples.jsonl, features/, pairs.jsonl and held_out.jsonl (as `prudent train`
+    and `prudent eval` read them), metrics.jsonl (training), checkpoints/, single/ (stage 1) and model/ (the ensemble,
+    calibrated), both with the tokeniser, ppo/single and ppo/ensemble (run folders of `prudent ppo`), report.html, and
+    metrics.json (written last).
+
+    Raises:
+        ValueError: for prompts, pairs or a model that cannot be used; for an output folder that holds another run.
+        ImportError: naming the extra to install.
+    """
+    config = config.model_copy(update={"dtype": _dtype(config.dtype)})
+    done = config.output / "metrics.json"
+    with held(config.output):
+        if claim_folder(config, ("samples.jsonl", "features", "checkpoints", "metrics.json")) and done.exists():
+            return DemoResult(config.output, read_json(done))
+        plot_style.require_matplotlib()  # whatever is missing is said before minutes of work, not after
+        if config.model is None:
+            wheel_folder()
+        with RunLog(config.output) as log:
+            return DemoResult(config.output, _Run(config, log, progress).go())
+
+
+def _dtype(asked: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
+    """bfloat16 where it is multiplied in hardware: elsewhere a CPU widens it first and is slower than in float32."""
+    if asked != "auto":
+        return asked
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"
+
+
+class _Run:
+    """One start of a run: `go` does what is not done yet."""
+
+    def __init__(self, config: DemoConfig, log: RunLog, progress: bool) -> None:
+        self.config, self.log, self.progress = config, log, progress
+        self.folder = config.output
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.seconds: dict[str, float] = {}
+        self.model: Any = None
+        self.tokenizer: Any = None
+
+    def go(self) -> dict[str, Any]:
+        """All seven stages; returns the metrics."""
+        config = self.config
+        # read first: what is wrong with a file is said before a model is loaded
+        prompts = [] if config.preferences else read_prompts(config.prompts, config.held_out_prompts)
+        data = (
+            load_pairs(config.preferences, limit=config.limit, progress=self.progress, key="preferences")
+            if config.preferences
+            else None
+        )
+        with self._stage(0):
+            self._load_model()
+        metrics, page = self._with_gold(prompts) if data is None else self._with_preferences(data)
+        with self._stage(6):
+            metrics["seconds"] = dict(self.seconds)
+            atomic_write_text(self.folder / "report.html", report.render(self.config, metrics, page))
+        metrics["seconds"] = dict(self.seconds)
+        atomic_write_json(self.folder / "metrics.json", metrics)  # the last: it says that the run is whole
+        return metrics
+
+    @contextmanager
+    def _stage(self, number: int) -> Iterator[None]:
+        if self.progress:
+            tqdm.write(f"[{number + 1}/{len(STAGES)}] {STAGES[number]}", file=sys.stderr)
+        start = time.monotonic()
+        yield
+        self.seconds[STAGES[number]] = round(time.monotonic() - start, 1)
+
+    def _load_model(self) -> None:
+        self.source = str(embedded_model()) if self.config.model is None else self.config.model
+        self.tokenizer = load_tokenizer("model", self.source)
+        model = load_language_model("model", self.source, getattr(torch, self.config.dtype))
+        self.model = model.to(self.device).eval()
+
+    # sampled responses, labelled by gold
+
+    def _with_gold(self, prompts: list[str]) -> tuple[dict[str, Any], report.Page]:
+        config = self.config
+        gold_scorer = VaderGold()
+        held = sorted(random.Random(config.seed).sample(range(len(prompts)), config.held_out_prompts))
+        with self._stage(1):
+            rollouts = self._sample(prompts, held)
+        with self._stage(2):
+            gold = [torch.tensor(gold_scorer(rollout.responses), dtype=torch.float64) for rollout in rollouts]
+            training = [i for i in range(len(prompts)) if i not in set(held)]
+            pairs = make_pairs(gold, training, config.pairs_per_prompt, config.label_noise, config.seed)
+            test = make_pairs(gold, held, _HELD_OUT_PAIRS, config.label_noise, config.seed + 1)
+            for name, part, noisy in (("pairs", pairs, True), ("held_out", test, False)):
+                rows = part.rows(rollouts, gold, noisy)
+                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+                atomic_write_text(self.folder / f"{name}.jsonl", "".join(lines))
+        with self._stage(3):
+            reference = torch.cat([rollouts[i].features for i in training])
+            single, ensemble = self._train(pairs.features(rollouts, True), test.features(rollouts, False), reference)
+        with self._stage(4):
+            metrics = self._accuracy(single, ensemble, test.features(rollouts, False), test.prompt, test.flipped)
+            metrics["counts"] = _counts(prompts, rollouts, pairs, test)
+            held_gold = torch.stack([gold[i] for i in held])
+            features = torch.stack([rollouts[i].features for i in held])
+            flat = rewards(single, ensemble, features.flatten(0, 1))
+            result = study({name: value.view(len(held), -1) for name, value in flat.items()}, held_gold)
+            metrics["best_of_n"] = report.study_as_dict(result)
+            metrics["gold"] = {"name": gold_scorer.name, "meaning": gold_scorer.meaning}
+            shown = report.examples(ensemble, [rollouts[i] for i in held], held_gold, flat)
+        metrics["ppo"] = self._ppo([prompts[i] for i in held])
+        runs = None if metrics["ppo"] is None else demo_ppo.page(self.folder, metrics["ppo"])
+        return metrics, report.Page(result, shown, runs)
+
+    def _ppo(self, prompts: list[str]) -> dict[str, Any] | None:
+        """Both PPO runs, on the prompts that no head was trained on; None if they are left out."""
+        config = self.config
+        if config.ppo.steps == 0:
+            return None
+        with self._stage(5):
+            dtype: Literal["float32", "bfloat16"] = "bfloat16" if config.dtype == "bfloat16" else "float32"
+            self.model = None  # each run loads its own
+            start = demo_ppo.Start(self.source, dtype, config.temperature, config.seed)
+            return demo_ppo.run_arms(config.ppo, start, self.folder, prompts, self.progress)
+
+    def _sample(self, prompts: list[str], held: list[int]) -> list[Rollout]:
+        config = self.config
+        requests = [
+            Request(prompt, config.best_of if i in set(held) else config.samples_per_prompt)
+            for i, prompt in enumerate(prompts)
+        ]
+        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
+        return sample(
+            self.model,
+            self.tokenizer,
+            requests,
+            self.folder,
+            sampling,
+            seed=config.seed,
+            batch_rows=config.batch_rows,
+            progress=self.progress,
+        )
+
+    # somebody's pairs
+
+    def _with_preferences(self, data: PairData) -> tuple[dict[str, Any], report.Page]:
+        config = self.config
+        train, held = split_by_prompt(data.pairs, config.eval_fraction, config.seed)
+        with self._stage(1):
+            chosen, rejected = self._features(train + held)
+        with self._stage(2):
+            sizes = {"pairs": len(train), "held_out_pairs": len(held), "prompts": data.counts["prompts"]}
+        with self._stage(3):
+            cut = len(train)
+            reference = torch.cat([chosen[:cut], rejected[:cut]])
+            test = (chosen[cut:], rejected[cut:])
+            single, ensemble = self._train((chosen[:cut], rejected[:cut]), test, reference)
+        with self._stage(4):
+            prompts = group_labels(pair.prompt_key for pair in held).tolist()
+            metrics = self._accuracy(single, ensemble, test, prompts, None)
+            metrics["counts"] = sizes
+            metrics["best_of_n"] = metrics["gold"] = metrics["ppo"] = None
+        return metrics, report.Page(None, report.pair_examples(ensemble, held, test), None)
+
+    def _features(self, pairs: list[PreferencePair]) -> tuple[Tensor, Tensor]:
+        model = EnsembleRewardModel.from_trunk(self.model)
+        scorer = Scorer(model, self.tokenizer, progress=False)
+        items = [pair.items() for pair in pairs]
+        texts = [chosen for chosen, _ in items] + [rejected for _, rejected in items]
+        both = compute_features(scorer, texts, self.folder / "features", self.progress)
+        return both[: len(pairs)], both[len(pairs) :]
+
+    # both
+
+    def _train(
+        self, pairs: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], reference: Tensor
+    ) -> tuple[EnsembleHead, EnsembleHead]:
+        """Stage 1 on the labels, stage 2 on stage 1's probabilities; both calibrated on `reference` and saved."""
+        config = self.config
+        checkpoints = self.folder / "checkpoints"
+        options: dict[str, Any] = {"log": self.log, "progress": self.progress}
+        bt = config.bt.model_copy(update={"seed": config.seed + config.bt.seed})
+        brme = config.brme.model_copy(update={"seed": config.seed + config.brme.seed})
+        single = fit_heads(*pairs, bt, evaluation=held_out, checkpoint=checkpoints / "bt.pt", **options).head
+        p_hat, held_p = _probability(single, pairs), _probability(single, held_out)
+        ensemble = fit_heads(
+            *pairs,
+            brme,
+            p_hat=p_hat,
+            evaluation=PairFeatures(*held_out, held_p),
+            checkpoint=checkpoints / "brme.pt",
+            **options,
+        ).head
+        for name, head in (("single", single), ("model", ensemble)):
+            calibrate(head, reference)
+            self._save(name, head)
+        return single, ensemble
+
+    def _save(self, name: str, head: EnsembleHead) -> None:
+        if (self.folder / name).exists():
+            return
+        with atomic_folder(self.folder / name) as folder:
+            EnsembleRewardModel.from_trunk(self.model, head=head).save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+    def _accuracy(
+        self,
+        single: EnsembleHead,
+        ensemble: EnsembleHead,
+        held_out: tuple[Tensor, Tensor],
+        prompts: Sequence[int],
+        flipped: Tensor | None,
+    ) -> dict[str, Any]:
+        """Everything about held-out pairs: `evaluate_heads` on the true labels, and accuracy on the noisy ones."""
+        with torch.no_grad():
+            sides = [ensemble(side, aggregation="mean") for side in held_out]
+        compared = [rewards(single, ensemble, side) for side in held_out]
+        metrics = {
+            "pairs": evaluate_heads(
+                *sides,
+                std_ref=ensemble.std_ref,
+                prompts=prompts,
+                compare={SINGLE: (compared[0][SINGLE], compared[1][SINGLE])},
+                features=held_out,
+            )
+        }
+        if flipped is not None:
+            groups = group_labels(prompts)
+            noisy = {}
+            for name in compared[0]:
+                a, b = compared[0][name], compared[1][name]
+                chosen, rejected = torch.where(flipped, b, a), torch.where(flipped, a, b)
+                noisy[name] = pair_accuracy(chosen, rejected, groups)._asdict()
+            metrics["noisy_accuracy"] = noisy
+        return metrics
+
+
+def _probability(head: EnsembleHead, pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """[P] stage 1's probability that chosen wins; inside (0, 1), which eq. 8's targets assume."""
+    with torch.no_grad():
+        chosen, rejected = (head(side, aggregation="mean").reward.double() for side in pairs)
+    return torch.sigmoid(chosen - rejected).clamp(1e-7, 1 - 1e-7)
+
+
+def _counts(prompts: list[str], rollouts: list[Rollout], pairs: GoldPairs, test: GoldPairs) -> dict[str, int]:
+    return {
+        "prompts": len(prompts),
+        "responses": sum(len(rollout.responses) for rollout in rollouts),
+        "stopped": sum(sum(rollout.stopped) for rollout in rollouts),
+        "pairs": len(pairs.better),
+        "flipped": int(pairs.flipped.sum()),
+        "ties": pairs.ties,
+        "held_out_pairs": len(test.better),
+        "held_out_flipped": int(test.flipped.sum()),
+        "held_out_ties": test.ties,
+    }

@@ -1,0 +1,171 @@
+"""The demo's last experiment: a short PPO run against the single head and one against the ensemble, gold beside proxy.
+
+Both start from the same language model, draw with the same random numbers from the same prompts (those that no reward
+head was trained on), and differ in nothing but the reward; so their first step is the same, sample for sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from ..evaluation.best_of_n import SINGLE, TITLES
+from ..job.config import JobConfig
+from ..job.files import atomic_write_text
+from ..job.log import read_metrics
+from ..ppo.config import KLConfig, PolicyConfig, PPOConfig, RewardConfig, UpdateConfig
+from ..ppo.watch.findings import block_length, by_step, difference, ends, headline, series
+from ..sampling.config import RolloutConfig
+
+# an arm's folder under ppo/ -> the demo's folder of its reward, how people read it, the aggregation
+ARMS = {
+    "single": ("single", TITLES[SINGLE], "mean"),
+    "ensemble": ("model", TITLES["tradeoff:0.4"], "tradeoff:0.4"),
+}
+SHOWN = {  # key in metrics.json -> metric
+    "proxy": "reward/mean",
+    "gold": "gold/mean",
+    "kl": "kl/sequence",
+    "length": "text/length",
+    "disagreement": "reward/disagreement",
+}
+
+
+class DemoPPOConfig(JobConfig):
+    """The PPO part: two runs. A step takes about 6 s on two idle AVX512-BF16 cores, so the defaults 2.5 minutes."""
+
+    steps: int = Field(default=12, ge=0)  # 0 leaves PPO out
+    prompts_per_step: int = Field(default=6, ge=1)  # of the held-out ones
+    samples_per_prompt: int = Field(default=4, ge=2)  # each is compared with the mean of the others (RLOO)
+    max_new_tokens: int = Field(default=20, ge=1)
+    lr: float = Field(default=2e-3, gt=0)  # high, for the steps are few
+    kl_coef: float = Field(default=0.0, ge=0)  # 0: nothing but the reward holds the policy back
+    lora_rank: int = Field(default=16, ge=1)
+
+
+class Start(NamedTuple):
+    """What both runs take from the demo: the language model's folder or hub name, how it is loaded and sampled."""
+
+    model: str
+    dtype: Literal["float32", "bfloat16"]
+    temperature: float
+    seed: int
+
+
+def arm_config(name: str, ppo: DemoPPOConfig, start: Start, folder: Path) -> PPOConfig:
+    """The PPO run of the arm `name` (of ARMS) in the demo's folder `folder`."""
+    source, _, aggregation = ARMS[name]
+    return PPOConfig(
+        model=start.model,
+        prompts=str(folder / "ppo" / "prompts.txt"),
+        output=folder / "ppo" / name,
+        reward=RewardConfig(source=str(folder / source), kind="shared", aggregation=aggregation),
+        steps=ppo.steps,
+        seed=start.seed,
+        dtype=start.dtype,
+        policy=PolicyConfig(lora_rank=ppo.lora_rank, lora_alpha=2 * ppo.lora_rank),
+        rollout=RolloutConfig(
+            prompts_per_step=ppo.prompts_per_step,
+            samples_per_prompt=ppo.samples_per_prompt,
+            max_new_tokens=ppo.max_new_tokens,
+            temperature=start.temperature,
+        ),
+        kl=KLConfig(coef=ppo.kl_coef),
+        update=UpdateConfig(estimator="rloo", epochs=1, lr=ppo.lr),
+        gold="vader",
+        save_every=max(1, ppo.steps // 4),
+        sample_every=max(1, ppo.steps),
+    )
+
+
+def run_arms(ppo: DemoPPOConfig, start: Start, folder: Path, prompts: Sequence[str], progress: bool) -> dict[str, Any]:
+    """Both runs, in ppo/single and ppo/ensemble of the demo's folder, each resumed or left alone as need be.
+
+    prompts: those that no head was trained on.
+    Returns what metrics.json holds under `ppo`: `as_dict`, and how many `samples` a step had.
+    """
+    from ..ppo.loop import run_ppo
+
+    atomic_write_text(folder / "ppo" / "prompts.txt", "".join(prompt + "\n" for prompt in prompts))
+    ppo = ppo.model_copy(update={"prompts_per_step": min(ppo.prompts_per_step, len(prompts))})
+    for name in ARMS:
+        run_ppo(arm_config(name, ppo, start, folder), resume=True, progress=progress)
+    found = as_dict({name: read_metrics(folder / "ppo" / name) for name in ARMS})
+    return found | {"samples": ppo.prompts_per_step * ppo.samples_per_prompt}
+
+
+def as_dict(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """{"arms": arm -> {"title", "headline", key of SHOWN -> {"start", "end"}}, "findings": sentences}.
+
+    rows: arm -> its lines of metrics.jsonl. Start and end are means over a block of steps (`findings.ends`).
+    """
+    arms: dict[str, Any] = {}
+    for name, found in rows.items():
+        steps = by_step(found)
+        both = {key: ends(series(steps, metric)) for key, metric in SHOWN.items()}
+        arms[name] = {"title": ARMS[name][1], "headline": headline(steps)} | {
+            key: None if pair is None else {"start": pair[0], "end": pair[1]} for key, pair in both.items()
+        }
+    return {"steps": len(by_step(rows["single"])), "arms": arms, "findings": findings(rows)}
+
+
+def findings(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """What the two runs show, the comparison first."""
+    single, ensemble = (series(by_step(rows[name]), "gold/mean") for name in ("single", "ensemble"))
+    title = ARMS["ensemble"][1]
+    apart = difference(single, ensemble)
+    if apart is None:
+        lines = ["PPO: too few steps to tell the two rewards apart."]
+    else:
+        said = {
+            "rises": f"PPO: the policy trained on {title} ends with more gold reward than the one on the single head",
+            "falls": f"PPO: the policy trained on {title} ends with less gold reward than the one on the single head",
+        }.get(
+            apart.verdict, f"PPO: no difference in gold reward is shown between {title} and the single head at the end"
+        )
+        lines = [f"{said} ({apart}). One seed is one observation."]
+    for name in rows:
+        lines.append(f"{ARMS[name][1][0].upper()}{ARMS[name][1][1:]}: {headline(by_step(rows[name]))}")
+    return lines
+
+
+def table_rows(ppo: Mapping[str, Any]) -> list[list[str]]:
+    """Head and one line an arm: proxy, gold, KL and length, start to end, as text."""
+    lines = [["trained on", "proxy", "gold", "KL, nats", "tokens"]]
+    for arm in ppo["arms"].values():
+        digits = {"proxy": "+.2f", "gold": "+.3f", "kl": ".2f", "length": ".1f"}
+        cells = [
+            "-" if arm[key] is None else f"{arm[key]['start']:{form}} to {arm[key]['end']:{form}}"
+            for key, form in digits.items()
+        ]
+        lines.append([arm["title"], *cells])
+    return lines
+
+
+def page(folder: Path, ppo: Mapping[str, Any]) -> dict[str, Any]:
+    """What the demo's page shows of the runs: the table, the picture's rows, and responses of both policies."""
+    from ..ppo.watch.monitor import read_texts
+    from ..ppo.watch.report import before_and_after
+
+    texts = {}
+    for name in ARMS:
+        texts[name] = before_and_after(read_texts(folder / "ppo" / name))
+    prompts = (folder / "ppo" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    samples = []
+    for i, pair in enumerate(texts["single"]):
+        if i < len(texts["ensemble"]):
+            after = {ARMS[name][1]: texts[name][i]["after"] for name in ARMS}
+            # the model read it inside its chat template; people need not
+            plain = max((prompt for prompt in prompts if prompt in pair["prompt"]), key=len, default=pair["prompt"])
+            samples.append({"prompt": plain, "before": pair["before"], "after": after})
+    return {
+        "trained": [title for _, title, _ in ARMS.values()],
+        "block": block_length(ppo["steps"]),
+        "table": table_rows(ppo),
+        "findings": ppo["findings"],
+        "rows": {ARMS[name][1]: read_metrics(folder / "ppo" / name) for name in ARMS},
+        "samples": samples,
+    }

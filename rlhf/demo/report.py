@@ -1,0 +1,297 @@
+"""The demo's outcome for people: a table for the terminal, and one HTML page that needs nothing but itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...engine import EnsembleHead
+from ...kernels import EnsembleOutput
+from ..data.pairs import PreferencePair
+from ..evaluation import pictures
+from ..evaluation.best_of_n import SCORERS, TITLES, Study, findings
+from ..evaluation.statistics import BestOfN, Bin, Interval
+from ..job.log import read_metrics
+from ..ppo.watch.pictures import over_optimisation
+from ..report.page import render_page
+from ..sampling.stored import Rollout
+from .ppo import table_rows as table_of_runs
+
+_WIDTH, _MARGIN = 420, 14  # of the strip that shows the heads, pixels
+
+
+class Page(NamedTuple):
+    """What the page shows beside the metrics: the study (None without gold), responses with their heads, and what
+    `demo_ppo.page` gives of the PPO runs (None without them)."""
+
+    study: Study | None
+    examples: dict[str, Any]
+    ppo: dict[str, Any] | None = None
+
+
+def study_as_dict(result: Study) -> dict[str, Any]:
+    """The study as JSON holds it: n, kl, each scorer's curves, comparisons, trends, findings."""
+
+    def column(values: Tensor) -> list[float | None]:
+        return [x if x == x else None for x in values.tolist()]
+
+    def curve(values: BestOfN) -> dict[str, Any]:
+        return {name: column(getattr(values, name)) for name in ("proxy", "gold", "gold_se")}
+
+    return {
+        "prompts": result.oracle.gold_per_prompt.shape[0],
+        "n": result.oracle.n.tolist(),
+        "kl": column(result.oracle.kl),
+        "scorers": {name: curve(values) for name, values in result.curves.items()} | {"oracle": curve(result.oracle)},
+        "comparisons": [
+            {"scorer": c.scorer, "against": c.against, "n": c.n, **c.difference._asdict(), "verdict": c.verdict}
+            for c in result.comparisons
+        ],
+        "trends": [
+            {"scorer": t.scorer, "first": t.first, "last": t.last, **t.difference._asdict(), "verdict": t.verdict}
+            for t in result.trends
+        ],
+        "findings": findings(result),
+    }
+
+
+def examples(
+    ensemble: EnsembleHead, rollouts: Sequence[Rollout], gold: Tensor, rewards: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Responses to held-out prompts: those the heads agree and disagree on most, and what each scorer picks.
+
+    rollouts: P prompts with N responses; gold [P, N]; rewards: scorer -> [P * N].
+    """
+    prompts, samples = gold.shape
+    with torch.no_grad():
+        heads = ensemble(torch.cat([rollout.features for rollout in rollouts]), aggregation="mean")
+    texts = [(rollout.prompt, response) for rollout in rollouts for response in rollout.responses]
+    strips = [
+        _strip(heads, i, prompt=texts[i][0], response=texts[i][1], gold=float(gold.flatten()[i]))
+        for i in _extremes(heads.mean, [i // samples for i in range(prompts * samples)])
+    ]
+    picks = []
+    for p in range(min(4, prompts)):  # the first four, not chosen for anything
+        chosen = {name: int(values.view(prompts, samples)[p].argmax()) for name, values in rewards.items()}
+        chosen["oracle"] = int(gold[p].argmax())
+        by_response: dict[int, list[str]] = {}
+        for name, i in chosen.items():
+            by_response.setdefault(i, []).append(TITLES[name])
+        rows = [
+            {"scorers": names, "response": rollouts[p].responses[i], "gold": float(gold[p, i])}
+            for i, names in by_response.items()
+        ]
+        picks.append({"prompt": rollouts[p].prompt, "rows": rows})
+    return {"strips": _scaled(strips), "picks": picks}
+
+
+def pair_examples(
+    ensemble: EnsembleHead, pairs: Sequence[PreferencePair], features: tuple[Tensor, Tensor]
+) -> dict[str, Any]:
+    """Like `examples`, for somebody's held-out pairs: chosen responses the heads agree and disagree on most."""
+    with torch.no_grad():
+        heads = ensemble(features[0], aggregation="mean")
+    keys: dict[str, int] = {}
+    labels = [keys.setdefault(pair.prompt_key, len(keys)) for pair in pairs]
+    rows = [
+        _strip(heads, i, prompt=_text(pairs[i].prompt), response=_text(pairs[i].chosen), gold=None)
+        for i in _extremes(heads.mean, labels)
+    ]
+    return {"strips": _scaled(rows), "picks": []}
+
+
+def _extremes(mean: Tensor, prompt: Sequence[int], count: int = 3) -> list[int]:
+    """Row numbers: `count` with the least spread over heads, then `count` with the most, each from another prompt."""
+    order = mean.std(dim=1, correction=0).argsort().tolist()
+    result: list[int] = []
+    for rows in (order, order[::-1]):
+        seen: set[int] = set()
+        for row in rows:
+            if prompt[row] not in seen and len(seen) < count:
+                seen.add(prompt[row])
+                result.append(row)
+    return result
+
+
+def _strip(heads: EnsembleOutput, row: int, **text: Any) -> dict[str, Any]:
+    mean, std = heads.mean[row].tolist(), heads.std[row].tolist()
+    nominal, worst = std.index(min(std)), mean.index(min(mean))
+    return {
+        **text,
+        "mean": mean,
+        "std": std,
+        "nominal": nominal,
+        "worst": worst,
+        "average": sum(mean) / len(mean),
+        "tradeoff": 0.4 * mean[nominal] + 0.6 * mean[worst],
+        "spread": float(heads.mean[row].std(correction=0)),
+    }
+
+
+def _scaled(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Pixel positions for every strip on one common axis."""
+    low = min(m - s for row in rows for m, s in zip(row["mean"], row["std"], strict=True))
+    high = max(m + s for row in rows for m, s in zip(row["mean"], row["std"], strict=True))
+    scale = (_WIDTH - 2 * _MARGIN) / ((high - low) or 1.0)
+
+    def x(value: float) -> float:
+        return float(round(_MARGIN + (value - low) * scale, 1))
+
+    for row in rows:
+        row["heads"] = [
+            {"x": x(m), "from": x(m - s), "to": x(m + s), "nominal": k == row["nominal"], "worst": k == row["worst"]}
+            for k, (m, s) in enumerate(zip(row["mean"], row["std"], strict=True))
+        ]
+        row["tradeoff_x"], row["average_x"] = x(row["tradeoff"]), x(row["average"])
+    step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1e9) if (high - low) / s <= 9)
+    first = int(-(-low // step))
+    ticks = [{"x": x(i * step), "label": f"{i * step:g}"} for i in range(first, int(high // step) + 1)]
+    return {"rows": rows, "ticks": ticks, "width": _WIDTH, "agree": len(rows) // 2}
+
+
+def _text(value: str | list[dict[str, str]]) -> str:
+    return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
+
+
+def table(metrics: Mapping[str, Any]) -> str:
+    """The closing table of the terminal."""
+    rows = table_rows(metrics)
+    curves = metrics["best_of_n"]
+    head = ["", "pair accuracy", "[95 %]"]
+    if metrics.get("noisy_accuracy"):
+        head.append("noisy labels")
+    if curves:
+        head += [f"gold n={n}" for n in rows["ns"]]
+    lines = [head, *([str(cell) for cell in row] for row in rows["rows"])]
+    told = curves["findings"][0] if curves else "No gold scorer with given preferences, hence no best-of-n and no PPO."
+    text = [*_aligned(lines), "", told]
+    if metrics.get("ppo"):
+        text += ["", *_aligned(table_of_runs(metrics["ppo"])), "", metrics["ppo"]["findings"][0]]
+    return "\n".join(text)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell: the first to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+
+
+def table_rows(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """{"ns": the n shown, "rows": [title, accuracy, interval, noisy accuracy, gold at each n]} as text."""
+    accuracy, noisy = metrics["pairs"]["accuracy"], metrics.get("noisy_accuracy")
+    curves = metrics["best_of_n"]
+    ns, places = [], []
+    if curves:
+        places = sorted({0, len(curves["n"]) // 2, len(curves["n"]) - 1})
+        ns = [curves["n"][i] for i in places]
+    rows = []
+    for name in (*SCORERS, "oracle") if curves else SCORERS:
+        row = [TITLES[name]]
+        if name == "oracle":
+            row += ["", ""] + ([""] if noisy else [])
+        else:
+            found = accuracy[name]
+            row.append(_number(found["value"]))
+            row.append("" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}")
+            if noisy:
+                row.append(_number(noisy[name]["value"]))
+        if curves:
+            row += [f"{curves['scorers'][name]['gold'][i]:+.3f}" for i in places]
+        rows.append(row)
+    return {"ns": ns, "rows": rows}
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def accuracy_sentences(pairs: Mapping[str, Any]) -> list[str]:
+    """What the paired intervals say of each reading of the ensemble against the single head."""
+    lines = []
+    for name in SCORERS[1:]:
+        gap = pairs["difference"].get(f"{name} - {SCORERS[0]}")
+        if gap is None or gap["low"] is None:
+            continue
+        told = "cannot be told from the single head"
+        if gap["low"] > 0 or gap["high"] < 0:
+            told = f"ranks {'more' if gap['low'] > 0 else 'fewer'} pairs right than the single head"
+        title = TITLES[name][0].upper() + TITLES[name][1:]
+        lines.append(f"{title} {told} ({gap['value']:+.3f}, {gap['low']:+.3f} to {gap['high']:+.3f}).")
+    return lines
+
+
+def signal_sentences(pairs: Mapping[str, Any]) -> list[str]:
+    """Whether std, disagreement and small margins tell wrong pairs from right ones, by the interval of the AUROC."""
+    names = {
+        "std": "The predicted std of the nominal head",
+        "disagreement": "The disagreement of the heads",
+        "small margin": "A small margin",
+    }
+    lines = []
+    for signal, targets in pairs["signals"]["right_or_wrong"].items():
+        found = targets.get("nominal") or {}
+        if found.get("low") is None:
+            continue
+        told = "does not tell wrong pairs from right ones here"
+        if found["low"] > 0.5:
+            told = "is higher where the nominal reward is wrong"
+        elif found["high"] < 0.5:
+            told = "points the wrong way: it is lower where the nominal reward is wrong"
+        interval = f"AUROC {found['value']:.2f}, {found['low']:.2f} to {found['high']:.2f}; 0.5 is chance"
+        lines.append(f"{names[signal]} {told} ({interval}).")
+    return lines
+
+
+def _figures(metrics: Mapping[str, Any], page: Page, folder: Path) -> dict[str, str]:
+    pairs = metrics["pairs"]
+    kept = {name: Interval(*(pairs["accuracy"][name][k] for k in Interval._fields)) for name in SCORERS}
+    bins = {
+        name: [Bin(**{**row, "accuracy": Interval(**row["accuracy"])}) for row in rows]
+        for name, rows in pairs["reliability"].items()
+    }
+    auroc = {name: Interval(**found["nominal"]) for name, found in pairs["signals"]["right_or_wrong"].items()}
+    figures = {
+        "accuracy": pictures.accuracy({TITLES[name]: value for name, value in kept.items()}),
+        "reliability": pictures.reliability(bins, auroc=auroc),
+    }
+    losses = ("step", "bt/loss", "bt/eval_loss", "brme/loss", "brme/eval_loss", "brme/std")
+    history = [{k: v for k, v in row.items() if k in losses} for row in read_metrics(folder)]
+    if any(len(row) > 1 for row in history):
+        figures["training"] = pictures.training_curves(history)
+    if page.study is not None:
+        curves = {TITLES[name]: curve for name, curve in page.study.curves.items()}
+        figures["best_of_n"] = pictures.best_of_n(curves, gold_label=f"gold reward ({metrics['gold']['name']})")
+    if page.ppo is not None:
+        figures["ppo"] = over_optimisation(page.ppo["rows"], gold_label=f"gold reward ({metrics['gold']['name']})")
+    return {name: pictures.to_svg(figure) for name, figure in figures.items()}
+
+
+def render(config: Any, metrics: Mapping[str, Any], page: Page) -> str:
+    """The whole page. `config`: the run's DemoConfig."""
+    return render_page(
+        "demo_template.html",
+        config=config,
+        metrics=metrics,
+        counts=metrics["counts"],
+        curves=metrics["best_of_n"],
+        gold=metrics["gold"],
+        table=table_rows(metrics),
+        figures=_figures(metrics, page, config.output),
+        ppo=page.ppo,
+        accuracy_sentences=accuracy_sentences(metrics["pairs"]),
+        signal_sentences=signal_sentences(metrics["pairs"]),
+        strips=page.examples["strips"],
+        picks=page.examples["picks"],
+        settings=config.model_dump(mode="json"),
+        model="SmolLM2-135M-Instruct" if config.model is None else config.model,
+        heads=metrics["pairs"]["heads"],
+    )

@@ -1,0 +1,195 @@
+"""`prudent eval`: a reward model on preference pairs, as a table, a JSON file and pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ...engine import Aggregation, EnsembleHead, Scorer
+from ...kernels import aggregate
+from ..data.pairs import PreferencePair, load_pairs, split_by_prompt
+from ..job.config import JobConfig
+from ..job.files import atomic_write_json
+from ..models.features import compute_features, model_fingerprint
+from ..models.loading import load_scorer
+from ..report.style import require_matplotlib
+from ..report.words import _text
+from .metrics import evaluate_heads, source_labels
+from .report import LONGER, draw, format_metrics
+from .scored_pairs import SINGLE, Pairs, Side, finite_pairs, pairs_of
+
+__all__ = ["EvalConfig", "EvalResult", "evaluate_heads", "run_eval"]
+
+_BLOCK_ROWS = 8192  # of features on the device at once
+
+
+class EvalConfig(JobConfig):
+    """What to evaluate, on what, and where to write it."""
+
+    model: str  # folder or hub name: an ensemble, or anybody's one-head reward model
+    data: str  # pairs: a file or a dataset name, as `load_pairs` takes them
+    output: Path  # folder for eval.json and the pictures; files of an earlier evaluation are replaced
+    aggregation: str | None = None  # the reward under test; None: the model's own
+    compare: str | None = None  # another model, scored on the same pairs: the single head of stage 1, say
+    foreign: str | None = None  # pairs unlike the training data: do std and disagreement tell them from `data`?
+    # above 0: only the prompts that a training with this eval_fraction, and split_seed as its seed, has held out
+    eval_fraction: float = Field(0.0, ge=0, lt=1)
+    split_seed: int = 0
+    min_score_gap: float = Field(2.0, gt=0)  # where pairs are made from scores
+    skip_bad_rows: bool = False  # count broken rows and go on
+    limit: int | None = Field(None, ge=1)  # rows read of each data file
+    batch_tokens: int = Field(4096, ge=1)  # tokens in a micro-batch, padding included
+    max_length: int | None = Field(None, ge=1)  # longer texts lose their beginning
+    resamples: int = Field(1000, ge=100)  # of the bootstrap
+    seed: int = 0  # of the bootstrap
+    features: Path | None = None  # a training's feature cache, to read and add to
+    pictures: bool = True
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """folder: where eval.json and the pictures are; metrics: what eval.json says; str() is a short table."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    pictures: list[Path]
+
+    def __str__(self) -> str:
+        files = ", ".join(["eval.json", *(path.name for path in self.pictures)])
+        return f"{format_metrics(self.metrics)}\n\n{self.folder}: {files}"
+
+
+def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
+    """Score the pairs of `config.data` with `config.model` and write the evaluation to the folder `config.output`.
+
+    Pairs with a reward that is not finite are left out and counted.
+
+    Raises:
+        ValueError: for data, an aggregation or a model that cannot be used.
+        ImportError: if pictures are asked for and matplotlib is not installed; before anything is scored.
+    """
+    spec = None if config.aggregation is None else Aggregation.parse(config.aggregation)
+    if config.pictures:
+        require_matplotlib()
+    pairs, counts = _load(config, "data", progress)
+    if config.eval_fraction:
+        pairs = split_by_prompt(pairs, config.eval_fraction, config.split_seed)[1]
+    scorer = load_scorer(config.model, config.batch_tokens, config.max_length, progress)
+    head: EnsembleHead = scorer.model.score
+    spec = (spec or head.aggregation).with_centre("none")
+    spec.check_heads(head.num_heads)
+    features = _features(scorer, pairs, config, progress)
+    chosen, rejected = _outputs(head, features)
+    compare = {} if config.compare is None else _compared(config, scorer, features, pairs, progress)
+    foreign = None
+    if config.foreign is not None:
+        others, _ = _load(config, "foreign", progress)
+        foreign = _outputs(head, _features(scorer, others, config, progress))
+    std_ref = head.std_ref.detach().cpu()
+    sources = [pair.source for pair in pairs] if len({pair.source for pair in pairs}) > 1 else None
+    evaluation = evaluate_heads(
+        chosen,
+        rejected,
+        aggregation=spec,
+        std_ref=std_ref,
+        prompts=[pair.prompt_key for pair in pairs],
+        sources=sources,
+        scores=_given_scores(pairs),
+        compare=compare | {LONGER: _lengths(pairs)},
+        features=features,
+        foreign=foreign,
+        resamples=config.resamples,
+        seed=config.seed,
+    )
+    metrics = {"config": config.model_dump(mode="json"), "data": counts, **evaluation}
+    atomic_write_json(config.output / "eval.json", metrics)
+    pictures = []
+    if config.pictures:
+        finite = finite_pairs(chosen, rejected, spec, std_ref, compare)
+        drawn = pairs_of(chosen, rejected, finite, spec, std_ref)
+        others_drawn = {name: (c[finite], r[finite]) for name, (c, r) in compare.items()}
+        labels = None if sources is None else source_labels(sources, finite)
+        foreign_drawn = _foreign_pairs(foreign, spec, std_ref)
+        pictures = draw(config.output, metrics, drawn, others_drawn, foreign_drawn, labels)
+    return EvalResult(config.output, metrics, pictures)
+
+
+def _load(config: EvalConfig, key: str, progress: bool) -> tuple[list[PreferencePair], dict[str, int]]:
+    return load_pairs(
+        getattr(config, key),
+        key=key,
+        min_score_gap=config.min_score_gap,
+        skip_bad_rows=config.skip_bad_rows,
+        limit=config.limit,
+        progress=progress,
+    )
+
+
+def _features(
+    scorer: Scorer, pairs: Sequence[PreferencePair], config: EvalConfig, progress: bool
+) -> tuple[Tensor, Tensor]:
+    """Hidden states of the chosen and of the rejected responses, [P, D] each, on the CPU in the trunk's dtype."""
+    both = [pair.items() for pair in pairs]
+    items = [chosen for chosen, _ in both] + [rejected for _, rejected in both]
+    if config.features is None:
+        features = scorer.features(items)
+    else:
+        features = compute_features(scorer, items, config.features, progress)
+    return features[: len(pairs)], features[len(pairs) :]
+
+
+@torch.no_grad()
+def _outputs(head: EnsembleHead, features: tuple[Tensor, Tensor]) -> tuple[Side, Side]:
+    """The heads on both sides, on the CPU."""
+    sides = []
+    for side in features:
+        blocks = [head(block.to(head.weight.device), aggregation="mean") for block in side.split(_BLOCK_ROWS)]
+        sides.append(Side(torch.cat([b.mean for b in blocks]).cpu(), torch.cat([b.std for b in blocks]).cpu()))
+    return sides[0], sides[1]
+
+
+def _compared(
+    config: EvalConfig,
+    scorer: Scorer,
+    features: tuple[Tensor, Tensor],
+    pairs: Sequence[PreferencePair],
+    progress: bool,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name -> the other model's own reward of both sides [P]; heads on the same trunk read the features at hand."""
+    other = load_scorer(str(config.compare), config.batch_tokens, config.max_length, progress, key="compare")
+    same_reading = other.model.config.append_eos == scorer.model.config.append_eos
+    if not same_reading or model_fingerprint(other.model) != model_fingerprint(scorer.model):
+        features = _features(other, pairs, config, progress)
+    head: EnsembleHead = other.model.score
+    spec = head.aggregation.with_centre("none")
+    std_ref = head.std_ref.detach().cpu()
+    chosen, rejected = (aggregate(o.mean, o.std, o.mean, spec, std_ref) for o in _outputs(head, features))
+    single = head.num_heads == 1 < scorer.model.score.num_heads
+    return {SINGLE if single else "compared model": (chosen, rejected)}
+
+
+def _given_scores(pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
+    """The annotations' scores of both sides [P], NaN where a response has none."""
+    return (
+        torch.tensor([math.nan if pair.chosen_score is None else pair.chosen_score for pair in pairs]),
+        torch.tensor([math.nan if pair.rejected_score is None else pair.rejected_score for pair in pairs]),
+    )
+
+
+def _lengths(pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
+    """Characters of both responses [P]."""
+    texts = [(_text(pair.chosen), _text(pair.rejected)) for pair in pairs]
+    return torch.tensor([float(len(c)) for c, _ in texts]), torch.tensor([float(len(r)) for _, r in texts])
+
+
+def _foreign_pairs(foreign: tuple[Side, Side] | None, spec: Aggregation, std_ref: Tensor) -> Pairs | None:
+    if foreign is None:
+        return None
+    return pairs_of(*foreign, finite_pairs(*foreign, spec, std_ref, {}), spec, std_ref)

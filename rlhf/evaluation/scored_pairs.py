@@ -1,0 +1,135 @@
+"""Preference pairs as K heads see them: which rewards they give, and which signals of uncertainty."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ...kernels import Aggregation, aggregate, nominal_reward
+
+SINGLE = "single head"
+UNTRAINED = "one head: Bradley-Terry does not train its std"
+
+
+class HeadOutput(Protocol):
+    """What a head says of N responses: `EnsembleOutput` and `Scores` both are."""
+
+    @property
+    def mean(self) -> Tensor: ...  # [N, K]
+    @property
+    def std(self) -> Tensor: ...  # [N, K]
+
+
+class Side(NamedTuple):
+    """The heads' outputs [P, K] on one side of P pairs, on the CPU."""
+
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Both sides of P finite pairs in fp64, and how their heads become one reward."""
+
+    chosen: Side
+    rejected: Side
+    spec: Aggregation
+    std_ref: Tensor | None
+
+    @property
+    def num_heads(self) -> int:
+        return self.chosen.mean.shape[1]
+
+    @property
+    def both(self) -> Side:
+        """[2P, K]: the chosen rows, then the rejected ones."""
+        return Side(torch.cat([self.chosen.mean, self.rejected.mean]), torch.cat([self.chosen.std, self.rejected.std]))
+
+    def scorers(self, side: Side, heads: bool = True) -> dict[str, Tensor]:
+        """Scorer name -> [N] rewards of one side: nominal, mean, worst, the aggregation, and each head."""
+        mean, std = side
+        if self.num_heads == 1:
+            return {SINGLE: mean[:, 0]}  # every aggregation of one head is that head
+        result = {"nominal": nominal_reward(mean, std, self.spec, self.std_ref)}
+        if self.std_ref is not None and "relative_std" not in self.spec.nominal and self.std_ref.unique().numel() > 1:
+            relative = Aggregation("nominal", nominal="relative_std")
+            result["nominal (relative std)"] = nominal_reward(mean, std, relative, self.std_ref)
+        result["mean"] = mean.mean(dim=1)
+        result["worst"] = mean.min(dim=1).values
+        if self.spec.kind not in ("nominal", "mean", "min"):
+            result[str(self.spec)] = aggregate(mean, std, mean, self.spec, self.std_ref)
+        if heads:
+            result |= {f"head {k}": mean[:, k] for k in range(self.num_heads)}
+        return result
+
+    def nominal_std(self, side: Side) -> Tensor:
+        """[N]: the std of the head that is nominal (with nominal=mean: the mean of the heads' stds)."""
+        return nominal_reward(side.std, side.std, self.spec, self.std_ref)
+
+    def unsureness(self, margin: Tensor) -> dict[str, Tensor]:
+        """Signals [P] of a pair that may be ranked wrong, larger = less sure. margin [P]: of the scorer in question.
+
+        std: predicted, of the difference of the two nominal rewards; disagreement: population std over heads of their
+        margins; small margin: minus the margin's size. One head has no std here: Bradley-Terry does not train it.
+        """
+        std = (self.nominal_std(self.chosen).square() + self.nominal_std(self.rejected).square()).sqrt()
+        spread = (self.chosen.mean - self.rejected.mean).std(dim=1, correction=0)
+        return self._std(std) | {"disagreement": spread, "small margin": -margin.abs()}
+
+    def _std(self, std: Tensor) -> dict[str, Tensor]:
+        return {} if self.num_heads == 1 else {"std": std}
+
+    def foreignness(self) -> dict[str, Tensor]:
+        """Signals of foreign data: std and disagreement of each response [2P], small margin of each pair [P].
+
+        One head has no std here: Bradley-Terry does not train it.
+        """
+        both = self.both
+        name, chosen = next(iter(self.scorers(self.chosen, heads=False).items()))
+        margin = chosen - self.scorers(self.rejected, heads=False)[name]
+        return self._std(self.nominal_std(both)) | {
+            "disagreement": both.mean.std(dim=1, correction=0),
+            "small margin": -margin.abs(),
+        }
+
+
+def finite_pairs(
+    chosen: HeadOutput,
+    rejected: HeadOutput,
+    spec: Aggregation,
+    std_ref: Tensor | None,
+    compare: Mapping[str, tuple[Tensor, Tensor]],
+) -> Tensor:
+    """[P] bool: which pairs are finite on both sides for every scorer."""
+    shape = chosen.mean.shape
+    if chosen.mean.dim() != 2 or any(t.shape != shape for t in (chosen.std, rejected.mean, rejected.std)):
+        got = [list(t.shape) for t in (chosen.mean, chosen.std, rejected.mean, rejected.std)]
+        raise ValueError(f"evaluate_heads: expected mean and std of chosen and rejected of one shape [P, K], got {got}")
+    spec.check_heads(shape[1])
+    if "relative_std" in spec.nominal and std_ref is None:
+        raise ValueError("evaluate_heads: std_ref: expected each head's typical std for nominal=relative_std, got None")
+    finite = torch.ones(shape[0], dtype=torch.bool)
+    for tensor in (chosen.mean, chosen.std, rejected.mean, rejected.std):
+        finite &= tensor.cpu().isfinite().all(dim=1)
+    for name, pair in compare.items():
+        for tensor in pair:
+            if tensor.shape != shape[:1]:
+                raise ValueError(
+                    f"evaluate_heads: compare {name!r}: expected shape {[shape[0]]}, got {list(tensor.shape)}"
+                )
+            finite &= tensor.cpu().isfinite()
+    return finite
+
+
+def pairs_of(
+    chosen: HeadOutput, rejected: HeadOutput, rows: Tensor, spec: Aggregation, std_ref: Tensor | None
+) -> Pairs:
+    """The pairs `rows` [P] bool of two outputs."""
+    sides = [
+        Side(s.mean.detach().double().cpu()[rows], s.std.detach().double().cpu()[rows]) for s in (chosen, rejected)
+    ]
+    return Pairs(sides[0], sides[1], spec, None if std_ref is None else std_ref.detach().double().cpu())

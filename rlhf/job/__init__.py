@@ -1,0 +1,1 @@
+"""Configs, files, folders and logs of a job."""

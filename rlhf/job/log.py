@@ -1,0 +1,98 @@
+"""A run's metrics: JSON lines always, TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from .files import read_json_lines, writing
+
+
+class RunLog:
+    """Appends to `folder`/metrics.jsonl, one object a call, and to `folder`/tensorboard/ if TensorBoard is installed.
+
+    A resumed run computes again what came after its last checkpoint. What the file already has for the same step and
+    the same names is then not written twice, and a line cut short by the kill is taken off.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / "metrics.jsonl"
+        self._seen = {(row.get("step"), *sorted(row.keys())) for row in _mend(self.path)}
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self._board = SummaryWriter(str(self.folder / "tensorboard"))
+
+    def metrics(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
+        """Record `values` at `step`; `prefix` and a slash go before each name. A value that is not finite is null."""
+        row: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
+        for name, value in values.items():
+            number = float(value)
+            row[f"{prefix}/{name}" if prefix else name] = number if math.isfinite(number) else None
+        key = (row["step"], *sorted(row.keys()))
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        with writing(self.path):
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            with writing(self.folder / "tensorboard"):
+                for name, value in list(row.items())[2:]:
+                    if value is not None:
+                        self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flush to disk and close; safe to call twice."""
+        board, self._board = self._board, None
+        if not self._file.closed:
+            with writing(self.path), self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        if board is not None:
+            with writing(self.folder / "tensorboard"):
+                board.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(folder: Path | str) -> list[dict[str, Any]]:
+    """The whole lines of `folder`/metrics.jsonl, in order; [] if there is none yet. ValueError naming a broken one."""
+    return read_json_lines(Path(folder) / "metrics.jsonl")
+
+
+def _mend(path: Path) -> list[dict[str, Any]]:
+    """Cut a torn last line off, then read the file."""
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):
+            os.truncate(path, whole)
+    return read_metrics(path.parent)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """One line on stderr, above any progress bar; the same line only once a process."""
+    tqdm.write(line, file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Load models, tokenisers and scorers; compute and cache features."""

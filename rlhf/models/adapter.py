@@ -1,0 +1,126 @@
+"""The reward as an adapter: what `prudent train` with mode lora keeps beside the merged model, for a policy's trunk.
+
+A folder holds a LoRA in peft's format, named as in the causal language model (so that PeftModel.from_pretrained loads
+it on that), the heads (head.safetensors, head.json) and the tokeniser.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from ...engine import EnsembleHead
+from ...engine.weights import reading_weights
+from ..job.files import read_json
+
+_WEIGHTS = "adapter_model.safetensors"  # peft's name
+_SETTINGS = ("hidden_size", "num_heads", "aggregation", "std_floor", "append_eos")  # of head.json
+_ROOT = "base_model.model."  # peft's, before every name in the model it wraps
+
+
+@contextmanager
+def peft_hushed() -> Iterator[None]:
+    """peft 0.21 asks transformers 5.23 by a name that it gives up: nothing for whoever trains a LoRA to mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
+
+
+def save_lora(
+    model: Any, adapter: str, folder: Path, *, base: str | None = None, trunk_prefix: tuple[str, str] | None = None
+) -> None:
+    """One LoRA of a PeftModel, as `PeftModel.from_pretrained` reads it.
+
+    Args:
+        model: the PeftModel.
+        adapter: its name there; the saved one has none.
+        folder: is there already.
+        base: what the configuration calls the model underneath; None keeps what peft found.
+        trunk_prefix: (name of the trunk in the wrapped model, name to save it under) where these differ.
+    """
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if "lora_" in name}
+    config = copy.deepcopy(model.peft_config[adapter])
+    if trunk_prefix is not None:
+        own, saved = (f"{prefix}." for prefix in trunk_prefix)
+        state = {_renamed(name, _ROOT + own, _ROOT + saved): tensor for name, tensor in state.items()}
+        # whole names; some releases of peft list last components instead, which have no prefix
+        config.target_modules = {_renamed(name, own, saved) for name in config.target_modules}
+    save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+    config.inference_mode, config.modules_to_save, config.task_type = True, None, "CAUSAL_LM"
+    config.base_model_name_or_path = base or config.base_model_name_or_path
+    config.save_pretrained(folder)
+
+
+def _renamed(name: str, prefix: str, other: str) -> str:
+    return other + name[len(prefix) :] if name.startswith(prefix) else name
+
+
+def save_head(head: EnsembleHead, folder: Path, *, append_eos: bool = True) -> None:
+    """Weights, calibration and settings of an ensemble head: head.safetensors and head.json.
+
+    append_eos: whether the heads were trained on plain texts that end with EOS; see `EnsembleRewardConfig`.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    save_file(tensors, folder / "head.safetensors")
+    settings = {
+        "hidden_size": head.hidden_size,
+        "num_heads": head.num_heads,
+        "aggregation": str(head.aggregation),
+        "std_floor": head.std_floor,
+        "append_eos": append_eos,
+    }
+    (folder / "head.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def is_reward_adapter(folder: Path | str) -> bool:
+    """Whether `folder` holds a LoRA with heads."""
+    return all((Path(folder) / name).is_file() for name in ("adapter_config.json", _WEIGHTS, "head.json"))
+
+
+def appends_eos(folder: Path | str) -> bool:
+    """The `append_eos` of a folder that `save_head` wrote."""
+    return bool(_settings(Path(folder))["append_eos"])
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What head.json says; ValueError where it does not say it all."""
+    settings = read_json(folder / "head.json")
+    missing = [name for name in _SETTINGS if name not in settings]
+    if missing:
+        raise ValueError(f"{folder / 'head.json'}: expected {', '.join(_SETTINGS)}, got none for {', '.join(missing)}")
+    return settings
+
+
+def load_head(folder: Path | str) -> EnsembleHead:
+    """The heads of a folder that `save_head` wrote, frozen, in eval mode, on the CPU, in fp32.
+
+    Raises:
+        ValueError: for a folder without heads, or with heads that do not fit its settings.
+    """
+    folder = Path(folder)
+    try:
+        settings = _settings(folder)
+        head = EnsembleHead(
+            settings["hidden_size"],
+            settings["num_heads"],
+            aggregation=settings["aggregation"],
+            std_floor=settings["std_floor"],
+        )
+        with reading_weights(folder / "head.safetensors"):
+            head.load_state_dict(load_file(folder / "head.safetensors"))
+    except (OSError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: expected head.json and head.safetensors, as `prudent train` with mode lora saves them, "
+            f"got {error}"
+        ) from error
+    return head.requires_grad_(False).eval()

@@ -1,0 +1,42 @@
+"""What sampling and PPO ask of a causal language model of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+# families whose layers hand unknown keyword arguments on to the attention function and mask causally, nothing more
+SHARING_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def causal_lm(model: Any) -> Any:
+    """The causal language model inside a peft wrapper, adapters in place; any other model is itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def logit_scale(config: Any) -> float:
+    """The factor on a causal language model's logits, as transformers' configurations have it; 1 for most."""
+    scale = 1.0
+    for name, divides in (("logit_scale", False), ("lm_head_multiplier", False), ("logits_scaling", True)):
+        value = getattr(config, name, None)
+        if isinstance(value, (int, float)) and value > 0:
+            scale = scale / value if divides else scale * value
+    return scale
+
+
+def next_logits(model: Any, hidden: Tensor) -> Tensor:
+    """[N, D] final hidden states -> [N, V] logits of `causal_lm(...)`, scaled and capped as its config says."""
+    logits: Tensor = model.get_output_embeddings()(hidden)
+    scale = logit_scale(model.config)
+    if scale != 1:
+        logits = logits * scale
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are numbers to compare: not on the meta device, nor under FakeTensorMode."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))

@@ -1,0 +1,139 @@
+"""Features of a frozen trunk, computed once per distinct text and kept as safetensors shards."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ...engine import Scorer
+from ..job.files import atomic_file
+
+_SHARD_TOKENS = 16384  # what a kill can cost: 8 s of SmolLM2-135M on two cores, less on anything that suits the model
+_SAMPLE = 4096  # elements of each tensor that enter the fingerprint
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """16 hex digits that tell a trunk's weights from others': name, shape, dtype and a sample of every tensor.
+
+    An even sample, because a fine-tuned trunk differs in every matrix, and an 8B trunk takes a minute to hash whole.
+    The reward head is left out: features do not depend on it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith("score."):
+            continue
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLE)].cpu().contiguous()
+        digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    pooling = getattr(model.config, "pooling", "")
+    return hashlib.sha256(digest.digest() + str(pooling).encode()).hexdigest()[:16]
+
+
+class FeatureStore:
+    """A folder of safetensors shards: `features` [n, D] in the trunk's dtype, `keys` [n, 32] the SHA-256 of texts' ids.
+
+    One sub-folder per trunk fingerprint, so that one folder may serve many models and data sets. Shards appear whole or
+    not at all; a damaged one is computed again.
+    """
+
+    def __init__(self, folder: Path | str, model: nn.Module) -> None:
+        self.folder = Path(folder) / model_fingerprint(model)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._where: dict[bytes, tuple[Path, int]] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self._index(path)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._where
+
+    def add(self, keys: Sequence[bytes], features: Tensor) -> None:
+        """Store features [n, D] of n keys as one shard."""
+        packed = torch.from_numpy(np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 32).copy())
+        path = self.folder / f"{hashlib.sha256(packed.numpy().tobytes()).hexdigest()[:16]}.safetensors"
+        with atomic_file(path) as temporary:
+            save_file({"features": features.contiguous(), "keys": packed}, temporary)
+        self._index(path)
+
+    def get(self, keys: Sequence[bytes]) -> Tensor:
+        """Features [N, D] of N keys, all of which are stored; keys may repeat."""
+        rows: dict[Path, list[tuple[int, int]]] = {}
+        for position, key in enumerate(keys):
+            path, row = self._where[key]
+            rows.setdefault(path, []).append((position, row))
+        result: Tensor | None = None
+        for path, places in rows.items():
+            with safe_open(path, "pt") as shard:
+                stored = shard.get_tensor("features")
+            if result is None:
+                result = stored.new_empty(len(keys), stored.shape[1])
+            positions, found = (torch.tensor(column) for column in zip(*places, strict=True))
+            result[positions] = stored[found]
+        if result is None:
+            raise ValueError("features: expected at least one text, got none")
+        return result
+
+    def _index(self, path: Path) -> None:
+        try:
+            with safe_open(path, "pt") as shard:
+                keys = shard.get_tensor("keys").numpy()
+                if shard.get_slice("features").get_shape()[0] != len(keys):
+                    raise SafetensorError("as many features as keys")
+        except (SafetensorError, OSError):
+            return
+        for row, key in enumerate(keys):
+            self._where[key.tobytes()] = (path, row)
+
+
+def compute_features(
+    scorer: Scorer, items: Sequence[Any], folder: Path | str, progress: bool = True, names: Sequence[str] | None = None
+) -> Tensor:
+    """Features [N, D] of N items (as `Scorer` takes them), on the CPU in the trunk's dtype.
+
+    Each distinct text (after tokenising) is computed once, longest first, in shards of about 16,000 tokens in `folder`;
+    what is there already is read. Shards are cut from the whole sorted list, not from what is missing, so a killed and
+    resumed job pads the same batches and gets the same bits as an unbroken one.
+
+    `names`: what errors call the items; None: by their index.
+
+    Raises:
+        ValueError: for no items, an item that cannot be encoded, or features that are not finite, naming the first
+            such item.
+    """
+    store = FeatureStore(folder, scorer.model)
+    encoded = []
+    names = [f"item {i}" for i in range(len(items))] if names is None else names
+    for i, item in enumerate(tqdm(items, desc="tokenising", unit="text", delay=1, disable=not progress)):
+        encoded.append(scorer.encode(item, names[i]))
+    keys = [hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).digest() for ids in encoded]
+    unique = dict(zip(keys, encoded, strict=True))
+    order = sorted(unique, key=lambda key: (-len(unique[key]), key))
+    ends = accumulate(len(unique[key]) for key in order)
+    shards: dict[int, list[bytes]] = {}
+    for key, end in zip(order, ends, strict=True):
+        shards.setdefault((end - 1) // _SHARD_TOKENS, []).append(key)
+    missing = [[key for key in shard if key not in store] for shard in shards.values()]
+    total = sum(len(unique[key]) for shard in missing for key in shard)
+    with tqdm(total=total, desc="features", unit="token", unit_scale=True, disable=not progress or not total) as bar:
+        for shard in missing:
+            if shard:
+                store.add(shard, scorer.features([unique[key] for key in shard]))
+                bar.update(sum(len(unique[key]) for key in shard))
+    features = store.get(keys)
+    bad = (~features.isfinite().all(dim=1)).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"features: expected finite hidden states, got NaN or infinity for {names[int(bad[0])]} "
+            f"({len(bad)} of {len(keys)}); a wider dtype of the trunk may help"
+        )
+    return features

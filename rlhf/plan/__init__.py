@@ -1,0 +1,1 @@
+"""Plan the memory of a PPO run, and verify the plan."""

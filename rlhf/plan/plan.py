@@ -1,0 +1,145 @@
+"""`prudent plan`: what a PPO run takes on a card, phase by phase, from configs alone: no weights, no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from pydantic import Field, field_validator
+
+from ..models.shapes import model_config
+from ..ppo.budget import PHASES, TERMS, Budget, Cut, ModelShape, cuts, micro_tokens, parse_size, plan
+from ..ppo.config import PPOConfig, RewardConfig
+from ..ppo.memory import _advice, job_shape
+from ..ppo.policy.precision import trunk_dtype
+
+TOLERANCE = 0.1  # of the tracked peak, within which the plan is to lie
+FLOOR = 16 << 20  # bytes that it may be off by in any case: a tiny model's peak is of small tensors, which no plan has
+
+
+class PlanConfig(PPOConfig):
+    """A `PPOConfig` (the same file serves both), of which prompts, output and the reward's source may be missing."""
+
+    prompts: str = ""
+    output: Path = Path()
+    reward: RewardConfig = RewardConfig(source="heads on the policy's trunk", kind="shared")
+    gpu: str = "80GB"  # what the card has; memory_budget, if smaller, counts
+    heads: int = Field(default=5, ge=1)  # K of a reward on the policy's trunk
+    verify: bool = False  # run the loop on tensors without data and compare
+
+    @field_validator("gpu")
+    @classmethod
+    def _card(cls, value: str) -> str:
+        parse_size(value)
+        return value
+
+
+class PlanResult(NamedTuple):
+    """budget: at `micro_tokens`, or at one sample where none fits. limit: bytes. verified: phase -> tracked bytes."""
+
+    budget: Budget
+    limit: int
+    fits: bool
+    advice: list[Cut]
+    verified: dict[str, int] | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the plan was held to the loop and is off by more than `TOLERANCE` and `FLOOR` in a phase."""
+        return any(self._off(phase) > FLOOR for phase in self.verified or {})
+
+    def _off(self, phase: str) -> int:
+        """Bytes between plan and loop, where they are more than `TOLERANCE`; else 0."""
+        assert self.verified is not None
+        off = abs(self.budget.tensors(phase) - self.verified[phase])
+        return off if off > TOLERANCE * self.verified[phase] else 0
+
+    def ratio(self, phase: str) -> float:
+        """Planned over tracked tensor bytes."""
+        assert self.verified is not None
+        return self.budget.tensors(phase) / self.verified[phase]
+
+    def __str__(self) -> str:
+        budget, job, shape = self.budget, self.budget.job, self.budget.shape
+        lines = [
+            f"{shape.name}: {shape.parameters / 1e9:.2f} billion parameters, {_count(shape.layers, 'layer')} of width "
+            f"{shape.hidden}; {_count(job.prompts, 'prompt')} x {_count(job.samples, 'sample')}, {job.prompt_tokens} + "
+            f"{job.response_tokens} tokens; {job.mode}, {str(job.dtype).removeprefix('torch.')}",
+            "",
+            f"{'GiB':<20}" + "".join(f"{phase:>10}" for phase in PHASES),
+        ]
+        for term in TERMS:
+            sizes = [budget.terms[phase][term] for phase in PHASES]
+            if any(sizes):
+                lines.append(f"{term:<20}" + "".join(f"{size / 2**30:>10.2f}" for size in sizes))
+        lines.append(f"{'in all':<20}" + "".join(f"{budget.total(phase) / 2**30:>10.2f}" for phase in PHASES))
+        lines += ["", self._verdict()]
+        if self.verified is not None:
+            lines += ["", f"{'tensors, GiB':<20}{'planned':>10}{'tracked':>10}{'ratio':>8}"]
+            for phase, tracked in self.verified.items():
+                planned = budget.tensors(phase) / 2**30
+                off = self._off(phase)
+                small = f"  {off / 2**20:.1f} MiB: too little to judge" if 0 < off <= FLOOR else ""
+                lines.append(f"{phase:<20}{planned:>10.2f}{tracked / 2**30:>10.2f}{self.ratio(phase):>8.3f}{small}")
+            held = "is not" if self.failed else "is"
+            lines.append(
+                f"the plan {held} within {TOLERANCE:.0%} of the loop's peak, or {FLOOR >> 20} MiB, in every phase"
+            )
+        return "\n".join(lines)
+
+    def _verdict(self) -> str:
+        budget, size = self.budget, f"{self.limit / 2**30:.1f} GiB"
+        samples = max(1, budget.micro_tokens // budget.job.tokens)
+        if self.fits:
+            return (
+                f"fits {size}: update.micro_tokens={budget.micro_tokens} ({_count(samples, 'sample')} of "
+                f"{budget.job.tokens} tokens a forward pass), {(self.limit - budget.peak) / 2**30:.1f} GiB free"
+            )
+        over = budget.peak - self.limit
+        passes = "even with one sample a forward pass" if samples == 1 else f"with {samples} samples a forward pass"
+        worst = max(PHASES, key=budget.total)
+        term = max(budget.terms[worst], key=lambda name: budget.terms[worst][name])
+        takes = f"{term} take{'s' * (not term.endswith('s'))} {budget.terms[worst][term] / 2**30:.1f} GiB"
+        return (
+            f"does not fit {size}, {passes}: {over / 2**30:.1f} GiB too much in {worst}, where the {takes}; "
+            f"{_advice(self.advice)}"
+        )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def run_plan(config: PlanConfig, *, progress: bool = True) -> PlanResult:
+    """The plan of `config` on a card of `config.gpu`; with `verify` also what the loop takes of it.
+
+    A number in update.micro_tokens is kept; auto takes the largest that fits.
+    """
+    model = model_config(config.model)
+    limit = parse_size(config.gpu)
+    if config.memory_budget is not None:
+        limit = min(limit, parse_size(config.memory_budget))
+    shape = ModelShape.of(model, config.model)
+    job = job_shape(config, model, heads=config.heads)
+    given = config.update.micro_tokens
+    tokens = micro_tokens(shape, job, limit) if given == "auto" else given
+    budget = plan(shape, job, tokens or job.tokens)
+    fits = budget.peak <= limit
+    result = PlanResult(budget, limit, fits, [] if fits else cuts(shape, job, limit))
+    if not config.verify:
+        return result
+    if job.masked or job.eager or job.reward == "adapter":
+        raise ValueError(
+            "verify: expected no eager attention, packing only with flash-attn, and a reward on the frozen trunk or "
+            "elsewhere: the others are planned, and not run without data"
+        )
+    from .verify import trace
+
+    settings = config.model_copy(
+        update={"update": config.update.model_copy(update={"micro_tokens": budget.micro_tokens})}
+    )
+    heads = config.heads if job.reward else None
+    weights = trunk_dtype(config, torch.device("cuda"))
+    traced = trace(settings, model, weights, job.prompt_tokens, heads, progress)
+    return result._replace(verified={phase: traced.peaks[phase]["Total"] for phase in PHASES})

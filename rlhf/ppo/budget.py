@@ -1,0 +1,357 @@
+"""What fits on a card: the memory of rollout, scoring and update, computed from a model's shape and a job's sizes.
+
+Sums over what the loop keeps alive at each phase's highest point. Derived from what autograd saves of each operation of
+a decoder layer in transformers, and held to the loop itself: `prudent plan --verify` runs it on tensors without data.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from ...kernels.linear_logprob.configs import plan as logprob_plan
+from .budget_layer import Layer
+
+Terms = dict[str, int]
+PHASES = ("rollout", "scoring", "update")
+TERMS = (
+    "parameters", "adapters", "gradients", "optimizer", "KV cache", "activations", "logprob workspace",
+    "allocator slack",
+)  # fmt: skip
+# kept free, not measured: the CUDA context with the libraries' workspaces, and what the caching allocator cannot reuse
+# of what comes and goes
+CONTEXT = 1 << 30
+FRAGMENTS = 0.05
+_LEAST = 10**6  # bytes that are a size
+_WORTH = 0.01  # of the peak, that a change has to save to be told
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes: a number, or text such as 80GB (10^9), 80GiB (2^30), 512MB, 1.5TB. Cards are sold in GB and hold a little
+    more.
+
+    Raises:
+        ValueError: for anything else, and for less than 1 MB: whoever writes 80 means another unit.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)b?\s*", str(text), re.IGNORECASE)
+    if not found or (found[3] and not found[2]):
+        raise ValueError(f"expected a size as 80GB (10^9), 80GiB (2^30) or a whole number of bytes, got {text!r}")
+    size = float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " ")
+    if size < _LEAST:
+        meant = f": did you mean {found[1]}GB?" if size >= 1 and not found[2] else ""
+        raise ValueError(f"expected a size of 1MB or more, got {text!r}{meant}")
+    return int(size)
+
+
+def logprob_workspace(
+    rows: int, dim: int, vocabulary: int, dtype: torch.dtype, backward: bool, device: str = "gpu"
+) -> int:
+    """Scratch bytes of `linear_logprob` on `rows` hidden states; device "gpu" or "cpu".
+
+    A tile of logits, the rows' vectors, and backward the hidden gradient of a chunk of rows: kernels/linear_logprob/
+    README.md, Memory. On a CPU the exponentials are a second tile, and what makes fp32 sums of 16-bit operands is up to
+    two and a half more.
+    """
+    tile = logprob_plan(rows, dim, vocabulary, dtype, torch.float32, device)
+    chunk, wide = min(tile.rows, rows), dtype == torch.float32
+    tiles = 1.0 if device == "gpu" else 2.0 if wide else 4.5 if backward else 4.0
+    size = int(4 * chunk * min(tile.columns, vocabulary) * tiles) + 100 * rows
+    return size + (0 if wide or not backward else 4 * chunk * dim)
+
+
+class ModelShape(NamedTuple):
+    """What the memory of a decoder follows from.
+
+    parameters: of the whole, the vocabulary's included. adapted: (inputs, outputs) of each linear layer of one block,
+    which LoRA adapts. head_norms: whether queries and keys are normalised, as in Qwen 3.
+    """
+
+    name: str
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    adapted: tuple[tuple[int, int], ...]
+    head_norms: bool = False
+    tied: bool = False
+
+    @classmethod
+    def of(cls, config: Any, name: str = "") -> ModelShape:
+        """The shape of a transformers config of a causal language model, its parameters counted without weights.
+
+        Raises:
+            ValueError: for a model without hidden layers and attention heads, which this arithmetic is about.
+        """
+        from transformers import AutoModelForCausalLM
+
+        config = config.get_text_config()
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        heads = getattr(config, "num_attention_heads", None)
+        if not heads or not getattr(config, "num_hidden_layers", None):
+            raise ValueError(f"model: expected a decoder with attention heads, got {config.model_type}")
+        linears = [
+            (n, m) for n, m in model.base_model.named_modules() if isinstance(m, torch.nn.Linear) or _is_conv1d(m)
+        ]
+        first = [(n, m) for n, m in linears if re.search(r"(^|\.)0(\.|$)", n)]
+        return cls(
+            name or str(getattr(config, "name_or_path", "") or config.model_type),
+            sum(p.numel() for p in model.parameters()),
+            config.num_hidden_layers,
+            config.hidden_size,
+            getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size,
+            heads,
+            getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads,
+            model.get_output_embeddings().weight.shape[0],
+            tuple(tuple(m.weight.shape) if _is_conv1d(m) else tuple(m.weight.shape[::-1]) for _, m in first),
+            any("q_norm" in n for n, _ in model.named_modules()),
+            model.get_input_embeddings().weight is model.get_output_embeddings().weight,
+        )
+
+    def lora_parameters(self, rank: int) -> int:
+        """Of one LoRA on every linear layer but the language-model head."""
+        return self.layers * sum(rank * (i + o) for i, o in self.adapted)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of one token's keys and values at one byte a number."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+
+def _is_conv1d(module: Any) -> bool:
+    return type(module).__name__ == "Conv1D"  # GPT-2's linear layer, [inputs, outputs]
+
+
+@dataclass(frozen=True)
+class JobShape:
+    """The sizes of one step of the loop. Tokens are those of the longest prompt and the longest response.
+
+    dtype: of the trunk. mixed: fp32 weights under bf16 autocast (mode full on a GPU). reward: None where it is not on
+    this trunk; then reward_bytes are its own model's. masked: the attention gets a mask, and with it keys and values of
+    every head (packed without flash-attn, or a family that does more than mask causally). device: "gpu" or "cpu".
+    """
+
+    prompts: int = 64
+    samples: int = 1
+    prompt_tokens: int = 512
+    response_tokens: int = 512
+    batch_rows: int = 256
+    mode: Literal["lora", "full"] = "lora"
+    rank: int = 16
+    dropout: bool = False
+    critic: Literal["none", "shared", "adapter"] = "shared"
+    reward: Literal["shared", "adapter"] | None = "shared"
+    heads: int = 5
+    reward_bytes: int = 0
+    checkpointing: bool = False
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    dtype: torch.dtype = torch.bfloat16
+    mixed: bool = False
+    masked: bool = False
+    eager: bool = False
+    truncated_sampling: bool = False
+    shared_prefix: bool = False
+    device: Literal["gpu", "cpu"] = "gpu"
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest sequence."""
+        return self.prompt_tokens + self.response_tokens
+
+    @property
+    def rows(self) -> int:
+        """Samples that are drawn at once."""
+        return min(self.batch_rows, self.prompts * self.samples)
+
+
+class Budget(NamedTuple):
+    """terms: phase -> term of `TERMS` -> bytes at the phase's highest point. limit: bytes of the card."""
+
+    shape: ModelShape
+    job: JobShape
+    micro_tokens: int
+    terms: dict[str, Terms]
+
+    def total(self, phase: str) -> int:
+        """Bytes of a phase, allocator slack included."""
+        return sum(self.terms[phase].values())
+
+    def tensors(self, phase: str) -> int:
+        """Bytes of a phase's tensors alone: what a tracker of allocations sees."""
+        return self.total(phase) - self.terms[phase]["allocator slack"]
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the phase that needs most."""
+        return max(self.total(phase) for phase in self.terms)
+
+
+def plan(shape: ModelShape, job: JobShape, micro_tokens: int) -> Budget:
+    """Every phase's terms with forward passes of `micro_tokens` tokens, or of one sample where that is longer."""
+    layer = Layer(shape, job)
+    fixed = _resident(shape, job)
+    phases = {
+        "rollout": _rollout(shape, job, layer),
+        "scoring": _scoring(shape, job, layer, micro_tokens),
+        "update": _update(shape, job, layer, micro_tokens),
+    }
+    terms = {}
+    for phase, own in phases.items():
+        found = {name: fixed.get(name, 0) + own.get(name, 0) for name in TERMS}
+        moving = sum(own.values())
+        if job.device == "gpu":
+            found["allocator slack"] = CONTEXT + int(FRAGMENTS * moving)
+        terms[phase] = found
+    return Budget(shape, job, micro_tokens, terms)
+
+
+def micro_tokens(shape: ModelShape, job: JobShape, limit: int) -> int:
+    """The most tokens in one forward and backward pass with which every phase stays within `limit` bytes.
+
+    Whole samples of the greatest length, up to all of a step's; 0 where not even one fits.
+    """
+    low, high = 0, job.prompts * job.samples
+    while low < high:
+        middle = (low + high + 1) // 2
+        if plan(shape, job, middle * job.tokens).peak <= limit:
+            low = middle
+        else:
+            high = middle - 1
+    return low * job.tokens
+
+
+class Cut(NamedTuple):
+    """A change of the job that helps: the setting to make, and the bytes of the peak that it takes off."""
+
+    setting: str
+    saves: int
+    fits: bool
+
+
+def cuts(shape: ModelShape, job: JobShape, limit: int) -> list[Cut]:
+    """What could be changed where nothing fits, the most effective first, at one sample a forward pass.
+
+    What saves under a hundredth is left out.
+    """
+    options = [
+        ("policy.gradient_checkpointing=true", replace(job, checkpointing=True)),
+        ("policy.mode=lora", replace(job, mode="lora", mixed=False)),
+        ("dtype=bfloat16", replace(job, dtype=torch.bfloat16, mixed=False)),
+        ("update.optimizer=adamw_8bit", replace(job, optimizer="adamw_8bit")),
+        (f"rollout.batch_rows={max(1, job.rows // 4)}", replace(job, batch_rows=max(1, job.rows // 4))),
+        (f"rollout.max_new_tokens={job.response_tokens // 2}", replace(job, response_tokens=job.response_tokens // 2)),
+        ("policy.critic=shared", replace(job, critic="shared" if job.critic == "adapter" else job.critic)),
+    ]
+    before = plan(shape, job, job.tokens).peak
+    found = []
+    for setting, changed in options:
+        after = plan(shape, changed, changed.tokens).peak
+        if changed != job and before - after >= _WORTH * before:
+            found.append(Cut(setting, before - after, after <= limit))
+    return sorted(found, key=lambda cut: -cut.saves)
+
+
+def _trained(shape: ModelShape, job: JobShape) -> tuple[int, int]:
+    """(numbers, bytes) of what training moves."""
+    lora = shape.lora_parameters(job.rank) * (1 + (job.critic == "adapter"))
+    head = shape.hidden + 1 if job.critic != "none" else 0
+    if job.mode == "lora":
+        return lora + head, 4 * (lora + head)
+    extra = (shape.lora_parameters(job.rank) if job.critic == "adapter" else 0) + head
+    width = 4 if job.mixed else job.dtype.itemsize
+    return shape.parameters + extra, width * shape.parameters + 4 * extra
+
+
+def _resident(shape: ModelShape, job: JobShape) -> Terms:
+    """What every phase finds there; the optimizer's moments from the first step on."""
+    numbers, size = _trained(shape, job)
+    trunk = shape.parameters * job.dtype.itemsize
+    heads = 4 * 2 * job.heads * (shape.hidden + 1) if job.reward else 0
+    reward_lora = 4 * shape.lora_parameters(job.rank) if job.reward == "adapter" else 0
+    # of each LoRA weight a copy in the trunk's dtype, made by the first rollout and kept for the graph
+    copies = job.dtype.itemsize * shape.lora_parameters(job.rank) if job.dtype.itemsize < 4 else 0
+    if job.mode == "full":
+        whole = (4 if job.mixed else job.dtype.itemsize) * shape.parameters
+        parameters, adapters = whole + trunk, size - whole
+    else:
+        parameters, adapters = trunk, size + copies
+    moments = {"adamw": 2 * size, "adamw_8bit": 2 * numbers, "paged_adamw_8bit": 0}[job.optimizer]
+    return {"parameters": parameters + job.reward_bytes, "adapters": adapters + heads + reward_lora,
+            "optimizer": moments}  # fmt: skip
+
+
+def _rollout(shape: ModelShape, job: JobShape, layer: Layer) -> Terms:
+    """The larger of reading the prompts and drawing a token with the cache at its full length."""
+    rows, prompts = job.rows, max(1, job.rows // job.samples)
+    width = 4 if job.shared_prefix else job.dtype.itemsize
+    read = prompts * job.prompt_tokens
+    if job.shared_prefix:
+        cache = width * shape.kv_bytes * (read + rows * job.response_tokens)
+    else:
+        length = -(-(job.tokens + 1) // 16) * 16
+        cache = width * shape.kv_bytes * rows * length
+    prompt_cache = job.dtype.itemsize * shape.kv_bytes * read
+    # mixed weights are sampled from as copies in bf16
+    copies = job.dtype.itemsize * shape.parameters if job.mixed else 0
+    layer = Layer(shape, replace(job, mixed=False))
+    reading = layer.forward(read)
+    # logits in the trunk's dtype, then fp32 logits, probabilities and their sum, or also the sorted ids
+    drawing = rows * shape.vocabulary * (job.dtype.itemsize + 4 * 3 + (12 if job.truncated_sampling else 0))
+    drawing = max(drawing, layer.forward(rows))
+    # while the cache grows to its length, one layer of the prompts' own is left
+    if prompt_cache + reading > cache + drawing:
+        return {"parameters": copies, "KV cache": prompt_cache, "activations": reading}
+    return {"parameters": copies, "KV cache": cache, "activations": drawing}
+
+
+def _micro(job: JobShape, micro_tokens: int, extra: int) -> tuple[int, int]:
+    """(tokens, response tokens) of the largest micro-batch: sequences of full length, each `extra` off its tokens."""
+    length = job.tokens + extra
+    rows = min(job.prompts * job.samples, max(1, micro_tokens // length))
+    return rows * length, rows * job.response_tokens
+
+
+def _scoring(shape: ModelShape, job: JobShape, layer: Layer, micro_tokens: int) -> Terms:
+    tokens, responses = _micro(job, micro_tokens, 1 if job.reward else -1)
+    width = job.dtype.itemsize
+    workspace = logprob_workspace(responses, shape.hidden, shape.vocabulary, job.dtype, False, job.device)
+    after = width * shape.hidden * (tokens + responses)
+    if job.mixed:  # the head in bf16
+        after += width * shape.vocabulary * shape.hidden
+    forward = layer.forward(tokens)
+    # either inside the trunk, or at the head with the hidden states of both roles
+    if forward >= after + workspace:
+        return {"activations": forward}
+    return {"activations": after, "logprob workspace": workspace}
+
+
+def _update(shape: ModelShape, job: JobShape, layer: Layer, micro_tokens: int) -> Terms:
+    tokens, responses = _micro(job, micro_tokens, -1)
+    width, hidden = job.dtype.itemsize, shape.hidden
+    workspace = logprob_workspace(responses, hidden, shape.vocabulary, job.dtype, True, job.device)
+    held = layer.saved(tokens, job.tokens)
+    gradients = _trained(shape, job)[1]
+    # rows taken from the final hidden states, for the head and for the critic, and its fp32 copy; then their gradients
+    rows = responses * hidden * (width + (width * (width < 4) + 4 if job.critic == "shared" else 0))
+    head = tokens * hidden * width + rows + 2 * responses * hidden * width
+    norm, inside, bottom = layer.last_norm(tokens), layer.backward(tokens, job.tokens), 0
+    if job.mode == "full":  # the head's gradient of this micro-batch beside that of those before
+        table = shape.vocabulary * hidden
+        gradient = (4 if job.mixed else width) * table
+        # mixed: in bf16, beside the head in bf16 and the workspace; then in fp32 too
+        head += max(2 * width * table, width * table + gradient - workspace) if job.mixed else gradient
+        if shape.tied:  # it waits for the embedding's, which comes when all that was held is gone, and for their sum
+            norm, inside, bottom = norm + gradient, inside + gradient, 3 * gradient - held
+    top = max(head + workspace, norm, inside, bottom)
+    terms = {"gradients": gradients, "activations": held + top}
+    if top == head + workspace:
+        terms = {"gradients": gradients, "activations": held + head, "logprob workspace": workspace}
+    return terms

@@ -1,0 +1,1 @@
+"""The policy: one trunk, its adapters, attention and precision."""

@@ -1,0 +1,109 @@
+"""What a causal language model does beyond trunk and linear head, found out on a few tokens before it is relied on."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ....engine.config import position_offset
+from ....engine.eval_mode import evaluating
+from ....kernels import linear_logprob
+from ...models.causal_lm import has_values, logit_scale
+
+
+class LogitRule(NamedTuple):
+    """logits = softcap tanh(scale z / softcap) with z = hidden @ weight.T; scale z without a softcap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def logit_rule(model: Any) -> LogitRule:
+    """How `model` makes its logits.
+
+    Raises:
+        ValueError: for a way that `linear_logprob` cannot say.
+    """
+    head, config = model.get_output_embeddings(), model.config
+    if head is None or getattr(head, "weight", None) is None:
+        raise ValueError(f"model: expected a causal language model with a linear head, got {type(model).__name__}")
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(f"model: expected a language-model head without a bias, got one in {type(model).__name__}")
+    scale = logit_scale(config)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    if softcap is not None and scale != 1.0:
+        raise ValueError(
+            f"model: expected logits that are scaled or capped, got both in {type(model).__name__}: scale {scale:g}, "
+            f"cap {softcap:g}"
+        )
+    rule = LogitRule(scale, None if softcap is None else float(softcap))
+    if has_values(head.weight):
+        _check_rule(model, rule)
+    return rule
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Relative to the largest number compared: some roundings of the trunk's dtype; another function is further off."""
+    return 1e-4 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps
+
+
+def _ids(model: Any, count: int) -> Tensor:
+    """[count] token ids that are in every vocabulary, and no padding."""
+    generator = torch.Generator().manual_seed(0)
+    size = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(0, size, (count,), generator=generator)
+    padding = getattr(model.config, "pad_token_id", None)
+    if isinstance(padding, int):
+        ids = torch.where(ids == padding, (ids + 1) % size, ids)
+    return ids.to(model.device)
+
+
+@torch.no_grad()
+def _check_rule(model: Any, rule: LogitRule) -> None:
+    ids = _ids(model, 9)[None]
+    with evaluating(model):
+        theirs = model(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    weight = model.get_output_embeddings().weight
+    targets = torch.arange(len(hidden), device=hidden.device) % weight.shape[0]
+    ours = linear_logprob(
+        hidden.to(weight.dtype), weight, targets, temperature=1 / rule.scale, softcap=rule.softcap
+    ).logprob
+    wanted = theirs.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    scale = theirs.abs().amax().clamp_min(1.0)
+    if not bool(((ours - wanted).abs() <= _tolerance(weight.dtype) * scale).all()):
+        raise ValueError(
+            "model: expected logits that are the last hidden states times the head's weight, scaled or capped as "
+            f"the configuration says, got others from {type(model).__name__}"
+        )
+
+
+@torch.no_grad()
+def why_not_packed(model: Any, takes_positions: bool) -> str | None:
+    """Why sequences cannot stand one after another in a row of `model`, told apart by their positions; None: they can.
+
+    The model reads three short sequences, each alone and all in one row.
+    """
+    if not takes_positions:
+        return f"{type(model).__name__} takes no position_ids"
+    if not has_values(model.get_input_embeddings().weight):
+        return None
+    offset = position_offset(model.config)
+    lengths = (5, 1, 7)
+    parts = _ids(model, sum(lengths)).split(list(lengths))
+    positions = [torch.arange(n, device=model.device) + offset for n in lengths]
+
+    def read(ids: Tensor, places: Tensor) -> Tensor:
+        out = model.base_model(input_ids=ids[None], position_ids=places[None], use_cache=False)
+        hidden: Tensor = out.last_hidden_state[0].float()
+        return hidden
+
+    with evaluating(model):
+        alone = torch.cat([read(ids, places) for ids, places in zip(parts, positions, strict=True)])
+        packed = read(torch.cat(parts), torch.cat(positions))
+    largest = alone.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    if bool(((packed - alone).abs() <= _tolerance(model.dtype) * largest).all()):
+        return None
+    return f"in {type(model).__name__} sequences packed into one row do not stay apart"

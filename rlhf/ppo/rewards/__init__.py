@@ -1,0 +1,1 @@
+"""Where PPO's rewards come from."""

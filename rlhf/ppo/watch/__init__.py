@@ -1,0 +1,1 @@
+"""Watch a PPO run: monitors, findings, pictures, report."""

@@ -1,0 +1,1 @@
+"""Words, pages and picture styles that reports share."""

@@ -1,0 +1,1 @@
+"""Train reward models on preference pairs."""

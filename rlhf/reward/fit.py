@@ -1,0 +1,256 @@
+"""Reward heads on cached features: a short loop over the fused op.
+
+Features of a frozen trunk differ in scale by orders of magnitude between dimensions and between models, so the loop
+trains on standardised features, which makes one learning rate serve all, and folds the scaling into the head that it
+returns: W' = W / s, b' = b - W m / s. The returned head acts on raw features.
+
+Centring matters beyond speed. Eq. 8 pulls every std down at every step; on features with a mean that pull runs through
+the weights along that mean, D of them at once, and takes std to its floor in the first epochs. On centred features only
+the bias carries it, by about lr a step, which `max_steps` bounds.
+
+Linear warm-up over 5 % of the steps and linear decay to 0 (BSR's recipe): with the rate at 0 the last epoch is the
+settled one, so it is what is returned. Picking the best epoch on the held-out pairs would spoil them as a measure.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ...engine.head import EnsembleHead
+from ...kernels import Aggregation, EnsembleOutput, nominal_reward, philox_normal
+from ..evaluation.statistics import pair_correct
+from ..job.log import RunLog
+from .config import BradleyTerryConfig, BRMEConfig, FitConfig
+from .head_training import HeadTraining, schedule
+from .losses import bradley_terry, brme, bsr, partition
+
+__all__ = [
+    "BRMEConfig",
+    "BradleyTerryConfig",
+    "Fit",
+    "FitConfig",
+    "PairFeatures",
+    "fit_heads",
+    "pair_metrics",
+    "schedule",
+    "standardise",
+    "step_noise",
+]
+
+
+class PairFeatures(NamedTuple):
+    """Features of P pairs: chosen, rejected [P, D]; p_hat, margin [P] or None."""
+
+    chosen: Tensor
+    rejected: Tensor
+    p_hat: Tensor | None = None
+    margin: Tensor | None = None
+
+
+class Fit(NamedTuple):
+    """head: acts on raw features, not calibrated. history: one dict of numbers an epoch."""
+
+    head: EnsembleHead
+    history: list[dict[str, float]]
+
+
+class Scaling(NamedTuple):
+    """x -> (x - shift) * inverse, [D] fp32; a dimension that does not vary on the training set gets inverse 0."""
+
+    shift: Tensor
+    inverse: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features.float() - self.shift) * self.inverse
+
+    def fold_into(self, head: EnsembleHead) -> EnsembleHead:
+        """The head for raw features that equals `head` on scaled ones: W' = W / s, b' = b - W (m / s)."""
+        folded = EnsembleHead(
+            head.hidden_size, head.num_heads, aggregation=head.aggregation, std_floor=head.std_floor
+        ).to(head.weight.device)
+        with torch.no_grad():
+            weight = head.weight.double() * self.inverse
+            folded.weight.copy_(weight)
+            folded.bias.copy_(head.bias - weight @ self.shift.double())
+        return folded
+
+
+def standardise(*features: Tensor) -> Scaling:
+    """The scaling that gives the rows of all `features` [N, D] mean 0 and std 1 in every dimension; fp64 sums."""
+    blocks = [block for f in features for block in f.split(8192)]  # so that no fp64 copy of everything exists
+    rows = sum(len(block) for block in blocks)
+    mean = torch.stack([block.double().sum(dim=0) for block in blocks]).sum(dim=0) / rows
+    variance = torch.stack([(block.double() - mean).square().sum(dim=0) for block in blocks]).sum(dim=0) / rows
+    std = variance.sqrt()
+    constant = std <= 1e-6 * mean.abs()  # rounding noise of a dimension that never varies
+    inverse = torch.where(constant, torch.zeros_like(std), 1.0 / std)
+    return Scaling(mean.float(), inverse.float())
+
+
+def fit_heads(
+    chosen: Tensor,
+    rejected: Tensor,
+    config: FitConfig,
+    *,
+    p_hat: Tensor | None = None,
+    margin: Tensor | None = None,
+    evaluation: PairFeatures | tuple[Tensor, Tensor] | None = None,
+    aggregation: str | Aggregation | None = None,
+    log: RunLog | None = None,
+    progress: bool = True,
+    checkpoint: Path | str | None = None,
+) -> Fit:
+    """Train reward heads on the features of P pairs. Same inputs and config, same bits.
+
+    Args:
+        chosen, rejected: [P, D] features, any floating dtype, on the device to train on.
+        p_hat: [P] in (0, 1), stage 1's probability that chosen wins; needed by stage "brme", refused by "bt".
+        margin: [P], for stage "bt".
+        evaluation: held-out pairs, measured after every epoch.
+        aggregation: of the returned head; None: "mean" for stage "bt", "tradeoff:0.4" for "brme".
+        log: where every epoch's numbers go, prefixed with the stage.
+        checkpoint: file that holds the state after every epoch; if it exists, training goes on from it.
+
+    Raises:
+        ValueError: for inputs outside the above; for a checkpoint of another config or other data; for a loss that is
+            not finite (the checkpoint of the epoch before stays).
+    """
+    data = PairFeatures(chosen, rejected, p_hat, margin)
+    held_out = None if evaluation is None else PairFeatures(*evaluation)
+    _check(data, config)
+    if held_out is not None:
+        _check_features(held_out.chosen, held_out.rejected, "evaluation ", dim=chosen.shape[1])
+    state = _State(data, config, aggregation, None if checkpoint is None else Path(checkpoint))
+    bar = tqdm(
+        total=state.epochs, initial=state.epoch, desc=f"{config.stage} heads", unit="epoch", disable=not progress
+    )
+    with bar:
+        for epoch in range(state.epoch, state.epochs):
+            row = {"epoch": float(epoch + 1), **state.train_epoch(epoch)}
+            if held_out is not None and held_out.chosen.shape[0]:
+                with torch.no_grad():
+                    out = state.scaled_head(torch.cat([held_out.chosen, held_out.rejected]))
+                measured = pair_metrics(out, config, held_out.p_hat, held_out.margin)
+                row.update({f"eval_{name}": value for name, value in measured.items()})
+            state.finish_epoch(row)
+            if log is not None:
+                log.metrics(state.step, row, prefix=config.stage)
+            bar.update()
+            bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "eval_accuracy_mean") if k in row})
+    return Fit(state.scaling.fold_into(state.head), state.history)
+
+
+class _State(HeadTraining):
+    """Fresh heads on standardised features, and one epoch's work on them."""
+
+    def __init__(
+        self, data: PairFeatures, config: FitConfig, aggregation: str | Aggregation | None, checkpoint: Path | None
+    ) -> None:
+        self.data, self.config = data, config
+        pairs, dim = data.chosen.shape
+        device = data.chosen.device
+        self.scaling = standardise(data.chosen, data.rejected)
+        spec = aggregation or ("mean" if config.stage == "bt" else "tradeoff:0.4")
+        head = EnsembleHead(dim, config.num_heads, aggregation=spec, std_floor=config.std_floor)
+        head.reset_parameters(torch.Generator().manual_seed(config.seed))  # drawn on the CPU: same on every device
+        self.assigned = partition(pairs, config.num_heads, config.seed).to(device)
+        identity = {"config": config.model_dump(mode="json"), "pairs": pairs, "data": _digest(data)}
+        super().__init__(head.to(device), pairs, config, config.stage, identity, checkpoint)
+
+    def scaled_head(self, features: Tensor) -> EnsembleOutput:
+        return self.head(self.scaling(features))  # type: ignore[no-any-return]
+
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """One pass over the shuffled pairs; the means of its loss and stds."""
+        numbers, rate = self.steps_of(epoch, self._loss)
+        return {"loss": float(numbers[:, 0].mean()), "lr": rate, "std": float(numbers[:, 1].mean())}
+
+    def _loss(self, index: Tensor, step: int) -> Tensor:
+        config, data, pairs = self.config, self.data, len(index)
+        features = self.scaling(torch.cat([data.chosen[index], data.rejected[index]]))
+        out: EnsembleOutput = self.head(features, aggregation="mean")
+        if config.stage == "bt":
+            margin = None if data.margin is None else data.margin[index]
+            loss = bradley_terry(out.reward[:pairs], out.reward[pairs:], margin)
+        else:
+            assert data.p_hat is not None
+            noise = None
+            if config.noise == "sampled":
+                noise = step_noise(config.seed, step, *out.mean.shape, device=out.mean.device)
+            loss = brme(out.mean, out.std, data.p_hat[index], self.assigned[index], config.alpha, noise)
+        if config.bsr:
+            loss = loss + bsr(out.reward_sum, pairs, config.bsr)
+        return torch.stack([loss, out.std.detach().mean()])
+
+
+def step_noise(seed: int, step: int, rows: int, heads: int, *, device: torch.device) -> Tensor:
+    """[rows, heads] N(0, 1) of one step: Philox keyed by (seed, step), the same on every device and after a resume."""
+    return philox_normal(torch.tensor([(seed << 32) + step], device=device), rows, heads)
+
+
+@torch.no_grad()
+def pair_metrics(
+    out: EnsembleOutput, config: FitConfig, p_hat: Tensor | None = None, margin: Tensor | None = None
+) -> dict[str, float]:
+    """Numbers of P scored pairs, `out` of 2P rows, chosen first: accuracies of the nominal (least std), mean and worst
+    reward, the stage's loss, the mean std. A tie is wrong. Eq. 8 is averaged over all heads: none saw the pairs.
+    """
+    pairs, heads = out.mean.shape[0] // 2, out.mean.shape[1]
+    rewards = {"mean": out.mean.mean(dim=1)}
+    if heads > 1:
+        rewards["nominal"] = nominal_reward(out.mean, out.std, Aggregation("nominal"))
+        rewards["worst"] = out.mean.min(dim=1).values
+    result = {
+        f"accuracy_{name}": float(pair_correct(reward[:pairs], reward[pairs:]).double().mean())
+        for name, reward in rewards.items()
+    }
+    if config.stage == "bt":
+        result["loss"] = float(bradley_terry(rewards["mean"][:pairs], rewards["mean"][pairs:], margin))
+    elif p_hat is not None:
+        every = torch.arange(heads, device=out.mean.device)
+        losses = [brme(out.mean, out.std, p_hat, head.expand(pairs), config.alpha) for head in every]
+        result["loss"] = float(torch.stack(losses).mean())
+    result["std"] = float(out.std.mean())
+    return result
+
+
+def _check(data: PairFeatures, config: FitConfig) -> None:
+    _check_features(data.chosen, data.rejected, "")
+    pairs = data.chosen.shape[0]
+    if config.num_heads > pairs:
+        raise ValueError(f"num_heads: expected at most the number of pairs ({pairs}), got {config.num_heads}")
+    for name, value in (("p_hat", data.p_hat), ("margin", data.margin)):
+        if value is not None and tuple(value.shape) != (pairs,):
+            raise ValueError(f"{name}: expected shape [{pairs}], got {list(value.shape)}")
+    if (data.p_hat is None) == (config.stage == "brme"):
+        got = "none" if data.p_hat is None else "one"
+        raise ValueError(f"p_hat: expected for stage 'brme' and for it alone, got {got} for stage {config.stage!r}")
+    if data.margin is not None and (config.stage == "brme" or not bool(data.margin.isfinite().all())):
+        raise ValueError("margin: expected finite values, for stage 'bt' alone")
+    if data.p_hat is not None and not bool(((data.p_hat > 0) & (data.p_hat < 1)).all()):
+        raise ValueError(
+            f"p_hat: expected values in (0, 1), got {float(data.p_hat.min())} to {float(data.p_hat.max())}"
+        )
+
+
+def _check_features(chosen: Tensor, rejected: Tensor, what: str, dim: int | None = None) -> None:
+    if chosen.dim() != 2 or (dim is not None and chosen.shape[1] != dim):
+        raise ValueError(f"{what}chosen: expected shape [P, {dim or 'D'}], got {list(chosen.shape)}")
+    if rejected.shape != chosen.shape:
+        raise ValueError(f"{what}rejected: expected chosen's shape {list(chosen.shape)}, got {list(rejected.shape)}")
+    if chosen.shape[0] == 0 and dim is None:
+        raise ValueError("pairs: expected at least one pair, got 0")
+    for name, value in (("chosen", chosen), ("rejected", rejected)):
+        if not bool(value.isfinite().all()):
+            row = int((~value.isfinite().all(dim=1)).nonzero()[0])
+            raise ValueError(f"{what}{name}: expected finite features, got NaN or infinity in row {row}")
+
+
+def _digest(data: PairFeatures) -> list[float]:
+    """A few sums that tell this data from other data: enough to refuse a stale checkpoint."""
+    return [float(t.sum(dtype=torch.float64)) for t in data if t is not None]

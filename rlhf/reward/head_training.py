@@ -1,0 +1,158 @@
+"""What the loops over cached features share: epochs of shuffled pairs, the rate's schedule, a checkpoint an epoch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...engine.head import EnsembleHead
+from ...engine.weights import reading_weights
+from ..job.files import atomic_file
+
+logger = logging.getLogger(__name__)
+
+
+class LoopConfig(Protocol):
+    """What the loop reads of `FitConfig` or `PETConfig`."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def max_steps(self) -> int | None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def warmup(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def schedule(step: int, total: int, warmup: float) -> float:
+    """Multiplier of the learning rate at `step` of `total`: linear up over `warmup` of the steps, then linear to 0."""
+    rising = warmup * total
+    if step + 1 < rising:
+        return (step + 1) / rising
+    return (total - step) / max(total - rising, 1.0) if step > rising else 1.0
+
+
+class HeadTraining:
+    """A head under AdamW over P pairs; everything that a checkpoint holds.
+
+    Args:
+        head: on the device of the features; its bias is trained where it requires a gradient, without weight decay.
+        pairs: P.
+        stage: what errors call the training.
+        identity: JSON of what a checkpoint must have been made from to be gone on with.
+        checkpoint: file that holds the state after every epoch; if it exists, training goes on from it.
+    """
+
+    def __init__(
+        self,
+        head: EnsembleHead,
+        pairs: int,
+        config: LoopConfig,
+        stage: str,
+        identity: dict[str, Any],
+        checkpoint: Path | None,
+    ) -> None:
+        self.head, self.pairs, self.checkpoint = head, pairs, checkpoint
+        self._loop, self._stage, self._identity = config, stage, json.dumps(identity)
+        decayed = {"params": [head.weight], "weight_decay": config.weight_decay}
+        undecayed = {"params": [p for p in [head.bias] if p.requires_grad], "weight_decay": 0.0}
+        self.optimizer = torch.optim.AdamW([decayed, undecayed], lr=config.lr)
+        self.epoch = 0
+        self.history: list[dict[str, float]] = []
+        self.before: dict[str, float] = {}  # what was measured before the first epoch, if anything was
+        self.steps_per_epoch = -(-pairs // config.batch_size)
+        steps = config.epochs * self.steps_per_epoch
+        self.total_steps = steps if config.max_steps is None else min(steps, config.max_steps)
+        self.epochs = -(-self.total_steps // self.steps_per_epoch)
+        if checkpoint is not None and checkpoint.exists():
+            self._load(checkpoint)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made."""
+        return min(self.epoch * self.steps_per_epoch, self.total_steps)
+
+    def steps_of(self, epoch: int, loss: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, float]:
+        """One pass over the shuffled pairs.
+
+        Args:
+            loss: (pairs [B] int64, step) -> [m]: the loss, then what else is to be reported.
+
+        Returns:
+            [steps, m] detached, read by the caller once an epoch: on a GPU each reading would wait for the kernels; and
+            the last step's learning rate.
+        """
+        config, device = self._loop, self.head.weight.device
+        generator = torch.Generator().manual_seed((config.seed << 32) + epoch)
+        order = torch.randperm(self.pairs, generator=generator).to(device)
+        first = epoch * self.steps_per_epoch
+        rows, rate = [], 0.0
+        for step, index in zip(range(first, self.total_steps), order.split(config.batch_size), strict=False):
+            rate = config.lr * schedule(step, self.total_steps, config.warmup)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.zero_grad(set_to_none=True)
+            numbers = loss(index, step)
+            numbers[0].backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            rows.append(numbers.detach())
+        numbers = torch.stack(rows)
+        self._refuse_nonfinite(numbers[:, 0], epoch)
+        return numbers, rate
+
+    def finish_epoch(self, row: dict[str, float]) -> None:
+        """Add the epoch's numbers to the history and write the checkpoint."""
+        self.epoch += 1
+        self.history.append(row)
+        if self.checkpoint is None:
+            return
+        state = {
+            "identity": self._identity,
+            "epoch": self.epoch,
+            "history": self.history,
+            "before": self.before,
+            "head": self.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        with atomic_file(self.checkpoint) as temporary, temporary.open("wb") as stream:
+            torch.save(state, stream)  # a stream's errors, unlike those of torch's own writer, say why
+
+    def _load(self, checkpoint: Path) -> None:
+        try:
+            with reading_weights(checkpoint):
+                saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except ValueError as error:
+            logger.warning("%s: the stage is begun anew", error)
+            return
+        if saved["identity"] != self._identity:
+            theirs, ours = json.loads(saved["identity"]), json.loads(self._identity)
+            other = [name for name in ours if theirs.get(name) != ours[name]]
+            raise ValueError(
+                f"checkpoint {checkpoint}: expected one of this run, got one of other {' and '.join(other)}"
+            )
+        self.epoch, self.history, self.before = saved["epoch"], saved["history"], saved["before"]
+        self.head.load_state_dict(saved["head"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+
+    def _refuse_nonfinite(self, losses: Tensor, epoch: int) -> None:
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad) or not all(p.isfinite().all() for p in self.head.parameters()):
+            step = epoch * self.steps_per_epoch + (int(bad[0]) if len(bad) else len(losses) - 1)
+            kept = f"; the state after epoch {epoch} is kept in {self.checkpoint}" if self.checkpoint and epoch else ""
+            raise ValueError(
+                f"{self._stage}: training stopped: the loss is not finite at step {step} (epoch {epoch + 1}); "
+                f"a lower lr than {self._loop.lr:g} may help{kept}"
+            )

@@ -1,0 +1,78 @@
+"""The folder and the printed result of `prudent train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..job.files import read_json
+from ..job.folder import claim_folder
+from ..report.words import count
+from .config import TrainConfig
+
+_DROPPED = {
+    "bad_rows": "broken rows skipped",
+    "duplicates": "duplicate pairs dropped",
+    "equal": "pairs of two equal responses dropped",
+    "below_gap": "pairs below min_score_gap dropped",
+}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """folder: the run folder. metrics: what train.json holds. finished_before: nothing was left to do."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    finished_before: bool = False
+
+    def __str__(self) -> str:
+        m = self.metrics
+        head = "was finished before; nothing was done again" if self.finished_before else "finished"
+        pairs = count(m["train_pairs"], "pair")
+        lines = [f"{self.folder}: {head}", f"{pairs} trained on, {m['held_out_pairs']} held out"]
+        lines += [f"{what}: {m['dropped'][key]}" for key, what in _DROPPED.items() if m["dropped"][key]]
+        if m["accuracy"]:
+            width = max(map(len, m["accuracy"]))
+            lines.append("held-out accuracy")
+            lines += [f"  {name:<{width}}  {value:.3f}" for name, value in m["accuracy"].items()]
+        lines += _pet_lines(m["pet"]) if "pet" in m else []
+        lines.append(f"model: {self.folder / 'model'}")
+        return "\n".join(lines)
+
+
+def _pet_lines(pet: dict[str, Any]) -> list[str]:
+    """What PET did, and what to beware of."""
+    before, after = pet["before"], pet["after"]
+    rows = [("gap, best of n - reference", "gap"), ("Bradley-Terry loss", "bt"), ("accuracy", "accuracy")]
+    asked = count(pet["prompts"], "prompt")
+    lines = [f"PET on {asked}, n = {pet['samples']}, beta = {pet['beta']:g}; before -> after"]
+    for side, prefix in (("training", ""), ("held-out", "eval_")):
+        lines += [
+            f"  {f'{side} {name}':<38}{before[prefix + key]:>8.3f} -> {after[prefix + key]:.3f}"
+            for name, key in rows
+            if prefix + key in after
+        ]
+    if pet["prompts_too_long"]:
+        lines.append(f"prompts too long to be sampled for: {pet['prompts_too_long']}")
+    if after["gap"] < 0:
+        lines.append(
+            "beware: the reference responses now score above the best of the policy's own: the reward tells the two "
+            "sources apart, which lowers the objective without end; pet.hinge=all or pet.reference=sample prevents it"
+        )
+    return lines
+
+
+# what a resumed run may change; a lower batch_tokens is what helps one that was killed for memory
+_FREE = ("output", "batch_tokens")
+MADE = ("metrics.jsonl", "features", "checkpoints", "stage1", "train.json")  # by a run that computes
+
+
+def open_folder(config: TrainConfig, resume: bool) -> dict[str, Any] | None:
+    """Claim the output folder. The final metrics if the run in it is finished, else None."""
+    if not claim_folder(config, MADE, free=_FREE, resume=resume):
+        (config.output / "data.json").unlink(missing_ok=True)  # of a run that was refused
+        return None
+    done = config.output / "train.json"
+    return read_json(done) if done.exists() else None

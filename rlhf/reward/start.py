@@ -1,0 +1,70 @@
+"""Load what a training run starts from, and check that it fits the config."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig
+
+from ...engine import EnsembleRewardConfig, EnsembleRewardModel
+from ..models.loading import _load, load_reward_model, logger
+from .config import TrainConfig
+
+
+def check_given(config: TrainConfig, mode: str) -> None:
+    """Raise ValueError for a `stage1` that cannot be used as one, or a reward model given as `model` alone."""
+    if config.stage1 is None:
+        _check_trunk(config.model)
+        if config.start is not None:
+            _check_eos("pet.start", config.start, config)
+        return
+    if mode == "head" and config.model != config.stage1:
+        raise ValueError(
+            f"model: expected stage1's {config.stage1}, because mode head trains on stage 1's own trunk, "
+            f"got {config.model}"
+        )
+    if config.model != config.stage1:
+        _check_trunk(config.model)
+    found = _check_eos("stage1", config.stage1, config)
+    if found is not None and found.num_heads != 1:
+        raise ValueError(f"stage1: expected a reward model with one head, got {found.num_heads} in {config.stage1}")
+
+
+def _check_eos(key: str, name: str, config: TrainConfig) -> EnsembleRewardConfig | None:
+    """The configuration of an EnsembleRewardModel; None for another classifier: loading says what that lacks."""
+    found = _load(key, name, "a reward model's folder or hub name", AutoConfig.from_pretrained)
+    if not isinstance(found, EnsembleRewardConfig):
+        return None
+    if config.append_eos not in (None, found.append_eos):
+        raise ValueError(
+            f"append_eos: expected {found.append_eos}, as {key} was trained with, or nothing, got {config.append_eos}"
+        )
+    return found
+
+
+def load_stage1(config: TrainConfig) -> EnsembleRewardModel:
+    """`config.stage1` as a single-head model whose reward differences are Bradley-Terry logits.
+
+    A calibrated head gives back its own outputs: what Bradley-Terry trained are those, and not their z-scores.
+    """
+    model = load_reward("stage1", str(config.stage1), config)
+    model.score.reset_calibration()
+    return model
+
+
+def load_reward(key: str, name: str, config: TrainConfig) -> EnsembleRewardModel:
+    """A trained reward model, which the config's `key` gave, as it is: heads, aggregation and calibration."""
+    model = load_reward_model(key, name, dtype=config.dtype, append_eos=config.append_eos)
+    if config.max_length is not None:
+        model.config.max_score_length = config.max_length
+    model.requires_grad_(False)
+    return model
+
+
+def _check_trunk(name: str) -> None:
+    found = _load("model", name, "a language model's folder or hub name", AutoConfig.from_pretrained)
+    if isinstance(found, EnsembleRewardConfig):
+        raise ValueError(
+            f"model: expected a language model, got the reward model {name}, whose heads would be dropped: to train "
+            "on from one with a single head, give it as stage1 too"
+        )
+    if any(kind.endswith("ForSequenceClassification") for kind in found.architectures or ()):
+        logger.warning("model: %s has a classification head, which is dropped; to keep it, give it as stage1 too", name)

@@ -1,0 +1,1 @@
+"""Prompts to sampled responses: engines, samplers, stored samples."""

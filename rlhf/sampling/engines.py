@@ -1,0 +1,371 @@
+"""The engines that draw responses: prompts shared on a CPU, a CUDA graph of one token, transformers' own batching."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, StaticLayer
+
+from ..models.causal_lm import causal_lm, next_logits
+from .shared_prefix import attending, decoder, shares_prefix
+from .tokens import Sampling, draw_tokens
+
+_ATTENTION = "prudent_static"
+_CHECK_EVERY = 16  # tokens between two looks, each of which waits for the GPU, at whether every row has stopped
+_Drawn = tuple[list[list[int]], list[bool]]
+
+
+class Rule:
+    """How one token is drawn and what ends a response: `Sampling`, the stop ids, and none of those before
+    `min_new_tokens` tokens."""
+
+    def __init__(self, sampling: Sampling, min_new_tokens: int, stop: set[int]) -> None:
+        self.sampling, self.min_new_tokens = sampling, min_new_tokens
+        self.stop = torch.tensor(sorted(stop))
+
+    def draw(self, logits: Tensor, uniform: Tensor, step: int | Tensor) -> Tensor:
+        """[N, V] logits and [N] numbers in [0, 1) -> [N] ids; `step`: how many tokens came before."""
+        if self.min_new_tokens:
+            early = torch.as_tensor(step, device=logits.device) < self.min_new_tokens
+            stop = self.stop.to(logits.device)
+            kept = logits[:, stop]
+            logits = logits.index_copy(1, stop, torch.where(early, float("-inf"), kept))
+        return draw_tokens(logits, uniform, self.sampling)
+
+    def ends(self, drawn: Tensor) -> Tensor:
+        """[N] ids -> [N] bool."""
+        return (drawn[:, None] == self.stop.to(drawn.device)).any(dim=1)
+
+
+def prompt_groups(prompts: list[list[int]]) -> tuple[list[list[int]], int]:
+    """(G prompts, S): N = G x S rows whose equal prompts stand together; S is 1 where their numbers differ."""
+    runs = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
+    counts = {count for _, count in runs}
+    return ([prompt for prompt, _ in runs], counts.pop()) if len(counts) == 1 else (prompts, 1)
+
+
+class SharedPrefix:
+    """Each prompt is read once, its samples attend to one copy of it, and finished rows leave the batch.
+
+    The engine for a CPU. Families outside `decode.SHARING_MODELS` get a copy of the prompt for every sample.
+    """
+
+    name = "shared_prefix"
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    @torch.no_grad()
+    def __call__(self, model: Any, prompts: list[list[int]], uniform: Tensor) -> _Drawn:
+        """See `Sampler`."""
+        count, limit = uniform.shape
+        distinct, samples = prompt_groups(prompts)
+        tokens = torch.zeros(count, limit, dtype=torch.int64)
+        done = torch.zeros(count, dtype=torch.bool)
+        model = causal_lm(model)
+        with decoder(model, distinct, samples, limit) as batch:
+            hidden = batch.hidden.repeat_interleave(samples, dim=0)
+            for step in range(limit):
+                rows = batch.grid.flatten()
+                spent = uniform[rows, step].to(hidden.device)
+                drawn = self.rule.draw(next_logits(model, hidden), spent, step).cpu()
+                # finished rows that fill up the grid draw too, and nobody reads it
+                tokens[rows, step] = torch.where(done[rows], tokens[rows, step], drawn)
+                done[rows] |= self.rule.ends(drawn)
+                if step + 1 == limit or bool(done.all()):
+                    break
+                batch.shrink(done)
+                hidden = batch.feed(tokens[batch.grid.flatten(), step])
+        return _responses(tokens, self.rule)
+
+
+class Static:
+    """Decoding with a cache of fixed size; on a GPU one token of all rows is one CUDA graph, launched again and again.
+
+    Prompts are padded on the left. Graph and cache are given back when the rows are done: the update needs the memory,
+    and capturing one forward pass again takes less than a few tokens do eagerly. On a CPU the same steps run without a
+    graph.
+    """
+
+    name = "static"
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    @torch.no_grad()
+    def __call__(self, model: Any, prompts: list[list[int]], uniform: Tensor) -> _Drawn:
+        """See `Sampler`. ValueError for a model with layers that attend to fewer positions than are read, or with
+        rotary frequencies that change with the length."""
+        model = causal_lm(model)
+        limit = uniform.shape[1]
+        distinct, samples = prompt_groups(prompts)
+        width = max(map(len, distinct))
+        # one position more than is read, and a multiple of 16, as attention kernels want their masks
+        size = -(-(width + limit + 1) // 16) * 16
+        _refuse_windows(model, size)
+        _refuse_dynamic_rope(model)
+        attended = torch.zeros(len(distinct), size, dtype=torch.bool)
+        ids = torch.zeros(len(distinct), width, dtype=torch.int64)
+        for row, prompt in enumerate(distinct):
+            attended[row, width - len(prompt) : width] = True
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        attended, ids = attended.to(model.device), ids.to(model.device)
+        positions = (attended[:, :width].long().cumsum(dim=1) - 1).clamp_min(0)
+        mask = attended[:, :width].long()
+        read = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+        logits = next_logits(model, read.last_hidden_state[:, -1]).repeat_interleave(samples, dim=0)
+        cache = _static_cache(read.past_key_values, width, samples, size)
+        del read
+        attention = _decoding_attention(model, size)
+        mask = attended[:, None, None].repeat_interleave(samples, dim=0)
+        if attention == "eager":  # which adds its mask to the scores
+            mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+        position = positions[:, -1:].repeat_interleave(samples, dim=0) + 1
+        step = _Step(model, self.rule, cache, uniform.to(model.device), mask, position, width)
+        step.take(logits)
+        with attending(model, attention):
+            _run(step, limit)
+        return _responses(step.tokens.cpu(), self.rule)
+
+
+class _Step:
+    """One token of all N rows: every tensor stays where it is, so that a captured step can be launched again.
+
+    mask: [N, 1, 1, L], True where a row attends, or 0 there and the least number elsewhere; handed on as it is.
+    """
+
+    def __init__(
+        self, model: Any, rule: Rule, cache: Cache, uniform: Tensor, mask: Tensor, position: Tensor, width: int
+    ) -> None:
+        self.model, self.rule, self.cache, self.uniform = model, rule, cache, uniform
+        device = uniform.device
+        self.tokens = torch.zeros(uniform.shape, dtype=torch.int64, device=device)
+        self.token = torch.zeros(len(uniform), 1, dtype=torch.int64, device=device)
+        self.done = torch.zeros(len(uniform), dtype=torch.bool, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)  # tokens drawn
+        self.column = torch.full((1,), width, dtype=torch.int64, device=device)  # where the next one is written
+        self.position, self.mask = position, mask
+        self._attended: bool | float = True if mask.dtype == torch.bool else 0.0
+        self.mask.index_fill_(3, self.column, self._attended)
+        rule.stop = rule.stop.to(device)  # once: a graph cannot copy from the CPU
+        names = inspect.signature(model.base_model.forward).parameters
+        # transformers 5 below 5.2 finds its place in the cache by this
+        self._extra = {"cache_position": self.column} if "cache_position" in names else {}
+
+    def __call__(self) -> None:
+        hidden = self.model.base_model(
+            input_ids=self.token,
+            position_ids=self.position,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            **self._extra,
+        ).last_hidden_state[:, -1]
+        self.position += 1
+        self.column += 1
+        self.mask.index_fill_(3, self.column, self._attended)
+        self.take(next_logits(self.model, hidden))
+
+    def take(self, logits: Tensor) -> None:
+        """Draw from [N, V] logits; rows that have stopped keep their zeros."""
+        drawn = self.rule.draw(logits, self.uniform.index_select(1, self.step)[:, 0], self.step)
+        drawn = drawn.masked_fill(self.done, 0)
+        self.tokens.index_copy_(1, self.step, drawn[:, None])
+        self.token.copy_(drawn[:, None])
+        self.done |= self.rule.ends(drawn)
+        self.step += 1
+
+
+def _run(step: _Step, limit: int) -> None:
+    """The tokens after the first. On a GPU the second and third warm the kernels up and the rest is one graph."""
+    on_gpu = step.tokens.device.type == "cuda"
+    replay: Any = step
+    for number in range(1, limit):
+        if on_gpu and number == 3:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # records, and draws nothing
+                step()
+            replay = graph.replay
+        if on_gpu and number < 3:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                step()
+            torch.cuda.current_stream().wait_stream(side)
+        else:
+            replay()
+        if number % _CHECK_EVERY == 0 and bool(step.done.all()):
+            return
+
+
+def _decoding_attention(model: Any, size: int) -> str:
+    """What one token attends with to a cache of `size` positions under a mask: ours, or one of the model's own.
+
+    flash-attn takes no mask over a cache. Scores that are softcapped are right in eager alone, where transformers
+    gives such a family no SDPA.
+    """
+    if shares_prefix(model, size):
+        return _ATTENTION
+    usual: str = model.config._attn_implementation
+    if usual in ("sdpa", "eager"):
+        return usual
+    return "sdpa" if model._supports_sdpa else "eager"
+
+
+def _static_cache(read: Any, width: int, samples: int, size: int) -> Cache:
+    """The prompts' cache [G, Hkv, P, d] as one of `size` positions and G x S rows; `read` gives its layers up."""
+    layers: list[Any] = []
+    place = {"cache_position": torch.arange(width, device=read.layers[0].keys.device)}
+    for layer in read.layers:
+        fixed = StaticLayer(max_cache_len=size)
+        fixed.update(*(part.repeat_interleave(samples, dim=0) for part in (layer.keys, layer.values)), place)
+        layer.keys = layer.values = None
+        layers.append(fixed)
+    return Cache(layers=layers)
+
+
+def _refuse_windows(model: Any, size: int) -> None:
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    if kinds <= {"full_attention", "sliding_attention"} and (window is None or window >= size):
+        return
+    if kinds == {"full_attention"} and getattr(config, "use_sliding_window", None) is False:
+        return
+    raise ValueError(
+        f"rollout.engine: expected shared_prefix or continuous for {config.model_type}, whose layers do not all attend "
+        f"to {size} positions, got static"
+    )
+
+
+def _refuse_dynamic_rope(model: Any) -> None:
+    """A frequency that follows the length is computed anew on the CPU's word at every token: no graph captures it."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each kind of layer
+    if any(part.get("rope_type") == "dynamic" for part in parts):
+        raise ValueError(
+            f"rollout.engine: expected shared_prefix or continuous for {config.model_type} with rope_type dynamic, "
+            "whose rotary frequencies change with the length, got static"
+        )
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """[B, H, 1, d] queries on [B, Hkv, L, d] keys: the H / Hkv heads that share keys stand as so many queries.
+
+    Grouped heads and a mask together send SDPA to its slow path, and transformers therefore copies the keys H / Hkv
+    times at every token.
+    """
+    batch, heads, _, dim = query.shape
+    groups = key.shape[1]
+    out = scaled_dot_product_attention(
+        query.view(batch, groups, heads // groups, dim), key, value, attn_mask=attention_mask, scale=scaling
+    )
+    return out.reshape(batch, 1, heads, -1), None
+
+
+AttentionInterface.register(_ATTENTION, _attend)
+
+
+class Continuous:
+    """transformers' continuous batching: rows join and leave at every token, keys and values lie in pages.
+
+    It draws its own random numbers: from a seed that is a digest of `uniform`, in the order in which rows come. The
+    same rows get the same responses, but in another batch a row gets another one, unlike with the other engines. On a
+    CPU it works and is slow.
+    """
+
+    name = "continuous"
+
+    def __init__(self, rule: Rule) -> None:
+        if rule.min_new_tokens:
+            raise ValueError(
+                "rollout.min_new_tokens: expected 0 with engine continuous, which cannot forbid the stop token, "
+                f"got {rule.min_new_tokens}"
+            )
+        self.rule = rule
+
+    def __call__(self, model: Any, prompts: list[list[int]], uniform: Tensor) -> _Drawn:
+        """See `Sampler`. RuntimeError if the batch comes back with rows missing; ValueError for scores that are
+        softcapped without flash-attn."""
+        from transformers import GenerationConfig
+
+        model = causal_lm(model)
+        if not hasattr(model, "generate_batch"):
+            raise ValueError("rollout.engine: expected transformers with generate_batch for continuous, got none in it")
+        attention = model.config._attn_implementation
+        if attention == "eager" and getattr(model.config, "attn_logit_softcapping", None):
+            raise ValueError(  # transformers' eager attention over pages leaves the cap out
+                f"rollout.engine: expected static or shared_prefix for {model.config.model_type} without flash-attn, "
+                "whose attention scores are softcapped, got continuous"
+            )
+        limit, stop = uniform.shape[1], self.rule.stop.tolist()
+        sampling = self.rule.sampling
+        generation = GenerationConfig(
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            max_new_tokens=limit,
+            eos_token_id=stop,
+            pad_token_id=stop[0],
+        )
+        seed = int.from_bytes(hashlib.sha256(uniform.numpy().tobytes()).digest()[:6], "big")
+        on_gpu = model.device.type == "cuda"
+        options = _paging(prompts, limit, seed)
+        # transformers switches the attention, and where it fails before its first row not back
+        with torch.random.fork_rng(devices=[model.device] if on_gpu else []), attending(model, attention):
+            torch.manual_seed(seed)
+            outputs = model.generate_batch(prompts, generation_config=generation, **options)
+        answers = list(outputs.values())  # in the prompts' order
+        errors = {str(output.error) for output in answers if output.error is not None}
+        if len(answers) != len(prompts) or errors or not all(output.generated_tokens for output in answers):
+            why = ", ".join(sorted(errors)) or f"{len(answers)} rows of {len(prompts)}"
+            raise RuntimeError(f"rollout.engine: continuous batching failed ({why}); engine static does without it")
+        responses = [list(output.generated_tokens[:limit]) for output in answers]
+        return responses, [response[-1] in stop for response in responses]
+
+
+def _paging(prompts: list[list[int]], limit: int, seed: int) -> dict[str, Any]:
+    """Room for these rows and no more: left to itself, the cache takes nine tenths of the free memory."""
+    import transformers
+
+    kind = getattr(transformers, "ContinuousBatchingConfig", None)
+    if kind is None:  # earlier transformers 5
+        return {}
+    known = {field.name for field in dataclasses.fields(kind)}
+    page = 32
+    wanted = {
+        "page_size" if "page_size" in known else "block_size": page,
+        "num_blocks": sum(-(-(len(prompt) + limit) // page) + 1 for prompt in prompts),
+        "max_batch_tokens": max(len(prompts), 4096),
+        "seed": seed,
+        "auto_switch_to_flash": False,  # which attention runs is the policy's choice
+    }
+    return {"continuous_batching_config": kind(**{name: value for name, value in wanted.items() if name in known})}
+
+
+def _responses(tokens: Tensor, rule: Rule) -> _Drawn:
+    """[N, T] ids -> the ids of each row up to its first stop token, and whether it has one."""
+    ends = (tokens[..., None] == rule.stop.to(tokens.device)).any(dim=-1)
+    stopped = ends.any(dim=1)
+    lengths = torch.where(stopped, ends.long().argmax(dim=1) + 1, tokens.shape[1]).tolist()
+    rows = tokens.tolist()
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)], stopped.tolist()

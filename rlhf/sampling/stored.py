@@ -1,0 +1,173 @@
+"""Responses of a language model to many prompts, stored as they come: an interrupted run goes on where it was.
+
+A folder holds samples.jsonl, one line a prompt, and features/, one safetensors file a batch with the trunk's hidden
+states of the same responses. Which prompts share a batch follows from the prompts alone, and every prompt has random
+numbers of its own; so the same request gives the same file however often it was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ...engine.config import max_positions
+from ...engine.weights import reading_weights
+from ..data.rows import Text
+from ..job.files import _whole_lines, atomic_file, writing
+from .shared_prefix import Sampled, sample_batch
+from .tokens import Sampling, keyed_uniforms
+from .turn import Turn
+
+
+class Request(NamedTuple):
+    """One prompt, a text or messages, and how many responses it gets."""
+
+    prompt: Text
+    samples: int
+
+
+class Rollout(NamedTuple):
+    """The responses to one prompt: texts, whether each ended by itself, and features [S, D] in the trunk's dtype."""
+
+    prompt: Text
+    responses: list[str]
+    stopped: list[bool]
+    features: Tensor
+
+
+def plan(lengths: Sequence[int], samples: Sequence[int], batch_rows: int) -> list[list[int]]:
+    """Batches of request numbers: one prompt length and one number of samples each, about `batch_rows` rows at most."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, key in enumerate(zip(lengths, samples, strict=True)):
+        groups.setdefault(key, []).append(index)
+    batches = []
+    for (_, count), members in sorted(groups.items()):
+        step = max(1, batch_rows // count)
+        batches += [members[i : i + step] for i in range(0, len(members), step)]
+    return batches
+
+
+def uniforms(request: Request, sampling: Sampling, seed: int) -> Tensor:
+    """[S, max_new_tokens] numbers in [0, 1) that belong to this prompt and seed."""
+    return keyed_uniforms(f"{seed}\n{request.prompt}", request.samples, sampling.max_new_tokens)
+
+
+def sample(
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[Request],
+    folder: Path | str,
+    sampling: Sampling,
+    *,
+    seed: int = 0,
+    batch_rows: int = 256,
+    progress: bool = True,
+) -> list[Rollout]:
+    """The responses to every request, sampled or read back from `folder`; in the requests' order.
+
+    Raises:
+        ValueError: if `folder` holds other prompts' responses, two requests are for one prompt, or a prompt leaves
+            the model no room for a response.
+    """
+    folder = Path(folder)
+    if len({json.dumps(request.prompt) for request in requests}) != len(requests):
+        raise ValueError("prompts: expected different ones, got one twice")
+    turn = Turn(tokenizer, model)
+    prompts = [turn.prompt(request.prompt) for request in requests]
+    _check_length(model, requests, prompts, sampling.max_new_tokens + len(turn.closing))
+    batches = plan([len(ids) for ids in prompts], [request.samples for request in requests], batch_rows)
+    store = _Store(folder, requests)
+    todo = [(number, batch) for number, batch in enumerate(batches) if not store.has(number, batch)]
+    total = sum(request.samples for request in requests)
+    done = total - sum(requests[i].samples for _, batch in todo for i in batch)
+    with tqdm(total=total, initial=done, desc="responses", unit="resp", disable=not progress) as bar:
+        tokens, start = 0, bar.format_dict["elapsed"]
+        for number, batch in todo:
+            uniform = torch.stack([uniforms(requests[i], sampling, seed) for i in batch])
+            ids = torch.tensor([prompts[i] for i in batch])
+            for drawn in sample_batch(model, ids, uniform, sampling, stop=turn.stop, closing=turn.closing):
+                if isinstance(drawn, Sampled):
+                    count = len(drawn.tokens) // len(batch)
+                    texts = [turn.text(prompts[batch[row // count]], said) for row, said in enumerate(drawn.tokens)]
+                    store.add(number, batch, drawn, texts)
+                    continue
+                tokens += drawn
+                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'] - start, 1e-9):.0f} tokens/s")
+            bar.update(sum(requests[i].samples for i in batch))
+    return store.read(batches)
+
+
+def _check_length(model: Any, requests: Sequence[Request], prompts: Sequence[list[int]], room: int) -> None:
+    limit = max_positions(model.config)
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if limit is not None and len(prompts[longest]) + room > limit:
+        raise ValueError(
+            f"prompts: expected at most {limit - room} tokens each, so that {room} more fit the model's {limit}, "
+            f"got {len(prompts[longest])}: {str(requests[longest].prompt)[:60]!r}"
+        )
+
+
+class _Store:
+    """samples.jsonl and features/ of one folder."""
+
+    def __init__(self, folder: Path, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        self.file = folder / "samples.jsonl"
+        self.features = folder / "features"
+        self.features.mkdir(parents=True, exist_ok=True)
+        self.rows: dict[int, dict[str, Any]] = {}
+        for row in _whole_lines(self.file):
+            index = row["index"]
+            if index >= len(requests) or Request(row["prompt"], len(row["responses"])) != requests[index]:
+                raise ValueError(
+                    f"{self.file}: expected responses to the present prompts, got {row['prompt']!r} with "
+                    f"{len(row['responses'])} responses as number {index}; name another output folder"
+                )
+            self.rows[index] = row
+
+    def _features(self, number: int) -> Path:
+        return self.features / f"{number:05d}.safetensors"
+
+    def has(self, number: int, batch: list[int]) -> bool:
+        return all(i in self.rows for i in batch) and self._features(number).is_file()
+
+    def add(self, number: int, batch: list[int], drawn: Sampled, texts: list[str]) -> None:
+        """The features first, whole, then the lines that are not there yet: a kill between leaves nothing wrong."""
+        count = len(drawn.tokens) // len(batch)
+        with atomic_file(self._features(number)) as temporary:
+            save_file({"features": drawn.features.view(len(batch), count, -1)}, temporary)
+        lines = []
+        for position, index in enumerate(batch):
+            if index in self.rows:
+                continue
+            rows = slice(position * count, (position + 1) * count)
+            self.rows[index] = {
+                "index": index,
+                "prompt": self.requests[index].prompt,
+                "responses": texts[rows],
+                "stopped": drawn.stopped[rows],
+            }
+            lines.append(json.dumps(self.rows[index], ensure_ascii=False) + "\n")
+        with writing(self.file), self.file.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, batches: list[list[int]]) -> list[Rollout]:
+        found: dict[int, Rollout] = {}
+        for number, batch in enumerate(batches):
+            file = self._features(number)
+            with reading_weights(file):
+                features = load_file(file)["features"]
+            for index, block in zip(batch, features, strict=True):
+                row = self.rows[index]
+                found[index] = Rollout(row["prompt"], row["responses"], row["stopped"], block)
+        return [found[index] for index in range(len(self.requests))]

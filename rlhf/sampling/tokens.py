@@ -1,0 +1,45 @@
+"""Draw tokens from logits with random numbers that belong to a key."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def keyed_uniforms(key: str, *shape: int) -> Tensor:
+    """fp32 numbers in [0, 1) on the CPU that belong to `key`, whatever else is sampled."""
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.rand(shape, generator=generator)
+
+
+class Sampling(NamedTuple):
+    """How a token is drawn: the `top_k` likeliest (0: all), of those the least set with mass `top_p`, at `temperature`.
+
+    With top_k 0 and top_p 1 that is softmax(logits / temperature) and nothing else.
+    """
+
+    max_new_tokens: int = 24
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 0.95
+
+
+def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """[N, V] logits and [N] numbers in [0, 1) -> [N] token ids, by the inverse of the distribution function."""
+    ids = None
+    if sampling.top_k or sampling.top_p < 1:
+        logits, ids = logits.topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]), dim=-1)
+    probability = torch.softmax(logits.float() / sampling.temperature, dim=-1)
+    if sampling.top_p < 1:
+        before = probability.cumsum(dim=-1) - probability
+        probability = probability * (before < sampling.top_p)
+    mass = probability.cumsum(dim=-1)
+    total = mass[:, -1:]
+    # rounding may make the product the whole mass, which no token reaches
+    goal = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    pick = (mass <= goal).sum(dim=-1, keepdim=True)
+    return (pick if ids is None else ids.gather(1, pick))[:, 0]

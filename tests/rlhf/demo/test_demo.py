@@ -1,0 +1,234 @@
+"""The whole demo at a tiny size: what it writes, that it goes on where it was, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+pytest.importorskip("vaderSentiment", reason="the gold scorer is an extra: pip install 'prudent[demo]'")
+pytest.importorskip("matplotlib", reason="the pictures are an extra: pip install 'prudent[report]'")
+
+from prudent.engine import Scorer
+from prudent.rlhf.demo import demo
+from prudent.rlhf.demo.demo import DemoConfig, run_demo
+from prudent.rlhf.job.config import load_config
+from prudent.rlhf.job.folder import held
+from prudent.rlhf.sampling import stored as rollout
+from prudent.rlhf.sampling.prompts import read_prompts
+
+from ..page import Reader
+
+SUBJECTS = ("the food", "the hotel", "my day", "your train", "the film", "the soup", "the room", "people", "service")
+
+
+def _config(folder: Path, output: Path, **options: Any) -> DemoConfig:
+    prompts = folder.parent / "prompts.txt"
+    prompts.write_text("\n".join(f"{s} {v}" for s in SUBJECTS for v in ("was", "is", "is not", "is very")) + "\n")
+    small = {
+        "held_out_prompts": 6,
+        "best_of": 24,
+        "samples_per_prompt": 4,
+        "pairs_per_prompt": 4,
+        "max_new_tokens": 6,
+        "dtype": "float32",
+        "temperature": 1.0,
+        "batch_rows": 24,
+        "ppo": {"steps": 0},  # tests/rlhf/test_demo_ppo.py has them
+    }
+    return DemoConfig(output=output, **{"model": str(folder), "prompts": prompts, **small, **options})
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoConfig, Any]:
+    config = _config(tiny_chat_folder, tmp_path_factory.mktemp("demo") / "run")
+    return config, run_demo(config, progress=False)
+
+
+def test_the_run_folder_holds_everything(finished: tuple[DemoConfig, Any]) -> None:
+    folder = finished[0].output
+    for name in ("config.yaml", "samples.jsonl", "pairs.jsonl", "held_out.jsonl", "metrics.jsonl", "metrics.json"):
+        assert (folder / name).stat().st_size > 0, name
+    assert load_config(DemoConfig, folder / "config.yaml") == finished[0]
+    assert json.loads((folder / "metrics.json").read_text()) == finished[1].metrics
+    assert not list(folder.glob(".*tmp*"))
+
+
+def test_the_saved_models_score_text_as_the_run_scored_features(finished: tuple[DemoConfig, Any]) -> None:
+    folder = finished[0].output
+    rows = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
+    accuracies = {}
+    for name in ("single", "model"):
+        model = AutoModelForSequenceClassification.from_pretrained(folder / name)
+        scorer = Scorer(model, AutoTokenizer.from_pretrained(folder / name), progress=False)
+        sides = [
+            scorer.score([{"prompt": row["prompt"], "response": row[side]} for row in rows], aggregation="mean").mean
+            for side in ("chosen", "rejected")
+        ]
+        means = [side.mean(dim=1) for side in sides]
+        accuracies[name] = float((means[0] > means[1]).float().mean())
+    found = finished[1].metrics["pairs"]["accuracy"]
+    one_pair = 1.01 / len(rows)  # a near tie may fall either way: the trunk rounds otherwise in other batches
+    assert accuracies["model"] == pytest.approx(found["mean"]["value"], abs=one_pair)
+    assert accuracies["single"] == pytest.approx(found["single head"]["value"], abs=one_pair)
+
+
+def test_pairs_are_ordered_by_gold_but_for_the_flipped_share(finished: tuple[DemoConfig, Any]) -> None:
+    config, result = finished
+    rows = [json.loads(line) for line in (config.output / "pairs.jsonl").read_text().splitlines()]
+    counts = result.metrics["counts"]
+    assert len(rows) == counts["pairs"]
+    assert sum(row["flipped"] for row in rows) == counts["flipped"] == round(0.25 * len(rows))
+    assert all((row["gold_chosen"] < row["gold_rejected"]) == row["flipped"] for row in rows)
+    held = [json.loads(line) for line in (config.output / "held_out.jsonl").read_text().splitlines()]
+    assert all(row["gold_chosen"] > row["gold_rejected"] for row in held)
+    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in held}
+    assert counts["pairs"] + counts["ties"] == 30 * 4
+
+
+def test_noisy_accuracy_is_pulled_towards_a_half(finished: tuple[DemoConfig, Any]) -> None:
+    metrics = finished[1].metrics
+    true, noisy = metrics["pairs"]["accuracy"]["mean"]["value"], metrics["noisy_accuracy"]["mean"]["value"]
+    share = metrics["counts"]["held_out_flipped"] / metrics["counts"]["held_out_pairs"]
+    assert abs(noisy - 0.5) <= abs(true - 0.5) + 1e-9
+    assert abs(noisy - true) <= share + 1e-9
+
+
+def test_the_table_and_the_path_are_what_the_terminal_shows(finished: tuple[DemoConfig, Any]) -> None:
+    text = str(finished[1])
+    titles = ("single head", "mean of heads", "nominal", "worst case", "tradeoff", "the gold scorer itself")
+    assert all(word in text for word in (*titles, "n=1 ", "n=24"))
+    assert text.splitlines()[-1] == f"report: {finished[0].output / 'report.html'}"
+    assert len({len(line) for line in text.splitlines()[:7]}) == 1, "columns are aligned"
+
+
+def test_a_finished_demo_is_not_done_again(finished: tuple[DemoConfig, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "_Run", None)
+    assert str(run_demo(finished[0], progress=False)) == str(finished[1])
+
+
+def test_the_report_is_one_whole_page_that_loads_nothing(finished: tuple[DemoConfig, Any]) -> None:
+    text = (finished[0].output / "report.html").read_text(encoding="utf-8")
+    reader = Reader(text)
+    assert all(load.startswith(("#", "data:")) for load in reader.loads), reader.loads
+    assert not re.search(r"url\(\s*['\"]?(?!#)", text)
+    assert "@import" not in text
+    assert "script" not in reader.tags
+    assert "{{" not in text
+    assert "{%" not in text
+    assert text.count("<svg") >= 4
+
+
+def test_the_report_says_what_the_metrics_say(finished: tuple[DemoConfig, Any]) -> None:
+    import html
+
+    text = html.unescape((finished[0].output / "report.html").read_text(encoding="utf-8"))
+    for line in finished[1].metrics["best_of_n"]["findings"]:
+        assert line in text
+
+
+def test_an_interrupted_demo_goes_on_to_the_same_samples_and_numbers(
+    tiny_chat_folder: Path, finished: tuple[DemoConfig, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(tiny_chat_folder, tmp_path / "cut")
+    usual, count = rollout.sample_batch, 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        nonlocal count
+        for step in usual(*args, **kwargs):
+            count += 1
+            if count > 40:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(rollout, "sample_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(config, progress=False)
+    monkeypatch.setattr(rollout, "sample_batch", usual)
+    monkeypatch.setattr(demo, "evaluate_heads", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(config, progress=False)
+    monkeypatch.undo()
+    result = run_demo(config, progress=False)
+    whole = finished[0].output
+    for name in ("samples.jsonl", "pairs.jsonl", "held_out.jsonl"):
+        assert (config.output / name).read_bytes() == (whole / name).read_bytes()
+    same = [{k: v for k, v in r.metrics.items() if k != "seconds"} for r in (result, finished[1])]
+    assert same[0] == same[1]
+
+
+def _interrupt(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished: tuple[DemoConfig, Any]) -> None:
+    changed = finished[0].model_copy(update={"temperature": 0.5})
+    with pytest.raises(ValueError, match=r"another temperature \(1\.0 there, 0\.5 here\): choose another folder"):
+        run_demo(changed, progress=False)
+
+
+def test_a_folder_of_something_else_is_refused(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="with other files"):
+        run_demo(_config(tiny_chat_folder, tmp_path), progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_another_process_writes_is_refused(finished: tuple[DemoConfig, Any]) -> None:
+    with held(finished[0].output), pytest.raises(ValueError, match="is being written by process"):
+        run_demo(finished[0], progress=False)
+
+
+def test_a_mistake_leaves_the_folder_to_the_mended_command(
+    tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(tiny_chat_folder, tmp_path / "run", preferences="no_such.jsonl")
+    monkeypatch.setattr(
+        demo._Run, "_load_model", lambda self: pytest.fail("a model was loaded before the file was read")
+    )
+    with pytest.raises(ValueError, match=r"^preferences: .*no_such\.jsonl: no such file"):
+        run_demo(config, progress=False)
+    with pytest.raises(ValueError, match="no_such_either"):  # and not that the folder holds another run
+        run_demo(config.model_copy(update={"preferences": "no_such_either.jsonl"}), progress=False)
+
+
+def test_real_preferences_take_the_place_of_the_gold_scorer(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    words = ["good food", "bad soup", "lovely room", "sad film", "great day", "poor hotel", "nice people", "ugly train"]
+    lines = []
+    for i in range(80):
+        a, b = torch.randperm(8, generator=draw)[:2].tolist()
+        good, bad = (a, b) if (a % 2, a) < (b % 2, b) else (b, a)
+        row = {"prompt": f"it was {'very ' * (i % 20)}the", "chosen": words[good], "rejected": words[bad]}
+        lines.append(json.dumps(row))
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    config = _config(tiny_chat_folder, tmp_path / "run", preferences=str(file), prompts=None)
+    result = run_demo(config, progress=False)
+    assert result.metrics["best_of_n"] is None
+    assert not (config.output / "samples.jsonl").exists()
+    assert "no best-of-n" in str(result)
+    text = (config.output / "report.html").read_text(encoding="utf-8")
+    assert "there is no gold scorer" in text
+    assert "Best-of-n: searching" not in text
+
+
+def test_our_prompts_are_a_few_hundred_different_ones() -> None:
+    prompts = read_prompts(None, 32)
+    assert 200 <= len(prompts) <= 400
+    assert len({prompt.lower() for prompt in prompts}) == len(prompts)
+
+
+def test_too_few_prompts_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("one\n\ntwo\none\n")
+    assert read_prompts(tmp_path / "p.txt", 0) == ["one", "two"]
+    with pytest.raises(ValueError, match=r"at least 5 different ones \(3 are held out\), got 2"):
+        read_prompts(tmp_path / "p.txt", 3)
+    with pytest.raises(ValueError, match="expected a UTF-8 text file"):
+        read_prompts(tmp_path / "absent.txt", 3)

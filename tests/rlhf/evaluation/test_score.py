@@ -1,0 +1,382 @@
+"""`prudent score`: the same rows with rewards, in order, and the same bytes however often it was killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from prudent import Aggregation, EnsembleRewardModel, Scorer
+from prudent.rlhf.evaluation import score
+from prudent.rlhf.evaluation.score import ScoreConfig, run_score
+
+ROWS = [
+    {"prompt": "my day was", "response": "great", "id": 7},
+    {"prompt": [{"role": "user", "content": "the food ?"}], "response": [{"role": "assistant", "content": "bad"}]},
+    {"messages": [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "very nice"}]},
+    {"prompt": "the hotel is", "chosen": "lovely", "rejected": "not lovely", "margin": 2.0},
+    {"chosen": "the train was good", "rejected": "the train was long and sad"},
+    {"prompt": "the soup", "response": "is é \u2028 awful", "complete": False},
+]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_chat_folder, tmp_path_factory) -> Path:
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("reward")
+    EnsembleRewardModel.from_trunk(str(tiny_chat_folder), num_heads=3, aggregation="tradeoff:0.4").save_pretrained(
+        folder
+    )
+    AutoTokenizer.from_pretrained(tiny_chat_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make(model_folder, tmp_path, monkeypatch):
+    """make(rows or lines, **config) -> ScoreConfig, with chunks of 4 rows."""
+    monkeypatch.setattr(score, "CHUNK_ROWS", 4)
+
+    def make(rows, **given) -> ScoreConfig:
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        data = tmp_path / "in.jsonl"
+        data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return ScoreConfig(
+            **{"model": str(model_folder), "data": str(data), "output": str(tmp_path / "out" / "out.jsonl"), **given}
+        )
+
+    return make
+
+
+def written(config: ScoreConfig) -> list[dict]:
+    return [json.loads(line) for line in Path(config.output).read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def scorer_of(config: ScoreConfig) -> Scorer:
+    model = EnsembleRewardModel.from_pretrained(config.model)
+    return Scorer(model, AutoTokenizer.from_pretrained(config.model), progress=False)
+
+
+def test_every_form_of_row_comes_back_in_order_with_the_scorers_numbers(make):
+    config = make(ROWS)
+    result = run_score(config, progress=False)
+    rows = written(config)
+    scorer = scorer_of(config)
+    for given, row in zip(ROWS, rows, strict=True):
+        assert {key: row[key] for key in given} == given
+    items = [{k: v for k, v in ROWS[i].items() if k != "id"} for i in (0, 1, 2, 5)]
+    expected = scorer.score(items)
+    for place, i in enumerate((0, 1, 2, 5)):
+        found = rows[i]
+        assert found["reward"] == pytest.approx(expected.reward[place], abs=1e-5)
+        assert found["nominal"] == pytest.approx(expected.nominal[place], abs=1e-5)
+        assert found["worst"] == pytest.approx(expected.worst[place], abs=1e-5)
+        assert found["mean"] == pytest.approx(expected.mean[place].tolist(), abs=1e-5)
+        assert found["std"] == pytest.approx(expected.std[place].tolist(), abs=1e-5)
+        assert found["worst"] == min(found["mean"])
+        assert found["reward"] == pytest.approx(0.4 * found["nominal"] + 0.6 * found["worst"], abs=1e-6)
+    assert (result.rows, result.bad_rows, result.nonfinite) == (6, 0, 0)
+
+
+def test_a_pair_is_scored_on_both_sides_as_training_reads_it(make):
+    config = make(ROWS[3:5])
+    run_score(config, progress=False)
+    rows = written(config)
+    expected = scorer_of(config).score(
+        [
+            {"prompt": "the hotel is", "response": "lovely"},
+            {"prompt": "the hotel is", "response": "not lovely"},
+            {"prompt": "the train was ", "response": "good"},
+            {"prompt": "the train was ", "response": "long and sad"},
+        ]
+    )
+    found = [row["scores"][side]["reward"] for row in rows for side in ("chosen", "rejected")]
+    assert found == pytest.approx(expected.reward, abs=1e-5)
+    assert set(rows[0]["scores"]["chosen"]) == {"reward", "nominal", "worst", "mean", "std"}
+    assert rows[0]["chosen"] == "lovely"
+
+
+def test_another_aggregation_changes_the_reward_and_nothing_else(make):
+    config = make(ROWS[:3], aggregation="mean")
+    run_score(config, progress=False)
+    for row in written(config):
+        assert row["reward"] == pytest.approx(sum(row["mean"]) / 3, abs=1e-6)
+        assert row["worst"] == min(row["mean"])
+
+
+@pytest.mark.parametrize("cut", [0, 1, 300, 2000, 0.5, 0.9, -1, "chunk", None])
+def test_a_killed_run_resumes_to_the_same_bytes(make, cut, monkeypatch):
+    config = make(ROWS * 3)
+    run_score(config, progress=False)
+    output = Path(config.output)
+    whole = output.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    if cut == "chunk":
+        kept = ends[7]
+    elif cut is None:
+        kept = len(whole)
+    else:
+        kept = int(cut * len(whole)) if isinstance(cut, float) else cut % len(whole)
+    output.write_bytes(whole[:kept])
+    scored = []
+    original = Scorer.score
+    monkeypatch.setattr(
+        Scorer, "score", lambda self, items, **kw: scored.append(len(items)) or original(self, items, **kw)
+    )
+    result = run_score(config, resume=True, progress=False)
+    assert output.read_bytes() == whole
+    assert result.rows == len(ROWS) * 3
+    assert result.kept == sum(end <= kept for end in ends) // 4 * 4
+    rows_again = result.rows - result.kept
+    assert rows_again <= sum(scored) <= 2 * rows_again
+
+
+def test_an_interrupt_between_chunks_leaves_whole_lines_to_go_on_from(make, monkeypatch):
+    config = make(ROWS * 3)
+    original, calls = Scorer.score, []
+
+    def interrupted(self, items, **kwargs):
+        calls.append(len(items))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, items, **kwargs)
+
+    monkeypatch.setattr(Scorer, "score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_score(config, progress=False)
+    assert len(written(config)) == 8
+    assert run_score(config, resume=True, progress=False).kept == 8
+    assert max(calls) <= 8  # 4 rows, 2 items a pair: never the whole file
+
+
+def test_resume_begins_an_output_that_is_not_there(make):
+    config = make(ROWS)
+    assert run_score(config, resume=True, progress=False).rows == 6
+
+
+def test_resume_refuses_another_aggregation_or_model_but_not_another_batch_size(make):
+    config = make(ROWS)
+    run_score(config, progress=False)
+    with pytest.raises(ValueError, match="made with another aggregation"):
+        run_score(config.model_copy(update={"aggregation": "min"}), resume=True, progress=False)
+    run_score(config.model_copy(update={"batch_tokens": 64}), resume=True, progress=False)
+
+
+def test_resume_refuses_data_that_changed_under_the_kept_lines(make):
+    config = make(ROWS)
+    run_score(config, progress=False)
+    before = Path(config.output).read_bytes()
+    make([{**ROWS[0], "id": 8}] * 6)
+    with pytest.raises(ValueError, match=r"line 4 is not of .*in\.jsonl, line 4"):
+        run_score(config, resume=True, progress=False)
+    assert Path(config.output).read_bytes() == before
+
+
+def test_resume_refuses_an_output_of_unknown_making(make):
+    config = make(ROWS)
+    run_score(config, progress=False)
+    Path(f"{config.output}.config.json").unlink()
+    with pytest.raises(ValueError, match="says how it was made, is missing"):
+        run_score(config, resume=True, progress=False)
+
+
+def test_a_mistake_in_the_first_rows_leaves_the_output_to_the_mended_command(make):
+    config = make([{"prompt": "no response"}, *ROWS])
+    with pytest.raises(ValueError, match="line 1"):
+        run_score(config, progress=False)
+    result = run_score(config.model_copy(update={"skip_bad_rows": True}), progress=False)
+    assert (result.rows, result.bad_rows) == (len(ROWS) + 1, 1)
+
+
+def test_an_existing_output_is_kept_unless_told_otherwise(make):
+    config = make(ROWS[:2])
+    Path(config.output).parent.mkdir()
+    Path(config.output).write_text("precious\n")
+    with pytest.raises(ValueError, match="exists already"):
+        run_score(config, progress=False)
+    with pytest.raises(ValueError, match="no-such-model"):
+        run_score(config.model_copy(update={"model": "./no-such-model"}), overwrite=True, progress=False)
+    assert Path(config.output).read_text() == "precious\n"
+    run_score(config, overwrite=True, progress=False)
+    assert len(written(config)) == 2
+
+
+BROKEN = [
+    ('{"prompt": "the food"', "JSON object a line"),
+    ("[1, 2]", "one object a line, got an array"),
+    ('{"prompt": "the food"}', "prompt and response, messages, or chosen and rejected, got prompt"),
+    ('{"prompt": "a", "response": "b", "reward": 1}', "a field 'reward' already"),
+    ('{"prompt": "a", "response": 3}', "expected messages"),
+    ('{"prompt": "a", "response": "b", "x": NaN}', "NaN, which JSON does not have"),
+    ('{"prompt": "a", "response": "\\ud800"}', "surrogates"),
+    ('{"chosen": "a b", "rejected": [{"role": "user", "content": "x"}]}', "both as texts or both as messages"),
+    ('{"messages": []}', "at least one message"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BROKEN)
+def test_a_broken_line_is_an_error_naming_file_and_line(make, line, message):
+    config = make([*ROWS[:5], "", line])
+    with pytest.raises(ValueError, match=r"in\.jsonl, line 7: ") as caught:
+        run_score(config, progress=False)
+    assert message in str(caught.value)
+    assert len(written(config)) == 4  # the whole chunk before it
+
+
+def test_a_broken_line_can_be_kept_in_its_place_with_a_null_reward(make):
+    config = make([line for line, _ in BROKEN] + ROWS[:2], skip_bad_rows=True)
+    result = run_score(config, progress=False)
+    rows = written(config)
+    assert (result.bad_rows, len(rows)) == (len(BROKEN), len(BROKEN) + 2)
+    for row, (_, message) in zip(rows, BROKEN, strict=False):
+        assert message in row["error"]
+    assert [row["reward"] for row in rows[: len(BROKEN)]] == [None, None, None, 1, None, None, None, None, None]
+    assert all(math.isfinite(row["reward"]) for row in rows[len(BROKEN) :])
+    assert f"{len(BROKEN)} broken rows" in str(result)
+
+
+def test_a_reward_that_is_not_finite_is_null_and_counted(make, monkeypatch):
+    config = make(ROWS[:3])
+    original = EnsembleRewardModel.features
+
+    def overflowing(self, input_ids, attention_mask):
+        hidden = original(self, input_ids, attention_mask)
+        hidden[input_ids.shape[0] - 1] = math.inf  # the shortest of the batch
+        return hidden
+
+    monkeypatch.setattr(EnsembleRewardModel, "features", overflowing)
+    result = run_score(config, progress=False)
+    rows = written(config)
+    assert [row["reward"] is None for row in rows].count(True) == result.nonfinite == 1
+    bad = next(row for row in rows if row["reward"] is None)
+    assert bad["nominal"] is None
+    assert None in bad["mean"]
+
+
+def test_standard_input_and_output(make, monkeypatch):
+    config = make(ROWS[:2], data="-", output="-")
+    text = "\n".join(json.dumps(row) for row in ROWS[:2])
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=out))
+    result = run_score(config, progress=False)
+    monkeypatch.undo()
+    assert [json.loads(line)["prompt"] for line in out.getvalue().splitlines()] == [row["prompt"] for row in ROWS[:2]]
+    assert str(result) == "standard output: 2 rows"
+
+
+def test_a_one_head_classifier_of_anybody_is_scored_too(make, tiny_chat_folder, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tiny_chat_folder, num_labels=1, pad_token_id=0)
+    classifier.save_pretrained(tmp_path / "classifier")
+    AutoTokenizer.from_pretrained(tiny_chat_folder).save_pretrained(tmp_path / "classifier")
+    config = make(ROWS[:2], model=str(tmp_path / "classifier"))
+    run_score(config, progress=False)
+    for row in written(config):
+        assert row["reward"] == row["nominal"] == row["worst"] == row["mean"][0]
+
+
+def test_long_rows_are_counted_and_the_scorers_warning_does_not_come_once_a_chunk(make, caplog):
+    config = make([{"prompt": "the food was", "response": "very " * 40}] * 9, max_length=32)
+    with caplog.at_level(logging.WARNING):
+        result = run_score(config, progress=False)
+    assert result.truncated == 9
+    assert not caplog.records
+    assert "9 responses too long" in str(result)
+
+
+@pytest.mark.parametrize(
+    ("given", "flags", "message"),
+    [
+        ({"aggregation": "tradeof:0.4"}, {}, "aggregation: kind: expected one of"),
+        ({"aggregation": "head:3"}, {}, "expected a head below 3"),
+        ({"aggregation": "mean,centre=batch"}, {}, "expected centre=none"),
+        ({"data": "no-such-file.jsonl"}, {}, "^data: no-such-file.jsonl: no such file$"),
+        ({"data": "."}, {}, "^data: .: expected a file, got a folder$"),
+        ({"model": "./no-such-model"}, {}, "no-such-model"),
+        ({"output": "-"}, {"resume": True}, "expected files"),
+        ({}, {"resume": True, "overwrite": True}, "got both"),
+        ({"max_length": 1000}, {}, "max_length"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(make, given, flags, message):
+    config = make(ROWS[:1], **given)
+    with pytest.raises(ValueError, match=message):
+        run_score(config, progress=False, **flags)
+    assert config.output == "-" or not Path(config.output).exists()
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_folder_is_no_output(make, tmp_path, flags):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"output: expected a file, got .*/out, a folder"):
+        run_score(make(ROWS[:1], output=str(tmp_path / "out")), progress=False, **flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "says"),
+    [
+        ("out.jsonl.config.json", "{broken", r"out\.jsonl\.config\.json: expected a JSON object, got broken JSON"),
+        ("out.jsonl", "{broken", r"output: .*out\.jsonl cannot be resumed: line 4 is not of .*in\.jsonl, line 4"),
+        ("out.jsonl", "[1]", r"output: .*out\.jsonl cannot be resumed: line 4 is not of .*in\.jsonl, line 4"),
+    ],
+)
+def test_a_resumed_output_that_was_damaged_is_named(make, name, line, says):
+    config = make(ROWS)
+    run_score(config, progress=False)
+    damaged = Path(config.output).with_name(name)
+    lines = damaged.read_text().split("\n")
+    damaged.write_text("\n".join([*lines[:3], line, *lines[4:]]))
+    with pytest.raises(ValueError, match=says):
+        run_score(config, resume=True, progress=False)
+
+
+def test_an_empty_file_is_free_and_a_byte_order_mark_is_no_part_of_the_first_row(make):
+    config = make(ROWS[:1])
+    data, output = Path(config.data), Path(config.output)
+    data.write_bytes(b"\xef\xbb\xbf" + data.read_bytes())
+    output.parent.mkdir()
+    output.touch()  # a full disk leaves no more
+    run_score(config, progress=False)
+    assert written(config)[0]["prompt"] == ROWS[0]["prompt"]
+
+
+def test_an_array_over_several_lines_is_said_to_be_one(make):
+    config = make([json.dumps([ROWS[0]], indent=1)])
+    with pytest.raises(ValueError, match=r"^data: .*in\.jsonl, line 1: expected JSON lines, .* got an array"):
+        run_score(config, progress=False)
+
+
+def test_a_full_disk_names_the_output(make, monkeypatch):
+    monkeypatch.setattr(score, "_target", lambda _: Path("/dev/full").open("ab"))  # noqa: SIM115  the job closes it
+    config = make(ROWS)
+    with pytest.raises(OSError, match=r"could not be written \(No space left on device\)") as raised:
+        run_score(config, progress=False)
+    assert raised.value.filename == config.output
+
+
+def test_the_data_is_never_the_output(make):
+    config = make(ROWS[:1])
+    same = config.model_copy(update={"output": config.data})
+    with pytest.raises(ValueError, match="another file than the data"):
+        run_score(same, overwrite=True, progress=False)
+
+
+def test_the_models_own_centring_is_left_out(make, model_folder, tmp_path):
+    model = EnsembleRewardModel.from_pretrained(model_folder)
+    model.score.aggregation = Aggregation.parse("mean,centre=batch")
+    model.save_pretrained(tmp_path / "centred")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "centred")
+    config = make(ROWS[:2], model=str(tmp_path / "centred"))
+    run_score(config, progress=False)
+    for row in written(config):
+        assert row["reward"] == pytest.approx(sum(row["mean"]) / 3, abs=1e-6)

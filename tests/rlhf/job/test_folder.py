@@ -1,0 +1,131 @@
+"""Whose an output folder is: one process's at a time, whatever became of the one before, and one run's for good."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from prudent.rlhf.job import folder as run_folder
+from prudent.rlhf.job.config import JobConfig, load_config
+from prudent.rlhf.job.folder import begun, claim_folder, held
+
+MADE = ("metrics.jsonl", "checkpoints/step-*[1-9]*")
+
+
+class _Inner(JobConfig):
+    lr: float = 0.1
+    rank: int = 4
+
+
+class _Config(JobConfig):
+    output: Path
+    seed: int = 0
+    inner: _Inner = _Inner()
+
+
+class TestOneProcessAtATime:
+    """`held` keeps a second process out, and nothing is left of it afterwards."""
+
+    @contextmanager
+    def _other(self, folder: Path) -> Iterator[subprocess.Popen[str]]:
+        """Another process that holds `folder`."""
+        program = "import sys\nfrom pathlib import Path\nfrom prudent.rlhf.run_folder import held\n"
+        program += "with held(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        other = subprocess.Popen([sys.executable, "-c", program, str(folder)], **pipes)  # type: ignore[call-overload]
+        try:
+            assert other.stdout.readline() == "held\n"
+            yield other
+        finally:
+            other.communicate("")
+
+    def test_the_second_is_refused_with_the_number_of_the_first(self, tmp_path: Path) -> None:
+        with (
+            self._other(tmp_path) as other,
+            pytest.raises(ValueError, match=f"^output: {tmp_path} is being written by process {other.pid}$"),
+            held(tmp_path),
+        ):
+            pytest.fail("two in one folder")
+        with held(tmp_path):  # it has ended
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_killed_one_keeps_nobody_out(self, tmp_path: Path) -> None:
+        with self._other(tmp_path) as other:
+            os.kill(other.pid, signal.SIGKILL)
+            other.wait()
+        assert (tmp_path / run_folder.LOCK).exists()
+        with held(tmp_path):
+            assert (tmp_path / run_folder.LOCK).read_text() == str(os.getpid())
+
+    def test_two_runs_of_one_process_exclude_each_other_until_the_first_is_over(self, tmp_path: Path) -> None:
+        for _ in range(2):
+            with (
+                held(tmp_path),
+                held(tmp_path / "sub"),  # another folder
+                pytest.raises(ValueError, match=f"process {os.getpid()}"),
+                held(tmp_path),
+            ):
+                pytest.fail("two in one folder")
+
+    def test_without_locks_nobody_is_kept_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(run_folder, "fcntl", None)
+        with held(tmp_path), held(tmp_path):
+            assert list(tmp_path.iterdir()) == []
+
+    def test_a_file_is_no_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "thesis.tex").write_text("...")
+        with pytest.raises(ValueError, match="which is a file"), held(tmp_path / "thesis.tex"):
+            pass
+
+
+class TestOneRun:
+    """`claim_folder` takes what is new, and a run's own folder."""
+
+    def test_a_folder_with_nothing_but_hidden_files_is_new(self, tmp_path: Path) -> None:
+        for name in (".DS_Store", ".config.yaml.123.tmp"):
+            (tmp_path / name).write_text("...")
+        with held(tmp_path):
+            assert not claim_folder(_Config(output=tmp_path), MADE)
+        assert load_config(_Config, tmp_path / "config.yaml").output == tmp_path
+
+    def test_other_files_are_somebody_else_s(self, tmp_path: Path) -> None:
+        (tmp_path / "thesis.tex").write_text("...")
+        with pytest.raises(ValueError, match="with other files"):
+            claim_folder(_Config(output=tmp_path), MADE)
+
+    def test_a_run_has_begun_once_it_has_made_something(self, tmp_path: Path) -> None:
+        (tmp_path / "metrics.jsonl").touch()
+        (tmp_path / "checkpoints" / "step-000000").mkdir(parents=True)
+        assert not begun(tmp_path, MADE)
+        (tmp_path / "checkpoints" / "step-000010").mkdir()
+        assert begun(tmp_path, MADE)
+        assert not begun(tmp_path / "nowhere", MADE)
+
+    def test_a_begun_run_may_differ_in_the_keys_and_groups_that_are_free(self, tmp_path: Path) -> None:
+        claim_folder(_Config(output=tmp_path), MADE)
+        (tmp_path / "metrics.jsonl").write_text("{}\n")
+        other = _Config(output=tmp_path, seed=3, inner=_Inner(lr=0.5, rank=8))
+        assert claim_folder(other, MADE, free=("seed", "inner"))
+        with pytest.raises(ValueError, match=r"another inner\.rank \(4 there, 8 here\): choose"):
+            claim_folder(other, MADE, free=("seed", "inner.lr"))
+        with pytest.raises(ValueError, match="go on with it by --resume"):
+            claim_folder(_Config(output=tmp_path), MADE, resume=False)
+
+    def test_what_a_kill_left_half_written_is_swept_away(self, tmp_path: Path) -> None:
+        claim_folder(_Config(output=tmp_path), MADE)
+        (tmp_path / "metrics.jsonl").write_text("{}\n")
+        (tmp_path / ".git").mkdir()
+        for name in (".policy.123.tmp", ".policy.123.old"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "model.safetensors").write_bytes(b"half")
+        (tmp_path / ".report.html.123.tmp").write_text("half")
+        assert claim_folder(_Config(output=tmp_path), MADE)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".git", "config.yaml", "metrics.jsonl"]

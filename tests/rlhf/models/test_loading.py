@@ -1,0 +1,150 @@
+"""Models that a config names: what is none, or cannot be read, is one sentence with the key and the name."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from prudent.engine import EnsembleRewardModel
+from prudent.rlhf.job import files
+from prudent.rlhf.job.files import refuse_mistyped
+from prudent.rlhf.models.loading import (
+    load_language_model,
+    load_reward_model,
+    load_scorer,
+    load_tokenizer,
+    load_trunk,
+    model_folder,
+)
+
+
+@pytest.fixture
+def lm(tiny_chat_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the causal language model that may be broken."""
+    return Path(shutil.copytree(tiny_chat_folder, tmp_path / "lm"))
+
+
+@pytest.fixture
+def run(tiny_chat_folder: Path, tmp_path: Path) -> Path:
+    """What `prudent train` leaves: model/ with the ensemble, adapter/ with a LoRA (here its configuration alone)."""
+    torch.manual_seed(0)
+    model = EnsembleRewardModel.from_trunk(str(tiny_chat_folder), num_heads=2)
+    model.save_pretrained(tmp_path / "run" / "model")
+    AutoTokenizer.from_pretrained(tiny_chat_folder).save_pretrained(tmp_path / "run" / "model")
+    (tmp_path / "run" / "adapter").mkdir()
+    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")
+    return tmp_path / "run"
+
+
+def _cut(name: str) -> Callable[[Path], None]:
+    def cut(folder: Path) -> None:
+        (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+    return cut
+
+
+def _without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("load", "breaks", "says"),
+    [
+        (load_language_model, _cut("model.safetensors"), "model: {}: its weights cannot be read (Error while"),
+        (load_trunk, _cut("model.safetensors"), "model: {}: its weights cannot be read (Error while"),
+        (load_language_model, _without("model.safetensors"), "model: expected a causal language model's folder or hub"),
+        (load_language_model, _cut("config.json"), "got the folder {}: It looks like the config file at"),
+        (load_reward_model, _cut("config.json"), "model: expected a reward model's folder or hub name, got the folder"),
+        (
+            load_reward_model,
+            lambda _: None,
+            "model: {}: expected a reward model, got LlamaForCausalLM, a model without a reward head",
+        ),
+        (load_tokenizer, _without("tokenizer.json"), "got the folder {}: it has none"),
+        (load_tokenizer, _cut("tokenizer.json"), "got the folder {}: its tokeniser cannot be read ("),
+        (load_tokenizer, lambda f: (f / "tokenizer.json").write_text("[]"), "its tokeniser cannot be read ("),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_one_sentence_with_the_key_and_the_folder(
+    lm: Path, load: Callable[[str, str], object], breaks: Callable[[Path], None], says: str
+) -> None:
+    breaks(lm)
+    with pytest.raises(ValueError, match=re.escape(says.format(lm))) as raised:
+        load("model", str(lm))
+    assert "\n" not in str(raised.value)
+    assert str(raised.value).startswith("model: ")
+    assert str(lm) in str(raised.value)
+
+
+def test_a_cut_reward_model_is_named_by_the_key_that_gave_it(run: Path) -> None:
+    _cut("model.safetensors")(run / "model")
+    with pytest.raises(ValueError, match=re.escape(f"compare: {run / 'model'}: its weights cannot be read (")):
+        load_scorer(str(run), 64, None, False, key="compare")
+
+
+def test_a_run_folder_stands_for_the_model_in_it(run: Path) -> None:
+    assert model_folder(run) == str(run / "model")
+    assert model_folder(run / "model") == str(run / "model")
+    assert load_scorer(str(run), 64, None, False).model.config.num_heads == 2
+
+
+def test_an_adapter_or_a_run_folder_where_a_model_is_expected_leads_to_the_model(run: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"adapter, a LoRA without the model that it changes \(merged, it is .*run/model\)"
+    ):
+        load_scorer(str(run / "adapter"), 64, None, False)
+    with pytest.raises(ValueError, match=r"run, a run folder whose model is .*run/model: "):
+        load_language_model("model", str(run))
+
+
+def test_a_reward_model_where_a_language_model_is_expected_is_refused_in_few_words(run: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"model: expected a causal language model, got the reward model .*, which scores"
+    ) as raised:
+        load_language_model("model", str(run / "model"))
+    assert len(str(raised.value)) < 600 + len(str(run))
+
+
+def test_a_language_model_that_lacks_tensors_is_refused(lm: Path) -> None:
+    config = json.loads((lm / "config.json").read_text())
+    (lm / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"model: '.*': expected every tensor of the model in the checkpoint"):
+        load_language_model("model", str(lm))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("", "expected a file, a folder or a hub's name, got an empty text"),
+        ("/no/such", "no such file or folder"),
+        ("./here", "no such file or folder"),
+        ("runs/reward/model", "no such file or folder"),
+        ("runs/mdoel", "no such file or folder (no hub is asked for it, because there is a folder runs)"),
+    ],
+)
+def test_a_mistyped_path_is_refused_before_a_hub_is_asked(
+    name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "model").mkdir(parents=True)
+    with pytest.raises(ValueError, match=re.escape(says)) as raised:
+        refuse_mistyped("model", name)
+    assert str(raised.value).startswith("model: ")
+
+
+@pytest.mark.parametrize("name", ["runs/model", "gpt2", "google/gemma-2b", "runs/cached"])
+def test_what_is_there_or_may_be_a_hubs_is_let_through(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "HF_HUB_CACHE", tmp_path / "cache")
+    (tmp_path / "cache" / "models--runs--cached").mkdir(parents=True)
+    (tmp_path / "runs" / "model").mkdir(parents=True)
+    refuse_mistyped("model", name)

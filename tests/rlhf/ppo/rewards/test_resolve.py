@@ -1,0 +1,303 @@
+"""What a reward source is taken for, and the models among them: what they are given and say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prudent.engine import EnsembleHead, EnsembleRewardModel, Scorer
+from prudent.rlhf.models.adapter import save_head
+from prudent.rlhf.ppo.batch import Samples
+from prudent.rlhf.ppo.config import PPOConfig, RewardConfig
+from prudent.rlhf.ppo.policy.policy import Policy
+from prudent.rlhf.ppo.rewards import resolve as rewards
+from prudent.rlhf.ppo.rewards.resolve import check_reading, open_reward, resolve_reward
+from prudent.rlhf.sampling.prompts import Prompt
+
+
+def _save(folder: Path, policy: Any, tokenizer: Any, heads: int = 3, **options: Any) -> Path:
+    torch.manual_seed(4)
+    EnsembleRewardModel.from_trunk(policy, num_heads=heads, **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _config(source: str | Path, **reward: Any) -> PPOConfig:
+    return PPOConfig(model="m", prompts="p", output="o", reward={"source": str(source), **reward})
+
+
+def _open(source: str | Path, tokenizer: Any, prompts: list[Prompt], kind: Any, **reward: Any) -> Any:
+    return open_reward(_config(source, **reward), tokenizer, prompts, "cpu", kind)
+
+
+def resolve_kind(config: RewardConfig, policy: Any) -> str:
+    return resolve_reward(config, policy).kind
+
+
+def load_shared_head(source: str | Path, policy: Any, aggregation: str = "") -> EnsembleHead:
+    config = RewardConfig(source=str(source), kind="shared", aggregation=aggregation)
+    head = resolve_reward(config, policy).head
+    assert head is not None
+    return head
+
+
+def test_a_model_that_is_compared_with_the_policy_is_read_once(
+    policy: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, read = _save(tmp_path, policy, tokenizer), []
+    own = AutoModelForCausalLM.from_pretrained(tokenizer.name_or_path)  # which gets LoRAs
+    real = rewards.load_reward_model
+    monkeypatch.setattr(rewards, "load_reward_model", lambda *given: read.append(given) or real(*given))
+    found = Policy.load(_config(source, aggregation="min"), device="cpu", model=own)
+    assert (found.source_kind, found.reward_kind, len(read)) == ("shared", "shared", 1)
+
+
+# -- kinds
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("https://host:80/score", "http"),
+        ("my.rewards:score", "callable"),
+        ("folder/my.py:score", "callable"),
+        ("vader", "callable"),
+    ],
+)
+def test_the_kind_follows_from_the_name(source: str, kind: str, policy: Any) -> None:
+    assert resolve_kind(RewardConfig(source=source), policy) == kind
+    assert resolve_kind(RewardConfig(source=source, kind="model"), policy) == "model"
+
+
+def test_a_source_that_is_nothing_is_refused(policy: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"reward.source: expected a reward model's folder or hub name, .* got 'no/such'"
+    ):
+        resolve_kind(RewardConfig(source="no/such"), policy)
+    with pytest.raises(ValueError, match=r"reward.source: expected a reward model's folder"):
+        resolve_kind(RewardConfig(source=str(tmp_path)), policy)
+
+
+def test_a_mistyped_folder_is_refused_before_a_hub_is_asked(
+    policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^reward\.source: runs/lora: no such file or folder"):
+        resolve_kind(RewardConfig(source="runs/lora"), policy)
+
+
+def test_weights_cut_short_are_one_sentence_with_their_folder(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
+    weights = _save(tmp_path, policy, tokenizer) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    for load in (
+        lambda: resolve_kind(RewardConfig(source=str(tmp_path)), policy),
+        lambda: load_shared_head(tmp_path, policy),
+    ):
+        with pytest.raises(ValueError, match=rf"^reward\.source: {tmp_path}: its weights cannot be read"):
+            load()
+
+
+def test_a_model_without_a_tokeniser_is_one_sentence_with_its_folder(
+    policy: Any, prompts: list[Prompt], tokenizer: Any, tmp_path: Path
+) -> None:
+    EnsembleRewardModel.from_trunk(policy, num_heads=3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"^reward\.source: .*{tmp_path}.*") as error:
+        _open(tmp_path, tokenizer, prompts, "model")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_heads_on_the_policys_trunk_are_shared_in_any_precision(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
+    source = _save(tmp_path, policy, tokenizer)
+    assert resolve_kind(RewardConfig(source=str(source)), policy) == "shared"
+    half = AutoModelForCausalLM.from_pretrained(tokenizer.name_or_path, dtype=torch.bfloat16)
+    assert resolve_kind(RewardConfig(source=str(source)), half) == "shared"
+
+
+def test_a_trunk_that_was_trained_is_a_model_of_its_own(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
+    other = AutoModelForCausalLM.from_pretrained(tokenizer.name_or_path)
+    with torch.no_grad():
+        other.model.layers[1].self_attn.q_proj.weight += 1e-3
+    source = _save(tmp_path, other, tokenizer)
+    assert resolve_kind(RewardConfig(source=str(source)), policy) == "model"
+    with pytest.raises(
+        ValueError, match=r"policy's own trunk .* layers.1.self_attn.q_proj.weight .* reward.kind=model"
+    ):
+        load_shared_head(source, policy)
+
+
+def test_a_reward_that_is_not_read_at_the_last_token_is_a_model_of_its_own(
+    policy: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    source = _save(tmp_path, policy, tokenizer, pooling="first")
+    assert resolve_kind(RewardConfig(source=str(source)), policy) == "model"
+    with pytest.raises(ValueError, match="whose pooling is first, not last"):
+        load_shared_head(source, policy)
+
+
+def test_a_sequence_classifier_is_a_model(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
+    _save_classifier(tmp_path, policy, tokenizer)
+    assert resolve_kind(RewardConfig(source=str(tmp_path)), policy) == "model"
+    with pytest.raises(ValueError, match="which is no EnsembleRewardModel"):
+        load_shared_head(tmp_path, policy)
+
+
+def _save_classifier(folder: Path, policy: Any, tokenizer: Any) -> Any:
+    from transformers import LlamaForSequenceClassification
+
+    config = policy.config.__class__(**{**policy.config.to_dict(), "num_labels": 1, "pad_token_id": 0})
+    torch.manual_seed(6)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# -- heads on the trunk
+
+
+@pytest.mark.parametrize(
+    ("heads", "aggregation", "expected"),
+    [(3, "min", "min"), (3, "", "lcb:1"), (1, "tradeoff:0.4", "mean"), (3, "mean,centre=batch", "mean")],
+)
+def test_the_runs_aggregation_is_what_the_heads_get(
+    policy: Any, tokenizer: Any, tmp_path: Path, heads: int, aggregation: str, expected: str
+) -> None:
+    own = "lcb:1" if heads > 1 else "mean"
+    head = load_shared_head(_save(tmp_path, policy, tokenizer, heads, aggregation=own), policy, aggregation)
+    assert (head.num_heads, str(head.aggregation), head.training) == (heads, expected, False)
+    assert not any(parameter.requires_grad for parameter in head.parameters())
+
+
+def test_an_aggregation_of_a_head_that_is_not_there_is_refused(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
+    source = _save(tmp_path, policy, tokenizer)
+    with pytest.raises(ValueError, match=r"^reward\.aggregation 'head:7': expected a head below 3"):
+        load_shared_head(source, policy, "head:7")
+    with pytest.raises(ValueError, match=r"^reward\.aggregation 'head:7': expected a head below 3"):
+        _open(source, tokenizer, [], "model", aggregation="head:7")
+
+
+def test_the_model_is_found_in_the_run_that_trained_it(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
+    source = _save(tmp_path / "run" / "model", policy, tokenizer)
+    run = source.parent
+    assert resolve_kind(RewardConfig(source=str(run)), policy) == "shared"
+    assert load_shared_head(run, policy).num_heads == load_shared_head(source, policy).num_heads
+    check_reading(run, tokenizer, policy)
+    assert _open(run, tokenizer, [], "model").num_heads == load_shared_head(source, policy).num_heads
+
+
+def test_an_adapter_is_found_in_its_folder_and_in_its_run(policy: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "adapter"
+    folder.mkdir(parents=True)
+    save_head(EnsembleHead(32, 2), folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_text("{}")
+    for source in (folder, folder.parent):
+        found = resolve_reward(RewardConfig(source=str(source), aggregation="min"), policy)
+        assert found.head is not None
+        assert (found.kind, found.adapter) == ("adapter", folder)
+        assert (found.head.num_heads, str(found.head.aggregation)) == (2, "min")
+    with pytest.raises(ValueError, match="expected a folder with a LoRA and heads"):
+        resolve_reward(RewardConfig(source=str(tmp_path), kind="adapter"), policy)
+    (folder / "head.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"^reward\.source: .*head.safetensors"):
+        resolve_reward(RewardConfig(source=str(folder)), policy)
+
+
+def test_a_reward_that_reads_other_tokens_than_the_policy_is_refused(
+    policy: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    check_reading(_save(tmp_path / "same", policy, tokenizer), tokenizer, policy)
+    # without a template, the EOS rule of the model decides
+    plain = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    plain.chat_template = None
+    check_reading(_save(tmp_path / "plain", policy, plain), plain, policy)
+    for name, model, theirs in (("no_eos", plain, plain), ("template", tokenizer, plain)):
+        source = _save(tmp_path / name, policy, model, append_eos=False)
+        with pytest.raises(ValueError, match="expected a reward trained on the tokens that the policy reads"):
+            check_reading(source, theirs, policy)
+
+
+# -- a model of its own
+
+
+def test_a_model_reads_texts_with_its_own_tokeniser_and_template(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path, make_bytes: Callable[..., Any]
+) -> None:
+    theirs = make_bytes()
+    source = _save(tmp_path, _byte_trunk(), theirs)
+    rewards = _open(source, tokenizer, prompts, "model", aggregation="min")(samples)
+    items = [
+        {"prompt": "my day", "response": "good food"},
+        {"prompt": "my day", "response": "bad hotel"},  # cut off, and read as an ended one
+        {"prompt": "the food was", "response": ""},
+    ]
+    scores = Scorer(EnsembleRewardModel.from_pretrained(source), theirs, progress=False).score(items, aggregation="min")
+    assert rewards.reward.tolist() == pytest.approx(scores.reward)
+    assert rewards.nominal.tolist() == pytest.approx(scores.nominal)
+    torch.testing.assert_close(rewards.mean, scores.mean)
+    torch.testing.assert_close(rewards.reward, scores.mean.amin(dim=1))
+
+
+def test_a_sequence_classifier_has_one_head_whose_mean_is_the_reward(
+    policy: Any, tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path
+) -> None:
+    _save_classifier(tmp_path, policy, tokenizer)
+    source = _open(tmp_path, tokenizer, prompts, "model")
+    rewards = source(samples)
+    assert (source.num_heads, rewards.nominal, rewards.worst) == (1, None, None)
+    torch.testing.assert_close(rewards.reward, rewards.mean[:, 0])
+
+
+def test_a_reward_that_is_not_finite_is_nan_and_spoils_no_other(
+    policy: Any, tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path
+) -> None:
+    source = _open(_save(tmp_path, policy, tokenizer), tokenizer, prompts, "model")
+    clean = source(samples).reward
+    with torch.no_grad():
+        source._scorer.model.get_input_embeddings().weight[tokenizer("hotel")["input_ids"][0]] = float("inf")
+    assert torch.equal(source(samples).reward.isnan(), torch.tensor([False, True, False]))
+    torch.testing.assert_close(source(samples).reward[[0, 2]], clean[[0, 2]])
+
+
+def test_a_model_that_cannot_read_the_prompts_is_refused_at_once(
+    policy: Any, tokenizer: Any, tmp_path: Path, make_bytes: Callable[..., Any]
+) -> None:
+    chat = [Prompt([{"role": "user", "content": "my day"}], [4])]
+    source = _save(tmp_path, _byte_trunk(), make_bytes())
+    with pytest.raises(ValueError, match=r"reward.source: .* cannot read the prompts: .*no chat template"):
+        _open(source, tokenizer, chat, "model")
+
+
+def _byte_trunk() -> Any:
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(8)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaModel(LlamaConfig(vocab_size=300, initializer_range=0.3, **sizes)).eval()
+
+
+@pytest.fixture(scope="module")
+def make_bytes() -> Callable[..., Any]:
+    """A tokeniser of single bytes, without a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def build() -> Any:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = {token: i for i, token in enumerate(["</s>", *alphabet])}
+        bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        bytewise.decoder = decoders.ByteLevel()
+        return PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="</s>")
+
+    return build
+
+
+def test_a_reward_on_the_policys_trunk_is_not_opened_here(tokenizer: Any, prompts: list[Prompt]) -> None:
+    with pytest.raises(ValueError, match=r"reward.kind: expected model, callable or http, got shared"):
+        _open("x", tokenizer, prompts, "shared")
