@@ -1,4 +1,4 @@
-"""`make bench`: its options, one measurement a case, and the table and files at the end.
+"""Options of `make bench`, one measurement for each case, and the table and files at the end.
 
 This folder is no package: pytest would import the packages above it a second time, under the checkout's name.
 """
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from .. import cases, machine, measure, report
-from ..case import SIZES, Case
+from prudent.bench import cases, machine, measure, report
+from prudent.bench.case import SIZES, Case
 
-_TIMED = ("ours", "eager", "compiled")  # what every case has; the table has the rest too
+_TIMED = ("ours", "eager", "compiled")  # the variants that every case has; the table also shows the others
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class Bench:
-    """The run: its machine, measured before the first case, and the rows so far."""
+    """The run: the machine, measured before the first case, and the rows so far."""
 
     def __init__(self, config: pytest.Config):
         self.device = str(config.getoption("--device"))
@@ -36,7 +36,7 @@ class Bench:
         self.rows: dict[str, measure.Row] = {}
 
     def row(self, case: Case) -> measure.Row:
-        """The case's row; the first to ask measures all its variants in alternation."""
+        """The case's row; the first call measures all variants of the case in alternation."""
         if self.machine is None:
             self.machine = machine.describe(self.device, quick=self.size == "smoke")
         if case.name not in self.rows:

@@ -1,9 +1,10 @@
-"""Each variant of each case as a pytest-benchmark test: `make bench`, or `pytest --confcutdir=bench/suite bench/suite`.
+"""Every variant of every case as a pytest-benchmark test: `make bench`, or `pytest --confcutdir=bench/suite
+bench/suite`.
 
-pytest-benchmark runs one function's rounds after another's, so a change of clock or a neighbour's noise would fall on
-one variant and look like a ratio. `measure` therefore alternates the variants of a case, and each test hands its
-samples to pytest-benchmark's public interface: `pedantic` with a timer of its own, a clock that a round moves on by one
-recorded sample. Its statistics, JSON, comparison and histogram then work as on any other test.
+pytest-benchmark runs all rounds of one function before the next function, so a change of clock or a neighbour's load
+would affect one variant alone and falsify the ratio. `measure` therefore alternates the variants of a case, and each
+test plays the recorded samples to pytest-benchmark's public interface: `pedantic` with a clock that advances by one
+sample a round. Its statistics, JSON, comparison and histogram then work as on any other test.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from ..case import Case
+from prudent.bench.case import Case
 
 
 class Recorded:
-    """A clock on which the next call of `play` takes as long as the next sample."""
+    """A clock on which each call of `play` takes as long as the next recorded sample."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -32,7 +33,7 @@ class Recorded:
     def __call__(self) -> float:
         return self.now
 
-    def __repr__(self) -> str:  # what pytest-benchmark's JSON says of the timer
+    def __repr__(self) -> str:  # the timer's name in pytest-benchmark's JSON
         return "samples recorded in alternation"
 
 
@@ -41,7 +42,7 @@ clock = Recorded()
 
 @pytest.mark.benchmark(timer=clock)
 def test_op(bench: Any, benchmark: Any, case: Case, variant: str) -> None:
-    """Right against fp64, and how long it takes."""
+    """Check against fp64, then report the recorded times."""
     row = bench.row(case)
     benchmark.group = case.name
     if not row.passed and row.check is not None:

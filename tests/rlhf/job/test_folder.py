@@ -36,7 +36,7 @@ class TestOneProcessAtATime:
     @contextmanager
     def _other(self, folder: Path) -> Iterator[subprocess.Popen[str]]:
         """Another process that holds `folder`."""
-        program = "import sys\nfrom pathlib import Path\nfrom prudent.rlhf.run_folder import held\n"
+        program = "import sys\nfrom pathlib import Path\nfrom prudent.rlhf.job.folder import held\n"
         program += "with held(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         other = subprocess.Popen([sys.executable, "-c", program, str(folder)], **pipes)  # type: ignore[call-overload]

@@ -10,7 +10,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from prudent.engine import EnsembleRewardModel
-from prudent.rlhf.plan import plan
 from prudent.rlhf.ppo import memory, run
 from prudent.rlhf.ppo.config import PPOConfig
 from prudent.rlhf.ppo.loop import run_ppo
@@ -30,7 +29,7 @@ def test_micro_tokens_are_planned_on_a_gpu_and_the_update_s_own_on_a_cpu(
         return 1234
 
     monkeypatch.setattr(memory, "_card", lambda device: 100 * 10**9)
-    monkeypatch.setattr(plan, "auto_micro_tokens", planned)
+    monkeypatch.setattr(memory, "auto_micro_tokens", planned)
     gpu = torch.device("cuda")
     found = memory.with_micro_tokens(config, None, gpu, longest=7)
     assert (found.update.micro_tokens, found.rollout) == (1234, config.rollout)

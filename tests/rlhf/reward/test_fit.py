@@ -176,7 +176,8 @@ def test_every_epoch_is_logged_under_the_stage(tmp_path: Path) -> None:
 _LONG = BRMEConfig(epochs=100, max_steps=None, noise="sampled", batch_size=16)
 _KILLED = """
 import sys, torch
-from prudent.rlhf.fit import BRMEConfig, fit_heads
+from prudent.rlhf.reward.config import BRMEConfig
+from prudent.rlhf.reward.fit import fit_heads
 saved = torch.load(sys.argv[1])
 config = BRMEConfig.model_validate_json(sys.argv[3])
 fit_heads(saved["x"], saved["y"], config, p_hat=saved["p"], progress=False, checkpoint=sys.argv[2])

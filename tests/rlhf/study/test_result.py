@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prudent.rlhf.job.config import load_config
-from prudent.rlhf.study import wording
+from prudent.rlhf.study import result
 from prudent.rlhf.study.learning import LearningConfig
 from prudent.rlhf.study.stochastic import StochasticConfig, run_stochastic
 from prudent.rlhf.study.toy import ToyConfig, run_toy
@@ -27,7 +27,7 @@ from prudent.rlhf.study.toy import ToyConfig, run_toy
 )
 def test_the_command_has_every_key_that_was_changed(sets: tuple[str, ...], command: str) -> None:
     config = load_config(ToyConfig, None, sets)
-    assert wording.command("toy", config) == command
+    assert result.command("toy", config) == command
     typed = [word for word in command.split() if "=" in word]
     again = load_config(ToyConfig, None, typed, seeds=config.seeds, output=config.output)
     assert again == config
@@ -35,7 +35,7 @@ def test_the_command_has_every_key_that_was_changed(sets: tuple[str, ...], comma
 
 def test_a_list_and_a_model_are_in_the_command_as_a_shell_takes_them() -> None:
     config = load_config(LearningConfig, None, ["kl=[0, 0.1]"], model="a model")
-    assert wording.command("learning", config) == (
+    assert result.command("learning", config) == (
         "prudent study learning --model 'a model' --seeds 3 --set 'kl=[0.0, 0.1]'"
     )
 
