@@ -1,12 +1,12 @@
-"""The microbenchmarks without pytest: every op against eager and torch.compile, side by side in one run.
+"""Run the microbenchmarks without pytest: every op against eager and torch.compile in one run.
 
-Prints a table and writes ops-DEVICE.json, .csv, .md and a roofline to --out. A case whose check against fp64 fails gets
-no times, and the exit code is then 1. `make bench` is the same under pytest-benchmark, and `python -m
-prudent.bench.compare` sets two results beside each other.
+Prints a table and writes ops-DEVICE.json, .csv, .md and a roofline to --out. A case that fails its
+check against fp64 is not timed, and the exit code is 1. `make bench` runs the same under pytest-benchmark; `python -m
+prudent.bench.compare` compares two results.
 
 examples:
   prudent bench                                  every op at this device's sizes, minutes
-  prudent bench --size smoke --out runs/smoke    does it all work, seconds a case
+  prudent bench --size smoke --out runs/smoke    a quick check that everything runs, seconds a case
   prudent bench --op ensemble_reward --dtype bf16
 """
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     earlier = arguments.out / f"ops-{arguments.device}.json"
     try:
         if arguments.add:
-            report.merged(earlier, [], here)  # refused now rather than after the measuring
+            report.merged(earlier, [], here)  # an OUT that cannot be added to is refused before minutes of measuring
     except ValueError as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2

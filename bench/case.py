@@ -1,4 +1,4 @@
-"""What a benchmark case is, and the check that must pass before its time counts."""
+"""Define a benchmark case, and the check that it must pass before it is timed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from torch import Tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SIZES = ("smoke", "small", "full")
-_ROUNDING = 16 * torch.finfo(torch.float32).eps  # of a result near the largest: what another order of adding moves
+_ROUNDING = (
+    16 * torch.finfo(torch.float32).eps
+)  # relative to the largest value: the effect of another order of summation
 
 
 class Check(NamedTuple):
-    """Ours against fp64. The errors are of the worst output: largest difference over the largest reference value."""
+    """The result of comparing ours with fp64. Errors are those of the worst output: largest difference / largest
+    reference value.
+    """
 
     passed: bool
     output: str
@@ -28,9 +32,9 @@ class Check(NamedTuple):
 class Work:
     """A case with its tensors on a device.
 
-    inputs: input sets, used in turn. variants: what is timed, each called with one input set; "ours" and "eager" are
-    always there, the order is the table's. check: ours against the reference in fp64, on the first input set.
-    grad: the variants differentiate; without it they run under `torch.no_grad()`. notes: which variant is missing, why.
+    inputs: input sets, used in turn. variants: the timed functions, each called with one input set; "ours" and "eager"
+    are always present; the table keeps this order. check: compares ours with the fp64 reference on the first input set.
+    grad: the variants compute gradients; if False they run under `torch.no_grad()`. notes: why a variant is missing.
     """
 
     inputs: list[tuple[Any, ...]]
@@ -42,10 +46,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """One op, mode, shape and dtype. Nothing is allocated before `make`.
+    """One op, mode, shape and dtype. Tensors are allocated by `make`, not before.
 
-    bytes_moved is the floor: every input of a pass read once, every output written once; forward and backward are two
-    passes. flops: of the matrix products, or of the formula where there are none.
+    bytes_moved: the least possible traffic: every input of a pass read once and every output written once; forward and
+    backward are two passes. flops: of the matrix products, or of the formula if it has none.
     """
 
     op: str
@@ -68,14 +72,14 @@ def generator(device: torch.device, seed: int = 0) -> torch.Generator:
 
 
 def num_sets(device: torch.device) -> int:
-    """Input sets of a case: two on a GPU, so that no call finds what the one before it left in the cache."""
+    """The number of input sets of a case: two on a GPU, so that a call does not find its inputs in the cache."""
     return 2 if device.type == "cuda" else 1
 
 
 def compiled_variants(function: Callable[..., Any], device: torch.device) -> dict[str, Callable[..., Any]]:
-    """torch.compile of `function`; on a GPU with max-autotune too.
+    """`function` under torch.compile; on a GPU also with max-autotune.
 
-    Without its CUDA graphs: they would copy the inputs into buffers of their own, more than these ops read.
+    CUDA graphs stay off: they copy the inputs into buffers of their own, which is more traffic than these ops have.
     """
     found = {"compiled": torch.compile(function, fullgraph=True, dynamic=False)}
     if device.type == "cuda":
@@ -84,14 +88,16 @@ def compiled_variants(function: Callable[..., Any], device: torch.device) -> dic
 
 
 def compare(ours: Mapping[str, Tensor], eager: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Check:
-    """`judge` of each output's relative error against the fp64 one."""
+    """Compute each output's relative error against fp64 and `judge` it."""
     return judge(
         {name: (relative_error(ours[name], want), relative_error(eager[name], want)) for name, want in exact.items()}
     )
 
 
 def judge(errors: Mapping[str, tuple[float, float]]) -> Check:
-    """output -> (error, eager's): ours may be at most twice as far off as plain torch in the case's dtype is."""
+    """Pass if each output's error is at most twice that of plain torch in the same dtype. errors: output -> (ours,
+    eager's).
+    """
     found = []
     for output, (error, eager) in errors.items():
         bound = 2 * eager + _ROUNDING
@@ -100,7 +106,7 @@ def judge(errors: Mapping[str, tuple[float, float]]) -> Check:
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """max |value - reference| / max |reference|; infinite where a shape differs or a value is not finite."""
+    """max |value - reference| / max |reference|; infinite if a shape differs or a value is not finite."""
     if value.shape != reference.shape or not bool(torch.isfinite(value).all()):
         return float("inf")
     largest = max(float(reference.abs().max()), torch.finfo(torch.float64).tiny)

@@ -1,9 +1,9 @@
-"""Two results of `make bench` beside each other.
+"""Compare two results of `make bench`.
 
     python -m prudent.bench.compare OLD.json NEW.json
 
-A case is called faster or slower only where the two runs' quantile ranges (0.2 to 0.8) do not overlap. The ratio to
-eager of the same run stands beside it, because it survives a change of machine and the times do not. Exits 0, or 2 with
+A case is called faster or slower only if the two runs' quantile ranges (0.2 to 0.8) do not overlap. The table also
+shows each run's ratio to eager, which stays comparable across machines, unlike the times. Exits with 0, or with 2 and
 one sentence if a file cannot be read.
 """
 
@@ -21,14 +21,14 @@ _COLUMNS = ("case", "old", "new", "new / old", "", "eager: old", "new")
 
 
 def verdict(old: Timing, new: Timing) -> str:
-    """ "faster", "slower", or "" where the ranges overlap."""
+    """ "faster", "slower", or "" if the ranges overlap."""
     if new.q80 < old.q20:
         return "faster"
     return "slower" if new.q20 > old.q80 else ""
 
 
 def table(old: tuple[list[Row], Machine], new: tuple[list[Row], Machine]) -> str:
-    """The comparison as text, cases in the new file's order, then those it no longer has."""
+    """The comparison as text: cases in the new file's order, then the cases that only the old file has."""
     (before, old_machine), (after, new_machine) = old, new
     by_name = {row.name: row for row in before}
     lines = [_cells(by_name.pop(row.name, None), row) for row in after]

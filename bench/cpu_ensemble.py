@@ -1,8 +1,8 @@
-"""What the fused reward head costs on this CPU beside the bare matrix product, plain eager torch and torch.compile.
+"""Time the fused reward head on this CPU beside the bare matrix product, eager torch and torch.compile.
 
     python -m prudent.bench.cpu_ensemble [--shapes 8192x4096 65536x1024 16x4096] [--dtypes bf16 fp32] [--out FILE]
 
-Every candidate of a case runs in one process on the same tensors, in turns; the tables hold medians over the turns.
+All candidates of a case run in turns in one process on the same tensors; the tables show medians over the turns.
 
     linear     F.linear(hidden, weight) alone, weight [2K, D] in hidden's dtype: one read of the features
     ours       prudent.ensemble_reward: with the trunk's RMSNorm, without it, with the norm and sampling
@@ -10,11 +10,11 @@ Every candidate of a case runs in one process on the same tensors, in turns; the
     compiled   torch.compile of that
     gradients  forward + backward of the same three, for hidden, weight, bias and norm weight; `head gradients` without
                hidden, as on a frozen trunk
-    fresh      writing zeros to a new tensor like hidden: what its gradient costs before any arithmetic
+    fresh      writing zeros to a new tensor like hidden: the cost of its gradient before any arithmetic
 
-Before a case is timed, ours is held against the reference in fp64; a case whose check fails is reported as failed,
-without times. `--out FILE` writes FILE.json (times, commit, date, machine, versions) and FILE.md; a run that adds cases
-to an existing FILE keeps the others.
+Before a case is timed, ours is checked against the reference in fp64; a case that fails is reported without times.
+`--out FILE` writes FILE.json (times, commit, date, machine, versions) and FILE.md; a run that adds cases to an existing
+FILE keeps the others.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from .machine import cpu_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEADS, NORM_EPS, STD_FLOOR, LAM = 5, 1e-6, 1e-3, 0.4
-FEW_ROWS = 64  # up to here a case is about the call's overhead, and a turn times many calls
-CALLS = 200  # of them
+FEW_ROWS = 64  # with at most so many rows the call's overhead dominates, and a turn times CALLS calls
+CALLS = 200
 
 Score = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Times = dict[str, list[float]]
 
 
 class Goal(NamedTuple):
-    """The ratio of two medians, or with `above` their difference in microseconds, held to a bound."""
+    """A bound on the ratio of two medians or, with `above`, on their difference in microseconds."""
 
     what: str
     first: str
@@ -99,7 +99,7 @@ OVERHEADS = (
 
 
 def composed(hidden: Tensor, weight: Tensor, bias: Tensor, norm: Tensor | None) -> Tensor:
-    """[N] rewards as people compose them: transformers' RMSNorm, a linear layer, Gaussian heads in fp32."""
+    """[N] rewards as users write them: transformers' RMSNorm, a linear layer, Gaussian heads in fp32."""
     if norm is not None:
         x = hidden.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS)
@@ -115,7 +115,7 @@ def ours(hidden: Tensor, weight: Tensor, bias: Tensor, norm: Tensor | None, seed
 
 
 class Case:
-    """One shape and dtype: its tensors, its check and what is timed."""
+    """One shape and dtype: its tensors, its check and its timed candidates."""
 
     def __init__(self, rows: int, dim: int, dtype: str):
         g = torch.Generator().manual_seed(0)
@@ -125,7 +125,7 @@ class Case:
         self.bias = torch.randn(2 * HEADS, generator=g)
         self.norm = (1 + 0.1 * torch.randn(dim, generator=g)).to(DTYPES[dtype])
         self.seed, self.d_reward = torch.tensor([7]), torch.randn(rows, generator=g)
-        torch.compiler.reset()  # every case its own compilations, without a limit reached by those before
+        torch.compiler.reset()  # each case compiles anew: torch limits recompilations over the whole process
         self.compiled: Score = torch.compile(composed, dynamic=False)
 
     @property
@@ -140,7 +140,7 @@ class Case:
         return torch.autograd.grad(reward, leaves[frozen:], self.d_reward)
 
     def candidates(self) -> dict[str, tuple[Callable[[], Any], int]]:
-        """name -> what runs, and in every how many-th turn: what is slow, less often."""
+        """name -> (function, n): the function runs in every n-th turn; slow ones run less often."""
         x, w, b, g = self.tensors
         found: dict[str, tuple[Callable[[], Any], int]] = {
             "linear": (lambda: F.linear(x, w), 1),
@@ -163,7 +163,9 @@ class Case:
         return found
 
     def check(self) -> str:
-        """What is wrong with ours, '' for nothing: its error against fp64 at most eager's, and 2e-5 of the largest."""
+        """'' if ours is right, else what is wrong: its error against fp64 must be at most eager's and 2e-5 of the
+        largest value.
+        """
         leaves = [t.double().requires_grad_() for t in self.tensors]
         x, w, b, g = leaves
         inputs = Inputs(x, w, b, None, g, None, None, None, None, None, 0, NORM_EPS, STD_FLOOR, f"tradeoff:{LAM}")
@@ -180,7 +182,7 @@ class Case:
 
 
 def measure(case: Case, seconds: float) -> Times:
-    """name -> seconds a call, one number a turn, for about `seconds` of turns."""
+    """Time candidates in turns for about `seconds`: name -> seconds a call, one number a turn."""
     candidates, times, turn = case.candidates(), Times(), 0
     with torch.no_grad():
         for run, _ in candidates.values():
@@ -202,7 +204,7 @@ def _time(run: Callable[[], Any], calls: int) -> float:
 
 
 def run_case(rows: int, dim: int, dtype: str, seconds: float) -> dict[str, Any]:
-    """A case's record: machine and versions, and `times` {name: {median, least, count}} in seconds, or `failed`."""
+    """Run a case. Its record: machine and versions, and `times` {name: {median, least, count}} in seconds, or `failed`."""
     case = Case(rows, dim, dtype)
     record: dict[str, Any] = {"rows": rows, "dim": dim, "dtype": dtype, "heads": HEADS} | _here()
     record["failed"] = case.check()
@@ -240,7 +242,7 @@ def _git(*arguments: str) -> str:
 
 
 def table(name: str, record: dict[str, Any]) -> str:
-    """One case as markdown: the times, and the goals beside what came out."""
+    """One case as markdown: the times, and each goal beside its measured value."""
     few = record["rows"] <= FEW_ROWS
     where = "{machine}, {threads} threads, {isa}, torch {torch}, commit {commit}, {date}."
     lines = [f"## {name}", "", where.format(**record), ""]

@@ -1,15 +1,16 @@
-"""One command for a GPU machine without a network: build, correctness first, then times against the goals.
+"""Build, check and time prudent on a GPU machine without a network, in one command.
 
     python bench/gpu_check.py --minutes 9 --out runs/gpu   in a checkout, nothing installed but torch and triton
     python bench/gpu_check.py --dry                        the same on a CPU: interpreted, tiny sizes, no GPU numbers
 
-Stages: build (the native library), machine (its ceilings and versions), tests (every op's Triton cases and every
-other test of it that takes the device), determinism (100 runs), graphs (CUDA-graph capture and replay), sanitizer
+Stages: build (the native library), machine (its ceilings and versions), tests (every op's Triton cases and every other
+test of it that takes the device), determinism (100 runs), graphs (CUDA-graph capture and replay), sanitizer
 (compute-sanitizer, where present), timing (against eager, torch.compile, liger-kernel and cut-cross-entropy, where
-installed). Each runs in child processes with a limit of its own, and one that fails does not hide the next; an op whose
-correctness failed is not timed. gpu_check.json, gpu_check.md and gpu_check.log in --out are rewritten after each stage.
-Where a call may not last long enough for all: `--stages tests determinism graphs sanitizer`, then `--stages timing`.
-pytest is used where it is installed; carry the wheels of pytest, pluggy and iniconfig otherwise.
+installed). Each stage runs in child processes with a time limit of its own, and the next runs even if one fails; an op
+that fails a correctness stage is not timed. gpu_check.json, gpu_check.md and gpu_check.log in --out are rewritten after
+each stage. If one call cannot last long enough for all stages, run `--stages tests determinism graphs sanitizer`, then
+`--stages timing`. The tests stage uses pytest if it is installed; otherwise carry the wheels of pytest, pluggy and
+iniconfig.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _start_as_package() -> None:
-    """Run as a script, start again as the module: the root of the checkout is the package, whatever its folder is
-    called, so a folder with a link of the right name goes on the path. Children inherit it."""
+    """Restart as a module when run as a script. The checkout's root is the package, whatever its folder is called: put
+    a folder with a link of the right name on the path, which child processes inherit.
+    """
     folder = Path(tempfile.mkdtemp(prefix="prudent-"))
     (folder / "prudent").symlink_to(ROOT, target_is_directory=True)
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
@@ -45,7 +47,7 @@ def _start_as_package() -> None:
     try:
         code = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # the link goes, not what it leads to
+        shutil.rmtree(folder, ignore_errors=True)  # removes the link, not its target
     sys.exit(code)
 
 
@@ -54,7 +56,7 @@ if __name__ == "__main__" and not __package__:
 
 from .gpu_goals import goals_table, markdown, verdicts  # noqa: E402
 
-# most seconds of a stage, of which the time left may allow less; timing has what is left
+# time limit of a stage in seconds, cut to the time left; timing takes all that is left
 STAGES = {
     "build": 180, "machine": 90, "tests": 240, "determinism": 60, "graphs": 60, "sanitizer": 120, "timing": 3600,
 }  # fmt: skip
@@ -62,13 +64,13 @@ _CARRY = "pytest is not installed, so the ops' test cases did not run: carry the
 
 
 class Check:
-    """The run: what is known so far, written to disk after every stage."""
+    """The run: its findings so far, written to disk after every stage."""
 
     def __init__(self, out: Path, dry: bool, minutes: float):
         self.out, self.dry, self.end = out, dry, time.monotonic() + 60 * minutes
         out.mkdir(parents=True, exist_ok=True)
         self.log = (out / "gpu_check.log").open("w", encoding="utf-8")
-        self.failed: set[str] = set()  # ops that are not to be timed
+        self.failed: set[str] = set()  # ops that failed a check and are not timed
         self.cases: list[tuple[str, str]] = []  # (op, case)
         self.report: dict[str, Any] = {
             "schema": 1, "dry": dry, "started": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -93,7 +95,7 @@ class Check:
         print(f"{stage} ...", flush=True)
         try:
             status, notes = getattr(self, f"stage_{stage}")(min(STAGES[stage], self.left() - 5))
-        except Exception as error:  # a fault of this script must not hide what the other stages find
+        except Exception as error:  # a fault of this script must not stop the other stages
             status, notes = "failed", [f"{type(error).__name__}: {error}"]
         seconds = time.monotonic() - began
         self.report["stages"][stage] = {"status": status, "seconds": seconds, "notes": notes}
@@ -101,7 +103,7 @@ class Check:
         print(f"{stage}: {status} in {seconds:.0f} s" + "".join(f"\n  {note}" for note in notes), flush=True)
 
     def call(self, command: Sequence[str], limit: float, **environment: str) -> tuple[int | None, str]:
-        """(exit code, or None where the limit ended it; what it printed), which goes into the log too."""
+        """Run a command and log its output: (exit code, or None if the time limit ended it; output)."""
         if limit <= 0:
             return None, ""
         kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
@@ -119,7 +121,7 @@ class Check:
         return code, text
 
     def child(self, stage: str, limit: float, before: Sequence[str] = (), *flags: str) -> tuple[int | None, Any]:
-        """Run a stage of gpu_stages.py, under `before` if given: (exit code, its file)."""
+        """Run a stage of gpu_stages.py, prefixed by the command `before` if given: (exit code, its JSON file)."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "result.json"
             dry = ["--dry"] if self.dry else []
@@ -134,7 +136,7 @@ class Check:
         return code, found
 
     def stage_build(self, limit: float) -> tuple[str, list[str]]:
-        """As setup.py builds in place, else by cmake alone; dry, the library that is there is kept."""
+        """Build the native library as setup.py does in place, else by cmake alone; a dry run keeps the present library."""
         if self.dry and (ROOT / "_C.so").exists():
             return "passed", ["dry: the library that is there was kept"]
         code, text = self.call([sys.executable, "setup.py", "build_ext", "--inplace"], limit)
@@ -158,7 +160,9 @@ class Check:
         return "failed" if code != 0 else "passed", found["notes"]
 
     def stage_tests(self, limit: float) -> tuple[str, list[str]]:
-        """Every op's Triton cases and its tests on the device; dry, two of the cases, interpreted."""
+        """Run every op's Triton cases and its tests on the device; a dry run runs two of the cases under the
+        interpreter.
+        """
         if importlib.util.find_spec("pytest") is None:
             return "failed", [_CARRY]
         end, notes, status = time.monotonic() + limit, [], "passed"
@@ -179,7 +183,7 @@ class Check:
         return status, notes
 
     def pytest(self, wanted: Sequence[str], limit: float, environment: dict[str, str]) -> tuple[str, str]:
-        """(what was counted, "" or "failed" or "out of time") of one run."""
+        """Run pytest once: (its counts, and "", "failed" or "out of time")."""
         many = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") and not self.dry else []
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "junit.xml"
@@ -205,8 +209,8 @@ class Check:
         return "failed" if code != 0 or found["failed"] else "passed", found["notes"]
 
     def stage_sanitizer(self, limit: float) -> tuple[str, list[str]]:
-        """memcheck, whose finding condemns every op, and racecheck, whose is for a reader, over small shapes. Without
-        torch's caching allocator, which would hide an access behind the end of a tensor."""
+        """Run memcheck (a finding fails every op) and racecheck (findings are only reported) over small shapes. torch's
+        caching allocator is off, because it hides an access past the end of a tensor."""
         end, tool = time.monotonic() + limit, shutil.which("compute-sanitizer")
         if self.dry or tool is None:
             status, notes = self.correctness("small", limit)
@@ -228,7 +232,9 @@ class Check:
         return status, notes
 
     def stage_timing(self, limit: float) -> tuple[str, list[str]]:
-        """The goals' cases first. A case that takes its process down is named, and the rest go on in another."""
+        """Time the goals' cases first, then the others. A case that kills its process is named; the rest run in a new
+        process.
+        """
         if not self.report["machine"]:
             return "failed", ["the machine's ceilings were not measured"]
         notes = [f"{op}: not timed, its correctness failed" for op in sorted(self.failed)]
@@ -266,8 +272,9 @@ _COUNTS = (("tests",), ("failures", "errors"), ("skipped",))
 
 
 def test_files() -> dict[str, list[str]]:
-    """op -> its Triton cases first, then its op tests and whatever test file of its folder names DEVICE, the GPU where
-    there is one; paths in the checkout. ensemble_reward's may lie above."""
+    """op -> test files, as paths in the checkout: its Triton cases first, then its op tests and the test files of its
+    folder that use DEVICE (the GPU if there is one).
+    """
     kernels = ROOT / "tests" / "kernels"
     found = {}
     for op in sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton.py")):
@@ -280,21 +287,21 @@ def test_files() -> dict[str, list[str]]:
 
 
 def without_bandwidth(report: dict[str, Any]) -> dict[str, Any]:
-    """The report without ceilings and shares of them: a dry run's are a busy CPU's over a few rows, and say nothing."""
+    """The report without bandwidths and shares of them, which mean nothing in a dry run on a CPU."""
     rates: dict[str, Any] = {"bandwidth": None, "matrix": {}} if report["machine"] else {}
     rows = [{**row, **dict.fromkeys(("bandwidth", "bandwidth_share", "roof_share"))} for row in report["rows"]]
     return {**report, "machine": {**report["machine"], **rates}, "rows": rows}
 
 
 def first_tests(file: str, count: int = 2) -> list[str]:
-    """The first tests of a file that take no parameters and no marks: what a dry run runs of it."""
+    """The first tests of a file without parameters and marks, which a dry run runs."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     plain = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.decorator_list]
     return [f"{file}::{name}" for name in plain if name.startswith("test_")][:count]
 
 
 def commit() -> str:
-    """The checkout's commit, else PRUDENT_COMMIT, else "unknown": the machine need not have git."""
+    """The checkout's commit, else PRUDENT_COMMIT, else "unknown": the machine may lack git."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=30)
         named = done.stdout.strip() if done.returncode == 0 else ""
@@ -309,7 +316,7 @@ def last_line(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 where every stage passed, else 1. What the goals came to does not move it: that is for a reader to judge."""
+    """Return 0 if every stage passed, else 1. Whether the goals hold does not change it: the reader judges them."""
     flags = argparse.ArgumentParser(
         prog="prudent bench --gpu-check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What a GPU is to show, as data, and how a run is held to it. Plain JSON in, rows of text out: needs no torch."""
+"""The goals of a GPU run as data, and their verdicts on a run's JSON. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 NOT_MEASURED = "not measured"
-_LOGITS = 4 * 16384 * 128256  # bytes of the [T, V] fp32 tensor that linear_logprob does without
+_LOGITS = 4 * 16384 * 128256  # bytes of the [T, V] fp32 tensor that linear_logprob avoids
 
-Row = Mapping[str, Any]  # one case of a report's "rows", with `kernels` and `device_us` where they were counted
+Row = Mapping[str, Any]  # one case of a report's "rows"; `kernels` and `device_us` if they were counted
 
 
 def _ratio(*variants: str) -> Callable[[Row], float | None]:
-    """How many times as long as ours the fastest of `variants` took."""
+    """The time of the fastest of `variants` over ours."""
 
     def read(row: Row) -> float | None:
         found = [row["ratio"][v] for v in variants if row.get("ratio", {}).get(v) is not None]
@@ -37,7 +37,7 @@ def _memory(row: Row) -> float | None:
 
 
 class Goal(NamedTuple):
-    """`quantity` of the benchmark case named `case` (bench/cases.py) is to be at least, or at most, `limit`."""
+    """`quantity` of the benchmark case named `case` (bench/cases.py) must be at least, or at most, `limit`."""
 
     claim: str
     case: str
@@ -83,7 +83,7 @@ GOALS = (
 
 
 def verdicts(rows: Sequence[Row], goals: Sequence[Goal] = GOALS) -> list[dict[str, str]]:
-    """Each goal's claim, what is asked, what was measured, and "holds", "does not hold" or "not measured"."""
+    """Each goal's claim, its limit, the measured value, and "holds", "does not hold" or "not measured"."""
     by_name = {row["name"]: row for row in rows}
     found = []
     for goal in goals:
@@ -104,7 +104,7 @@ def goals_table(found: Sequence[Mapping[str, str]]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The short report: what ran where, what each stage said, the goals, and every case that was timed."""
+    """The short report: machine, stages, goals, and every timed case."""
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
     title = "GPU check" + (" (dry: on a CPU, nothing here is a GPU's number)" if report["dry"] else "")

@@ -1,7 +1,7 @@
-"""What `bench/gpu_check.py` runs in child processes: each stage ends alone if the GPU's context breaks in it.
+"""The stages of `bench/gpu_check.py`, each run in a child process so that a broken GPU context ends that stage alone.
 
-A stage rewrites its JSON file as it goes, so that a killed one leaves what it had: notes (sentences), failed (ops), and
-what else the stage finds.
+A stage rewrites its JSON file after each finding, so that a killed stage keeps its findings: notes (sentences), failed
+(ops) and the stage's own keys.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Result:
         self.path.write_text(json.dumps(self.content), encoding="utf-8")
 
     def note(self, text: str, failed: str | None = None) -> None:
-        """A sentence for the report; `failed` names the op that it condemns."""
+        """Add a sentence to the report; `failed` names an op that must not be timed."""
         self.content["notes"].append(text)
         if failed is not None and failed not in self.content["failed"]:
             self.content["failed"].append(failed)
@@ -78,7 +78,9 @@ def _logprob(device: torch.device, seed: Tensor) -> Call:
     upstream = [torch.randn(67, generator=g, device=device) for _ in range(3)]
 
     def call() -> list[Tensor]:
-        out = linear_logprob(hidden, weight, target, ignore_index=None)  # looking for ignored targets waits for the GPU
+        out = linear_logprob(
+            hidden, weight, target, ignore_index=None
+        )  # an ignore_index makes the call wait for the GPU
         return [*out, *torch.autograd.grad(tuple(out), (hidden, weight), upstream)]
 
     return call
@@ -115,7 +117,7 @@ def _step(device: torch.device, seed: Tensor) -> Call:
     return call
 
 
-# op -> a call with its gradients on fixed inputs of odd shape, and whether the seed moves its result
+# op -> (a call with gradients on fixed inputs of odd shape, whether the seed changes its result)
 OPS: dict[str, tuple[Callable[[torch.device, Tensor], Call], bool]] = {
     "ensemble_reward": (_ensemble, True),
     "linear_logprob": (_logprob, False),
@@ -125,23 +127,23 @@ OPS: dict[str, tuple[Callable[[torch.device, Tensor], Call], bool]] = {
 
 
 def _same(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Equal and finite: the inputs are ordinary, so a NaN that comes back every time is a fault too."""
+    """Equal and finite: the inputs are ordinary, so a NaN is a fault even if it repeats."""
     return all(bool(x.isfinite().all()) and torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def _each(result: Result, device: torch.device, check: Callable[[Call, Tensor, bool], str]) -> None:
-    """`check` of every op: what it returns is a fault in a few words, or "" where all is well."""
+    """Run `check` on every op; it returns a fault in a few words, or ""."""
     for op, (make, sampled) in OPS.items():
         seed = torch.tensor([11], device=device)
         try:
             fault = check(make(device, seed), seed, sampled)
-        except Exception as error:  # whatever breaks one op must not hide the others
+        except Exception as error:  # a fault of one op must not stop the others
             fault = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
         result.note(f"{op}: {fault or 'holds'}", op if fault else None)
 
 
 def determinism(result: Result, device: torch.device, dry: bool) -> None:
-    """The same bits in 100 runs (3 when dry), outputs and gradients."""
+    """Outputs and gradients have the same bits in 100 runs (3 in a dry run)."""
     runs = 3 if dry else 100
 
     def check(call: Call, seed: Tensor, sampled: bool) -> str:
@@ -155,7 +157,7 @@ def determinism(result: Result, device: torch.device, dry: bool) -> None:
 
 
 def _captured(call: Call, device: torch.device) -> Call:
-    """`call` as a replayed CUDA graph; on a CPU, the call itself."""
+    """`call` captured and replayed as a CUDA graph; on a CPU, the call itself."""
     if device.type != "cuda":
         return call
     side = torch.cuda.Stream()
@@ -177,7 +179,7 @@ def _captured(call: Call, device: torch.device) -> Call:
 
 
 def graphs(result: Result, device: torch.device, dry: bool) -> None:
-    """A captured graph replays to eager's bits; a refreshed seed moves it where sampling is in it, and only then."""
+    """A replayed graph gives eager's bits; a new seed changes the result of a sampling op and of no other."""
 
     def check(call: Call, seed: Tensor, sampled: bool) -> str:
         replay = _captured(call, device)
@@ -198,7 +200,7 @@ def graphs(result: Result, device: torch.device, dry: bool) -> None:
 
 
 def small(result: Result, device: torch.device, dry: bool) -> None:
-    """Every op once, forward and backward: what compute-sanitizer watches."""
+    """Run every op once, forward and backward, for compute-sanitizer."""
 
     def check(call: Call, seed: Tensor, sampled: bool) -> str:
         call()
@@ -210,7 +212,7 @@ def small(result: Result, device: torch.device, dry: bool) -> None:
 
 
 def describe(result: Result, device: torch.device, dry: bool) -> None:
-    """The machine with its measured ceilings, what is missing of what later stages use, and the cases to time."""
+    """Report the machine with its measured bandwidths, the packages that later stages lack, and the cases to time."""
     for name, why in (("triton", "no kernel runs"), ("liger_kernel", "no comparison"), ("cut_cross_entropy", "none")):
         if find_spec(name) is None:
             result.note(f"{name} is not installed: {why}")
@@ -219,7 +221,7 @@ def describe(result: Result, device: torch.device, dry: bool) -> None:
 
 
 def timed_cases(dry: bool) -> list[Case]:
-    """Those of the goals first, then every other of the device's size; dry, the smallest one of each op."""
+    """The goals' cases first, then all others of the device's size; in a dry run the smallest case of each op."""
     size = "smoke" if dry else "full"
     rows, dim = ensemble_reward.ROWS[size][0]
     found = [*cases.select("cpu" if dry else "cuda", size), _backward_case(rows, dim, size)]
@@ -230,7 +232,7 @@ def timed_cases(dry: bool) -> list[Case]:
 
 
 def _backward_case(rows: int, dim: int, size: str) -> Case:
-    """The backward alone, of one graph kept: what the forward-and-backward case times together."""
+    """A case that times the backward alone, on one retained graph."""
     moved = ensemble_reward.backward_bytes(rows, dim, "bf16", True)
     make = partial(_backward_work, rows, dim)
     flops = 2 * 2 * rows * dim * 2 * ensemble_reward.HEADS
@@ -267,7 +269,7 @@ def _backward_work(rows: int, dim: int, device: torch.device) -> Work:
 
 
 def timing(result: Result, device: torch.device, dry: bool, names: list[str], ceilings: Path, seconds: float) -> None:
-    """Measure the cases in turn; the one in hand is named in the file, should it take the process down."""
+    """Measure the cases in turn; the file names the current case before it runs, in case it kills the process."""
     known = {case.name: case for case in timed_cases(dry)}
     here = machine.Machine(**json.loads(ceilings.read_text(encoding="utf-8")))
     for name in names:
@@ -281,7 +283,7 @@ def timing(result: Result, device: torch.device, dry: bool, names: list[str], ce
 
 
 def _without_tuning(case: Case) -> Case:
-    """linear_logprob without max-autotune: at [16384, 128256] it takes minutes, and no goal asks for it."""
+    """linear_logprob without max-autotune: at [16384, 128256] it takes minutes and serves no goal."""
     if case.op != "linear_logprob":
         return case
 
@@ -294,8 +296,9 @@ def _without_tuning(case: Case) -> Case:
 
 
 def launches(case: Case, device: torch.device, calls: int = 20) -> dict[str, Any]:
-    """kernels: launched by one call of ours; device_us: their device time, the median call's, each after a write that
-    empties the L2 cache."""
+    """kernels: the number that one call of ours launches; device_us: their device time, a median over calls, each after
+    a write that empties the L2 cache.
+    """
     work = case.make(device)
     flush = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     ours = work.variants["ours"]
@@ -315,7 +318,7 @@ def launches(case: Case, device: torch.device, calls: int = 20) -> dict[str, Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one stage; what it found is in the file, so the exit code says only whether it ran to its end."""
+    """Run one stage. Its findings are in the file; the exit code says only whether it finished."""
     flags = argparse.ArgumentParser(prog="python -m prudent.bench.gpu_stages", description=__doc__)
     flags.add_argument("stage", choices=["describe", "determinism", "graphs", "small", "timing"])
     flags.add_argument("result", type=Path)

@@ -1,4 +1,4 @@
-"""What a result depends on beside the code: the machine with its measured ceilings, the commit, the versions."""
+"""Describe what a result depends on beside the code: the machine with its measured rates, the commit, the versions."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Machine:
     versions: dict[str, str]
 
     def same_as(self, other: Machine) -> bool:
-        """The same kind of machine with the same number of threads; not necessarily the same one."""
+        """Whether both are the same kind of machine with the same number of threads."""
         return all(getattr(self, n) == getattr(other, n) for n in ("device", "name", "cores", "threads", "isa"))
 
 
 def again(machine: Machine, seen: Iterable[float] = (), quick: bool = False) -> Machine:
-    """The ceilings measured once more, after the cases, which have `seen` read bandwidths too: the highest counts."""
+    """Measure the rates again after the cases and keep the highest; `seen`: read bandwidths measured beside the cases."""
     device = torch.device(machine.device)
     bandwidth, matrix = _ceilings(device, quick)
     highest = {name: max(rate, machine.matrix[name]) for name, rate in matrix.items()}
@@ -62,7 +62,7 @@ def _ceilings(device: torch.device, quick: bool) -> tuple[float, dict[str, float
 
 
 def describe(device: str | torch.device, quick: bool = False) -> Machine:
-    """Measure the ceilings (some seconds; `quick` takes a small buffer, for tests) and read the rest."""
+    """Measure the rates (some seconds; `quick` uses a small buffer, for tests) and read the rest from the system."""
     device = torch.device(device)
     commit, dirty = _commit()
     bandwidth, matrix = _ceilings(device, quick)
@@ -121,7 +121,7 @@ def _least_time(function: Callable[[], Any], device: torch.device, rounds: int =
 
 
 def cpu_name() -> str:
-    """Model name as the kernel gives it, else what Python knows."""
+    """The processor's name from the kernel, else from Python's platform module."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -136,7 +136,7 @@ def _cores() -> int:
 
 
 def _cache(device: torch.device) -> int:
-    """Bytes of the last-level cache (a GPU's L2); 0 where the system does not say."""
+    """Bytes of the last-level cache (a GPU's L2); 0 if the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = []
@@ -155,7 +155,7 @@ def _git(*arguments: str) -> str:
 
 
 def _commit() -> tuple[str, bool]:
-    """The commit, and whether a tracked file other than a result differs from it; ("unknown", True) outside git."""
+    """The commit, and whether a tracked file (results excepted) differs from it; ("unknown", True) outside git."""
     commit = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
     return (commit, bool(changed)) if commit else ("unknown", True)

@@ -1,9 +1,9 @@
-"""Times and memory of a case's variants, side by side: `run(cases, device, size)` gives one Row a case.
+"""Measure time and memory of a case's variants side by side: `run(cases, device, size)` gives one Row a case.
 
-Every round calls each variant once, in an order that rotates, so that a change of clock or a neighbour's noise meets
-them all alike; what is shown is the median over the rounds with the quantiles 0.2 and 0.8. On a GPU a call is timed by
-events, after a write of a buffer far larger than the L2 cache, which also keeps the device busy while the host queues
-the call: the time is the device's.
+Every round calls each variant once, in a rotating order, so that a change of clock or a neighbour's load affects all of
+them alike. Results are the median over the rounds with the quantiles 0.2 and 0.8. On a GPU, events time a call after a
+write of a buffer far larger than the L2 cache; the host queues the call during that write, so the events measure the
+device alone.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from tqdm import tqdm
 from .case import Case, Check, Work
 from .machine import read_bandwidth
 
-SECONDS = {"smoke": 0.05, "small": 3.0, "full": 3.0}  # of rounds, for each case
+SECONDS = {"smoke": 0.05, "small": 3.0, "full": 3.0}  # of measuring, for each case
 ROUNDS = (5, 400)  # at least, at most
-_SAMPLE = 5e-4  # seconds: a faster call is repeated within one sample, so that the clock's own cost is below 0.1 %
-_READ = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes of the buffer whose reading gives a row's bandwidth
-_FLUSH = 1 << 30  # bytes: far beyond any L2 cache, and long enough in the writing for the host to queue a call
+_SAMPLE = 5e-4  # seconds: a faster call is repeated within one sample, so that the clock's cost is below 0.1 %
+_READ = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes of the buffer that measures a row's read bandwidth
+_FLUSH = 1 << 30  # bytes: far beyond any L2 cache, and its write takes long enough for the host to queue a call
 
 
 @dataclass
@@ -50,11 +50,11 @@ class Timing:
 
 @dataclass
 class Row:
-    """A measured case. Where the check failed or did not run there are no times: no speed-up of a wrong op.
+    """A measured case. It has no times if its check failed or did not run.
 
-    bandwidth: bytes a second read just before or after the case, whichever was more: a shared machine's changes within
-    minutes. memory: a variant's extra peak bytes, beyond the inputs and what it returns. notes: what is missing, why.
-    samples: each variant's seconds a call, round by round; not part of the written results.
+    bandwidth: bytes a second read just before or after the case, the higher of the two: a shared machine's changes
+    within minutes. memory: a variant's peak bytes beyond its inputs and outputs. notes: why something is missing.
+    samples: each variant's seconds a call, round by round; not written to the results.
     """
 
     name: str
@@ -77,24 +77,26 @@ class Row:
         return self.check is not None and self.check.passed
 
     def ratio(self, variant: str) -> float | None:
-        """How many times as long as ours the variant takes; None without both times."""
+        """The variant's time over ours; None if either is missing."""
         if "ours" not in self.timings or variant not in self.timings:
             return None
         return self.timings[variant].median / self.timings["ours"].median
 
     def share(self) -> float | None:
-        """Of the read bandwidth: the floor's bytes over our time."""
+        """Our share of the read bandwidth: the least possible bytes over our time."""
         return self.bytes_moved / self.timings["ours"].median / self.bandwidth if "ours" in self.timings else None
 
     def roof_share(self, matrix: float) -> float | None:
-        """Of the roofline: the larger of the bytes' time and the operations' at `matrix` a second, over ours."""
+        """Our share of the roofline: the larger of the bytes' time and the operations' time at `matrix` a second, over
+        our time.
+        """
         if "ours" not in self.timings:
             return None
         return max(self.bytes_moved / self.bandwidth, self.flops / matrix) / self.timings["ours"].median
 
 
 def run(cases: Sequence[Case], device: str | torch.device, size: str = "small", progress: bool = True) -> list[Row]:
-    """Measure the cases one after another on `device`; `size` sets the time each gets (SECONDS)."""
+    """Measure the cases one after another on `device`; `size` sets the time of each (SECONDS)."""
     device = torch.device(device)
     bar = tqdm(cases, unit="case", disable=not progress, file=sys.stderr, dynamic_ncols=True)
     rows = []
@@ -108,10 +110,10 @@ def measure(case: Case, device: torch.device, seconds: float) -> Row:
     """One case: its check, then times and memory if the check passed."""
     row = Row(case.name, case.op, case.mode, case.shape, case.dtype, device.type, case.bytes_moved, case.flops)
     row.bandwidth = read_bandwidth(device, _READ[device.type])
-    torch.compiler.reset()  # without it the limit on recompilations, counted over all cases, would end in eager
+    torch.compiler.reset()  # torch limits recompilations over all cases and would then run eager
     try:
         _measure(case.make(device), row, device, seconds)
-    except (RuntimeError, ValueError, ImportError) as error:  # one case out of memory must not cost the others
+    except (RuntimeError, ValueError, ImportError) as error:  # a case that runs out of memory must not end the run
         row.notes.append(f"not measured: {_first_line(error)}")
         row.timings.clear()
         row.memory.clear()
@@ -135,7 +137,7 @@ def _measure(work: Work, row: Row, device: torch.device, seconds: float) -> None
 
 
 def _ready(work: Work, row: Row) -> dict[str, _Call]:
-    """The variants, compiled and warm. One that cannot run is left out with a note, unless it is ours."""
+    """The variants, compiled and warmed up. A variant that cannot run is left out with a note, unless it is ours."""
     calls = {}
     for name, function in work.variants.items():
         call = _Call(function, work.inputs)
@@ -152,7 +154,7 @@ def _ready(work: Work, row: Row) -> dict[str, _Call]:
 
 
 class _Call:
-    """A variant bound to its input sets, which it takes in turn."""
+    """A variant bound to its input sets, used in turn."""
 
     def __init__(self, function: Callable[..., Any], inputs: list[tuple[Any, ...]]):
         self.function, self.inputs, self.turn = function, inputs, 0
@@ -198,7 +200,7 @@ def _cuda_rounds(calls: dict[str, _Call], seconds: float) -> tuple[Samples, dict
 
 
 def _rounds(calls: dict[str, _Call], sample: Callable[[str], float], seconds: float) -> Samples:
-    """Rounds of one sample each, for `seconds` or as ROUNDS has it, without the garbage collector."""
+    """Run rounds of one sample each for `seconds`, within the limits of ROUNDS, with the garbage collector off."""
     names = list(calls)
     samples: Samples = {name: [] for name in names}
     collecting = gc.isenabled()
@@ -217,10 +219,10 @@ def _rounds(calls: dict[str, _Call], sample: Callable[[str], float], seconds: fl
 
 
 def extra_memory(call: Callable[[], Any], device: torch.device) -> int:
-    """Peak bytes that one call allocates beyond its inputs and what it returns.
+    """Peak bytes that one call allocates beyond its inputs and outputs.
 
-    CUDA: the allocator's peak. CPU: the running sum of what torch's allocator reports to the profiler, where the native
-    library's and torch.compile's buffers count too; what a library takes from malloc behind torch's back does not.
+    CUDA: the allocator's peak. CPU: the running sum of the allocations that torch reports to the profiler. It includes
+    the native library's and torch.compile's buffers, but not memory that a library takes from malloc directly.
     """
     gc.collect()
     if device.type == "cuda":
@@ -230,7 +232,7 @@ def extra_memory(call: Callable[[], Any], device: torch.device) -> int:
         result = call()
         torch.cuda.synchronize()
         return max(0, torch.cuda.max_memory_allocated() - before - _bytes(result))
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its messages are about tracing, which is not what it is used for
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silences the profiler's messages about tracing
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -243,6 +245,6 @@ def extra_memory(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def _bytes(result: Any) -> int:
-    """Of the tensors a call returned, shared storage once."""
+    """Bytes of the tensors that a call returned; shared storage counts once."""
     tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,15 +1,16 @@
-"""The PPO loop on a GPU in one call: memory of an 8B and a 14B shape, speed against the card's limits, and TRL 1.12.
+"""Measure the PPO loop on a GPU in one call: memory at 8B and 14B shapes, speed against the card's limits and TRL 1.12.
 
     python -m prudent.bench.ppo_gpu --out runs/ppo_gpu --trl-path FOLDER
     python -m prudent.bench.ppo_gpu --dry        the same on a CPU: tiny shapes, no GPU numbers
 
 FOLDER has TRL 1.12: pip install --no-deps --target FOLDER trl==1.12.0. Random weights of the true shapes: nothing is
-downloaded. Each part runs in a process of its own, held to its memory goal by set_per_process_memory_fraction, and one
-that fails does not hide the next. ppo_gpu.json and .md are rewritten after each.
+downloaded. Each part runs in a process of its own, limited to its memory goal by set_per_process_memory_fraction; the
+next part runs even if one fails. ppo_gpu.json and .md are rewritten after each.
 
 Rollout step: time from one token of all rows to the next, against the time of reading the weights once at the measured
 bandwidth. Update: 4 operations a weight and token (forward, and the gradient by the input: the trunk is frozen; the
-head counts for response tokens), what checkpointing or padding adds not counted, against the measured bf16 matrix rate.
+head counts for response tokens), without the work that checkpointing or padding adds, against the measured bf16 matrix
+rate.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ GOALS = (
 
 
 def loop_part(name: str, dry: bool) -> dict[str, Any]:
-    """Two steps of a shape's loop, the second one measured: peaks, seconds of each phase, and their ratios."""
+    """Run two steps of the loop at a shape and measure the second: peaks, seconds of each phase, and their ratios."""
     from ..rlhf.models.shapes import SHAPES
     from ..rlhf.ppo.budget import PHASES, ModelShape, parse_size, plan
     from ..rlhf.ppo.memory import auto_micro_tokens, job_shape
@@ -102,7 +103,7 @@ def loop_part(name: str, dry: bool) -> dict[str, Any]:
 
 
 def _multiplied(loop: OurLoop) -> tuple[int, int]:
-    """Weights that a token is multiplied by in the trunk, and in the head; the embedding's lookup is none."""
+    """Weights that a token is multiplied by, in the trunk and in the head; an embedding lookup multiplies by none."""
     model = loop.policy.model
     inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     whole = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -111,7 +112,7 @@ def _multiplied(loop: OurLoop) -> tuple[int, int]:
 
 
 def _phases(loop: OurLoop, device: torch.device) -> tuple[dict[str, float], dict[str, int]]:
-    """Seconds and peak bytes of each phase in the second step; `token`: of one more token of every row."""
+    """Seconds and peak bytes of each phase in the second step; `token`: one more token of every row."""
     seconds: dict[str, float] = {}
     peaks: dict[str, int] = {}
 
@@ -155,7 +156,7 @@ def trl_part(dry: bool, python: str, path: str) -> dict[str, Any]:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """Where it ran, the goals, and each part's numbers."""
+    """The report as Markdown: machine, goals, and each part's numbers."""
     title = "PPO on a GPU" + (" (dry: on a CPU, nothing here is a GPU's number)" if report["dry"] else "")
     here = report["machine"]
     lines = [f"# {title}", "", f"{here['date']}, {here['name']}, commit {here['commit'][:12]}.", "",
@@ -186,7 +187,7 @@ def _part(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 where every part ran, else 1; what the goals came to is for a reader to judge."""
+    """Return 0 if every part ran, else 1. Whether the goals hold does not change it: the reader judges them."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--out", type=Path, default=Path("runs/ppo_gpu"), help="folder of the results")
     flags.add_argument("--dry", action="store_true", help="on a CPU, end to end, with no GPU numbers")

@@ -1,10 +1,11 @@
-"""One side of a PPO comparison in a process of its own: our loop or TRL's trainer, the same model, sizes and epochs.
+"""Run one side of a PPO comparison in its own process: our loop or TRL's trainer, with the same model, sizes and
+epochs.
 
     python -m prudent.bench.ppo_sides SIDE SETTINGS.json RESULT.json      SIDE: ours or trl
 
 Every response has its full length on both sides (no stop token ends one), so that a sample is the same work. TRL 1.12
-is the last release that had PPO (trl.experimental.ppo); any other is refused. The result has the seconds of each step
-after the first, or with `memory` the peak of tensor memory from before the models are made.
+is the last release with PPO (trl.experimental.ppo); any other is refused. The result has the seconds of each step after
+the first or, with `memory`, the peak of tensor memory since before the models were made.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ TRL = "1.12"
 
 @dataclass(frozen=True)
 class Sides:
-    """What both sides do. model: a folder, or "" for random weights of `shape` (LlamaConfig's fields)."""
+    """The settings of both sides. model: a folder, or "" for random weights of `shape` (LlamaConfig's fields)."""
 
     model: str = ""
     shape: tuple[tuple[str, Any], ...] = ()
@@ -56,8 +57,8 @@ class Sides:
 
 
 def load(sides: Sides) -> Any:
-    """The causal language model in its dtype, on the device. Its weights are copied: what a file's mapping holds is no
-    allocation."""
+    """The causal language model in its dtype, on the device. Its weights are copied, because a
+    memory-mapped file does not count as an allocation."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     dtype = getattr(torch, sides.dtype)
@@ -70,7 +71,7 @@ def load(sides: Sides) -> Any:
 
 
 def prompt_ids(sides: Sides, vocabulary: int, step: int = 0) -> list[list[int]]:
-    """Random ids of one length; 0, 1 and 2 are often special."""
+    """Random ids of one length, from 3 up: 0, 1 and 2 are often special."""
     generator = torch.Generator().manual_seed(step)
     shape = (sides.prompts, sides.prompt_tokens)
     rows: list[list[int]] = torch.randint(3, vocabulary, shape, generator=generator).tolist()
@@ -78,9 +79,9 @@ def prompt_ids(sides: Sides, vocabulary: int, step: int = 0) -> list[list[int]]:
 
 
 class OurLoop:
-    """The loop's phases as rlhf/ppo has them, on a policy with a shared critic and `sides.heads` heads on its trunk.
+    """The phases of rlhf/ppo's loop, on a policy with a shared critic and `sides.heads` heads on its trunk.
 
-    micro_tokens: of scoring and update; None takes `sides.micro_rows` samples.
+    micro_tokens: of scoring and update; None: `sides.micro_rows` samples.
     """
 
     def __init__(self, sides: Sides, micro_tokens: int | None = None) -> None:
@@ -147,7 +148,7 @@ def _timed(step: Callable[[int], None], sides: Sides) -> list[float]:
 
 
 def trl(sides: Sides) -> list[float]:
-    """Seconds of each step of TRL's trainer, from one on_step_end to the next; the first from train()'s beginning."""
+    """Seconds of each step of TRL's trainer, from one on_step_end to the next; the first from the start of train()."""
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForSequenceClassification, TrainerCallback
 
@@ -204,7 +205,7 @@ def trl(sides: Sides) -> list[float]:
 
 
 def tokenizer(vocabulary: int) -> Any:
-    """A word for each id: TRL wants a tokeniser, though prompts come as ids."""
+    """A tokeniser with one word for each id: TRL needs a tokeniser, although prompts are ids."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

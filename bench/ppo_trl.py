@@ -1,11 +1,11 @@
-"""Our PPO loop beside TRL 1.12's trainer, the last that had PPO: samples a second and peak tensor memory, on a CPU.
+"""Compare our PPO loop with TRL 1.12's trainer, the last with PPO: samples a second and peak tensor memory on a CPU.
 
     python -m prudent.bench.ppo_trl --trl-path FOLDER --model MODEL --out bench/results
 
 FOLDER has TRL 1.12: pip install --no-deps --target FOLDER trl==1.12.0. Both sides run the same model, prompts, lengths,
 epochs and minibatches, each in a process of its own, in turns. TRL keeps a reward model and a value model beside the
-policy, and a reference where the policy is trained whole; our loop reads the same trunk for all of them. That is the
-difference that is measured, with five heads on our side and one on theirs. A mode that is not run keeps its rows.
+policy, and a reference if the policy is trained whole; our loop reads one trunk for all of them. The comparison
+measures that difference, with five heads on our side and one on theirs. A mode that is not run keeps its earlier rows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SMALL = {
 
 
 def child(side: str, sides: Sides, python: str, path: str, limit: float = 600) -> dict[str, Any]:
-    """What `ppo_sides` found in a process of its own; {"error": sentence} where it failed."""
+    """Run `ppo_sides` in a process of its own: its result, or {"error": sentence}."""
     with tempfile.TemporaryDirectory() as folder:
         settings, result = Path(folder) / "settings.json", Path(folder) / "result.json"
         sides.write(settings)
@@ -86,7 +86,7 @@ def compare(sides: Sides, trl: tuple[str, str], rounds: int, progress: bool = Tr
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as a page."""
+    """The report as Markdown."""
     sides, here = report["sides"], report["machine"]
     lines = [
         "# Our PPO loop beside TRL 1.12's",
@@ -124,7 +124,7 @@ def _number(value: float | None, unit: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 where both sides ran, else 1; what the ratios came to is for a reader to judge."""
+    """Return 0 if both sides ran, else 1. The ratios do not change it: the reader judges them."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--model", default="", help="folder of a causal language model (default: a small random Llama)")
     flags.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL 1.12 (default: this)")

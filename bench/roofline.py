@@ -1,6 +1,6 @@
-"""The roofline (Williams et al. 2009): what each op reaches under the machine's measured read and matrix rates.
+"""Draw the roofline (Williams et al. 2009): each op under the machine's measured read and matrix rates.
 
-Cases of one intensity would lie on one another, so they stand side by side, in the table's order.
+Cases of the same intensity would overlap, so they are drawn side by side, in the table's order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MARKS = {"ours": ("o", True), "eager": ("o", False), "compiled": ("s", False)} 
 
 
 def draw(rows: Sequence[Row], machine: Machine, stem: Path) -> list[Path]:
-    """Write STEM.png and STEM.svg; [] if nothing has a time. ImportError without matplotlib."""
+    """Write STEM.png and STEM.svg; return their paths, [] if no case has a time. Raises ImportError without matplotlib."""
     timed = [row for row in rows if row.timings and row.flops]
     if not timed:
         return []
@@ -74,7 +74,9 @@ def _panel(axes: Any, rows: Sequence[Row], machine: Machine, dtype: str) -> None
 
 
 def _side_by_side(intensities: Sequence[float]) -> list[float]:
-    """Where to draw each case: those within 4 % of one another are set 7 % apart, around their place."""
+    """Positions of the cases on the x axis: cases within 4 % of one another are drawn 7 % apart, around their true
+    position.
+    """
     order = sorted(range(len(intensities)), key=lambda i: intensities[i])
     groups: list[list[int]] = []
     for i in order:
@@ -90,7 +92,7 @@ def _side_by_side(intensities: Sequence[float]) -> list[float]:
 
 
 def _plain_ticks(axis: Any) -> None:
-    """1, 2, 5, 10: within a decade or two, powers of ten alone say little."""
+    """Ticks at 1, 2, 5, 10: over a decade or two, powers of ten alone are too few."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -1,4 +1,4 @@
-"""Fixtures for every test: the shared material where it is present, and uninitialised memory that cannot look right."""
+"""Fixtures for every test: shared data if present, and uninitialised memory that is poisoned with NaN."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Real data and a real small model beside the checkout; a user's machine has none of it."""
+    """The folder with real data and a small real model beside the checkout; a user's machine has none, and the test
+    skips.
+    """
     folder = REPOSITORY.parent / "shared"
     if not (folder / "data").is_dir():
         pytest.skip("the folder `shared` (real data and a small model) is not beside the checkout")
@@ -38,10 +40,10 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty, empty_like, empty_strided and Tensor.new_empty called from prudent come back full of NaN.
+    """torch.empty, empty_like, empty_strided and Tensor.new_empty called from prudent return NaN.
 
-    After flash-linear-attention's conftest: an op that forgets to write part of an output fails, instead of passing on
-    memory that happened to hold zeros.
+    After flash-linear-attention's conftest: an op that forgets to write part of an output fails, instead of passing
+    because the memory happened to hold zeros.
     """
     with torch.device("cpu"):
         # torch notes once, at the first call under such a context, which functions make tensors: were these ours, then

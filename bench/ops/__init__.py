@@ -1,1 +1,1 @@
-"""The cases of each op: its shapes, what it is held to, what it is timed against."""
+"""The benchmark cases of each op: shapes, checks, and the variants it is timed against."""

@@ -15,7 +15,7 @@ from ..case import DTYPES, Case, Check, Work, compare, compiled_variants, genera
 
 GAMMA, LAM, KL_COEF = 1.0, 0.95, 0.05
 SHAPES = {"smoke": ((4, 8),), "small": ((256, 512),), "full": ((1024, 2048),)}  # [B, T]
-_UNROLLED = 16  # steps: torch.compile unrolls the loop, and its time grows with it
+_UNROLLED = 16  # steps: torch.compile unrolls the loop, so its compile time grows with T
 _OUTPUTS = ("advantage", "returns", "reward")
 _OPERATIONS = 15  # a token: difference and price of KL, temporal difference, recurrence, return, moments, whitening
 
@@ -23,7 +23,7 @@ _OPERATIONS = 15  # a token: difference and price of KL, temporal difference, re
 def composed(
     score: Tensor, logprob: Tensor, ref_logprob: Tensor, value: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(advantage, returns, reward) [B, T] in fp32, masked tokens passed over, as verl's trainer does."""
+    """(advantage, returns, reward) [B, T] in fp32, masked tokens skipped, as in verl's trainer."""
     m = mask.float()
     reward = -KL_COEF * (logprob.float() - ref_logprob.float()) * m
     last = mask.long().sum(dim=1) - 1

@@ -32,7 +32,7 @@ def composed(
     norm_weight: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(reward, mean, std, reward_sum) in plain torch: what a trainer would write, rounding where it would round."""
+    """(reward, mean, std, reward_sum) in plain torch: as a trainer would write it, with its roundings."""
     x = hidden if rows is None else hidden[rows]
     if norm_weight is not None:
         x32 = x.float()
@@ -55,7 +55,7 @@ def fused(
 
 
 def _gradients(score: Any, tensors: tuple[Any, ...], upstream: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Forward and backward, from gradients of the means and stds (what BRME's loss sends) to every parameter."""
+    """Forward and backward from gradients of the means and stds (as BRME's loss gives) to every parameter."""
     leaves = [t for t in tensors if t is not None and t.requires_grad]
     _, mean, std, _ = score(*tensors)
     return torch.autograd.grad((mean, std), leaves, upstream)
@@ -109,8 +109,9 @@ def _exact(tensors: tuple[Any, ...], rows: slice) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _check_forward(tensors: tuple[Any, ...]) -> Check:
-    """Means and stds against fp64. The reward jumps where the least std changes hands, so it is held to the fp64
-    aggregation of the means and stds beside it."""
+    """Check means and stds against fp64. The reward jumps where another head gets the least std, so it is checked
+    against the fp64 aggregation of our own means and stds.
+    """
     parts = [_exact(tensors, slice(i, i + _CHUNK)) for i in range(0, _scored(tensors), _CHUNK)]
     exact_mean, exact_std = (torch.cat(part) for part in zip(*parts, strict=True))
     spec = Aggregation.parse(SPEC)
@@ -156,8 +157,9 @@ def forward_bytes(rows: int, dim: int, dtype: str, norm: bool, gather: bool = Fa
 
 
 def backward_bytes(rows: int, dim: int, dtype: str, norm: bool) -> int:
-    """The features, the parameters, the upstream gradients and what the forward saved (contract.py) read; a gradient of
-    each parameter and of the features written."""
+    """The features, the parameters, the upstream gradients and the tensor that the forward saved (contract.py) read; a
+    gradient of each parameter and of the features written.
+    """
     storage = DTYPES[dtype].itemsize
     parameters = storage * dim * (2 * HEADS + norm) + 4 * 2 * HEADS
     upstream, saved = 4 * rows * 2 * HEADS, 4 * rows * (2 * HEADS + 1)

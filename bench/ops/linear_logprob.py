@@ -1,5 +1,5 @@
-"""`linear_logprob` against logits, log-softmax and entropy in plain torch, and where installed on a GPU against the
-fused losses of liger-kernel and cut-cross-entropy, which give the target's log-probability and no entropy."""
+"""`linear_logprob` against logits, log-softmax and entropy in plain torch and, on a GPU, against the fused losses of
+liger-kernel and cut-cross-entropy if installed, which give the target's log-probability and no entropy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...kernels.linear_logprob import linear_logprob, reference
 from ...kernels.linear_logprob.contract import Inputs
 from ..case import DTYPES, Case, Check, Work, compare, compiled_variants, generator, num_sets
 
-SHAPES = {  # [T, D] against [V, D]; the full one is 50 TFLOP forward and backward, nothing for a CPU
+SHAPES = {  # [T, D] against [V, D]; the full one is 50 TFLOP forward and backward, too much for a CPU
     "smoke": ((32, 64, 500),),
     "small": ((512, 1024, 32000),),
     "full": ((16384, 4096, 128256),),
@@ -52,8 +52,9 @@ def _gradients(
 
 
 def peers(device: torch.device, grad: bool) -> dict[str, Callable[..., Any]]:
-    """The other libraries' fused losses, for a GPU. Summed, so that one gradient serves; cut-cross-entropy without its
-    filter, which leaves out gradients that are small, as on random inputs nearly all are."""
+    """Other libraries' fused losses, on a GPU. They return a sum, so that one upstream gradient serves. The gradient
+    filter of cut-cross-entropy is off: it skips small gradients, and on random inputs nearly all are small.
+    """
     if device.type != "cuda":
         return {}
     losses: dict[str, Callable[..., Tensor]] = {}
@@ -95,7 +96,7 @@ def _make(rows: int, dim: int, vocabulary: int, dtype: str, grad: bool, device: 
 
 
 def _chunks(tensors: tuple[Any, ...]) -> Iterator[tuple[slice, Inputs]]:
-    """fp64 inputs of some rows at a time: a [T, V] of fp64 would not fit beside the rest."""
+    """fp64 inputs, some rows at a time: a whole [T, V] in fp64 would not fit in memory."""
     hidden, weight, target = tensors
     wide = weight.detach().double()
     for i in range(0, len(hidden), _CHUNK):
@@ -144,7 +145,7 @@ def cases() -> Iterator[Case]:
                 devices = ("cuda",) if size == "full" else ("cpu", "cuda")
                 for mode, grad in (("forward", False), ("forward + backward", True)):
                     moved = pass_bytes(rows, dim, vocabulary, dtype, grad)
-                    # products of the formulas; what an implementation computes twice counts once
+                    # products of the formulas; a product that an implementation computes twice counts once
                     flops = 3 * product if grad else product
                     make = partial(_make, rows, dim, vocabulary, dtype, grad)
                     yield Case("linear_logprob", mode, shape, dtype, size, moved, flops, make, devices)

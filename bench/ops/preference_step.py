@@ -28,7 +28,7 @@ def bradley_terry(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def brme(features: Tensor, weight: Tensor, bias: Tensor, head_id: Tensor, p_hat: Tensor) -> Tensor:
-    """Eq. 8 of BRME in expectation, each pair on its own head."""
+    """Eq. 8 of BRME in expectation; each pair trains one head."""
     mean, raw = (F.linear(features, weight).float() + bias).chunk(2, dim=1)
     own = head_id.repeat(2)[:, None]
     std = F.softplus(raw.gather(1, own)) + STD_FLOOR
@@ -88,7 +88,7 @@ def _check(tensors: tuple[Any, ...], loss: str) -> Check:
 
 
 def step_bytes(rows: int, dim: int, dtype: str, loss: str) -> int:
-    """Features, weight, bias, head and probability of a pair read; both gradients and three numbers written."""
+    """Features, weight, bias, each pair's head and probability read; both gradients and three numbers written."""
     storage = DTYPES[dtype].itemsize
     parameters = storage * 2 * HEADS * dim + 4 * 2 * HEADS
     return storage * rows * dim + 2 * parameters + (12 * (rows // 2) if loss == "brme" else 0) + 3 * 4
@@ -98,7 +98,7 @@ def cases() -> Iterator[Case]:
     for size, shapes in ROWS.items():
         for dtype in DTYPES:
             for rows, dim in shapes:
-                for loss, columns in (("bt", HEADS), ("brme", 2)):  # that a row's product and gradient need
+                for loss, columns in (("bt", HEADS), ("brme", 2)):  # the columns that a row's product and gradient need
                     flops = 4 * rows * dim * columns
                     make = partial(_make, rows, dim, dtype, loss)
                     moved = step_bytes(rows, dim, dtype, loss)
