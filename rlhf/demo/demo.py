@@ -25,7 +25,7 @@ from ..evaluation.metrics import evaluate_heads
 from ..evaluation.statistics import group_labels, pair_accuracy
 from ..job.config import JobConfig
 from ..job.files import atomic_folder, atomic_write_json, atomic_write_text, read_json
-from ..job.folder import claim_folder, held
+from ..job.folder import locked_folder, open_run_folder
 from ..job.log import RunLog
 from ..models.embedded import embedded_model, wheel_folder
 from ..models.features import compute_features
@@ -97,8 +97,8 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
     """
     config = config.model_copy(update={"dtype": _dtype(config.dtype)})
     done = config.output / "metrics.json"
-    with held(config.output):
-        if claim_folder(config, ("samples.jsonl", "features", "checkpoints", "metrics.json")) and done.exists():
+    with locked_folder(config.output):
+        if open_run_folder(config, ("samples.jsonl", "features", "checkpoints", "metrics.json")) and done.exists():
             return DemoResult(config.output, read_json(done))
         plot_style.require_matplotlib()  # whatever is missing is said before minutes of work, not after
         if config.model is None:

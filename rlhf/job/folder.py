@@ -1,4 +1,4 @@
-"""Whose an output folder is: a run's from its first bytes on, one process's at a time, and nobody else's."""
+"""Open and lock an output folder: one run, one process."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ LOCK = ".lock"
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the run folder `folder`, made if need be, for the length of a block.
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Create `folder` if needed and lock it against other processes for the length of the block.
 
-    The lock is the system's: it goes with the process, however that ends. A file system that has none keeps nobody out.
+    The operating system holds the lock and frees it when the process ends, however it ends. On a file system without
+    locks the folder is not protected.
 
     Raises:
-        ValueError: for a file, and where another process holds the folder.
+        ValueError: if `folder` is a file, or if another process has locked it.
     """
     _refuse_file(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,48 +75,55 @@ def _is_there(file: IO[str], path: Path) -> bool:
         return False
 
 
-def claim_folder(
-    config: JobConfig, made: Collection[str], *, free: Collection[str] = ("output",), resume: bool = True
+def open_run_folder(
+    config: JobConfig,
+    run_files: Collection[str],
+    *,
+    resumable_changes: Collection[str] = ("output",),
+    resume: bool = True,
 ) -> bool:
-    """Whether `config.output` holds this run, begun. If not it is claimed: config.yaml is written.
+    """Return True if `config.output` holds this run already; otherwise write config.yaml there and return False.
 
-    A folder with nothing in it but the config of a run that was refused before it computed anything is free for a
-    mended command. What a killed process left half written in a run's folder is removed, so call it inside `held`.
+    A folder whose run was refused before it computed anything holds config.yaml alone; a corrected command may use it.
+    Half-written files of a killed process are removed, so call this inside `locked_folder`.
 
     Args:
-        config: of the run; one with the key `output`, a folder.
-        made: see `begun`.
-        free: keys, or groups of keys, that may differ from those the run was begun with.
-        resume: whether a run that has begun may be gone on with.
+        config: of the run; `config.output` is its folder.
+        run_files: see `has_run_files`.
+        resumable_changes: keys, or groups of keys, that may differ from those that the run started with.
+        resume: whether a run that has started may be continued.
 
     Raises:
-        ValueError: for a file, a folder with other files, a run without `resume`, a run with another config.
+        ValueError: for a file, a folder with other files, a started run without `resume`, a run with another config.
     """
     folder = config.output  # type: ignore[attr-defined]
     saved = folder / "config.yaml"
     _refuse_file(folder)
     if not saved.exists() and folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"output: expected a new or empty folder or one of a run, got {folder} with other files")
-    if not (saved.exists() and begun(folder, made)):
+    if not (saved.exists() and has_run_files(folder, run_files)):
         atomic_write_text(saved, config.to_yaml())
         return False
     if not resume:
-        raise ValueError(f"output: {folder} holds a run already: go on with it by --resume, or choose another folder")
+        raise ValueError(f"output: {folder} holds a run already: continue it with --resume, or choose another folder")
     before = load_config(type(config), saved)
     changed = [
-        f"{key} ({_shown(before, key)} there, {_shown(config, key)} here)"
+        f"{key} ({_value(before, key)} there, {_value(config, key)} here)"
         for key in config_keys(type(config))
-        if not {key, key.partition(".")[0]} & set(free) and _shown(before, key) != _shown(config, key)
+        if not {key, key.partition(".")[0]} & set(resumable_changes) and _value(before, key) != _value(config, key)
     ]
     if changed:
         raise ValueError(f"output: {folder} holds a run with another {', '.join(changed)}: choose another folder")
-    _sweep(folder)
+    _remove_leftovers(folder)
     return True
 
 
-def begun(folder: Path, made: Collection[str]) -> bool:
-    """Whether `folder` has any of `made`: names, or patterns, of what a run makes; an empty file does not count."""
-    return any(path.is_dir() or path.stat().st_size for name in made for path in folder.glob(name))
+def has_run_files(folder: Path, run_files: Collection[str]) -> bool:
+    """Return whether `folder` holds a run that has started: a folder or non-empty file that `run_files` names.
+
+    run_files: names or glob patterns of what the run writes once it computes.
+    """
+    return any(path.is_dir() or path.stat().st_size for name in run_files for path in folder.glob(name))
 
 
 def _refuse_file(folder: Path) -> None:
@@ -123,8 +131,8 @@ def _refuse_file(folder: Path) -> None:
         raise ValueError(f"output: expected a folder, got {folder}, which is a file")
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what `atomic_file` and `atomic_folder` left of a process that was killed."""
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that `atomic_file` and `atomic_folder` of a killed process left behind."""
     for pattern in (".*.tmp", ".*.old"):
         for leftover in folder.glob(pattern):
             if leftover.is_dir():
@@ -133,5 +141,5 @@ def _sweep(folder: Path) -> None:
                 leftover.unlink(missing_ok=True)
 
 
-def _shown(config: JobConfig, key: str) -> str:
+def _value(config: JobConfig, key: str) -> str:
     return str(reduce(getattr, key.split("."), config))

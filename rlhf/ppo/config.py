@@ -192,7 +192,7 @@ class PPOConfig(JobConfig):
 
 
 # what a resumed run may change: nothing that the policy depends on, but for how many steps there are
-FREE = ("output", "steps", "save_every", "memory_budget", "trackers", "stop_when", "gold")
+RESUMABLE_CHANGES = ("output", "steps", "save_every", "memory_budget", "trackers", "stop_when", "gold")
 
 
 def kind_by_name(config: RewardConfig) -> Kind | None:

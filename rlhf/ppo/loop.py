@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..job.folder import held
+from ..job.folder import locked_folder
 from ..job.log import RunLog
 from ..sampling.prompts import prompt_order
 from .advantages import shape
@@ -51,7 +51,7 @@ def run_ppo(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refuse_unread(config, device.type)
     require_trackers(config)
-    with held(config.output):
+    with locked_folder(config.output):
         finished = open_folder(config, resume)
         if finished is not None:
             return PPOResult(config.output, finished, finished_before=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..job.files import atomic_write_text, read_json
-from ..job.folder import claim_folder
-from .config import FREE, PPOConfig
+from ..job.folder import open_run_folder
+from .config import RESUMABLE_CHANGES, PPOConfig
 
-# what a run makes once it computes; other commands may have left the checkpoint of step 0
-MADE = ("metrics.jsonl", "ppo.json", "checkpoints/step-*[1-9]*")
+# a folder with any of these holds a run that has begun; the checkpoint of step 0 alone may come from another command
+RUN_FILES = ("metrics.jsonl", "ppo.json", "checkpoints/step-*[1-9]*")
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class PPOResult:
 
 
 def open_folder(config: PPOConfig, resume: bool) -> dict[str, Any] | None:
-    """Claim the output folder. What ppo.json holds if the run in it is finished and all of it is there, else None.
+    """Open the output folder. What ppo.json holds if the run in it is finished and all of it is there, else None.
 
     Raises:
         ValueError: for a folder with other files, a run without `resume`, or a run with another config.
     """
     folder = config.output
-    if not claim_folder(config, MADE, free=FREE, resume=resume):
+    if not open_run_folder(config, RUN_FILES, resumable_changes=RESUMABLE_CHANGES, resume=resume):
         # what another command left of its start (texts, the checkpoint of step 0) is not this one's
         (folder / "samples.jsonl").unlink(missing_ok=True)
         shutil.rmtree(folder / "checkpoints" / "step-000000", ignore_errors=True)

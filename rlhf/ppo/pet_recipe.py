@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 from ...engine import EnsembleRewardConfig
 from ..job.files import atomic_write_json, atomic_write_text
-from ..job.folder import begun, claim_folder, held
+from ..job.folder import has_run_files, locked_folder, open_run_folder
 from ..models.loading import load_reward_config
 from ..reward.config import BRMEConfig, PETConfig
 from ..reward.config import refuse_unread as refuse_unread_by_train
-from ..reward.outcome import MADE as MADE_BY_TRAIN
+from ..reward.outcome import RUN_FILES as TRAIN_RUN_FILES
 from ..reward.start import check_given
 from ..reward.train import TrainConfig, run_train
-from .config import FREE, PPOConfig, RewardConfig, refuse_unread
-from .outcome import MADE
+from .config import RESUMABLE_CHANGES, PPOConfig, RewardConfig, refuse_unread
+from .outcome import RUN_FILES as PPO_RUN_FILES
 from .pet_best_of_n import compare_best_of_n, prepare
 from .run import unmeasured
 from .stop import StopRules
@@ -79,9 +79,9 @@ def run_recipe(config: PPOConfig, *, resume: bool = False, progress: bool = True
         return loop.run_ppo(config, resume=resume, progress=progress)
     config = resolved(config)
     refuse_early(config)
-    made = tuple(f"reward/{name}" for name in MADE_BY_TRAIN)
-    with held(config.output):
-        if claim_folder(config, made, free=_free(config.output), resume=resume):
+    run_files = tuple(f"reward/{name}" for name in TRAIN_RUN_FILES)
+    with locked_folder(config.output):
+        if open_run_folder(config, run_files, resumable_changes=_resumable_changes(config.output), resume=resume):
             atomic_write_text(config.output / "config.yaml", config.to_yaml())
         return _three_steps(config, progress)
 
@@ -105,9 +105,9 @@ def _heads(start: str) -> int:
     return found.num_heads if isinstance(found, EnsembleRewardConfig) else 1
 
 
-def _free(folder: Path) -> tuple[str, ...]:
+def _resumable_changes(folder: Path) -> tuple[str, ...]:
     """What a resumed run may change."""
-    return FREE if begun(folder / "ppo", MADE) else (*FREE, *_OF_PPO)
+    return RESUMABLE_CHANGES if has_run_files(folder / "ppo", PPO_RUN_FILES) else (*RESUMABLE_CHANGES, *_OF_PPO)
 
 
 def _three_steps(config: PPOConfig, progress: bool) -> RecipeResult:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..job.files import read_json
-from ..job.folder import claim_folder
+from ..job.folder import open_run_folder
 from ..report.words import count
 from .config import TrainConfig
 
@@ -65,13 +65,13 @@ def _pet_lines(pet: dict[str, Any]) -> list[str]:
 
 
 # what a resumed run may change; a lower batch_tokens is what helps one that was killed for memory
-_FREE = ("output", "batch_tokens")
-MADE = ("metrics.jsonl", "features", "checkpoints", "stage1", "train.json")  # by a run that computes
+RESUMABLE_CHANGES = ("output", "batch_tokens")
+RUN_FILES = ("metrics.jsonl", "features", "checkpoints", "stage1", "train.json")  # any of them: the run has begun
 
 
 def open_folder(config: TrainConfig, resume: bool) -> dict[str, Any] | None:
-    """Claim the output folder. The final metrics if the run in it is finished, else None."""
-    if not claim_folder(config, MADE, free=_FREE, resume=resume):
+    """Open the output folder. The final metrics if the run in it is finished, else None."""
+    if not open_run_folder(config, RUN_FILES, resumable_changes=RESUMABLE_CHANGES, resume=resume):
         (config.output / "data.json").unlink(missing_ok=True)  # of a run that was refused
         return None
     done = config.output / "train.json"

@@ -18,7 +18,7 @@ from ...kernels import Aggregation
 from ..data.pairs import PreferencePair, load_pairs, split_by_prompt
 from ..evaluation.statistics import hidden_norms, pair_correct
 from ..job.files import atomic_folder, atomic_write_json, read_json
-from ..job.folder import held
+from ..job.folder import locked_folder
 from ..job.log import RunLog
 from ..models.adapter import save_head
 from ..models.features import compute_features
@@ -60,7 +60,7 @@ def run_train(config: TrainConfig, *, resume: bool = False, progress: bool = Tru
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("train: expected one process, got a launcher's several: the run folder has one writer")
     refuse_unread(config, _mode(config))
-    with held(config.output):
+    with locked_folder(config.output):
         finished = open_folder(config, resume)
         if finished is not None:
             return TrainResult(config.output, finished, finished_before=True)

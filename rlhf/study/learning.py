@@ -28,7 +28,7 @@ from .result import StudyResult, command, run_study
 
 SHOWN = ("gold/mean", "reward/mean", "kl/sequence", "text/length", "text/truncated", "policy/entropy")
 BLOCK = 5  # steps
-_FREE = ("output", "seeds", "kl", "lambdas", "processes", "window")  # what no run in the folder depends on
+RESUMABLE_CHANGES = ("output", "seeds", "kl", "lambdas", "processes", "window")  # what no run in the folder depends on
 
 
 class LearningPPOConfig(JobConfig):
@@ -84,7 +84,7 @@ def run_learning(config: LearningConfig, *, progress: bool = True) -> StudyResul
         lambda: _measure(config, progress),
         learning_report.markdown,
         learning_report.picture,
-        free=_FREE,
+        resumable_changes=RESUMABLE_CHANGES,
     )
 
 

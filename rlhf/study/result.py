@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..job.config import JobConfig, config_keys
 from ..job.files import atomic_write_json, atomic_write_text
-from ..job.folder import claim_folder, held
+from ..job.folder import locked_folder, open_run_folder
 from ..report.style import require_matplotlib, save_png
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def command(study: str, config: JobConfig) -> str:
     return shlex.join(words)
 
 
-_MADE = ("*.json*", "*/")  # by which a folder is known to hold results, whoever's
+_RESULT_FILES = ("*.json*", "*/")  # a folder with any of these holds results
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ def run_study(
     markdown: Callable[[dict[str, Any]], str],
     picture: Callable[[dict[str, Any]], Figure],
     *,
-    free: Collection[str] = ("output",),
+    resumable_changes: Collection[str] = ("output",),
 ) -> StudyResult:
     """Call `measure` and write what it gives, its table and its picture into `config.output`, beside config.yaml.
 
     Args:
         config: of the study; one with the key `output`, a folder.
-        free: keys that may differ from those of the results in the folder.
+        resumable_changes: keys that may differ from those of the results in the folder.
 
     Raises:
         ValueError: for a folder that holds anything but this study with this config.
@@ -72,8 +72,8 @@ def run_study(
     """
     require_matplotlib()
     folder: Path = config.output  # type: ignore[attr-defined]
-    with held(folder):
-        if claim_folder(config, _MADE, free=free):
+    with locked_folder(folder):
+        if open_run_folder(config, _RESULT_FILES, resumable_changes=resumable_changes):
             atomic_write_text(folder / "config.yaml", config.to_yaml())
         metrics = measure()
         table = markdown(metrics)

@@ -19,7 +19,7 @@ from prudent.engine import Scorer
 from prudent.rlhf.demo import demo
 from prudent.rlhf.demo.demo import DemoConfig, run_demo
 from prudent.rlhf.job.config import load_config
-from prudent.rlhf.job.folder import held
+from prudent.rlhf.job.folder import locked_folder
 from prudent.rlhf.sampling import stored as rollout
 from prudent.rlhf.sampling.prompts import read_prompts
 
@@ -181,7 +181,7 @@ def test_a_folder_of_something_else_is_refused(tiny_chat_folder: Path, tmp_path:
 
 
 def test_a_folder_that_another_process_writes_is_refused(finished: tuple[DemoConfig, Any]) -> None:
-    with held(finished[0].output), pytest.raises(ValueError, match="is being written by process"):
+    with locked_folder(finished[0].output), pytest.raises(ValueError, match="is being written by process"):
         run_demo(finished[0], progress=False)
 
 

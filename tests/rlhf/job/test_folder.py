@@ -1,4 +1,4 @@
-"""Whose an output folder is: one process's at a time, whatever became of the one before, and one run's for good."""
+"""An output folder is open to one process at a time, and to one run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 
 from prudent.rlhf.job import folder as run_folder
 from prudent.rlhf.job.config import JobConfig, load_config
-from prudent.rlhf.job.folder import begun, claim_folder, held
+from prudent.rlhf.job.folder import has_run_files, locked_folder, open_run_folder
 
-MADE = ("metrics.jsonl", "checkpoints/step-*[1-9]*")
+RUN_FILES = ("metrics.jsonl", "checkpoints/step-*[1-9]*")
 
 
 class _Inner(JobConfig):
@@ -31,13 +31,13 @@ class _Config(JobConfig):
 
 
 class TestOneProcessAtATime:
-    """`held` keeps a second process out, and nothing is left of it afterwards."""
+    """`locked_folder` keeps a second process out and leaves no file behind."""
 
     @contextmanager
     def _other(self, folder: Path) -> Iterator[subprocess.Popen[str]]:
         """Another process that holds `folder`."""
-        program = "import sys\nfrom pathlib import Path\nfrom prudent.rlhf.job.folder import held\n"
-        program += "with held(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+        program = "import sys\nfrom pathlib import Path\nfrom prudent.rlhf.job.folder import locked_folder\n"
+        program += "with locked_folder(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         other = subprocess.Popen([sys.executable, "-c", program, str(folder)], **pipes)  # type: ignore[call-overload]
         try:
@@ -50,10 +50,10 @@ class TestOneProcessAtATime:
         with (
             self._other(tmp_path) as other,
             pytest.raises(ValueError, match=f"^output: {tmp_path} is being written by process {other.pid}$"),
-            held(tmp_path),
+            locked_folder(tmp_path),
         ):
             pytest.fail("two in one folder")
-        with held(tmp_path):  # it has ended
+        with locked_folder(tmp_path):  # it has ended
             pass
         assert list(tmp_path.iterdir()) == []
 
@@ -62,70 +62,70 @@ class TestOneProcessAtATime:
             os.kill(other.pid, signal.SIGKILL)
             other.wait()
         assert (tmp_path / run_folder.LOCK).exists()
-        with held(tmp_path):
+        with locked_folder(tmp_path):
             assert (tmp_path / run_folder.LOCK).read_text() == str(os.getpid())
 
     def test_two_runs_of_one_process_exclude_each_other_until_the_first_is_over(self, tmp_path: Path) -> None:
         for _ in range(2):
             with (
-                held(tmp_path),
-                held(tmp_path / "sub"),  # another folder
+                locked_folder(tmp_path),
+                locked_folder(tmp_path / "sub"),  # another folder
                 pytest.raises(ValueError, match=f"process {os.getpid()}"),
-                held(tmp_path),
+                locked_folder(tmp_path),
             ):
                 pytest.fail("two in one folder")
 
     def test_without_locks_nobody_is_kept_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(run_folder, "fcntl", None)
-        with held(tmp_path), held(tmp_path):
+        with locked_folder(tmp_path), locked_folder(tmp_path):
             assert list(tmp_path.iterdir()) == []
 
     def test_a_file_is_no_folder(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("...")
-        with pytest.raises(ValueError, match="which is a file"), held(tmp_path / "thesis.tex"):
+        with pytest.raises(ValueError, match="which is a file"), locked_folder(tmp_path / "thesis.tex"):
             pass
 
 
 class TestOneRun:
-    """`claim_folder` takes what is new, and a run's own folder."""
+    """`open_run_folder` takes a new folder or the run's own, and no other."""
 
     def test_a_folder_with_nothing_but_hidden_files_is_new(self, tmp_path: Path) -> None:
         for name in (".DS_Store", ".config.yaml.123.tmp"):
             (tmp_path / name).write_text("...")
-        with held(tmp_path):
-            assert not claim_folder(_Config(output=tmp_path), MADE)
+        with locked_folder(tmp_path):
+            assert not open_run_folder(_Config(output=tmp_path), RUN_FILES)
         assert load_config(_Config, tmp_path / "config.yaml").output == tmp_path
 
-    def test_other_files_are_somebody_else_s(self, tmp_path: Path) -> None:
+    def test_a_folder_with_other_files_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("...")
         with pytest.raises(ValueError, match="with other files"):
-            claim_folder(_Config(output=tmp_path), MADE)
+            open_run_folder(_Config(output=tmp_path), RUN_FILES)
 
-    def test_a_run_has_begun_once_it_has_made_something(self, tmp_path: Path) -> None:
+    def test_a_run_has_started_once_it_wrote_a_run_file(self, tmp_path: Path) -> None:
         (tmp_path / "metrics.jsonl").touch()
         (tmp_path / "checkpoints" / "step-000000").mkdir(parents=True)
-        assert not begun(tmp_path, MADE)
+        assert not has_run_files(tmp_path, RUN_FILES)
         (tmp_path / "checkpoints" / "step-000010").mkdir()
-        assert begun(tmp_path, MADE)
-        assert not begun(tmp_path / "nowhere", MADE)
+        assert has_run_files(tmp_path, RUN_FILES)
+        assert not has_run_files(tmp_path / "nowhere", RUN_FILES)
 
-    def test_a_begun_run_may_differ_in_the_keys_and_groups_that_are_free(self, tmp_path: Path) -> None:
-        claim_folder(_Config(output=tmp_path), MADE)
+    def test_a_resumed_run_may_differ_in_its_resumable_changes_alone(self, tmp_path: Path) -> None:
+        open_run_folder(_Config(output=tmp_path), RUN_FILES)
         (tmp_path / "metrics.jsonl").write_text("{}\n")
         other = _Config(output=tmp_path, seed=3, inner=_Inner(lr=0.5, rank=8))
-        assert claim_folder(other, MADE, free=("seed", "inner"))
+        assert open_run_folder(other, RUN_FILES, resumable_changes=("seed", "inner"))
         with pytest.raises(ValueError, match=r"another inner\.rank \(4 there, 8 here\): choose"):
-            claim_folder(other, MADE, free=("seed", "inner.lr"))
-        with pytest.raises(ValueError, match="go on with it by --resume"):
-            claim_folder(_Config(output=tmp_path), MADE, resume=False)
+            open_run_folder(other, RUN_FILES, resumable_changes=("seed", "inner.lr"))
+        with pytest.raises(ValueError, match="continue it with --resume"):
+            open_run_folder(_Config(output=tmp_path), RUN_FILES, resume=False)
 
-    def test_what_a_kill_left_half_written_is_swept_away(self, tmp_path: Path) -> None:
-        claim_folder(_Config(output=tmp_path), MADE)
+    def test_half_written_files_of_a_killed_process_are_removed(self, tmp_path: Path) -> None:
+        open_run_folder(_Config(output=tmp_path), RUN_FILES)
         (tmp_path / "metrics.jsonl").write_text("{}\n")
         (tmp_path / ".git").mkdir()
         for name in (".policy.123.tmp", ".policy.123.old"):
             (tmp_path / name).mkdir()
             (tmp_path / name / "model.safetensors").write_bytes(b"half")
         (tmp_path / ".report.html.123.tmp").write_text("half")
-        assert claim_folder(_Config(output=tmp_path), MADE)
+        assert open_run_folder(_Config(output=tmp_path), RUN_FILES)
         assert sorted(path.name for path in tmp_path.iterdir()) == [".git", "config.yaml", "metrics.jsonl"]

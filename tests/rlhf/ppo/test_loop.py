@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prudent.cli import main
 from prudent.rlhf.job.config import load_config
-from prudent.rlhf.job.folder import held
+from prudent.rlhf.job.folder import locked_folder
 from prudent.rlhf.job.log import read_metrics
 from prudent.rlhf.ppo import loop
 from prudent.rlhf.ppo.checkpoint import Checkpoints
@@ -316,7 +316,7 @@ class TestRefusals:
 
     def test_a_folder_that_another_process_writes(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
         config = _config(tiny_chat_folder, tmp_path)
-        with held(config.output), pytest.raises(ValueError, match="is being written by process"):
+        with locked_folder(config.output), pytest.raises(ValueError, match="is being written by process"):
             run_ppo(config, resume=True, progress=False)
 
     def test_a_tracker_that_is_not_installed(

@@ -58,7 +58,7 @@ def test_the_three_steps_make_one_folder_and_go_on_after_a_kill(
         patch.setattr(loop, "run_ppo", die)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(config, progress=False)
-    with pytest.raises(ValueError, match="holds a run already: go on with it by --resume"):
+    with pytest.raises(ValueError, match="holds a run already: continue it with --resume"):
         run_recipe(config, progress=False)
     with pytest.raises(ValueError, match=r"holds a run with another seed \(0 there, 3 here\): choose another folder"):
         run_recipe(config.model_copy(update={"seed": 3}), resume=True, progress=False)

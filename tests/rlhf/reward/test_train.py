@@ -125,7 +125,7 @@ def test_a_finished_run_resumed_says_so_and_does_nothing(
 
 
 def test_a_folder_that_holds_a_run_or_anything_else_is_refused(finished: TrainConfig, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds a run already: go on with it by --resume"):
+    with pytest.raises(ValueError, match="holds a run already: continue it with --resume"):
         run_train(finished, progress=False)
     other = finished.model_copy(update={"seed": 3, "brme": finished.brme.model_copy(update={"lr": 0.1})})
     with pytest.raises(ValueError, match=r"another seed \(0 there, 3 here\), brme\.lr \(.* there, 0\.1 here\): choose"):

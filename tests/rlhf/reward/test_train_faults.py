@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from prudent.rlhf.job.config import load_config
-from prudent.rlhf.job.folder import held
+from prudent.rlhf.job.folder import locked_folder
 from prudent.rlhf.reward.train import TrainConfig, run_train
 
 
@@ -99,7 +99,7 @@ def test_a_finished_stages_model_that_was_cut_is_named(finished: TrainConfig, tm
 
 def test_one_process_trains_in_a_folder(tiny_chat_folder: Path, data: Path, tmp_path: Path) -> None:
     config = _config(tiny_chat_folder, data, tmp_path / "run", "head")
-    with held(config.output), pytest.raises(ValueError, match=r"output: .* is being written by process"):
+    with locked_folder(config.output), pytest.raises(ValueError, match=r"output: .* is being written by process"):
         run_train(config, progress=False)
     run_train(config, progress=False)
 
