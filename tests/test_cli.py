@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from prudent import cli, commands
+from prudent.rlhf.job.config import JobConfig, config_keys, config_template, load_config
+
+EVERY_JOB = commands.JOBS | commands.STUDIES
 
 
 def prudent(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -36,16 +45,11 @@ def test_the_version_is_the_packages() -> None:
     assert (done.returncode, done.stdout.split()[0]) == (0, "prudent")
 
 
-@pytest.mark.parametrize("command", sorted(commands.JOBS))
-def test_every_flag_sets_a_key_that_the_jobs_config_has(command: str) -> None:
-    from importlib import import_module
-
-    from prudent.rlhf.job.config import config_keys
-
-    job = commands.JOBS[command]
-    module = import_module(f"prudent.rlhf.{job.module}")
-    assert {flag.key for flag in job.flags} <= set(config_keys(getattr(module, job.config)))
-    assert callable(getattr(module, job.run))
+@pytest.mark.parametrize("name", sorted(EVERY_JOB))
+def test_every_flag_sets_a_key_that_the_jobs_config_has(name: str) -> None:
+    job = EVERY_JOB[name]
+    assert {flag.key for flag in job.flags} <= set(config_keys(_config_class(name)))
+    assert callable(getattr(import_module(f"prudent.rlhf.{job.module}"), job.run))
 
 
 @pytest.mark.parametrize(
@@ -131,12 +135,59 @@ def test_an_interrupt_says_how_to_go_on_and_exits_130(
     assert again in capsys.readouterr().err
 
 
-def test_keys_prints_a_config_file_to_start_from() -> None:
+def _config_class(name: str) -> type[JobConfig]:
+    job = EVERY_JOB[name]
+    found: type[JobConfig] = getattr(import_module(f"prudent.rlhf.{job.module}"), job.config)
+    return found
+
+
+def _fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of a config class, groups included, with its dotted name."""
+    for name, field in cls.model_fields.items():
+        yield prefix + name, field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _fields(field.annotation, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize("name", sorted(EVERY_JOB))
+def test_every_key_has_a_description_of_one_sentence(name: str) -> None:
+    fields = dict(_fields(_config_class(name)))
+    assert len(fields) > 5
+    wrong = {
+        key: field.description
+        for key, field in fields.items()
+        # a capital or a number first, a full stop last, and none between two sentences
+        if not re.fullmatch(r"[A-Z0-9](?!.*[.!?] +[A-Z])[^\n]*[^.\s]\.", field.description or "")
+    }
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("name", sorted(EVERY_JOB))
+def test_keys_prints_a_config_file_that_reads_back_to_the_defaults(name: str, tmp_path: Path) -> None:
+    cls = _config_class(name)
+    needed = {key: "given" for key, field in cls.model_fields.items() if field.is_required()}
+    if name == "ppo":
+        needed["reward.source"] = "given"
+    (tmp_path / "keys.yaml").write_text(config_template(cls), encoding="utf-8")
+    assert load_config(cls, tmp_path / "keys.yaml", **needed) == load_config(cls, **needed)
+    values = yaml.safe_load((tmp_path / "keys.yaml").read_text(encoding="utf-8"))
+    assert {key for key, value in values.items() if value is None} >= needed.keys() - {"reward.source"}
+
+
+def test_keys_says_what_each_key_means_and_takes() -> None:
     done = prudent("train", "--keys")
     assert done.returncode == 0
-    assert "model:  # needed" in done.stdout
-    assert "aggregation: tradeoff:0.4" in done.stdout
-    assert "  num_heads: 5" in done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[:2] == [
+        "# Trunk, a language model: local folder or hub name.",
+        "model:  # needed: a string",
+    ]
+    assert "aggregation: tradeoff:0.4  # a string" in lines
+    assert "mode: auto  # 'auto', 'head', 'lora' or 'full'" in lines
+    assert "  num_heads: 5  # a whole number >= 1" in lines
+    assert "  max_steps: 2000  # a whole number >= 1 or null" in lines
+    assert "  warmup: 0.05  # a number >= 0, < 1" in lines
+    assert max(map(len, lines)) <= 120
 
 
 @pytest.mark.slow

@@ -49,27 +49,39 @@ class DemoConfig(JobConfig):
     AVX512-BF16 cores (1,400 tokens/s), 13 on cores that multiply in float32; the heads take half a minute, PPO as
     `DemoPPOConfig` says."""
 
-    output: Path = Path("runs/demo")
-    model: str | None = None  # folder or hub name of a causal language model; None: SmolLM2-135M-Instruct, its wheel
-    prompts: Path | None = None  # one prompt a line; None: ours
-    preferences: str | None = None  # real pairs (file or data set) instead of sampled ones; then there is no gold
-    limit: int | None = Field(None, ge=1)  # rows of `preferences`
-    eval_fraction: float = Field(0.2, gt=0, lt=1)  # of the prompts of `preferences`
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the machine multiplies it fast
-    seed: int = Field(0, ge=0, lt=2**30)
-    samples_per_prompt: int = Field(16, ge=2)  # of a training prompt
-    pairs_per_prompt: int = Field(120, ge=1)  # 120: all pairs of 16 responses
-    held_out_prompts: int = Field(32, ge=2)
-    best_of: int = Field(256, ge=4)  # responses to a held-out prompt
-    label_noise: float = Field(0.25, ge=0, le=0.5)
-    max_new_tokens: int = Field(28, ge=1)
-    temperature: float = Field(0.8, gt=0)
-    top_k: int = Field(50, ge=1)
-    top_p: float = Field(0.95, gt=0, le=1)
-    batch_rows: int = Field(256, ge=1)
-    bt: BradleyTerryConfig = BradleyTerryConfig()
-    brme: BRMEConfig = BRMEConfig()
-    ppo: DemoPPOConfig = DemoPPOConfig()
+    output: Path = Field(default=Path("runs/demo"), description="Run folder.")
+    model: str | None = Field(
+        default=None,
+        description="Causal language model, folder or hub name; null: SmolLM2-135M-Instruct from its wheel.",
+    )
+    prompts: Path | None = Field(default=None, description="File with one prompt a line; null: a few hundred of ours.")
+    preferences: str | None = Field(
+        default=None,
+        description="Real preference pairs (file or data set name); null: sampled ones, with a gold scorer.",
+    )
+    limit: int | None = Field(default=None, ge=1, description="Rows of preferences to read; null: all.")
+    eval_fraction: float = Field(default=0.2, gt=0, lt=1, description="Share of the prompts of preferences held out.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Number type of the model; auto: bfloat16 if the machine multiplies it in hardware."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**30, description="Seed of the run.")
+    samples_per_prompt: int = Field(default=16, ge=2, description="Responses to each training prompt.")
+    pairs_per_prompt: int = Field(
+        default=120, ge=1, description="Pairs of each training prompt; 120: all pairs of 16 responses."
+    )
+    held_out_prompts: int = Field(default=32, ge=2, description="Prompts held out for evaluation.")
+    best_of: int = Field(default=256, ge=4, description="Responses to each held-out prompt, n of best-of-n.")
+    label_noise: float = Field(default=0.25, ge=0, le=0.5, description="Share of the labels that are flipped.")
+    max_new_tokens: int = Field(default=28, ge=1, description="Largest number of tokens in a response.")
+    temperature: float = Field(default=0.8, gt=0, description="Temperature of sampling.")
+    top_k: int = Field(default=50, ge=1, description="Number of most likely tokens to sample from.")
+    top_p: float = Field(
+        default=0.95, gt=0, le=1, description="Probability mass of the most likely tokens to sample from."
+    )
+    batch_rows: int = Field(default=256, ge=1, description="Responses sampled at once.")
+    bt: BradleyTerryConfig = Field(default=BradleyTerryConfig(), description="The single Bradley-Terry head.")
+    brme: BRMEConfig = Field(default=BRMEConfig(), description="The ensemble of Gaussian heads.")
+    ppo: DemoPPOConfig = Field(default=DemoPPOConfig(), description="The two PPO runs.")
 
 
 @dataclass(frozen=True)

@@ -37,13 +37,17 @@ SHOWN = {  # key in metrics.json -> metric
 class DemoPPOConfig(JobConfig):
     """The PPO part: two runs. A step takes about 6 s on two idle AVX512-BF16 cores, so the defaults 2.5 minutes."""
 
-    steps: int = Field(default=12, ge=0)  # 0 leaves PPO out
-    prompts_per_step: int = Field(default=6, ge=1)  # of the held-out ones
-    samples_per_prompt: int = Field(default=4, ge=2)  # each is compared with the mean of the others (RLOO)
-    max_new_tokens: int = Field(default=20, ge=1)
-    lr: float = Field(default=2e-3, gt=0)  # high, for the steps are few
-    kl_coef: float = Field(default=0.0, ge=0)  # 0: nothing but the reward holds the policy back
-    lora_rank: int = Field(default=16, ge=1)
+    steps: int = Field(default=12, ge=0, description="Steps of each PPO run; 0: no PPO.")
+    prompts_per_step: int = Field(default=6, ge=1, description="Held-out prompts in a step.")
+    samples_per_prompt: int = Field(
+        default=4, ge=2, description="Responses to each prompt, each compared with the mean of the others (RLOO)."
+    )
+    max_new_tokens: int = Field(default=20, ge=1, description="Largest number of tokens in a response.")
+    lr: float = Field(default=2e-3, gt=0, description="Learning rate, high because the steps are few.")
+    kl_coef: float = Field(
+        default=0.0, ge=0, description="Weight of the KL divergence from the reference; 0: only the reward counts."
+    )
+    lora_rank: int = Field(default=16, ge=1, description="Rank of the policy's LoRA adapter.")
 
 
 class Start(NamedTuple):

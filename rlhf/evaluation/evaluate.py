@@ -33,24 +33,48 @@ _BLOCK_ROWS = 8192  # of features on the device at once
 class EvalConfig(JobConfig):
     """What to evaluate, on what, and where to write it."""
 
-    model: str  # folder or hub name: an ensemble, or anybody's one-head reward model
-    data: str  # pairs: a file or a dataset name, as `load_pairs` takes them
-    output: Path  # folder for eval.json and the pictures; files of an earlier evaluation are replaced
-    aggregation: str | None = None  # the reward under test; None: the model's own
-    compare: str | None = None  # another model, scored on the same pairs: the single head of stage 1, say
-    foreign: str | None = None  # pairs unlike the training data: do std and disagreement tell them from `data`?
-    # above 0: only the prompts that a training with this eval_fraction, and split_seed as its seed, has held out
-    eval_fraction: float = Field(0.0, ge=0, lt=1)
-    split_seed: int = 0
-    min_score_gap: float = Field(2.0, gt=0)  # where pairs are made from scores
-    skip_bad_rows: bool = False  # count broken rows and go on
-    limit: int | None = Field(None, ge=1)  # rows read of each data file
-    batch_tokens: int = Field(4096, ge=1)  # tokens in a micro-batch, padding included
-    max_length: int | None = Field(None, ge=1)  # longer texts lose their beginning
-    resamples: int = Field(1000, ge=100)  # of the bootstrap
-    seed: int = 0  # of the bootstrap
-    features: Path | None = None  # a training's feature cache, to read and add to
-    pictures: bool = True
+    model: str = Field(description="Reward model, an ensemble or any one-head sequence classifier: folder or hub name.")
+    data: str = Field(description="Preference pairs: JSON lines, Parquet, or a data set name (NAME:SPLIT).")
+    output: Path = Field(
+        description="Folder for eval.json and the pictures, which replace those of an earlier evaluation."
+    )
+    aggregation: str | None = Field(
+        default=None,
+        description="How K heads make one reward, e.g. tradeoff:0.4, min, mean or lcb:1; null: the model's own.",
+    )
+    compare: str | None = Field(
+        default=None, description="Another reward model, such as stage 1's, to score on the same pairs; null: none."
+    )
+    foreign: str | None = Field(
+        default=None,
+        description="Pairs unlike the training data, which std and disagreement should set apart; null: none.",
+    )
+    eval_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Read only the prompts that a training with this eval_fraction held out; 0: all prompts.",
+    )
+    split_seed: int = Field(default=0, description="Seed of that training, which chose the held-out prompts.")
+    min_score_gap: float = Field(
+        default=2.0,
+        gt=0,
+        description="Smallest score difference of two responses that make a pair, if data has scores.",
+    )
+    skip_bad_rows: bool = Field(
+        default=False, description="Count broken rows and continue instead of stopping at the first."
+    )
+    limit: int | None = Field(default=None, ge=1, description="Rows to read of each data file; null: all.")
+    batch_tokens: int = Field(default=4096, ge=1, description="Tokens in one forward pass, padding included.")
+    max_length: int | None = Field(
+        default=None, ge=1, description="Tokens kept, from the end, of a longer text; null: the model's limit."
+    )
+    resamples: int = Field(default=1000, ge=100, description="Resamples of the bootstrap.")
+    seed: int = Field(default=0, description="Seed of the bootstrap.")
+    features: Path | None = Field(
+        default=None, description="Folder of cached features, such as a training's, to read and add to; null: none."
+    )
+    pictures: bool = Field(default=True, description="Draw the pictures, which needs matplotlib.")
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,20 @@ _FIELDS = ("reward", "nominal", "worst", "mean", "std")
 class ScoreConfig(JobConfig):
     """What to score, with what, and where to write it."""
 
-    model: str  # folder or hub name: an ensemble, or anybody's one-head reward model
-    data: str  # JSON lines; "-": standard input
-    output: str  # JSON lines; "-": standard output
-    aggregation: str | None = None  # None: the model's own
-    batch_tokens: int = Field(4096, ge=1)  # tokens in a micro-batch, padding included
-    max_length: int | None = Field(None, ge=1)  # longer texts lose their beginning
-    skip_bad_rows: bool = False  # a broken row gets a null reward and an error, and its line stays in its place
+    model: str = Field(description="Reward model, an ensemble or any one-head sequence classifier: folder or hub name.")
+    data: str = Field(description='Responses to score, JSON lines; "-": standard input.')
+    output: str = Field(description='JSON lines to write; "-": standard output.')
+    aggregation: str | None = Field(
+        default=None,
+        description="How K heads make one reward, e.g. tradeoff:0.4, min, mean or lcb:1; null: the model's own.",
+    )
+    batch_tokens: int = Field(default=4096, ge=1, description="Tokens in one forward pass, padding included.")
+    max_length: int | None = Field(
+        default=None, ge=1, description="Tokens kept, from the end, of a longer text; null: the model's limit."
+    )
+    skip_bad_rows: bool = Field(
+        default=False, description="Write broken rows with a null reward and an error instead of stopping at the first."
+    )
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 Config = TypeVar("Config", bound="JobConfig")
 
@@ -101,10 +103,39 @@ def config_keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def config_template(cls: type[JobConfig]) -> str:
-    """A YAML file to start from: every key with its default, those that need a value first."""
-    needed = "".join(f"{name}:  # needed\n" for name, field in cls.model_fields.items() if field.is_required())
-    defaults = cls.model_construct().model_dump(mode="json", warnings=False)
-    return needed + str(yaml.safe_dump(defaults, sort_keys=False, allow_unicode=True))
+    """Return a YAML file to start from: each key with its description, default and allowed values.
+
+    Keys without a default come first, marked "needed"; with them filled in, `load_config` reads the defaults back.
+    """
+    fields = sorted(cls.model_fields, key=lambda name: not cls.model_fields[name].is_required())
+    return _template(cls, cls.model_construct().model_dump(mode="json", warnings=False), fields, "")
+
+
+def _template(cls: type[BaseModel], values: dict[str, Any], names: Iterable[str], indent: str) -> str:
+    text = ""
+    for name in names:
+        field = cls.model_fields[name]
+        group = _group(field.annotation)
+        text += "" if group is None else "\n"
+        text += f"{indent}# {field.description}\n"
+        if group is not None:
+            text += f"{indent}{name}:\n{_template(group, values[name], group.model_fields, indent + '  ')}"
+        elif field.is_required():
+            text += f"{indent}{name}:  # needed: {allowed_values(field)}\n"
+        else:
+            flow = None if isinstance(values[name], list) else False  # a list on one line, in brackets
+            line = yaml.safe_dump({name: values[name]}, default_flow_style=flow, width=math.inf, allow_unicode=True)
+            text += f"{indent}{line.rstrip()}  # {allowed_values(field)}\n"
+    return text
+
+
+def allowed_values(field: FieldInfo) -> str:
+    """Return what a key takes, such as "a whole number >= 1 or null"."""
+    return _described(field.annotation, field.metadata)
+
+
+def _group(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _nearest(cls: type[BaseModel], key: str) -> str:
@@ -127,6 +158,7 @@ _EXPECTED = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "a string",
+    "str_type": "a string",
     "list_type": "a list",
     "tuple_type": "a list",
     "dict_type": "a mapping",
@@ -160,12 +192,22 @@ def _place(cls: type[BaseModel], loc: tuple[Any, ...]) -> tuple[str, list[Any]]:
     return ".".join(key), []
 
 
-def _described(annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
-        return " or ".join(map(repr, get_args(annotation)))
-    kind, *notes = get_args(annotation) if get_origin(annotation) is Annotated else [annotation]
-    bounds = [f" >= {bound.ge}" for note in notes for bound in note.metadata if hasattr(bound, "ge")]
-    return _EXPECTED.get(f"{kind.__name__}_type", str(kind)) + "".join(bounds)
+def _described(annotation: Any, constraints: Iterable[Any] = ()) -> str:
+    kind, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is NoneType:
+        return "null"
+    if kind in (Union, UnionType):
+        return " or ".join(_described(member, constraints) for member in arguments)
+    if kind is Literal:
+        *others, last = map(repr, arguments)
+        return f"{', '.join(others)} or {last}" if others else last
+    if kind is Annotated:
+        return _described(arguments[0], [bound for note in arguments[1:] for bound in note.metadata])
+    if kind is tuple:
+        return f"a list of {_described(arguments[0]).removeprefix('a ')}s"
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = [f" {sign} {getattr(c, name)}" for c in constraints for name, sign in signs.items() if hasattr(c, name)]
+    return _EXPECTED.get(f"{annotation.__name__.lower()}_type", str(annotation)) + ",".join(bounds)
 
 
 def _explain(cls: type[BaseModel], key: str, detail: Any, expected: str | None) -> str:

@@ -21,12 +21,19 @@ FLOOR = 16 << 20  # bytes that it may be off by in any case: a tiny model's peak
 class PlanConfig(PPOConfig):
     """A `PPOConfig` (the same file serves both), of which prompts, output and the reward's source may be missing."""
 
-    prompts: str = ""
-    output: Path = Path()
-    reward: RewardConfig = RewardConfig(source="heads on the policy's trunk", kind="shared")
-    gpu: str = "80GB"  # what the card has; memory_budget, if smaller, counts
-    heads: int = Field(default=5, ge=1)  # K of a reward on the policy's trunk
-    verify: bool = False  # run the loop on tensors without data and compare
+    model: str = Field(description="Built-in shape, config.json, local folder or hub name of the policy.")
+    prompts: str = Field(default="", description="Prompts of `prudent ppo`, which the plan does not read.")
+    output: Path = Field(default=Path(), description="Run folder of `prudent ppo`, which the plan does not write.")
+    reward: RewardConfig = Field(
+        default=RewardConfig(source="heads on the policy's trunk", kind="shared"),
+        description="Where rewards come from.",
+    )
+    gpu: str = Field(
+        default="80GB",
+        description="Memory of the card, e.g. 80GB (10^9 bytes) or 80GiB (2^30), unless memory_budget is less.",
+    )
+    heads: int = Field(default=5, ge=1, description="Heads of a reward on the policy's trunk, K.")
+    verify: bool = Field(default=False, description="Run the loop on tensors without data and compare.")
 
     @field_validator("gpu")
     @classmethod

@@ -23,14 +23,21 @@ _CALLABLE = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")
 
 
 class PolicyConfig(JobConfig):
-    """Which weights move. The reference is always the trunk as loaded."""
+    """Which weights are trained. The reference is always the trunk as loaded."""
 
-    mode: Literal["lora", "full"] = "lora"  # full: the reference is a second, frozen copy of the trunk
-    critic: Literal["auto", "none", "shared", "adapter"] = "auto"  # auto: shared for gae, none for rloo and group
-    lora_rank: int = Field(default=16, ge=1)
-    lora_alpha: int = Field(default=32, ge=1)
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    gradient_checkpointing: bool = False
+    mode: Literal["lora", "full"] = Field(
+        default="lora", description="Train a LoRA adapter, or all weights beside a frozen copy as the reference."
+    )
+    critic: Literal["auto", "none", "shared", "adapter"] = Field(
+        default="auto",
+        description="Value head: none, on the policy's trunk, or with an adapter; auto: shared for gae, else none.",
+    )
+    lora_rank: int = Field(default=16, ge=1, description="Rank of the LoRA adapter.")
+    lora_alpha: int = Field(default=32, ge=1, description="Scale of the LoRA adapter, times 1 / lora_rank.")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability before the LoRA adapter.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass, which saves memory and costs time."
+    )
 
 
 class RewardConfig(JobConfig):
@@ -45,15 +52,26 @@ class RewardConfig(JobConfig):
     auto      the first of these that fits `source`
     """
 
-    source: str = ""
-    kind: Literal["auto", "shared", "adapter", "model", "callable", "http"] = "auto"
-    aggregation: str = (
-        "tradeoff:0.4"  # BRME's best at 800 steps; "" takes the reward model's own; one head: always mean
+    source: str = Field(
+        default="",
+        description="Reward model (folder or hub name), function (MODULE:FUNCTION or FILE.py:FUNCTION), or URL.",
     )
-    centre: Literal["none", "batch", "group"] = "none"
-    missing_eos_penalty: float = Field(default=0.0, ge=0)  # taken off the reward of an answer that was cut off
-    clip: float | None = Field(default=None, gt=0)  # bound on |reward|
-    timeout: float = Field(default=60.0, gt=0)  # seconds, of an http reward
+    kind: Literal["auto", "shared", "adapter", "model", "callable", "http"] = Field(
+        default="auto",
+        description="What source is: heads on the policy's trunk (with an adapter), a model, a function or a URL.",
+    )
+    aggregation: str = Field(
+        default="tradeoff:0.4",
+        description='How K heads make one reward, e.g. tradeoff:0.4, min, mean or lcb:1; "": the model\'s own.',
+    )
+    centre: Literal["none", "batch", "group"] = Field(
+        default="none", description="Mean to subtract from rewards: none, the step's, or that of the prompt's samples."
+    )
+    missing_eos_penalty: float = Field(
+        default=0.0, ge=0, description="Subtracted from the reward of a response that was cut off."
+    )
+    clip: float | None = Field(default=None, gt=0, description="Bound on the absolute reward; null: none.")
+    timeout: float = Field(default=60.0, gt=0, description="Seconds to wait for an answer of an http reward.")
 
     @field_validator("aggregation")
     @classmethod
@@ -64,12 +82,24 @@ class RewardConfig(JobConfig):
 class KLConfig(JobConfig):
     """What keeps the policy near the reference."""
 
-    coef: float = Field(default=0.05, ge=0)
-    place: Literal["reward", "loss"] = "reward"
-    estimator: Literal["k1", "k2", "k3", "abs"] = "k1"  # in the loss k2: k1's gradient there has mean 0
-    chi2: float = Field(default=0.0, ge=0)  # times sqrt of the chi-squared divergence, in the loss (arXiv 2403.03185)
-    target: float | None = Field(default=None, gt=0)  # nats a sequence; adapts coef (arXiv 1909.08593)
-    horizon: int = Field(default=10_000, ge=1)  # sequences, of the adaption: more than a fifth of a step's
+    coef: float = Field(default=0.05, ge=0, description="Weight of the KL divergence from the reference; 0: none.")
+    place: Literal["reward", "loss"] = Field(default="reward", description="Where the KL divergence is added.")
+    estimator: Literal["k1", "k2", "k3", "abs"] = Field(
+        default="k1", description="Estimator of the KL divergence; with place loss the default is k2."
+    )
+    chi2: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight in the loss of the root of the chi-squared divergence (arXiv 2403.03185); 0: none.",
+    )
+    target: float | None = Field(
+        default=None,
+        gt=0,
+        description="KL per sequence, in nats, to which coef adapts (arXiv 1909.08593); null: coef is fixed.",
+    )
+    horizon: int = Field(
+        default=10_000, ge=1, description="Sequences over which coef adapts, more than a fifth of a step's."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -82,55 +112,107 @@ class KLConfig(JobConfig):
 class UpdateConfig(JobConfig):
     """One PPO step on what was sampled."""
 
-    estimator: Literal["gae", "rloo", "group"] = "gae"
-    gamma: float = Field(default=1.0, ge=0, le=1)
-    lam: float = Field(default=0.95, ge=0, le=1)
-    whiten: bool | None = None  # advantages over the batch; None: yes for gae, no for rloo and group
-    epochs: int = Field(default=2, ge=1)
-    minibatches: int = Field(default=2, ge=1)  # a step's samples are cut into this many optimizer steps an epoch
-    clip: float = Field(default=0.2, gt=0, lt=1)
-    value_clip: float | None = Field(default=0.2, gt=0)
-    value_coef: float = Field(default=0.5, ge=0)
-    entropy_coef: float = Field(default=0.0, ge=0)
+    estimator: Literal["gae", "rloo", "group"] = Field(
+        default="gae",
+        description="Advantages: GAE with a critic, leave-one-out over a prompt's samples, or normalised over them.",
+    )
+    gamma: float = Field(default=1.0, ge=0, le=1, description="Discount per token.")
+    lam: float = Field(default=0.95, ge=0, le=1, description="Lambda of GAE.")
+    whiten: bool | None = Field(
+        default=None,
+        description="Scale a step's advantages to mean 0 and std 1; null: for gae, not for rloo and group.",
+    )
+    epochs: int = Field(default=2, ge=1, description="Passes over a step's samples.")
+    minibatches: int = Field(
+        default=2, ge=1, description="Optimizer steps in an epoch, among which a step's samples are divided."
+    )
+    clip: float = Field(
+        default=0.2, gt=0, lt=1, description="PPO's bound on the change of a token's probability ratio."
+    )
+    value_clip: float | None = Field(
+        default=0.2, gt=0, description="Bound on the change of a value in an update; null: none."
+    )
+    value_coef: float = Field(default=0.5, ge=0, description="Weight of the value loss.")
+    entropy_coef: float = Field(default=0.0, ge=0, description="Weight of the entropy bonus.")
     max_kl: float | None = Field(
-        default=None, gt=0
-    )  # nats a token between sampling and updated policy: ends the epochs
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    lr: float | None = Field(default=None, gt=0)  # None: 1e-4 for LoRA, 1e-6 in full
-    value_lr: float | None = Field(default=None, gt=0)  # of the value head; None: ten times lr
-    warmup: int = Field(default=0, ge=0)  # steps of the loop
-    weight_decay: float = Field(default=0.0, ge=0)
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    micro_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # tokens in one forward and backward pass
-    max_bad_steps: int = Field(default=5, ge=1)  # skipped for a loss that is not finite, in a row, before the run stops
+        default=None,
+        gt=0,
+        description="KL divergence per token, in nats, from the sampling policy that ends the epochs; null: no bound.",
+    )
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Norm to which gradients are clipped.")
+    lr: float | None = Field(
+        default=None, gt=0, description="Learning rate of the policy; null: 1e-4 in mode lora, 1e-6 in mode full."
+    )
+    value_lr: float | None = Field(
+        default=None, gt=0, description="Learning rate of the value head; null: ten times lr."
+    )
+    warmup: int = Field(default=0, ge=0, description="Steps of the loop in which the learning rate rises.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        default="adamw", description="Optimizer; the 8-bit ones need bitsandbytes."
+    )
+    micro_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto", description="Tokens in one forward and backward pass; auto: as many as fit the memory."
+    )
+    max_bad_steps: int = Field(
+        default=5,
+        ge=1,
+        description="Steps in a row skipped because of a loss that is not finite, before the run stops.",
+    )
 
 
 class PPOConfig(JobConfig):
     """Everything `prudent ppo` can be told."""
 
-    model: str  # folder or hub name of a causal language model
-    prompts: str  # one prompt a line, or JSON lines, Parquet or a data set with `prompt`
-    output: Path  # the run folder
-    reward: RewardConfig = RewardConfig()
-    recipe: Literal["ppo", "pet"] = "ppo"  # pet: Bradley-Terry, PET, then best-of-n and PPO without KL on it
-    data: str | None = None  # preference pairs: what recipe pet trains on, and what the watch compares std with
-    steps: int = Field(default=100, ge=1)
-    seed: int = Field(default=0, ge=0, lt=2**30)
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the trunk; auto: bfloat16 on a GPU, float32 on a CPU
-    attn: Literal["auto", "flash", "sdpa", "eager"] = "auto"
-    packed: bool | None = None  # no padding in scoring and update; None: with flash attention
-    memory_budget: str | None = None  # e.g. 80GB: what the process may take on a bigger card
-    policy: PolicyConfig = PolicyConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    kl: KLConfig = KLConfig()
-    update: UpdateConfig = UpdateConfig()
-    pet: PETConfig = PETConfig()  # of recipe pet
-    best_of_prompts: int = Field(default=64, ge=2)  # of recipe pet: prompts that best-of-n is compared on
-    gold: str | None = None  # vader, or MODULE:FUNCTION as a callable reward: watched, never trained on
-    save_every: int = Field(default=10, ge=1)  # steps between checkpoints
-    sample_every: int = Field(default=10, ge=1)  # steps between sample texts in samples.jsonl
-    stop_when: tuple[str, ...] = ()  # e.g. "disagreement > 3x for 5", "kl > 20 for 3 then rollback"
-    trackers: tuple[str, ...] = ()  # wandb, trackio: beside JSON lines and TensorBoard, through accelerate
+    model: str = Field(description="Policy, a causal language model: local folder or hub name.")
+    prompts: str = Field(
+        description="Prompts: a text file with one a line, or JSON lines, Parquet or a data set with the column prompt."
+    )
+    output: Path = Field(description="Run folder.")
+    reward: RewardConfig = Field(default=RewardConfig(), description="Where rewards come from.")
+    recipe: Literal["ppo", "pet"] = Field(
+        default="ppo",
+        description="PPO on a given reward, or first make one pessimistic (PET, on data), then PPO on it without KL.",
+    )
+    data: str | None = Field(
+        default=None,
+        description="Preference pairs: what recipe pet trains on, and what the heads' std on samples is compared with.",
+    )
+    steps: int = Field(default=100, ge=1, description="Steps of the loop.")
+    seed: int = Field(default=0, ge=0, lt=2**30, description="Seed of the run.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Number type of the trunk; auto: bfloat16 on a GPU, float32 on a CPU."
+    )
+    attn: Literal["auto", "flash", "sdpa", "eager"] = Field(
+        default="auto", description="Attention; auto: flash-attn if it can run here, else torch's SDPA."
+    )
+    packed: bool | None = Field(
+        default=None, description="Score and update sequences without padding; null: with flash attention."
+    )
+    memory_budget: str | None = Field(
+        default=None, description="Memory that the process may use of the GPU's, e.g. 80GB; null: all."
+    )
+    policy: PolicyConfig = Field(default=PolicyConfig(), description="Which weights are trained.")
+    rollout: RolloutConfig = Field(default=RolloutConfig(), description="How responses are drawn.")
+    kl: KLConfig = Field(default=KLConfig(), description="What keeps the policy near the reference.")
+    update: UpdateConfig = Field(default=UpdateConfig(), description="The PPO update.")
+    pet: PETConfig = Field(default=PETConfig(), description="The reward's training in recipe pet.")
+    best_of_prompts: int = Field(
+        default=64, ge=2, description="Prompts on which recipe pet compares best-of-n of its rewards."
+    )
+    gold: str | None = Field(
+        default=None,
+        description="Second judge, never trained on: vader, MODULE:FUNCTION, FILE.py:FUNCTION or a URL; null: none.",
+    )
+    save_every: int = Field(default=10, ge=1, description="Steps between checkpoints.")
+    sample_every: int = Field(default=10, ge=1, description="Steps between sample texts in samples.jsonl.")
+    stop_when: tuple[str, ...] = Field(
+        default=(),
+        description='Rules that end the run, e.g. "kl > 20 for 3" or "disagreement > 3x for 5 then rollback".',
+    )
+    trackers: tuple[str, ...] = Field(
+        default=(), description="Trackers beside JSON lines and TensorBoard, any of wandb and trackio."
+    )
 
     @field_validator("memory_budget")
     @classmethod

@@ -14,30 +14,46 @@ from ..job.config import JobConfig
 class FitConfig(JobConfig):
     """How reward heads are trained, in either stage.
 
-    lr, epochs and batch_size are for heads on standardised features: the features' own scale plays no part in them.
+    lr, epochs and batch_size apply to heads on standardised features: the scale of the features plays no part in them.
     """
 
-    stage: Literal["bt", "brme"] = "brme"
-    num_heads: int = Field(default=5, ge=1)
-    epochs: int = Field(default=10, ge=1)
-    max_steps: int | None = Field(default=None, ge=1)  # ends training inside an epoch if the epochs have more
-    batch_size: int = Field(default=64, ge=1)  # pairs
-    lr: float = Field(default=3e-3, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    warmup: float = Field(default=0.05, ge=0, le=1)  # share of the steps
-    alpha: float = Field(default=4.0, gt=0)
-    noise: Literal["closed", "sampled"] = "closed"
-    std_floor: float = Field(default=STD_FLOOR, ge=0)
-    bsr: float = Field(default=0.0, ge=0)  # lambda of batch-sum regularisation; the paper uses 1e-3
-    bsr_scope: Literal["micro", "global"] = "micro"  # on cached features the batch is whole and the two are the same
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    stage: Literal["bt", "brme"] = Field(
+        default="brme", description="The loss: Bradley-Terry (bt), or eq. 8 of arXiv 2409.15360 (brme)."
+    )
+    num_heads: int = Field(default=5, ge=1, description="Number of heads, K.")
+    epochs: int = Field(default=10, ge=1, description="Passes over the training pairs.")
+    max_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Largest number of optimizer steps, which may end an epoch early; null: no limit.",
+    )
+    batch_size: int = Field(default=64, ge=1, description="Pairs in an optimizer step.")
+    lr: float = Field(default=3e-3, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(default=0.01, ge=0, description="Weight decay of AdamW.")
+    warmup: float = Field(
+        default=0.05, ge=0, le=1, description="Share of the steps in which the learning rate rises to its peak."
+    )
+    alpha: float = Field(default=4.0, gt=0, description="Width of the targets of eq. 8, which lie within +-alpha / 2.")
+    noise: Literal["closed", "sampled"] = Field(
+        default="closed",
+        description="Eq. 8 as its exact expectation (closed) or with noise drawn at each step (sampled).",
+    )
+    std_floor: float = Field(default=STD_FLOOR, ge=0, description="Smallest standard deviation of a head.")
+    bsr: float = Field(
+        default=0.0, ge=0, description="Weight of batch-sum regularisation (arXiv 2505.07271 uses 1e-3); 0: none."
+    )
+    bsr_scope: Literal["micro", "global"] = Field(
+        default="micro",
+        description="Batch whose reward sum bsr squares: a micro-batch, or the whole step (the same if mode is head).",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of initial weights, order and noise.")
 
 
 class BradleyTerryConfig(FitConfig):
     """Stage 1: one head, Bradley-Terry."""
 
-    stage: Literal["bt"] = "bt"
-    num_heads: Literal[1] = 1
+    stage: Literal["bt"] = Field(default="bt", description="The loss of this stage, Bradley-Terry.")
+    num_heads: Literal[1] = Field(default=1, description="Number of heads of this stage, one.")
 
 
 class BRMEConfig(FitConfig):
@@ -50,99 +66,155 @@ class BRMEConfig(FitConfig):
     linear decay that is lr * steps / 2 = 3 over 2000 steps, a std of 0.03; 10 epochs of 60,000 pairs end at the floor.
     """
 
-    stage: Literal["brme"] = "brme"
-    max_steps: int | None = Field(default=2000, ge=1)
+    stage: Literal["brme"] = Field(default="brme", description="The loss of this stage, eq. 8 of arXiv 2409.15360.")
+    max_steps: int | None = Field(
+        default=2000,
+        ge=1,
+        description="Largest number of steps, beyond which std collapses to its floor; null: no limit.",
+    )
 
 
 class TrunkConfig(JobConfig):
-    """How the trunk is trained with its heads; what the loss is stands in the stage's FitConfig (alpha, noise, bsr)."""
+    """How the trunk is trained with its heads. The loss is set by the stage's FitConfig (alpha, noise, bsr)."""
 
-    lr: float | None = Field(default=None, gt=0)  # None: 1e-4 for LoRA, 5e-6 in full (BSR's for 1B)
-    epochs: float = Field(default=1.0, gt=0)  # reward models overfit in the second
-    max_steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=8, ge=1)  # pairs in a micro-batch, per device
-    accumulation: int = Field(default=1, ge=1)  # micro-batches in a step
-    weight_decay: float = Field(default=0.0, ge=0)
-    warmup: float = Field(default=0.05, ge=0, lt=1)  # share of the steps
-    save_every: int = Field(default=100, ge=1)  # steps between evaluations and checkpoints
-    lora_rank: int = Field(default=16, ge=1)
-    lora_alpha: int = Field(default=32, ge=1)
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    gradient_checkpointing: bool = False
+    lr: float | None = Field(
+        default=None, gt=0, description="Peak learning rate of AdamW; null: 1e-4 in mode lora, 5e-6 in mode full."
+    )
+    epochs: float = Field(
+        default=1.0, gt=0, description="Passes over the training pairs; reward models tend to overfit in the second."
+    )
+    max_steps: int | None = Field(default=None, ge=1, description="Largest number of optimizer steps; null: no limit.")
+    batch_size: int = Field(default=8, ge=1, description="Pairs in a micro-batch on each device.")
+    accumulation: int = Field(default=1, ge=1, description="Micro-batches in an optimizer step.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
+    warmup: float = Field(
+        default=0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises to its peak."
+    )
+    save_every: int = Field(default=100, ge=1, description="Steps between evaluations, each with a checkpoint.")
+    lora_rank: int = Field(default=16, ge=1, description="Rank of the LoRA adapter in mode lora.")
+    lora_alpha: int = Field(default=32, ge=1, description="Scale of the LoRA adapter, times 1 / lora_rank.")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability before the LoRA adapter.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass, which saves memory and costs time."
+    )
 
 
 class PETConfig(JobConfig):
     """PET (arXiv 2505.20556): pessimism against the best of n reference samples. beta and n are the paper's.
 
-    The sources differ in three things, and none of them is settled by what could be read of the paper:
+    Public sources describe PET in three different ways, and the paper settles none of them:
 
     reference  what the best sample is compared with. chosen: the pair's preferred response. dataset: the preferred or
-               the rejected one, each half the time. sample: one more response of the reference policy for each prompt,
-               not among the n, as the expectation over pi_ref says.
+               the rejected one, each half the time. sample: one more response of the reference policy to each prompt,
+               outside the n, as the expectation over pi_ref says.
     hinge      none: best - reference as it is. all: its positive part, which is the same as letting the reference
-               response take part in the max. active: the mean over the prompts where it is positive, and over no other.
+               response take part in the max. active: the mean over the prompts where it is positive.
     detach_reference  the reference's reward is a constant in the gradient.
 
-    Without a hinge, chosen and dataset leave the objective without a lower bound wherever some reward tells the data's
-    responses from the policy's own; few steps at a falling rate are then what ends it, and a warning says so.
+    Without a hinge, chosen and dataset leave the objective without a lower bound wherever some reward separates the
+    data's responses from the policy's own; only few steps at a falling rate end it then, and a warning says so.
 
-    lr, epochs and batch_size are for heads on standardised features: the trunk stands. To have it trained, train it
-    with stage bt or brme in mode lora or full, and give that model as `start`.
+    lr, epochs and batch_size apply to heads on standardised features: the trunk is frozen. To train it, train it with
+    stage bt or brme in mode lora or full, and give that model as `start`.
     """
 
-    start: str = "bt"  # the reward to make pessimistic: this run's bt or brme, or a reward model's folder or hub name
-    samples: int = Field(default=64, ge=1)  # n, responses of the reference policy to a prompt
-    beta: float = Field(default=10.0, ge=0)  # weight of the Bradley-Terry loss
-    reference: Literal["chosen", "dataset", "sample"] = "chosen"
-    hinge: Literal["none", "all", "active"] = "none"
-    detach_reference: bool = False
-    prompts: int | None = Field(default=None, ge=1)  # how many of the training prompts are sampled for; None: all
-    epochs: int = Field(default=10, ge=1)
-    max_steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=64, ge=1)  # pairs
-    lr: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    warmup: float = Field(default=0.05, ge=0, le=1)  # share of the steps
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    start: str = Field(
+        default="bt",
+        description="Reward to make pessimistic: bt or brme of this run, or a reward model's folder or hub name.",
+    )
+    samples: int = Field(default=64, ge=1, description="Responses of the reference policy to each prompt, n.")
+    beta: float = Field(default=10.0, ge=0, description="Weight of the Bradley-Terry loss.")
+    reference: Literal["chosen", "dataset", "sample"] = Field(
+        default="chosen",
+        description="What the best of n is compared with: the chosen response, either of the pair, or one more sample.",
+    )
+    hinge: Literal["none", "all", "active"] = Field(
+        default="none",
+        description="Part of best - reference that is lowered: all of it, its positive part, or only positive prompts.",
+    )
+    detach_reference: bool = Field(
+        default=False, description="Treat the reference's reward as a constant in the gradient."
+    )
+    prompts: int | None = Field(
+        default=None, ge=1, description="Number of training prompts that are sampled; null: all."
+    )
+    epochs: int = Field(default=10, ge=1, description="Passes over the training pairs.")
+    max_steps: int | None = Field(default=None, ge=1, description="Largest number of optimizer steps; null: no limit.")
+    batch_size: int = Field(default=64, ge=1, description="Pairs in an optimizer step.")
+    lr: float = Field(default=1e-3, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
+    warmup: float = Field(
+        default=0.05, ge=0, le=1, description="Share of the steps in which the learning rate rises to its peak."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of samples, order and references.")
     # how the reference policy is sampled; these defaults draw from the policy itself
-    max_new_tokens: int = Field(default=128, ge=1)
-    temperature: float = Field(default=1.0, gt=0)
-    top_k: int = Field(default=0, ge=0)  # 0: all
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    batch_rows: int = Field(default=256, ge=1)  # responses sampled at once
-    cache: Path | None = None  # a folder of samples that several runs share; None: reference/ in the run folder
+    max_new_tokens: int = Field(default=128, ge=1, description="Largest number of tokens in a sampled response.")
+    temperature: float = Field(default=1.0, gt=0, description="Temperature of sampling; 1: the policy itself.")
+    top_k: int = Field(default=0, ge=0, description="Number of most likely tokens to sample from; 0: all.")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Probability mass of the most likely tokens to sample from; 1: all."
+    )
+    batch_rows: int = Field(default=256, ge=1, description="Responses sampled at once.")
+    cache: Path | None = Field(
+        default=None, description="Folder of samples that several runs share; null: reference/ in the run folder."
+    )
 
 
 class TrainConfig(JobConfig):
     """Everything `prudent train` can be told."""
 
-    model: str  # folder or hub name of a language model
-    data: str  # file or dataset name, see load_pairs
-    output: Path  # the run folder
-    # folder or hub name of a one-head reward model (EnsembleRewardModel, or what from_sequence_classifier takes) to use
-    # instead of training stage 1; in mode head its trunk is the trunk, and `model` must name it too
-    stage1: str | None = None
-    # head: the trunk frozen, its features cached; lora, full: the trunk trained too; auto: head on a CPU, lora on a GPU
-    mode: Literal["auto", "head", "lora", "full"] = "auto"
-    # the last stage: bt stops after Bradley-Terry; pet makes what pet.start names pessimistic against best-of-n
-    stage: Literal["bt", "brme", "pet"] = "brme"
-    aggregation: str = "tradeoff:0.4"  # what the saved model answers with
-    min_score_gap: float = Field(default=2.0, gt=0)
-    skip_bad_rows: bool = False
-    limit: int | None = Field(default=None, ge=1)  # rows of data
-    eval_fraction: float = Field(default=0.1, ge=0, lt=1)  # of the prompts
-    seed: int = Field(default=0, ge=0, lt=2**30)  # of everything; bt.seed, brme.seed and pet.seed are added to it
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the trunk; auto: the checkpoint's, float32 in mode full
-    append_eos: bool | None = None  # see EnsembleRewardConfig
-    batch_tokens: int = Field(default=4096, ge=1)
+    model: str = Field(description="Trunk, a language model: local folder or hub name.")
+    data: str = Field(description="Preference pairs: JSON lines, Parquet, or a data set name (NAME:SPLIT).")
+    output: Path = Field(description="Run folder.")
+    stage1: str | None = Field(
+        default=None,
+        description="One-head reward model to use in place of stage 1 (in mode head also as model); null: none.",
+    )
+    mode: Literal["auto", "head", "lora", "full"] = Field(
+        default="auto",
+        description="Train heads alone, with a LoRA adapter or with the trunk; auto: head on a CPU, lora on a GPU.",
+    )
+    stage: Literal["bt", "brme", "pet"] = Field(
+        default="brme",
+        description="Last stage: Bradley-Terry, then the ensemble, or pet.start made pessimistic against best-of-n.",
+    )
+    aggregation: str = Field(
+        default="tradeoff:0.4",
+        description="How the saved model makes one reward of K heads, e.g. tradeoff:0.4, min, mean or lcb:1.",
+    )
+    min_score_gap: float = Field(
+        default=2.0,
+        gt=0,
+        description="Smallest score difference of two responses that make a pair, if data has scores.",
+    )
+    skip_bad_rows: bool = Field(
+        default=False, description="Count broken rows and continue instead of stopping at the first."
+    )
+    limit: int | None = Field(default=None, ge=1, description="Rows of data to read; null: all.")
+    eval_fraction: float = Field(default=0.1, ge=0, lt=1, description="Share of the prompts held out for evaluation.")
+    seed: int = Field(
+        default=0, ge=0, lt=2**30, description="Seed of the run, to which bt.seed, brme.seed and pet.seed are added."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Number type of the trunk; auto: the checkpoint's, but float32 in mode full."
+    )
+    append_eos: bool | None = Field(
+        default=None,
+        description="End plain-text responses with the EOS token; null: for decoders, not for encoders.",
+    )
+    batch_tokens: int = Field(default=4096, ge=1, description="Tokens in one forward pass, padding included.")
     max_length: int | None = Field(
-        default=None, ge=1
-    )  # tokens; a longer text loses its beginning; saved with the model
-    features: Path | None = None  # a cache folder that several runs share; None: in the run folder
-    bt: BradleyTerryConfig = BradleyTerryConfig()
-    brme: BRMEConfig = BRMEConfig()
-    pet: PETConfig = PETConfig()
-    trunk: TrunkConfig = TrunkConfig()
+        default=None,
+        ge=1,
+        description="Tokens kept, from the end, of a longer text, also by the saved model; null: the trunk's limit.",
+    )
+    features: Path | None = Field(
+        default=None, description="Folder of cached features that several runs share; null: in the run folder."
+    )
+    bt: BradleyTerryConfig = Field(default=BradleyTerryConfig(), description="Stage 1, one Bradley-Terry head.")
+    brme: BRMEConfig = Field(default=BRMEConfig(), description="Stage 2, the ensemble of Gaussian heads.")
+    pet: PETConfig = Field(default=PETConfig(), description="Stage pet, pessimism against the best of n samples.")
+    trunk: TrunkConfig = Field(default=TrunkConfig(), description="Training of the trunk, in modes lora and full.")
 
     @field_validator("aggregation")
     @classmethod

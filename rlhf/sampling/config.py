@@ -12,13 +12,26 @@ from ..job.config import JobConfig
 class RolloutConfig(JobConfig):
     """How responses are drawn."""
 
-    prompts_per_step: int = Field(default=64, ge=1)
-    samples_per_prompt: int = Field(default=1, ge=1)  # rloo and group need two at least
-    max_new_tokens: int = Field(default=64, ge=1)
-    min_new_tokens: int = Field(default=0, ge=0)
-    max_prompt_tokens: int | None = Field(default=None, ge=1)  # longer prompts are refused; None: what the model holds
-    temperature: float = Field(default=1.0, gt=0)
-    top_k: int = Field(default=0, ge=0)  # 0: all; the update's probabilities are those of the whole vocabulary
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    engine: Literal["auto", "shared_prefix", "static", "continuous"] = "auto"
-    batch_rows: int = Field(default=256, ge=1)
+    prompts_per_step: int = Field(default=64, ge=1, description="Prompts in a step.")
+    samples_per_prompt: int = Field(
+        default=1, ge=1, description="Responses to each prompt; estimators rloo and group need at least 2."
+    )
+    max_new_tokens: int = Field(default=64, ge=1, description="Largest number of tokens in a response.")
+    min_new_tokens: int = Field(default=0, ge=0, description="Number of tokens before which a response cannot stop.")
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="Longest prompt accepted, in tokens; null: what the model holds."
+    )
+    temperature: float = Field(default=1.0, gt=0, description="Temperature of sampling; 1: the policy itself.")
+    top_k: int = Field(
+        default=0,
+        ge=0,
+        description="Number of most likely tokens to sample from; 0: all, as the update's probabilities assume.",
+    )
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Probability mass of the most likely tokens to sample from; 1: all."
+    )
+    engine: Literal["auto", "shared_prefix", "static", "continuous"] = Field(
+        default="auto",
+        description="Engine that draws the responses; auto: the fastest that suits device, model and keys.",
+    )
+    batch_rows: int = Field(default=256, ge=1, description="Responses drawn at once.")

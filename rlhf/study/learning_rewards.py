@@ -52,15 +52,17 @@ class RewardsConfig(JobConfig):
     The samples are drawn from the model itself (temperature 1, nothing cut off), as PPO's first step draws them.
     """
 
-    prompts: Path | None = None  # one a line; None: 64 openings of a story
-    held_out_prompts: int = Field(default=16, ge=2)  # for the heads' accuracy; PPO asks the others
-    samples_per_prompt: int = Field(default=64, ge=2)
-    pairs_per_prompt: int = Field(default=200, ge=1)
-    label_noise: float = Field(default=0.25, ge=0, le=0.5)
-    max_new_tokens: int = Field(default=24, ge=1)
-    bt: BradleyTerryConfig = BradleyTerryConfig()
-    brme: BRMEConfig = BRMEConfig()
-    pet: PETConfig = PETConfig()
+    prompts: Path | None = Field(default=None, description="File with one prompt a line; null: 64 openings of a story.")
+    held_out_prompts: int = Field(
+        default=16, ge=2, description="Prompts held out to measure the heads' accuracy; PPO samples the others."
+    )
+    samples_per_prompt: int = Field(default=64, ge=2, description="Responses to each prompt.")
+    pairs_per_prompt: int = Field(default=200, ge=1, description="Preference pairs of each prompt.")
+    label_noise: float = Field(default=0.25, ge=0, le=0.5, description="Share of the labels that are flipped.")
+    max_new_tokens: int = Field(default=24, ge=1, description="Largest number of tokens in a response.")
+    bt: BradleyTerryConfig = Field(default=BradleyTerryConfig(), description="The single Bradley-Terry head.")
+    brme: BRMEConfig = Field(default=BRMEConfig(), description="The ensemble of Gaussian heads.")
+    pet: PETConfig = Field(default=PETConfig(), description="PET of both.")
 
     @model_validator(mode="after")
     def _pet_keys_that_are_read(self) -> RewardsConfig:

@@ -44,14 +44,14 @@ LAMBDAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 class ToyConfig(JobConfig):
     """Everything `prudent study toy` can be told."""
 
-    output: Path = Path("runs/study/toy")
-    seeds: int = Field(default=20, ge=2)
-    first_seed: int = Field(default=0, ge=0, lt=2**30)
-    lam: float = Field(default=0.4, ge=0, le=1)  # the paper's
-    models: int = Field(default=3, ge=1)  # of the uncertainty set, beside the nominal one
-    reward: ToyRewardConfig = ToyRewardConfig()
-    policy: ToyPolicyConfig = ToyPolicyConfig()
-    sensitivity: bool = True  # also the table of other settings
+    output: Path = Field(default=Path("runs/study/toy"), description="Folder for the results.")
+    seeds: int = Field(default=20, ge=2, description="Independent repetitions.")
+    first_seed: int = Field(default=0, ge=0, lt=2**30, description="Seed of the first repetition.")
+    lam: float = Field(default=0.4, ge=0, le=1, description="Lambda of the trade-off, 0.4 in the paper.")
+    models: int = Field(default=3, ge=1, description="Reward models of the uncertainty set, beside the nominal one.")
+    reward: ToyRewardConfig = Field(default=ToyRewardConfig(), description="The reward models.")
+    policy: ToyPolicyConfig = Field(default=ToyPolicyConfig(), description="The policy and its PPO.")
+    sensitivity: bool = Field(default=True, description="Also make the table of other settings.")
 
 
 # what the paper leaves open, one thing changed at a time

@@ -24,13 +24,15 @@ class ToyRewardConfig(JobConfig):
     `scale` decides how much the models differ where no label is: the table of settings shows 1 beside it.
     """
 
-    width: int = Field(default=64, ge=1)
-    layers: int = Field(default=2, ge=1)  # hidden ones
-    activation: Literal["tanh", "relu"] = "tanh"
-    scale: float = Field(default=3.0, gt=0)  # times torch.nn.Linear's initial weights
-    steps: int = Field(default=1000, ge=1)
-    lr: float = Field(default=1e-3, gt=0)
-    normalise: Literal["none", "model", "prompt"] = "none"  # z-scores a model; or takes each prompt's mean off
+    width: int = Field(default=64, ge=1, description="Units in a hidden layer.")
+    layers: int = Field(default=2, ge=1, description="Hidden layers.")
+    activation: Literal["tanh", "relu"] = Field(default="tanh", description="Activation of the hidden layers.")
+    scale: float = Field(default=3.0, gt=0, description="Factor on the initial weights of torch.nn.Linear.")
+    steps: int = Field(default=1000, ge=1, description="Training steps, each on all pairs.")
+    lr: float = Field(default=1e-3, gt=0, description="Learning rate of Adam.")
+    normalise: Literal["none", "model", "prompt"] = Field(
+        default="none", description="Leave rewards as they are, z-score each model, or subtract each prompt's mean."
+    )
 
 
 class ToyPolicyConfig(JobConfig):
@@ -40,17 +42,19 @@ class ToyPolicyConfig(JobConfig):
     it policies settle early on a response that is good for many prompts, which is PPO's doing and not the reward's.
     """
 
-    width: int = Field(default=64, ge=1)
-    steps: int = Field(default=200, ge=1)  # of sampling
-    epochs: int = Field(default=4, ge=1)
-    samples: int = Field(default=16, ge=1)  # a prompt and step
-    clip: float = Field(default=0.2, gt=0, lt=1)
-    lr: float = Field(default=3e-3, gt=0)
+    width: int = Field(default=64, ge=1, description="Units in a hidden layer.")
+    steps: int = Field(default=200, ge=1, description="Sampling steps.")
+    epochs: int = Field(default=4, ge=1, description="Passes over a step's samples.")
+    samples: int = Field(default=16, ge=1, description="Responses to each prompt in a step.")
+    clip: float = Field(default=0.2, gt=0, lt=1, description="PPO's bound on the change of a probability ratio.")
+    lr: float = Field(default=3e-3, gt=0, description="Learning rate of the policy.")
     kl: float = Field(
-        default=0.3, ge=0
-    )  # times log(policy / initial policy), off a reward in the nominal model's own stds
-    optimizer: Literal["adam", "sgd"] = "adam"
-    whiten: bool = False  # each policy's advantages of a step, to mean 0 and std 1
+        default=0.3,
+        ge=0,
+        description="Weight of log(policy / initial policy), in standard deviations of the nominal reward.",
+    )
+    optimizer: Literal["adam", "sgd"] = Field(default="adam", description="Optimizer of the policy.")
+    whiten: bool = Field(default=False, description="Scale each policy's advantages of a step to mean 0 and std 1.")
 
 
 class Judged(NamedTuple):
