@@ -5,74 +5,50 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from .config import JobConfig, config_keys, load_config
 from .files import atomic_write_text
 
-try:
-    import fcntl
-except ImportError:  # not on Windows: there two processes in one folder go unnoticed
-    fcntl = None  # type: ignore[assignment]
-
-LOCK = ".lock"
+_LOCK, _OWNER = ".lock", ".lock.pid"
+_WAIT = 0.2  # seconds: a process that is ending removes its lock file, and the next has to open a new one
 
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
     """Create `folder` if needed and lock it against other processes for the length of the block.
 
-    The operating system holds the lock and frees it when the process ends, however it ends. On a file system without
-    locks the folder is not protected.
+    The operating system frees the lock when the process ends, however it ends: files .lock and .lock.pid that a killed
+    process left behind lock nothing. A file system without locks, or a folder that cannot be written, is not protected.
 
     Raises:
-        ValueError: if `folder` is a file, or if another process has locked it.
+        ValueError: if `folder` is a file, or if it is locked already.
     """
     _refuse_file(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _locked(folder / LOCK)
+    lock, owner = FileLock(folder / _LOCK, timeout=_WAIT), folder / _OWNER
+    try:
+        lock.acquire()
+        owner.write_text(str(os.getpid()), encoding="utf-8")
+    except Timeout:
+        process = ""
+        with suppress(OSError):  # the other process has just ended, or not written its number yet
+            process = owner.read_text(encoding="utf-8")
+        raise ValueError(f"output: {folder} is being written by process {process or 'unknown'}") from None
+    except OSError:  # no locks here, or no permission to write
+        pass
     try:
         yield
     finally:
-        if lock is not None:
-            (folder / LOCK).unlink(missing_ok=True)  # while it is held: who opened it meanwhile sees that it is gone
-            lock.close()
-
-
-def _locked(path: Path) -> IO[str] | None:
-    """The lock file, open and locked; None where the system has no locks, or `path` cannot be written."""
-    while fcntl is not None:
-        try:
-            file = path.open("a+", encoding="utf-8")
-        except OSError:
-            return None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with file:
-                file.seek(0)
-                who = file.read() or "unknown"
-            raise ValueError(f"output: {path.parent} is being written by process {who}") from None
-        except OSError:
-            file.close()
-            return None
-        if _is_there(file, path):
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            return file
-        file.close()  # of one who has just let go and removed it
-    return None
-
-
-def _is_there(file: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+        if lock.is_locked:
+            for file in (owner, folder / _LOCK):
+                with suppress(OSError):  # Windows removes no open file; there filelock does it
+                    file.unlink()
+            lock.release()
 
 
 def open_run_folder(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from prudent.rlhf.job import folder as run_folder
 from prudent.rlhf.job.config import JobConfig, load_config
 from prudent.rlhf.job.folder import has_run_files, locked_folder, open_run_folder
 
@@ -57,13 +59,17 @@ class TestOneProcessAtATime:
             pass
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_killed_one_keeps_nobody_out(self, tmp_path: Path) -> None:
+    def test_a_killed_process_locks_nothing(self, tmp_path: Path) -> None:
         with self._other(tmp_path) as other:
             os.kill(other.pid, signal.SIGKILL)
             other.wait()
-        assert (tmp_path / run_folder.LOCK).exists()
-        with locked_folder(tmp_path):
-            assert (tmp_path / run_folder.LOCK).read_text() == str(os.getpid())
+        assert (tmp_path / ".lock.pid").read_text() == str(other.pid)  # it had no time to remove its files
+        with (
+            locked_folder(tmp_path),
+            pytest.raises(ValueError, match=f"process {os.getpid()}$"),
+            locked_folder(tmp_path),
+        ):
+            pytest.fail("two in one folder")
 
     def test_two_runs_of_one_process_exclude_each_other_until_the_first_is_over(self, tmp_path: Path) -> None:
         for _ in range(2):
@@ -75,10 +81,41 @@ class TestOneProcessAtATime:
             ):
                 pytest.fail("two in one folder")
 
-    def test_without_locks_nobody_is_kept_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(run_folder, "fcntl", None)
+    def test_an_error_inside_frees_the_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(OSError, match="No space"), locked_folder(tmp_path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        with locked_folder(tmp_path):
+            pass
+
+    def test_a_forked_child_does_not_keep_the_lock(self, tmp_path: Path) -> None:
+        with locked_folder(tmp_path):
+            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            child.start()
+        try:
+            with locked_folder(tmp_path):
+                pass
+        finally:
+            child.terminate()
+            child.join()
+
+    def test_a_file_system_without_locks_protects_nothing_and_refuses_nobody(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fcntl = pytest.importorskip("fcntl")
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
         with locked_folder(tmp_path), locked_folder(tmp_path):
-            assert list(tmp_path.iterdir()) == []
+            pass
+        assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    def test_a_folder_that_cannot_be_written_is_left_to_the_first_write(self, tmp_path: Path) -> None:
+        tmp_path.chmod(0o500)
+        with locked_folder(tmp_path):
+            pass
 
     def test_a_file_is_no_folder(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("...")
