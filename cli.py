@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> Any:
     job = _job(arguments)
     module = import_module(f".rlhf.{job.module}", __package__)
     from .rlhf.job.config import config_template, load_config
-    from .rlhf.job.files import in_a_sentence
+    from .rlhf.job.files import explain_os_error
 
     if arguments.keys:
         return config_template(getattr(module, job.config)).rstrip()
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> Any:
     try:
         return getattr(module, job.run)(config, progress=not arguments.quiet, **options)
     except OSError as error:
-        raise OSError(in_a_sentence(error, getattr(config, "output", None))) from error
+        raise OSError(explain_os_error(error, getattr(config, "output", None))) from error
 
 
 def bench(argv: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""Files that are either there and whole, or not there: what makes a killed job resumable."""
+"""Write files and folders atomically, read JSON, and explain I/O errors."""
 
 from __future__ import annotations
 
@@ -28,18 +28,21 @@ def _sync(path: Path) -> None:
 
 
 def cause(error: BaseException) -> str:
-    """What the system said, where it is behind `error`; else its first line."""
+    """Return the operating system's message if it caused `error`, else the first line of `error`."""
     number = _number(error)
     if number is not None:
         return os.strerror(number)
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def in_a_sentence(error: OSError, output: Path | str | None) -> str:
-    """PATH: what the system said of it; behind its key, where it is the `output`, in it, beside it or above it."""
+def explain_os_error(error: OSError, output: Path | str | None) -> str:
+    """Return "PATH: the operating system's message", after "output: " if PATH is the output, in, beside or above it.
+
+    output: the job's output file or folder, if it has one.
+    """
     if error.errno is None or error.strerror is None:
         return str(error)
-    if error.filename is None:  # of a file that is open: it is the output that a disk has no room for
+    if error.filename is None:  # of an open file: most likely the output, on a full disk
         return error.strerror if output is None else f"output: {output}: {error.strerror}"
     name = os.fsdecode(error.filename)
     if output is not None:
@@ -50,7 +53,7 @@ def in_a_sentence(error: OSError, output: Path | str | None) -> str:
 
 
 def _number(error: BaseException) -> int | None:
-    """The system's number of what went wrong, wherever it is behind `error`."""
+    """Return the errno of `error` or of an error that caused it."""
     behind: BaseException | None = error
     while behind is not None:
         if isinstance(behind, OSError) and behind.errno:
@@ -63,21 +66,23 @@ def _number(error: BaseException) -> int | None:
 
 
 def _failed_write(error: BaseException, temporary: Path | None) -> bool:
-    """Whether `error` is of a write that names no file, or none but the `temporary` that nobody asked for."""
+    """Return whether `error` comes from a write, and names no file or only the `temporary` one."""
     if isinstance(error, OSError) and error.filename is None:
-        return error.errno is not None or isinstance(error, shutil.Error)  # else a library's own, a failed download say
+        return error.errno is not None or isinstance(
+            error, shutil.Error
+        )  # else a library's own error, such as a failed download
     if isinstance(error, OSError):
         return temporary is not None and str(error.filename).startswith(str(temporary))
     if isinstance(error, SafetensorError):
         return "deserializ" not in str(error).lower()
-    return "inline_container" in str(error)  # torch's zip writer, which says no more of a disk that is full
+    return "inline_container" in str(error)  # torch's zip writer says nothing else when the disk is full
 
 
 @contextmanager
 def writing(path: Path | str, temporary: Path | None = None) -> Iterator[None]:
-    """Turn a write that fails inside into an OSError with `path` as its `filename` and the system's words.
+    """Turn a failed write inside the block into an OSError with `path` as its `filename` and the system's message.
 
-    temporary: what is written in its place; an error that names another file is passed on as it is.
+    temporary: the file that is written in place of `path`; an error that names any other file passes unchanged.
     """
     try:
         yield
@@ -91,10 +96,10 @@ def writing(path: Path | str, temporary: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary sibling to write; on a clean exit it becomes `path`, on an error it is removed.
+    """Yield a temporary sibling to write; it replaces `path` when the block ends, and is removed on an error.
 
     Raises:
-        OSError: as `writing`.
+        OSError: see `writing`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,29 +119,29 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:
-    """Write UTF-8 `text` to `path` as one step: a reader, or a resumed job, sees the old file or the new one."""
+    """Write UTF-8 `text` to `path` in one step: a reader, or a resumed job, sees the old file or the new one."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def atomic_write_json(path: Path | str, value: Any) -> None:
-    """`atomic_write_text` of `value` as indented JSON; ValueError on NaN or infinity, which JSON cannot say."""
+    """Write `value` as indented JSON with `atomic_write_text`; ValueError for NaN or infinity, which JSON lacks."""
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary sibling folder to fill; on a clean exit it becomes `path`, on an error it is removed.
+    """Yield a temporary sibling folder to fill; it replaces `path` when the block ends, and is removed on an error.
 
-    An existing folder `path` is replaced: it stays whole until the new one is, then gives way by two renames.
+    An existing folder `path` stays whole until the new one is complete; two renames then exchange them.
 
     Raises:
-        OSError: as `writing`.
+        OSError: see `writing`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process with the same number
     try:
         with writing(path, temporary):
             temporary.mkdir()
@@ -158,17 +163,17 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 
 def refuse_mistyped(key: str, name: str) -> None:
-    """Raise ValueError for a path that is not there and would be taken for a hub's name, which costs half a minute."""
+    """Raise ValueError for a missing path that would be looked up on the hub instead, which takes half a minute."""
     path = Path(name)
     if not name:
-        raise ValueError(f"{key}: expected a file, a folder or a hub's name, got an empty text")
+        raise ValueError(f"{key}: expected a file, a folder or a hub name, got an empty string")
     if path.exists():
         return
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ValueError(f"{key}: {name}: no such file or folder")
     if "/" in name and path.parent.is_dir() and not _downloaded(name):
         raise ValueError(
-            f"{key}: {name}: no such file or folder (no hub is asked for it, because there is a folder {path.parent})"
+            f"{key}: {name}: no such file or folder (the hub is not asked, because {path.parent} is a folder here)"
         )
 
 
@@ -178,11 +183,11 @@ def _downloaded(name: str) -> bool:
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
-        ValueError: naming the file, where it holds anything else.
-        OSError: where it cannot be opened.
+        ValueError: if the file holds anything else; it names the file.
+        OSError: if the file cannot be opened.
     """
     path = Path(path)
     try:
@@ -192,11 +197,12 @@ def read_json(path: Path | str) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
-    """The objects of a log of JSON lines, in order; [] if there is no such file. What a kill left of a last line that
-    has no end yet is passed over.
+    """Return the objects of a JSON-lines log, in order; [] if there is no such file.
+
+    A last line without its end, which a killed process may leave, is ignored.
 
     Raises:
-        ValueError: naming file and line, for another line that is no JSON object.
+        ValueError: for any other line that is no JSON object; it names file and line.
     """
     path = Path(path)
     if not path.exists():
@@ -212,8 +218,19 @@ def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
     return rows
 
 
+def repaired_json_lines(path: Path | str) -> list[dict[str, Any]]:
+    """Cut an unfinished last line off a JSON-lines log, so that it can be appended to; then `read_json_lines`."""
+    path = Path(path)
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):
+            os.truncate(path, whole)
+    return read_json_lines(path)
+
+
 def _object(content: bytes) -> dict[str, Any]:
-    """ValueError: what there is instead."""
+    """Return the JSON object in `content`; ValueError says what it is instead."""
     if not content.strip():
         raise ValueError("nothing")
     try:
@@ -225,14 +242,3 @@ def _object(content: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"a {type(value).__name__}")
     return value
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file; one cut short by a kill is taken off the file."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole != len(content):
-        os.truncate(path, whole)
-    return read_json_lines(path)

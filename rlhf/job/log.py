@@ -1,4 +1,4 @@
-"""A run's metrics: JSON lines always, TensorBoard where it is installed."""
+"""Log a run's metrics to JSON lines and, if it is installed, TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .files import read_json_lines, writing
+from .files import read_json_lines, repaired_json_lines, writing
 
 
 class RunLog:
     """Appends to `folder`/metrics.jsonl, one object a call, and to `folder`/tensorboard/ if TensorBoard is installed.
 
-    A resumed run computes again what came after its last checkpoint. What the file already has for the same step and
-    the same names is then not written twice, and a line cut short by the kill is taken off.
+    A resumed run computes the steps after its last checkpoint again. A row whose step and names are in the file already
+    is not written twice. An unfinished last line of a killed process is cut off.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "metrics.jsonl"
-        self._seen = {(row.get("step"), *sorted(row.keys())) for row in _mend(self.path)}
+        self._seen = {(row.get("step"), *sorted(row.keys())) for row in repaired_json_lines(self.path)}
         self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         try:
@@ -39,7 +39,7 @@ class RunLog:
         self._board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def metrics(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
-        """Record `values` at `step`; `prefix` and a slash go before each name. A value that is not finite is null."""
+        """Record `values` at `step`, each name after `prefix` and a slash; a value that is not finite becomes null."""
         row: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
         for name, value in values.items():
             number = float(value)
@@ -78,21 +78,11 @@ class RunLog:
 
 
 def read_metrics(folder: Path | str) -> list[dict[str, Any]]:
-    """The whole lines of `folder`/metrics.jsonl, in order; [] if there is none yet. ValueError naming a broken one."""
+    """Return the rows of `folder`/metrics.jsonl; see `read_json_lines`."""
     return read_json_lines(Path(folder) / "metrics.jsonl")
-
-
-def _mend(path: Path) -> list[dict[str, Any]]:
-    """Cut a torn last line off, then read the file."""
-    if path.exists():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole != len(content):
-            os.truncate(path, whole)
-    return read_metrics(path.parent)
 
 
 @functools.cache
 def say_once(line: str) -> None:
-    """One line on stderr, above any progress bar; the same line only once a process."""
+    """Print `line` on stderr above any progress bar; a process prints the same line once."""
     tqdm.write(line, file=sys.stderr)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ...engine.config import max_positions
 from ...engine.weights import reading_weights
 from ..data.rows import Text
-from ..job.files import _whole_lines, atomic_file, writing
+from ..job.files import atomic_file, repaired_json_lines, writing
 from .shared_prefix import Sampled, sample_batch
 from .tokens import Sampling, keyed_uniforms
 from .turn import Turn
@@ -124,7 +124,7 @@ class _Store:
         self.features = folder / "features"
         self.features.mkdir(parents=True, exist_ok=True)
         self.rows: dict[int, dict[str, Any]] = {}
-        for row in _whole_lines(self.file):
+        for row in repaired_json_lines(self.file):
             index = row["index"]
             if index >= len(requests) or Request(row["prompt"], len(row["responses"])) != requests[index]:
                 raise ValueError(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...job.files import read_json_lines, writing
+from ...job.files import read_json_lines, repaired_json_lines, writing
 from ...job.log import RunLog
 from ..batch import Experience, Samples
 from ..config import PPOConfig
@@ -209,9 +209,7 @@ class TextLog:
     """samples.jsonl: one line a step and response, each once however often the run was resumed."""
 
     def __init__(self, path: Path) -> None:
-        if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)  # a line cut short by a kill
-        self._written = Counter(row["step"] for row in read_texts(path.parent))
+        self._written = Counter(row["step"] for row in repaired_json_lines(path))
         self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def add(self, step: int, number: int, row: Mapping[str, Any]) -> None:

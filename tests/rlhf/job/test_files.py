@@ -1,4 +1,4 @@
-"""Atomic writes: whole or not there, and in words where the disk refuses; JSON that says which file it is not."""
+"""Atomic writes are whole or not there, failed writes are explained, and broken JSON is located."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from prudent.rlhf.job.files import (
     atomic_write_json,
     atomic_write_text,
     cause,
-    in_a_sentence,
+    explain_os_error,
     read_json,
     read_json_lines,
+    repaired_json_lines,
     writing,
 )
 
@@ -199,8 +200,8 @@ def test_what_the_system_said_stands_behind_the_path_and_that_behind_its_key(
     file: str | None, output: str | Path | None, says: str
 ) -> None:
     error = OSError(errno.ENOSPC, "No space left on device", *([] if file is None else [file]))
-    assert in_a_sentence(error, output) == says
-    assert in_a_sentence(OSError("output: a sentence"), output) == "output: a sentence"
+    assert explain_os_error(error, output) == says
+    assert explain_os_error(OSError("output: a sentence"), output) == "output: a sentence"
 
 
 def test_the_cause_is_the_systems_words_or_else_the_first_line() -> None:
@@ -234,6 +235,14 @@ def test_json_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, says:
 @pytest.mark.parametrize("torn", [b"", b'{"step": 2, "lo', b'"\xff', b"["])
 def test_a_log_is_read_up_to_the_line_that_a_kill_cut_short(tmp_path: Path, torn: bytes) -> None:
     log = tmp_path / "log.jsonl"
-    assert read_json_lines(log) == []
-    log.write_bytes(json.dumps({"step": 1}).encode() + b"\n" + torn)
+    line = json.dumps({"step": 1}).encode() + b"\n"
+    assert read_json_lines(log) == repaired_json_lines(log) == []
+    assert not log.exists()
+    log.write_bytes(line + torn)
     assert read_json_lines(log) == [{"step": 1}]
+    assert log.read_bytes() == line + torn  # a reader changes nothing: the run may be writing
+    assert repaired_json_lines(log) == [{"step": 1}]
+    assert log.read_bytes() == line
+    log.write_bytes(torn)
+    assert repaired_json_lines(log) == []
+    assert log.read_bytes() == b""

@@ -122,11 +122,11 @@ def test_a_language_model_that_lacks_tensors_is_refused(lm: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("", "expected a file, a folder or a hub's name, got an empty text"),
+        ("", "expected a file, a folder or a hub name, got an empty string"),
         ("/no/such", "no such file or folder"),
         ("./here", "no such file or folder"),
         ("runs/reward/model", "no such file or folder"),
-        ("runs/mdoel", "no such file or folder (no hub is asked for it, because there is a folder runs)"),
+        ("runs/mdoel", "no such file or folder (the hub is not asked, because runs is a folder here)"),
     ],
 )
 def test_a_mistyped_path_is_refused_before_a_hub_is_asked(

@@ -104,7 +104,7 @@ def test_a_source_without_prompts_is_refused(tmp_path: Path, turn: Turn) -> None
         ("no.jsonl", "no.jsonl: no such file"),
         ("no/such", "no/such: no such file or folder"),
         ("rew.py", "rew.py: expected a file that ends in .txt, .jsonl, .json, .parquet, got .py"),
-        ("", "expected a file, a folder or a hub's name, got an empty text"),
+        ("", "expected a file, a folder or a hub name, got an empty string"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_named_after_its_key(
