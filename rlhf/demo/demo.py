@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +22,6 @@ from ..data.pairs import PairData, PreferencePair, load_pairs, split_by_prompt
 from ..evaluation.best_of_n import SINGLE, rewards, study
 from ..evaluation.metrics import evaluate_heads
 from ..evaluation.statistics import group_labels, pair_accuracy
-from ..job.config import JobConfig
 from ..job.files import atomic_folder, atomic_write_json, atomic_write_text, read_json
 from ..job.folder import locked_folder, open_run_folder
 from ..job.log import RunLog
@@ -31,57 +29,17 @@ from ..models.embedded import embedded_model, wheel_folder
 from ..models.features import compute_features
 from ..models.loading import load_language_model, load_tokenizer
 from ..report import style as plot_style
-from ..reward.fit import BradleyTerryConfig, BRMEConfig, PairFeatures, fit_heads
+from ..reward.fit import PairFeatures, fit_heads
 from ..sampling.labelled_pairs import GoldPairs, make_pairs
 from ..sampling.prompts import read_prompts
 from ..sampling.stored import Request, Rollout, sample
 from ..sampling.tokens import Sampling
 from . import ppo as demo_ppo
 from . import report
-from .ppo import DemoPPOConfig
+from .config import DemoConfig
 
 STAGES = ("the language model", "responses", "preference pairs", "reward heads", "evaluation", "PPO", "report")
 _HELD_OUT_PAIRS = 40  # a held-out prompt: 32 prompts then measure an accuracy to about 2 %
-
-
-class DemoConfig(JobConfig):
-    """Everything `prudent demo` can be told. The defaults sample some 270,000 tokens: about 4 minutes on two idle
-    AVX512-BF16 cores (1,400 tokens/s), 13 on cores that multiply in float32; the heads take half a minute, PPO as
-    `DemoPPOConfig` says."""
-
-    output: Path = Field(default=Path("runs/demo"), description="Run folder.")
-    model: str | None = Field(
-        default=None,
-        description="Causal language model, folder or hub name; null: SmolLM2-135M-Instruct from its wheel.",
-    )
-    prompts: Path | None = Field(default=None, description="File with one prompt a line; null: a few hundred of ours.")
-    preferences: str | None = Field(
-        default=None,
-        description="Real preference pairs (file or data set name); null: sampled ones, with a gold scorer.",
-    )
-    limit: int | None = Field(default=None, ge=1, description="Rows of preferences to read; null: all.")
-    eval_fraction: float = Field(default=0.2, gt=0, lt=1, description="Share of the prompts of preferences held out.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Number type of the model; auto: bfloat16 if the machine multiplies it in hardware."
-    )
-    seed: int = Field(default=0, ge=0, lt=2**30, description="Seed of the run.")
-    samples_per_prompt: int = Field(default=16, ge=2, description="Responses to each training prompt.")
-    pairs_per_prompt: int = Field(
-        default=120, ge=1, description="Pairs of each training prompt; 120: all pairs of 16 responses."
-    )
-    held_out_prompts: int = Field(default=32, ge=2, description="Prompts held out for evaluation.")
-    best_of: int = Field(default=256, ge=4, description="Responses to each held-out prompt, n of best-of-n.")
-    label_noise: float = Field(default=0.25, ge=0, le=0.5, description="Share of the labels that are flipped.")
-    max_new_tokens: int = Field(default=28, ge=1, description="Largest number of tokens in a response.")
-    temperature: float = Field(default=0.8, gt=0, description="Temperature of sampling.")
-    top_k: int = Field(default=50, ge=1, description="Number of most likely tokens to sample from.")
-    top_p: float = Field(
-        default=0.95, gt=0, le=1, description="Probability mass of the most likely tokens to sample from."
-    )
-    batch_rows: int = Field(default=256, ge=1, description="Responses sampled at once.")
-    bt: BradleyTerryConfig = Field(default=BradleyTerryConfig(), description="The single Bradley-Terry head.")
-    brme: BRMEConfig = Field(default=BRMEConfig(), description="The ensemble of Gaussian heads.")
-    ppo: DemoPPOConfig = Field(default=DemoPPOConfig(), description="The two PPO runs.")
 
 
 @dataclass(frozen=True)

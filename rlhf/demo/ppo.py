@@ -10,15 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
-
 from ..evaluation.best_of_n import SINGLE, TITLES
-from ..job.config import JobConfig
 from ..job.files import atomic_write_text
 from ..job.log import read_metrics
 from ..ppo.config import KLConfig, PolicyConfig, PPOConfig, RewardConfig, UpdateConfig
 from ..ppo.watch.findings import block_length, by_step, difference, ends, headline, series
 from ..sampling.config import RolloutConfig
+from .config import DemoPPOConfig
 
 # an arm's folder under ppo/ -> the demo's folder of its reward, how people read it, the aggregation
 ARMS = {
@@ -32,22 +30,6 @@ SHOWN = {  # key in metrics.json -> metric
     "length": "text/length",
     "disagreement": "reward/disagreement",
 }
-
-
-class DemoPPOConfig(JobConfig):
-    """The PPO part: two runs. A step takes about 6 s on two idle AVX512-BF16 cores, so the defaults 2.5 minutes."""
-
-    steps: int = Field(default=12, ge=0, description="Steps of each PPO run; 0: no PPO.")
-    prompts_per_step: int = Field(default=6, ge=1, description="Held-out prompts in a step.")
-    samples_per_prompt: int = Field(
-        default=4, ge=2, description="Responses to each prompt, each compared with the mean of the others (RLOO)."
-    )
-    max_new_tokens: int = Field(default=20, ge=1, description="Largest number of tokens in a response.")
-    lr: float = Field(default=2e-3, gt=0, description="Learning rate, high because the steps are few.")
-    kl_coef: float = Field(
-        default=0.0, ge=0, description="Weight of the KL divergence from the reference; 0: only the reward counts."
-    )
-    lora_rank: int = Field(default=16, ge=1, description="Rank of the policy's LoRA adapter.")
 
 
 class Start(NamedTuple):

@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ...engine import Aggregation, EnsembleHead, Scorer
 from ...kernels import aggregate
 from ..data.pairs import PreferencePair, load_pairs, split_by_prompt
-from ..job.config import JobConfig
 from ..job.files import atomic_write_json
 from ..models.features import compute_features, model_fingerprint
 from ..models.loading import load_scorer
 from ..report.style import require_matplotlib
 from ..report.words import _text
+from .config import EvalConfig
 from .metrics import evaluate_heads, source_labels
 from .report import LONGER, draw, format_metrics
 from .scored_pairs import SINGLE, Pairs, Side, finite_pairs, pairs_of
@@ -28,53 +27,6 @@ from .scored_pairs import SINGLE, Pairs, Side, finite_pairs, pairs_of
 __all__ = ["EvalConfig", "EvalResult", "evaluate_heads", "run_eval"]
 
 _BLOCK_ROWS = 8192  # of features on the device at once
-
-
-class EvalConfig(JobConfig):
-    """What to evaluate, on what, and where to write it."""
-
-    model: str = Field(description="Reward model, an ensemble or any one-head sequence classifier: folder or hub name.")
-    data: str = Field(description="Preference pairs: JSON lines, Parquet, or a data set name (NAME:SPLIT).")
-    output: Path = Field(
-        description="Folder for eval.json and the pictures, which replace those of an earlier evaluation."
-    )
-    aggregation: str | None = Field(
-        default=None,
-        description="How K heads make one reward, e.g. tradeoff:0.4, min, mean or lcb:1; null: the model's own.",
-    )
-    compare: str | None = Field(
-        default=None, description="Another reward model, such as stage 1's, to score on the same pairs; null: none."
-    )
-    foreign: str | None = Field(
-        default=None,
-        description="Pairs unlike the training data, which std and disagreement should set apart; null: none.",
-    )
-    eval_fraction: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="Read only the prompts that a training with this eval_fraction held out; 0: all prompts.",
-    )
-    split_seed: int = Field(default=0, description="Seed of that training, which chose the held-out prompts.")
-    min_score_gap: float = Field(
-        default=2.0,
-        gt=0,
-        description="Smallest score difference of two responses that make a pair, if data has scores.",
-    )
-    skip_bad_rows: bool = Field(
-        default=False, description="Count broken rows and continue instead of stopping at the first."
-    )
-    limit: int | None = Field(default=None, ge=1, description="Rows to read of each data file; null: all.")
-    batch_tokens: int = Field(default=4096, ge=1, description="Tokens in one forward pass, padding included.")
-    max_length: int | None = Field(
-        default=None, ge=1, description="Tokens kept, from the end, of a longer text; null: the model's limit."
-    )
-    resamples: int = Field(default=1000, ge=100, description="Resamples of the bootstrap.")
-    seed: int = Field(default=0, description="Seed of the bootstrap.")
-    features: Path | None = Field(
-        default=None, description="Folder of cached features, such as a training's, to read and add to; null: none."
-    )
-    pictures: bool = Field(default=True, description="Draw the pictures, which needs matplotlib.")
 
 
 @dataclass(frozen=True)

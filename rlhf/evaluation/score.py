@@ -14,39 +14,19 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from pydantic import Field
 from tqdm import tqdm
 
 from ...engine import Aggregation, Scorer, Scores
 from ..data.pairs import PreferencePair, opened
 from ..data.rows import ARRAY, RowError, object_of_row, pairs_of_row
-from ..job.config import JobConfig
 from ..job.files import atomic_write_json, read_json, writing
 from ..models.loading import load_scorer
+from .config import ScoreConfig
 
 CHUNK_ROWS = 256  # rows read, scored and written at a time: the memory a file takes, and the most a kill costs
 _SIDES = ("chosen", "rejected")
 _PAIR_FIELDS = ("prompt", "instruction", "question", *_SIDES)
 _FIELDS = ("reward", "nominal", "worst", "mean", "std")
-
-
-class ScoreConfig(JobConfig):
-    """What to score, with what, and where to write it."""
-
-    model: str = Field(description="Reward model, an ensemble or any one-head sequence classifier: folder or hub name.")
-    data: str = Field(description='Responses to score, JSON lines; "-": standard input.')
-    output: str = Field(description='JSON lines to write; "-": standard output.')
-    aggregation: str | None = Field(
-        default=None,
-        description="How K heads make one reward, e.g. tradeoff:0.4, min, mean or lcb:1; null: the model's own.",
-    )
-    batch_tokens: int = Field(default=4096, ge=1, description="Tokens in one forward pass, padding included.")
-    max_length: int | None = Field(
-        default=None, ge=1, description="Tokens kept, from the end, of a longer text; null: the model's limit."
-    )
-    skip_bad_rows: bool = Field(
-        default=False, description="Write broken rows with a null reward and an error instead of stopping at the first."
-    )
 
 
 @dataclass

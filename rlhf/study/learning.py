@@ -12,59 +12,22 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
 from tqdm import tqdm
 
-from ..job.config import JobConfig
 from ..job.log import read_metrics
 from ..ppo.config import KLConfig, PolicyConfig, PPOConfig, RewardConfig, UpdateConfig
 from ..sampling.config import RolloutConfig
 from . import learning_report
-from .learning_rewards import RewardsConfig, prepare
+from .config import LearningConfig
+from .learning_rewards import prepare
 from .result import StudyResult, command, run_study
 
 SHOWN = ("gold/mean", "reward/mean", "kl/sequence", "text/length", "text/truncated", "policy/entropy")
 BLOCK = 5  # steps
 RESUMABLE_CHANGES = ("output", "seeds", "kl", "lambdas", "processes", "window")  # what no run in the folder depends on
-
-
-class LearningPPOConfig(JobConfig):
-    """PPO as every run has it, but for the reward, the seed and the KL coefficient."""
-
-    steps: int = Field(default=50, ge=2, description="Steps of each run.")
-    prompts_per_step: int = Field(default=8, ge=1, description="Prompts in a step.")
-    samples_per_prompt: int = Field(default=4, ge=2, description="Responses to each prompt.")
-    estimator: Literal["gae", "rloo", "group"] = Field(
-        default="rloo",
-        description="Advantages: GAE with a critic, leave-one-out over a prompt's samples, or normalised over them.",
-    )
-    mode: Literal["lora", "full"] = Field(
-        default="lora", description="Train a LoRA adapter, or all weights beside a frozen copy as the reference."
-    )
-    epochs: int = Field(default=1, ge=1, description="Passes over a step's samples.")
-    minibatches: int = Field(default=1, ge=1, description="Optimizer steps in an epoch.")
-    lr: float = Field(default=2e-3, gt=0, description="Learning rate of the policy.")
-
-
-class LearningConfig(JobConfig):
-    """Everything `prudent study learning` can be told."""
-
-    model: str = Field(description="Small causal language model: local folder or hub name.")
-    output: Path = Field(default=Path("runs/study/learning"), description="Folder for results and runs.")
-    seeds: int = Field(default=3, ge=1, description="Repetitions, each with its own samples, labels and heads.")
-    first_seed: int = Field(default=0, ge=0, lt=2**20, description="Seed of the first repetition.")
-    kl: tuple[float, ...] = Field(default=(0.0, 0.05), description="KL coefficients, one table for each.")
-    lambdas: tuple[float, ...] = Field(
-        default=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), description="Lambdas of the trade-off, one reward for each."
-    )
-    pet_lambda: float = Field(default=0.4, ge=0, le=1, description="Lambda of the ensemble that PET makes pessimistic.")
-    processes: int = Field(default=2, ge=1, description="Runs at a time, with one thread each if there are several.")
-    window: int = Field(default=10, ge=1, description="Steps over which a final or a peak value is averaged.")
-    rewards: RewardsConfig = Field(default=RewardsConfig(), description="Preference data and reward heads.")
-    ppo: LearningPPOConfig = Field(default=LearningPPOConfig(), description="The PPO runs.")
 
 
 class Arm(NamedTuple):

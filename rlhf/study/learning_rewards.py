@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...engine import EnsembleHead, EnsembleRewardModel, calibrate
 from ..data.gold import VaderGold
 from ..evaluation.statistics import best_of_n_curve, pair_correct
-from ..job.config import JobConfig
 from ..job.files import atomic_folder, atomic_write_json, atomic_write_text
-from ..reward.config import PETConfig
-from ..reward.fit import BradleyTerryConfig, BRMEConfig, fit_heads
+from ..reward.fit import fit_heads
 from ..reward.pet.fit import PETFeatures, fit_pet
 from ..sampling.labelled_pairs import GoldPairs, make_pairs
 from ..sampling.stored import Request, Rollout, sample
 from ..sampling.tokens import Sampling
+from .config import RewardsConfig
 
 _WHO = (
     "a little girl named Lily",
@@ -44,32 +42,6 @@ _WHERE = (
     "said",
 )
 OPENINGS = tuple(f"One day, {who} {where}" for who in _WHO for where in _WHERE)
-
-
-class RewardsConfig(JobConfig):
-    """Preference data and reward heads of one seed.
-
-    The samples are drawn from the model itself (temperature 1, nothing cut off), as PPO's first step draws them.
-    """
-
-    prompts: Path | None = Field(default=None, description="File with one prompt a line; null: 64 openings of a story.")
-    held_out_prompts: int = Field(
-        default=16, ge=2, description="Prompts held out to measure the heads' accuracy; PPO samples the others."
-    )
-    samples_per_prompt: int = Field(default=64, ge=2, description="Responses to each prompt.")
-    pairs_per_prompt: int = Field(default=200, ge=1, description="Preference pairs of each prompt.")
-    label_noise: float = Field(default=0.25, ge=0, le=0.5, description="Share of the labels that are flipped.")
-    max_new_tokens: int = Field(default=24, ge=1, description="Largest number of tokens in a response.")
-    bt: BradleyTerryConfig = Field(default=BradleyTerryConfig(), description="The single Bradley-Terry head.")
-    brme: BRMEConfig = Field(default=BRMEConfig(), description="The ensemble of Gaussian heads.")
-    pet: PETConfig = Field(default=PETConfig(), description="PET of both.")
-
-    @model_validator(mode="after")
-    def _pet_keys_that_are_read(self) -> RewardsConfig:
-        for name in ("start", "prompts", "max_new_tokens", "temperature", "top_k", "top_p", "batch_rows"):
-            if getattr(self.pet, name) != PETConfig.model_fields[name].default:
-                raise ValueError(f"pet.{name}: expected no value, for this study starts and samples PET by itself")
-        return self
 
 
 def prepare(model: str, folder: Path, config: RewardsConfig, seed: int, aggregation: str) -> dict[str, Any]:

@@ -14,42 +14,20 @@ for four, whitened, and with a KL penalty beside the noise.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
 from ..evaluation.statistics import mean_interval
-from ..job.config import JobConfig
 from . import stochastic_report
+from .config import StochasticConfig, ToyPolicyConfig
 from .networks import Layers, repeated, trained
 from .result import StudyResult, command, run_study
-from .toy_world import SIZE, Judged, ToyPolicyConfig, fresh_policies, log_policy, train_policies
+from .toy_world import SIZE, Judged, fresh_policies, log_policy, train_policies
 
 ARMS = ("constant", "worst of random", "random")
-
-
-class StochasticConfig(JobConfig):
-    """Everything `prudent study stochastic` can be told."""
-
-    output: Path = Field(default=Path("runs/study/stochastic"), description="Folder for the results.")
-    seeds: int = Field(default=100, ge=2, description="Independent repetitions.")
-    first_seed: int = Field(default=0, ge=0, lt=2**30, description="Seed of the first repetition.")
-    heads: int = Field(default=5, ge=2, description="Random rewards of which the least is taken, K.")
-    steps: int = Field(default=200, ge=1, description="PPO steps on a meaningless reward, 200 in the paper.")
-    samples: int = Field(default=16, ge=1, description="Responses to each prompt in a step.")
-    epochs: int = Field(default=4, ge=2, description="Passes over a step's samples in the settings with more than one.")
-    clip: float = Field(default=0.2, gt=0, lt=1, description="PPO's bound on the change of a probability ratio.")
-    width: int = Field(default=64, ge=1, description="Units in a hidden layer of the policy.")
-    start: float = Field(
-        default=0.9, gt=0.125, lt=1, description="Gold reward of the policies before training on meaningless rewards."
-    )
-    adam_lr: float = Field(default=1e-3, gt=0, description="Learning rate of Adam.")
-    sgd_lr: float = Field(default=0.1, gt=0, description="Learning rate of SGD.")
-    kl: float = Field(default=0.1, gt=0, description="KL coefficient in the settings with a KL penalty.")
 
 
 class Setting(NamedTuple):

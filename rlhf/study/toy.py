@@ -13,24 +13,20 @@ the first are keys of the config, with a table of what hangs on them, and of the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
 from ..evaluation.statistics import Interval, mean_interval
-from ..job.config import JobConfig
 from . import toy_report
+from .config import ToyConfig
 from .networks import repeated
 from .result import StudyResult, command, run_study
 from .toy_world import (
     SIZE,
     Judged,
-    ToyPolicyConfig,
-    ToyRewardConfig,
     fresh_policies,
     preference_pairs,
     reward_models,
@@ -39,19 +35,6 @@ from .toy_world import (
 )
 
 LAMBDAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-
-
-class ToyConfig(JobConfig):
-    """Everything `prudent study toy` can be told."""
-
-    output: Path = Field(default=Path("runs/study/toy"), description="Folder for the results.")
-    seeds: int = Field(default=20, ge=2, description="Independent repetitions.")
-    first_seed: int = Field(default=0, ge=0, lt=2**30, description="Seed of the first repetition.")
-    lam: float = Field(default=0.4, ge=0, le=1, description="Lambda of the trade-off, 0.4 in the paper.")
-    models: int = Field(default=3, ge=1, description="Reward models of the uncertainty set, beside the nominal one.")
-    reward: ToyRewardConfig = Field(default=ToyRewardConfig(), description="The reward models.")
-    policy: ToyPolicyConfig = Field(default=ToyPolicyConfig(), description="The policy and its PPO.")
-    sensitivity: bool = Field(default=True, description="Also make the table of other settings.")
 
 
 # what the paper leaves open, one thing changed at a time

@@ -7,54 +7,14 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
-from ..job.config import JobConfig
 from ..ppo.losses import policy_loss
 from ..reward.losses import bradley_terry
+from .config import ToyPolicyConfig, ToyRewardConfig
 from .networks import Layers, forward, networks, trained
 
 SIZE = 8  # prompts, and responses to each
-
-
-class ToyRewardConfig(JobConfig):
-    """The reward models: MLPs on one-hot prompt and response, trained with the Bradley-Terry loss.
-
-    `scale` decides how much the models differ where no label is: the table of settings shows 1 beside it.
-    """
-
-    width: int = Field(default=64, ge=1, description="Units in a hidden layer.")
-    layers: int = Field(default=2, ge=1, description="Hidden layers.")
-    activation: Literal["tanh", "relu"] = Field(default="tanh", description="Activation of the hidden layers.")
-    scale: float = Field(default=3.0, gt=0, description="Factor on the initial weights of torch.nn.Linear.")
-    steps: int = Field(default=1000, ge=1, description="Training steps, each on all pairs.")
-    lr: float = Field(default=1e-3, gt=0, description="Learning rate of Adam.")
-    normalise: Literal["none", "model", "prompt"] = Field(
-        default="none", description="Leave rewards as they are, z-score each model, or subtract each prompt's mean."
-    )
-
-
-class ToyPolicyConfig(JobConfig):
-    """The policy, a 3-layer MLP from a one-hot prompt to 8 logits, and its PPO.
-
-    kl is large enough for PPO to find the best response of whatever reward it is given (toy.md says how often): without
-    it policies settle early on a response that is good for many prompts, which is PPO's doing and not the reward's.
-    """
-
-    width: int = Field(default=64, ge=1, description="Units in a hidden layer.")
-    steps: int = Field(default=200, ge=1, description="Sampling steps.")
-    epochs: int = Field(default=4, ge=1, description="Passes over a step's samples.")
-    samples: int = Field(default=16, ge=1, description="Responses to each prompt in a step.")
-    clip: float = Field(default=0.2, gt=0, lt=1, description="PPO's bound on the change of a probability ratio.")
-    lr: float = Field(default=3e-3, gt=0, description="Learning rate of the policy.")
-    kl: float = Field(
-        default=0.3,
-        ge=0,
-        description="Weight of log(policy / initial policy), in standard deviations of the nominal reward.",
-    )
-    optimizer: Literal["adam", "sgd"] = Field(default="adam", description="Optimizer of the policy.")
-    whiten: bool = Field(default=False, description="Scale each policy's advantages of a step to mean 0 and std 1.")
 
 
 class Judged(NamedTuple):
