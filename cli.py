@@ -1,20 +1,24 @@
-"""The `prudent` command: parse, call one job, show its result. What a job does is its module's business."""
+"""The `prudent` command: parse the arguments, call one job, print its result."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from . import __version__
 from .commands import BENCH_ABOUT, BENCHES, JOBS, OPTIONS, STUDIES, STUDY_ABOUT, Job
+from .rlhf.job.config import JobConfig, config_default, config_field, config_template, load_config
+from .rlhf.job.files import explain_os_error
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser, with one subcommand a job; `bench` stands here for its help alone."""
+    """Return the parser with one subcommand per job; `bench` is listed, but parses its own flags."""
     parser = argparse.ArgumentParser(
         prog="prudent", description="A reward engine for RLHF that knows when it does not know."
     )
@@ -24,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_job(commands, name, job)
     study = commands.add_parser(
         "study",
-        help="claims about pessimism, tried out over many seeds",
+        help="test claims about pessimism over many seeds",
         description=STUDY_ABOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -33,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_job(studies, name, job)
     commands.add_parser(
         "bench",
-        help="the kernels' speed, machine code and bytes",
+        help="measure the kernels: speed, machine code, bytes",
         description=BENCH_ABOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -44,26 +48,61 @@ def _add_job(commands: Any, name: str, job: Job) -> None:
     sub = commands.add_parser(
         name, help=job.summary, description=job.about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for flag in job.flags:
-        metavar = flag.key.rpartition(".")[2].upper()
-        if flag.type is bool:
-            sub.add_argument(flag.name, dest=flag.key, action="store_true", default=None, help=flag.help)
-        elif flag.type is list:
-            sub.add_argument(flag.name, dest=flag.key, action="append", metavar=metavar, help=flag.help)
-        else:
-            sub.add_argument(flag.name, dest=flag.key, type=flag.type, metavar=metavar, help=flag.help)
-    sub.add_argument("--config", metavar="FILE", help="YAML file of config keys")
+    config = _config_class(job)
+    for key in job.flags:
+        _add_flag(sub, config, key)
+    sub.add_argument("--config", metavar="FILE", help="YAML file of config keys.")
     sub.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="one config key, repeatable; flags win over it, and it over --config",
+        help="Set one config key; repeatable. Flags override --set, which overrides --config.",
     )
     for option in job.options:
         sub.add_argument(f"--{option}", action="store_true", help=OPTIONS[option])
-    sub.add_argument("--keys", action="store_true", help="print every config key with its default, as YAML, and stop")
-    sub.add_argument("--quiet", action="store_true", help="no progress bars")
+    sub.add_argument("--keys", action="store_true", help="Print every config key, explained, as a YAML file, and stop.")
+    sub.add_argument("--quiet", action="store_true", help="Show no progress bars.")
+    sub.epilog = (
+        f"keys that people set most, with --set or --config (`{sub.prog} --keys` explains all keys):\n"
+        + _explained_keys(config, job.keys)
+    )
+
+
+def _add_flag(sub: argparse.ArgumentParser, config: type[JobConfig], key: str) -> None:
+    """Add the flag of a config key, with the type, default and description that the config gives it."""
+    field, default = config_field(config, key), config_default(config, key)
+    kind, repeatable = field.annotation, get_origin(field.annotation) is tuple
+    text = f"{field.description}" + " Repeatable." * repeatable
+    if default not in (None, "null", "false", "''", "[]"):
+        text += f" Default: {default}."
+    options: dict[str, Any] = {"dest": key, "default": None, "help": text.replace("%", "%%")}
+    if kind is bool:
+        options["action"] = "store_true"
+    else:
+        options["action"] = "append" if repeatable else "store"
+        options["type"] = int if kind is int else str
+        values = get_args(kind) if get_origin(kind) is Literal else ()
+        options["metavar"] = f"{{{','.join(values)}}}" if values else key.rpartition(".")[2].upper()
+    sub.add_argument("--" + key.partition(".")[0].replace("_", "-"), **options)
+
+
+def _explained_keys(config: type[JobConfig], keys: Sequence[str]) -> str:
+    """Return aligned lines: key=default, then what the key means, wrapped to the terminal."""
+    width = max(60, shutil.get_terminal_size().columns - 2)
+    shown = {f"  {key}={config_default(config, key)}": config_field(config, key).description or "" for key in keys}
+    column = max(map(len, shown)) + 2
+    lines = [
+        textwrap.fill(meaning, width, initial_indent=key.ljust(column), subsequent_indent=" " * column)
+        for key, meaning in shown.items()
+    ]
+    return "\n".join(lines)
+
+
+def _config_class(job: Job) -> type[JobConfig]:
+    room = job.module.rpartition(".")[0]
+    found: type[JobConfig] = getattr(import_module(f".rlhf.{room}.config", __package__), job.config)
+    return found
 
 
 def _job(arguments: argparse.Namespace) -> Job:
@@ -71,21 +110,19 @@ def _job(arguments: argparse.Namespace) -> Job:
 
 
 def run(arguments: argparse.Namespace) -> Any:
-    """Load the job's config from file, --set and flags (the last wins), and run the job."""
+    """Load the job's config from file, --set and flags, each overriding those before it, and run the job."""
     job = _job(arguments)
-    module = import_module(f".rlhf.{job.module}", __package__)
-    from .rlhf.job.config import config_template, load_config
-    from .rlhf.job.files import explain_os_error
-
+    config_class = _config_class(job)
     if arguments.keys:
-        return config_template(getattr(module, job.config)).rstrip()
-    given = {flag.key: value for flag in job.flags if (value := getattr(arguments, flag.key)) is not None}
-    config = load_config(getattr(module, job.config), arguments.config, arguments.set, **given)
+        return config_template(config_class).rstrip()
+    given = {key: value for key in job.flags if (value := getattr(arguments, key)) is not None}
+    config = load_config(config_class, arguments.config, arguments.set, **given)
     options = {option: getattr(arguments, option) for option in job.options}
+    module = import_module(f".rlhf.{job.module}", __package__)
     if arguments.quiet:
         from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()  # of weights that are read and written
+        disable_progress_bar()  # of transformers, for weights that are read or written
     try:
         return getattr(module, job.run)(config, progress=not arguments.quiet, **options)
     except OSError as error:
@@ -93,17 +130,17 @@ def run(arguments: argparse.Namespace) -> Any:
 
 
 def bench(argv: Sequence[str]) -> int:
-    """Hand the flags after `bench` to the module that the first of them names, or else to the microbenchmarks."""
+    """Pass the flags after `bench` to the module that the first of them names, else to the microbenchmarks."""
     part = BENCHES.get(argv[0]) if argv else None
     module = import_module(f".bench.{part or '__main__'}", __package__)
     return int(module.main(argv[1:] if part else argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 a benchmark's or a plan's check failed, 2 a wrong argument, file or setting (one sentence
-    on stderr), 130 interrupted.
+    """Run the command and return its exit code; PRUDENT_DEBUG=1 shows the traceback of an error.
 
-    PRUDENT_DEBUG=1 shows the traceback behind the sentence.
+    0: done. 1: a check of a benchmark or a plan failed. 2: a wrong argument, file or setting, explained in one sentence
+    on stderr. 130: interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     benchmarks = argv[:1] == ["bench"] and argv[1:] not in (["-h"], ["--help"])
@@ -121,8 +158,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"prudent: error: {error}", file=sys.stderr)
         return 2
-    # where standard output carries the scores, the summary goes beside them
-    print(result, file=sys.stderr if getattr(result, "output", None) == "-" else sys.stdout)
+    try:
+        # if standard output carries the scores, the summary goes to standard error
+        print(result, file=sys.stderr if getattr(result, "output", None) == "-" else sys.stdout, flush=True)
+    except BrokenPipeError:  # `prudent train --keys | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again when it flushes
     return int(getattr(result, "failed", False))
 
 

@@ -1,9 +1,10 @@
-"""The `prudent` command as its user meets it: what it teaches, what it refuses, how it ends."""
+"""The `prudent` command: what --help and --keys explain, what is refused, and the exit codes."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,14 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from prudent import cli, commands
-from prudent.rlhf.job.config import JobConfig, config_keys, config_template, load_config
+from prudent.rlhf.job.config import (
+    JobConfig,
+    config_default,
+    config_field,
+    config_keys,
+    config_template,
+    load_config,
+)
 
 EVERY_JOB = commands.JOBS | commands.STUDIES
 
@@ -27,17 +35,29 @@ def prudent(*arguments: str, stdin: str | None = None) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.parametrize("command", sorted(commands.JOBS))
-def test_help_teaches_by_example_without_loading_a_model_library(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", sorted(EVERY_JOB))
+def test_help_teaches_by_example_and_key_without_loading_a_model_library(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)  # importing it now raises
+    monkeypatch.setenv("COLUMNS", "400")
+    command = ["study", name] if name in commands.STUDIES else [name]
     with pytest.raises(SystemExit) as done:
-        cli.main([command, "--help"])
-    shown = capsys.readouterr().out
+        cli.main([*command, "--help"])
     assert done.value.code == 0
-    assert f"prudent {command}" in shown.split("examples:")[1]
-    assert "--set KEY=VALUE" in shown
+    shown = capsys.readouterr().out.split("examples:")[1]
+    examples, keys = shown.split("keys that people set most, with --set or --config")
+    assert f"prudent {' '.join(command)}" in examples
+    assert "--set KEY=VALUE" in examples
+    assert keys.startswith(f" (`prudent {' '.join(command)} --keys` explains all keys):\n")
+    config, job = _config_class(name), EVERY_JOB[name]
+    for line, key in zip(keys.splitlines()[1:], job.keys, strict=True):
+        left, meaning = re.split(r"  +", line.strip())
+        assert left == f"{key}={config_default(config, key)}"
+        assert meaning == config_field(config, key).description
+    others = set(config_keys(config)) - set(job.flags)
+    assert set(job.keys) <= others
+    assert len(set(job.keys)) == min(10, len(others))
 
 
 def test_the_version_is_the_packages() -> None:
@@ -48,7 +68,7 @@ def test_the_version_is_the_packages() -> None:
 @pytest.mark.parametrize("name", sorted(EVERY_JOB))
 def test_every_flag_sets_a_key_that_the_jobs_config_has(name: str) -> None:
     job = EVERY_JOB[name]
-    assert {flag.key for flag in job.flags} <= set(config_keys(_config_class(name)))
+    assert set(job.flags) <= set(config_keys(_config_class(name)))
     assert callable(getattr(import_module(f"prudent.rlhf.{job.module}"), job.run))
 
 
@@ -119,8 +139,8 @@ def test_debug_shows_the_traceback_behind_the_sentence(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("command", "again"),
     [
-        ("demo", "the same command goes on"),
-        ("train", "the same command with --resume goes on"),
+        ("demo", "the same command continues"),
+        ("train", "the same command with --resume continues"),
         ("eval", "the same command starts over"),
     ],
 )
@@ -137,7 +157,7 @@ def test_an_interrupt_says_how_to_go_on_and_exits_130(
 
 def _config_class(name: str) -> type[JobConfig]:
     job = EVERY_JOB[name]
-    found: type[JobConfig] = getattr(import_module(f"prudent.rlhf.{job.module}"), job.config)
+    found: type[JobConfig] = getattr(import_module(f"prudent.rlhf.{job.module.partition('.')[0]}.config"), job.config)
     return found
 
 
@@ -188,6 +208,28 @@ def test_keys_says_what_each_key_means_and_takes() -> None:
     assert "  max_steps: 2000  # a whole number >= 1 or null" in lines
     assert "  warmup: 0.05  # a number >= 0, < 1" in lines
     assert max(map(len, lines)) <= 120
+
+
+def test_a_flag_has_its_keys_type_default_and_description(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = cli.build_parser().parse_args(
+        ["ppo", "--steps", "3", "--stop-when", "a", "--stop-when", "b", "--reward", "f"]
+    )
+    values = (arguments.steps, arguments.stop_when, getattr(arguments, "reward.source"), arguments.gold)
+    assert values == (3, ["a", "b"], "f", None)
+    arguments = cli.build_parser().parse_args(["score", "--skip-bad-rows"])
+    assert (arguments.skip_bad_rows, arguments.batch_tokens) == (True, None)
+    with pytest.raises(SystemExit):
+        cli.main(["ppo", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--steps STEPS Steps of the loop. Default: 100." in shown
+    assert "--recipe {ppo,pet}" in shown
+
+
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    done = subprocess.run(
+        f"{shlex.quote(sys.executable)} -m prudent.cli ppo --keys | true", shell=True, capture_output=True, text=True
+    )
+    assert done.stderr == ""
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""One typed config per job: a YAML file, then `--set key=value`, then arguments; every wrong key or type is named."""
+"""Typed configs of jobs: read them from YAML, --set and flags, name every wrong key, and explain the keys."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ Config = TypeVar("Config", bound="JobConfig")
 
 
 class JobConfig(BaseModel):
-    """Base of every job's config: unknown keys refused, immutable, no NaN or infinity.
+    """Base of every job's config: immutable, without unknown keys, NaN or infinity.
 
-    A config made from Python (`TrainConfig(model=...)`) takes what pydantic takes; `load_config`, which reads what
-    people type, is strict: "3" is not 3, and 1 is not true.
+    Every key has a description of one sentence. A config made in Python (`TrainConfig(model=...)`) converts types as
+    pydantic does; `load_config`, which reads what people type, is strict: "3" is not 3, and 1 is not true.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def to_yaml(self) -> str:
-        """The resolved config, every key written out; `load_config` reads it back to an equal config."""
+        """Return all keys and values as YAML, which `load_config` reads back to an equal config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string (it wants 1.0e-3); people write 1e-3."""
+    """A safe YAML loader that reads 1e-3 as a number; YAML 1.1 wants 1.0e-3."""
 
 
 _Loader.add_implicit_resolver(
@@ -42,9 +42,12 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(cls: type[Config], file: Path | str | None = None, sets: Iterable[str] = (), **given: Any) -> Config:
-    """A `cls` from a YAML file, `sets` ("key=value", dotted keys) and keyword arguments (dotted too), the last winning.
+    """Make a `cls` from a YAML file, `sets` ("key=value") and keyword arguments; each overrides those before it.
 
-    Raises ValueError naming the file, key, nearest right key, expected type and what came.
+    Keys in `sets` and keyword arguments are dotted (bt.lr).
+
+    Raises:
+        ValueError: naming the file, the key, the nearest known key, the expected type and what came.
     """
     values: dict[str, Any] = {} if file is None else _read_yaml(Path(file))
     for entry in sets:
@@ -59,13 +62,15 @@ def load_config(cls: type[Config], file: Path | str | None = None, sets: Iterabl
     for key, value in given.items():
         _put(values, key.split("."), value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
     try:
-        # JSON is where pydantic's strict mode still turns a string into a path and a list into a tuple
+        # from JSON, pydantic's strict mode still makes a string a path and a list a tuple
         return cls.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        mended = [*(entry.partition("=")[0].strip() for entry in sets), *given]  # not what the file says
+        overridden = [*(entry.partition("=")[0].strip() for entry in sets), *given]
         said = _explained(cls, error)
-        by_file = file is not None and not any(f"{key}.".startswith(f"{other}.") for key in said for other in mended)
-        raise ValueError((f"{file}: " if by_file else "") + "; ".join(said.values())) from None
+        in_file = file is not None and not any(
+            f"{key}.".startswith(f"{other}.") for key in said for other in overridden
+        )
+        raise ValueError((f"{file}: " if in_file else "") + "; ".join(said.values())) from None
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -92,14 +97,30 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def config_keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of a config class, groups expanded."""
+    """Return every dotted key of a config class, with the keys of groups in place of the groups."""
     keys = []
     for name, field in cls.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += config_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
+        group = _group(field.annotation)
+        keys += [prefix + name] if group is None else config_keys(group, f"{prefix}{name}.")
     return keys
+
+
+def config_field(cls: type[BaseModel], key: str) -> FieldInfo:
+    """Return the field of a dotted key."""
+    name, _, rest = key.partition(".")
+    field = cls.model_fields[name]
+    group = _group(field.annotation)
+    return field if group is None or not rest else config_field(group, rest)
+
+
+def config_default(cls: type[BaseModel], key: str) -> str | None:
+    """Return the default of a dotted key as YAML on one line; None for a key that needs a value."""
+    values: Any = _defaults(cls)
+    for name in key.split("."):
+        if name not in values:
+            return None
+        values = values[name]
+    return _line(name, values).partition(": ")[2]
 
 
 def config_template(cls: type[JobConfig]) -> str:
@@ -108,7 +129,17 @@ def config_template(cls: type[JobConfig]) -> str:
     Keys without a default come first, marked "needed"; with them filled in, `load_config` reads the defaults back.
     """
     fields = sorted(cls.model_fields, key=lambda name: not cls.model_fields[name].is_required())
-    return _template(cls, cls.model_construct().model_dump(mode="json", warnings=False), fields, "")
+    return _template(cls, _defaults(cls), fields, "")
+
+
+def _defaults(cls: type[BaseModel]) -> dict[str, Any]:
+    return cls.model_construct().model_dump(mode="json", warnings=False)
+
+
+def _line(name: str, value: Any) -> str:
+    """Return "name: value" as YAML, a list in brackets."""
+    flow = None if isinstance(value, list) else False
+    return yaml.safe_dump({name: value}, default_flow_style=flow, width=math.inf, allow_unicode=True).rstrip()
 
 
 def _template(cls: type[BaseModel], values: dict[str, Any], names: Iterable[str], indent: str) -> str:
@@ -123,9 +154,7 @@ def _template(cls: type[BaseModel], values: dict[str, Any], names: Iterable[str]
         elif field.is_required():
             text += f"{indent}{name}:  # needed: {allowed_values(field)}\n"
         else:
-            flow = None if isinstance(values[name], list) else False  # a list on one line, in brackets
-            line = yaml.safe_dump({name: values[name]}, default_flow_style=flow, width=math.inf, allow_unicode=True)
-            text += f"{indent}{line.rstrip()}  # {allowed_values(field)}\n"
+            text += f"{indent}{_line(name, values[name])}  # {allowed_values(field)}\n"
     return text
 
 
@@ -168,7 +197,7 @@ _EXPECTED = {
 
 
 def _explained(cls: type[BaseModel], error: ValidationError) -> dict[str, str]:
-    """Key -> its sentence. Where a key takes one thing or another, pydantic says what each of them lacks."""
+    """Return key -> sentence. For a union pydantic reports every alternative; one sentence names them all."""
     said: dict[str, str] = {}
     for detail in error.errors():
         key, alternatives = _place(cls, detail["loc"])
@@ -178,7 +207,7 @@ def _explained(cls: type[BaseModel], error: ValidationError) -> dict[str, str]:
 
 
 def _place(cls: type[BaseModel], loc: tuple[Any, ...]) -> tuple[str, list[Any]]:
-    """The dotted key; and the alternatives that it has, if `loc` goes on with pydantic's name of one of them."""
+    """Return the dotted key, and the union's alternatives if `loc` continues with pydantic's name of one of them."""
     key: list[str] = []
     place: Any = cls
     for part in loc:
@@ -216,9 +245,11 @@ def _explain(cls: type[BaseModel], key: str, detail: Any, expected: str | None) 
         return f"unknown key {key!r}: {_nearest(cls, key)}"
     if kind == "missing":
         return f"{key}: a value is needed"
-    if kind in ("value_error", "assertion_error"):  # our own validators say what they expected
+    if kind in ("value_error", "assertion_error"):  # from our own validators
         message = str(detail["msg"]).removeprefix("Value error, ")
-        message = message.removeprefix(f"{key.rpartition('.')[2]}: ")  # from a function that names its own argument so
+        message = message.removeprefix(
+            f"{key.rpartition('.')[2]}: "
+        )  # the validator called a function with an argument of that name
         return f"{key}: {message}" if key else message
     expected = expected or _EXPECTED.get(kind) or re.sub(r"^Input should be ", "", str(detail["msg"]))
     shown = json.dumps(got, ensure_ascii=False, default=str)
