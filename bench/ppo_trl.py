@@ -24,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..rlhf.report.words import count
 from . import machine
 from .gpu_check import last_line
 from .ppo_sides import Sides
@@ -93,7 +94,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"    {report['command']}",
         "",
-        f"{here['date']}, {here['name']}, {here['threads']} thread{'s' * (here['threads'] != 1)}, commit "
+        f"{here['date']}, {here['name']}, {count(here['threads'], 'thread')}, commit "
         f"{here['commit'][:12]}. {report['model']}, {sides['dtype']}; {sides['prompts']} prompts x "
         f"({sides['prompt_tokens']} + {sides['response_tokens']} tokens, all of full length), {sides['epochs']} epochs "
         f"of {sides['minibatches']} minibatches, micro-batches of {sides['micro_rows']} samples. Ours: critic and "

@@ -18,6 +18,7 @@ from ..evaluation.statistics import BestOfN, Bin, Interval
 from ..job.log import read_metrics
 from ..ppo.watch.pictures import over_optimisation
 from ..report.page import render_page
+from ..report.words import aligned, plain_text
 from ..sampling.stored import Rollout
 from .ppo import table_rows as table_of_runs
 
@@ -98,7 +99,7 @@ def pair_examples(
     keys: dict[str, int] = {}
     labels = [keys.setdefault(pair.prompt_key, len(keys)) for pair in pairs]
     rows = [
-        _strip(heads, i, prompt=_text(pairs[i].prompt), response=_text(pairs[i].chosen), gold=None)
+        _strip(heads, i, prompt=plain_text(pairs[i].prompt), response=plain_text(pairs[i].chosen), gold=None)
         for i in _extremes(heads.mean, labels)
     ]
     return {"strips": _scaled(rows), "picks": []}
@@ -153,10 +154,6 @@ def _scaled(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"rows": rows, "ticks": ticks, "width": _WIDTH, "agree": len(rows) // 2}
 
 
-def _text(value: str | list[dict[str, str]]) -> str:
-    return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
-
-
 def table(metrics: Mapping[str, Any]) -> str:
     """The closing table of the terminal."""
     rows = table_rows(metrics)
@@ -168,21 +165,10 @@ def table(metrics: Mapping[str, Any]) -> str:
         head += [f"gold n={n}" for n in rows["ns"]]
     lines = [head, *([str(cell) for cell in row] for row in rows["rows"])]
     told = curves["findings"][0] if curves else "No gold scorer with given preferences, hence no best-of-n and no PPO."
-    text = [*_aligned(lines), "", told]
+    text = [aligned(lines), "", told]
     if metrics.get("ppo"):
-        text += ["", *_aligned(table_of_runs(metrics["ppo"])), "", metrics["ppo"]["findings"][0]]
+        text += ["", aligned(table_of_runs(metrics["ppo"])), "", metrics["ppo"]["findings"][0]]
     return "\n".join(text)
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their widest cell: the first to the left, the others to the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
 
 
 def table_rows(metrics: Mapping[str, Any]) -> dict[str, Any]:

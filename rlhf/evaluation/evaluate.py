@@ -18,7 +18,7 @@ from ..job.files import atomic_write_json
 from ..models.features import compute_features, model_fingerprint
 from ..models.loading import load_scorer
 from ..report.style import require_matplotlib
-from ..report.words import _text
+from ..report.words import plain_text
 from .config import EvalConfig
 from .metrics import evaluate_heads, source_labels
 from .report import LONGER, draw, format_metrics
@@ -161,7 +161,7 @@ def _given_scores(pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
 
 def _lengths(pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
     """Characters of both responses [P]."""
-    texts = [(_text(pair.chosen), _text(pair.rejected)) for pair in pairs]
+    texts = [(plain_text(pair.chosen), plain_text(pair.rejected)) for pair in pairs]
     return torch.tensor([float(len(c)) for c, _ in texts]), torch.tensor([float(len(r)) for _, r in texts])
 
 

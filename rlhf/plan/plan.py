@@ -10,6 +10,7 @@ from ..models.shapes import model_config
 from ..ppo.budget import PHASES, TERMS, Budget, Cut, ModelShape, cuts, micro_tokens, parse_size, plan
 from ..ppo.memory import _advice, job_shape
 from ..ppo.policy.precision import trunk_dtype
+from ..report.words import count
 from .config import PlanConfig
 
 TOLERANCE = 0.1  # of the tracked peak, within which the plan is to lie
@@ -44,8 +45,8 @@ class PlanResult(NamedTuple):
     def __str__(self) -> str:
         budget, job, shape = self.budget, self.budget.job, self.budget.shape
         lines = [
-            f"{shape.name}: {shape.parameters / 1e9:.2f} billion parameters, {_count(shape.layers, 'layer')} of width "
-            f"{shape.hidden}; {_count(job.prompts, 'prompt')} x {_count(job.samples, 'sample')}, {job.prompt_tokens} + "
+            f"{shape.name}: {shape.parameters / 1e9:.2f} billion parameters, {count(shape.layers, 'layer')} of width "
+            f"{shape.hidden}; {count(job.prompts, 'prompt')} x {count(job.samples, 'sample')}, {job.prompt_tokens} + "
             f"{job.response_tokens} tokens; {job.mode}, {str(job.dtype).removeprefix('torch.')}",
             "",
             f"{'GiB':<20}" + "".join(f"{phase:>10}" for phase in PHASES),
@@ -74,7 +75,7 @@ class PlanResult(NamedTuple):
         samples = max(1, budget.micro_tokens // budget.job.tokens)
         if self.fits:
             return (
-                f"fits {size}: update.micro_tokens={budget.micro_tokens} ({_count(samples, 'sample')} of "
+                f"fits {size}: update.micro_tokens={budget.micro_tokens} ({count(samples, 'sample')} of "
                 f"{budget.job.tokens} tokens a forward pass), {(self.limit - budget.peak) / 2**30:.1f} GiB free"
             )
         over = budget.peak - self.limit
@@ -86,10 +87,6 @@ class PlanResult(NamedTuple):
             f"does not fit {size}, {passes}: {over / 2**30:.1f} GiB too much in {worst}, where the {takes}; "
             f"{_advice(self.advice)}"
         )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def run_plan(config: PlanConfig, *, progress: bool = True) -> PlanResult:

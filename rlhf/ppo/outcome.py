@@ -9,6 +9,7 @@ from typing import Any
 
 from ..job.files import atomic_write_text, read_json
 from ..job.folder import open_run_folder
+from ..report.words import count
 from .config import RESUMABLE_CHANGES, PPOConfig
 
 # a folder with any of these holds a run that has begun; the checkpoint of step 0 alone may come from another command
@@ -25,7 +26,7 @@ class PPOResult:
 
     def __str__(self) -> str:
         m = self.metrics
-        done = f"{m['steps']} step{'s' * (m['steps'] != 1)} done"
+        done = f"{count(m['steps'], 'step')} done"
         head = "was finished before; nothing was done again" if self.finished_before else done
         lines = [f"{self.folder}: {head}", *([f"stopped early: {m['stopped']}"] if m["stopped"] else [])]
         lines += [m["faults"]] if m["faults"] else []

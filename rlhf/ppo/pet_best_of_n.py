@@ -17,6 +17,7 @@ from ..evaluation.statistics import best_of_n_curve, mean_interval
 from ..job.files import atomic_write_json, atomic_write_text, read_json
 from ..models.features import compute_features
 from ..models.loading import load_language_model, load_reward_model, load_tokenizer
+from ..report.words import count, signed
 from ..sampling.prompts import Prompt, load_prompts, longest_prompt, prompt_order
 from ..sampling.stored import Request, Rollout, sample
 from ..sampling.tokens import Sampling
@@ -24,7 +25,6 @@ from ..sampling.turn import Turn
 from .batch import Samples
 from .config import PPOConfig
 from .rewards.resolve import RewardSource, open_gold
-from .watch.findings import count
 
 _SEED = 1  # added to the run's: not the samples that PET has seen, should the prompts be the same
 
@@ -55,8 +55,7 @@ class BestOf:
         if m["gold"] is not None:
             lines.append(f"  any response: gold {m['any']:+.3f}; the gold scorer's own pick: {m['oracle'][-1]:+.3f}")
             for name, d in m["difference"].items():
-                shown = "" if d["low"] is None else f" [{d['low']:+.3f}, {d['high']:+.3f}]"
-                lines.append(f"  PET minus {name}: {d['value']:+.3f}{shown} gold")
+                lines.append(f"  PET minus {name}: {signed((d['value'], d['low'], d['high']), 3)} gold")
         return "\n".join(lines)
 
 

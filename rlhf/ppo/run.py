@@ -13,6 +13,7 @@ from ..job.files import atomic_folder, atomic_write_json, atomic_write_text
 from ..job.log import RunLog, read_metrics
 from ..models.adapter import peft_hushed
 from ..models.loading import load_tokenizer
+from ..report.words import count
 from ..sampling.config import RolloutConfig
 from ..sampling.prompts import Prompt, load_prompts, longest_prompt, prompt_order
 from ..sampling.sampler import open_sampler
@@ -30,7 +31,7 @@ from .score import score
 from .stop import Fired, StopRules
 from .update import open_optimizer
 from .watch.baseline import preference_texts
-from .watch.findings import by_step, count, faults, total
+from .watch.findings import by_step, faults, total
 from .watch.monitor import TEXTS, Monitor, read_texts
 
 SHOWN = (  # what ppo.json and the command's last lines tell of the first and the last step

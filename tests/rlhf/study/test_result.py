@@ -1,4 +1,4 @@
-"""What the studies have in common: the command that gives their numbers, and whose folder they write into."""
+"""What all studies share: the command that reproduces their numbers, and the folder that they write into."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from prudent.rlhf.job.config import load_config
-from prudent.rlhf.study import result
 from prudent.rlhf.study.learning import LearningConfig
+from prudent.rlhf.study.result import command
 from prudent.rlhf.study.stochastic import StochasticConfig, run_stochastic
 from prudent.rlhf.study.toy import ToyConfig, run_toy
 
 
 @pytest.mark.parametrize(
-    ("sets", "command"),
+    ("sets", "expected"),
     [
         ((), "prudent study toy --seeds 20"),
         (("seeds=3", "sensitivity=false"), "prudent study toy --seeds 3 --set sensitivity=false"),
@@ -25,19 +25,17 @@ from prudent.rlhf.study.toy import ToyConfig, run_toy
         ),
     ],
 )
-def test_the_command_has_every_key_that_was_changed(sets: tuple[str, ...], command: str) -> None:
+def test_the_command_has_every_key_that_was_changed(sets: tuple[str, ...], expected: str) -> None:
     config = load_config(ToyConfig, None, sets)
-    assert result.command("toy", config) == command
-    typed = [word for word in command.split() if "=" in word]
+    assert command("toy", config) == expected
+    typed = [word for word in expected.split() if "=" in word]
     again = load_config(ToyConfig, None, typed, seeds=config.seeds, output=config.output)
     assert again == config
 
 
 def test_a_list_and_a_model_are_in_the_command_as_a_shell_takes_them() -> None:
     config = load_config(LearningConfig, None, ["kl=[0, 0.1]"], model="a model")
-    assert result.command("learning", config) == (
-        "prudent study learning --model 'a model' --seeds 3 --set 'kl=[0.0, 0.1]'"
-    )
+    assert command("learning", config) == ("prudent study learning --model 'a model' --seeds 3 --set 'kl=[0.0, 0.1]'")
 
 
 @pytest.mark.parametrize(
