@@ -1,9 +1,9 @@
-"""What a run's numbers show, in sentences. Every statement follows from an interval by a rule written down here.
+"""Tell changes of a PPO run's metrics from noise, and state what the run shows.
 
-A metric's value at one step is a mean over that step's samples, so it jumps about. A run is cut into blocks of steps;
-the noise of one step is estimated from the differences of neighbouring steps (von Neumann 1941), which a slow trend
-hardly touches; two blocks differ if the 95 % interval of their difference leaves 0 out. The intervals are about the
-samples of this run. What another seed would do, one run cannot say.
+A metric's value at one step is the noisy mean over that step's samples. The run is cut into blocks of steps. The noise
+of one step is estimated from the differences of neighbouring steps (von Neumann 1941), which a slow trend hardly
+affects. Two blocks differ if the 95 % interval of their difference excludes 0. The intervals cover the samples of this
+run, not other seeds.
 """
 
 from __future__ import annotations
@@ -11,27 +11,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from statistics import NormalDist, fmean
+from statistics import fmean
 from typing import Any, NamedTuple
 
-BLOCKS = 8  # a run is cut into so many at most
-FEWEST = 3  # steps of a block at least: six steps are needed to say anything
-_NEAR = 0.005  # nats that two decimals show
-_OF_SEVERAL = {f"reward/{name}" for name in ("nominal", "worst", "gap", "disagreement", "disagreement_ratio")}  # heads
+from ...report.words import count, signed, verdict
+
+BLOCKS = 8  # the most blocks that a run is cut into
+FEWEST = 3  # the fewest steps of a block: a change needs six steps
+# metrics that mean something for several heads alone
+_OF_SEVERAL = {f"reward/{name}" for name in ("nominal", "worst", "gap", "disagreement", "disagreement_ratio")}
 RISES, FALLS, FLAT = "rises", "falls", "no change shown"
+_PAST = {RISES: "rose", FALLS: "fell", FLAT: "shows no change"}
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 class Series(NamedTuple):
-    """One metric of a run where it was measured and finite."""
+    """One metric of a run at the steps where it was measured and finite."""
 
     steps: list[int]
     values: list[float]
 
 
 class Change(NamedTuple):
-    """The mean of the last block minus that of another, with a 95 % interval; `step`: where the other block ends."""
+    """The mean of the last block minus that of an earlier one, and its 95 % interval; `step`: where that one ends."""
 
     step: int
     first: float
@@ -45,23 +48,22 @@ class Change(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """`rises` or `falls` where the interval leaves 0 out, else `no change shown`."""
-        return RISES if self.low > 0 else FALLS if self.high < 0 else FLAT
+        """`rises` or `falls` if the interval excludes 0, else `no change shown`."""
+        return verdict((self.value, self.low, self.high), RISES, FALLS, FLAT)
 
     def within(self, bound: float) -> Change:
-        """With an interval that stays between -bound and bound: what a change of that quantity can be."""
+        """The same change with its interval cut to [-bound, bound], for a quantity that cannot change by more."""
         return self._replace(low=max(self.low, -bound), high=min(self.high, bound))
 
     def __str__(self) -> str:
-        form = "+.3f" if max(abs(self.low), abs(self.high)) < 10 else "+.1f"
-        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
+        digits = 3 if max(abs(self.low), abs(self.high)) < 10 else 1
+        return signed((self.value, self.low, self.high), digits)
 
 
 def by_step(rows: Rows) -> list[dict[str, Any]]:
-    """One row a step, in order: lines of the same step are joined, the later winning (a run may go back and repeat).
+    """One row per step, in order; of several lines of one step (a resumed run repeats steps) the later values win.
 
-    Of a single head, which never disagrees, the metrics that say nothing are left out: nominal and worst case are the
-    reward itself.
+    Without any disagreement the reward has a single head: nominal and worst case equal the reward and are left out.
     """
     merged: dict[int, dict[str, Any]] = {}
     for row in rows:
@@ -73,7 +75,7 @@ def by_step(rows: Rows) -> list[dict[str, Any]]:
 
 
 def series(rows: Rows, name: str) -> Series:
-    """The metric `name` of `by_step` rows; steps without it, and null or infinite values, are left out."""
+    """The metric `name` of `by_step` rows; steps where it is absent, null or infinite are left out."""
     found = [(row["step"], row[name]) for row in rows if _finite(row.get(name))]
     return Series([int(step) for step, _ in found], [float(value) for _, value in found])
 
@@ -83,7 +85,7 @@ def _finite(value: object) -> bool:
 
 
 def ends(found: Series) -> tuple[float, float] | None:
-    """The mean of the first block and of the last, or the first and last value of a run too short for blocks."""
+    """Means of the first and last block; the first and last value if the run is too short for blocks."""
     if not found.values:
         return None
     blocks = _blocks(len(found.values)) or [range(1), range(len(found.values) - 1, len(found.values))]
@@ -91,22 +93,22 @@ def ends(found: Series) -> tuple[float, float] | None:
 
 
 def change(found: Series) -> Change | None:
-    """From the first block to the last; None for a run too short for two blocks."""
+    """The change from the first block to the last; None if the run is too short for two blocks."""
     blocks = _blocks(len(found.values))
     return _difference(found, blocks[0], blocks[-1], 1) if blocks else None
 
 
 def since(found: Series, step: int) -> Change | None:
-    """From the block that ends at `step` to the last."""
+    """The change from the last block that ends by `step` to the last of all; None if there is no such block."""
     blocks = [block for block in _blocks(len(found.values)) if found.steps[block[-1]] <= step]
     return _difference(found, blocks[-1], _blocks(len(found.values))[-1], 1) if blocks else None
 
 
 def fall(found: Series) -> Change | None:
-    """The fall from the highest block to the last, if there is one beyond noise.
+    """The fall from the highest block to the last, or None if noise explains it.
 
-    The highest block is picked for being high, so its fall is held to an interval at 1 - 0.05 / (number of blocks it
-    was picked from) (Bonferroni): without that, noise alone would show a fall in most runs.
+    The highest block is selected for being high, so its interval has level 1 - 0.05 / (number of candidate blocks)
+    (Bonferroni); without that, noise alone would show a fall in most runs.
     """
     blocks = _blocks(len(found.values))
     if not blocks:
@@ -120,13 +122,13 @@ def fall(found: Series) -> Change | None:
 
 
 def block_length(steps: int) -> str:
-    """What `ends` averages over in a run of so many steps, in words."""
+    """What `ends` averages over in a run of `steps` steps, in words: "3 steps"."""
     blocks = _blocks(steps)
     return count(len(blocks[-1]), "step") if blocks else "step alone"
 
 
 def _blocks(steps: int) -> list[range]:
-    """Equal blocks of at least FEWEST steps, at most BLOCKS; [] if there are not steps for two."""
+    """At most BLOCKS equal blocks of at least FEWEST steps; [] if there are too few steps for two."""
     parts = min(BLOCKS, steps // FEWEST)
     if parts < 2:
         return []
@@ -134,7 +136,7 @@ def _blocks(steps: int) -> list[range]:
 
 
 def difference(one: Series, other: Series) -> Change | None:
-    """The last block of `other` minus that of `one`, two runs of the same steps; None if either is too short."""
+    """The last block of `other` minus that of `one`, for two runs of the same length; None if they are too short."""
     if not (_blocks(len(one.values)) and _blocks(len(other.values))):
         return None
     parts = [(found, _blocks(len(found.values))[-1]) for found in (one, other)]
@@ -142,60 +144,43 @@ def difference(one: Series, other: Series) -> Change | None:
     squares = [_noise(found.values)[0] / len(block) for found, block in parts]
     freedom = [_noise(found.values)[1] for found, _ in parts]
     together = sum(squares) ** 2 / (sum(s**2 / f for s, f in zip(squares, freedom, strict=True)) or 1.0)  # Welch
-    reach = math.sqrt(sum(squares)) * student_quantile(0.975, max(together, min(freedom)))
+    reach = math.sqrt(sum(squares)) * _student_quantile(0.975, max(together, min(freedom)))
     gap = means[1] - means[0]
     return Change(one.steps[-1], means[0], means[1], gap - reach, gap + reach)
 
 
 def _difference(found: Series, first: range, last: range, looks: int) -> Change:
-    """The last block against another; `looks`: how many such comparisons it was picked from."""
+    """The change from block `first` to block `last`; `looks`: the number of comparisons this one was selected from."""
     before, after = (fmean(found.values[i] for i in block) for block in (first, last))
     variance, freedom = _noise(found.values)
     error = math.sqrt(variance * (1 / len(first) + 1 / len(last)))
-    reach = error * student_quantile(1 - 0.025 / looks, freedom)
+    reach = error * _student_quantile(1 - 0.025 / looks, freedom)
     return Change(found.steps[first[-1]], before, after, after - before - reach, after - before + reach)
 
 
 def _noise(values: Sequence[float]) -> tuple[float, float]:
-    """Variance of one step's value about its trend, and the degrees of freedom of that estimate in normal noise."""
+    """Variance of one step's value around its trend, and the estimate's degrees of freedom under normal noise."""
     n = len(values)
     variance = sum((b - a) ** 2 for a, b in pairwise(values)) / (2 * (n - 1))
     return variance, 2 * (n - 1) ** 2 / (3 * n - 4)
 
 
-def student_quantile(probability: float, freedom: float) -> float:
-    """Quantile of Student's t by expansion about the normal's (Abramowitz & Stegun 26.7.5).
+def _student_quantile(probability: float, freedom: float) -> float:
+    from scipy.stats import t  # takes seconds to import; reports need it, the training loop does not
 
-    Within 2 % of the table from 5 degrees of freedom on, 6 % at 3, always on the small side.
-    """
-    z = NormalDist().inv_cdf(probability)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
+    return float(t.ppf(probability, freedom))
 
 
-def findings(rows: Rows, *, versus: str, steps: int | None = None, rolled_back_to: int | None = None) -> list[str]:
-    """The outcome in sentences, the headline first.
+def findings(rows: Rows, *, steps: int | None = None, rolled_back_to: int | None = None) -> list[str]:
+    """What the table of a run's metrics cannot show, in sentences: the headline, a rollback, faults.
 
-    rows: of metrics.jsonl.   versus: what the heads' doubt is compared with ("the preference data", "the start").
-    steps: how many were done; None: as many as `rows` tell.   rolled_back_to: the step whose policy was taken up again
-    at the end, if any: the numbers up to the end are then another policy's.
+    rows: of metrics.jsonl.   steps: how many were done; None: as many as `rows` tell.   rolled_back_to: the step whose
+    policy was restored at the end, if any; the numbers of later steps are then another policy's.
     """
     rows = by_step(rows)
     if not rows:
         return ["No step was finished." if not steps else "metrics.jsonl is empty: nothing can be said of the run."]
-    lines = [
-        headline(rows),
-        _rolled_back(rows, rolled_back_to),
-        _reward(rows),
-        _doubt(rows, versus),
-        _distance(rows, rolled_back_to),
-        _text(rows),
-        faults(rows, steps),
-    ]
+    lines = [headline(rows), _rolled_back(rows, rolled_back_to), faults(rows, steps)]
     return [line for line in lines if line]
 
 
@@ -206,129 +191,58 @@ def headline(rows: Rows) -> str:
     if up is None:
         return f"{count(len(rows), 'step')}: too few to tell a change from noise ({2 * FEWEST} are needed)."
     if not gold.values:
-        missing = "a number from the gold scorer" if "gold/mean" in rows[0] else "a gold scorer"
-        return f"The proxy reward {_plain(up.verdict)} ({up}). Without {missing}, no one can tell if it was hacked."
+        missing = "a finite gold reward" if "gold/mean" in rows[0] else "a gold scorer"
+        return f"The proxy reward {_PAST[up.verdict]} ({up}). Without {missing}, nobody can tell if it was hacked."
     overall, down = change(gold), fall(gold)
     if overall is None:
         return "The gold reward was measured at too few steps to tell a change from noise."
     if down is not None:
         beyond = since(proxy, down.step)
-        verdict = beyond.verdict if beyond else FLAT
-        when = f"after step {down.step} the gold reward fell ({down})"
-        if verdict == RISES:
-            return f"Over-optimisation: {when} while the proxy rose ({beyond})."
-        if verdict == FALLS:
-            return f"The policy got worse: {when}, and so did the proxy ({beyond}). That is no over-optimisation."
-        return f"The policy got worse: {when}, and the proxy shows no change since."
-    said = f"gold {overall}, proxy {up}"
-    if overall.verdict == RISES:
-        with_proxy = "with the proxy" if up.verdict == RISES else f"while the proxy {_plain(up.verdict)}"
-        return f"The gold reward rose {with_proxy} ({said}): no over-optimisation is shown."
-    if up.verdict == RISES:
-        return f"The proxy rose and the gold reward did not follow, as far as can be told ({said})."
-    if up.verdict == FALLS:
-        return f"The proxy fell, and the gold reward shows no change ({said})."
-    return f"Neither proxy nor gold reward moved, as far as can be told ({said})."
-
-
-def _plain(verdict: str) -> str:
-    return {RISES: "rose", FALLS: "fell", FLAT: "shows no change"}[verdict]
-
-
-def _reward(rows: Rows) -> str:
-    parts = []
-    names = {"proxy": "reward/mean", "nominal": "reward/nominal", "worst case": "reward/worst", "gold": "gold/mean"}
-    for title, name in names.items():
-        found = ends(series(rows, name))
-        if found is not None:
-            parts.append(f"{title} {found[0]:+.3f} to {found[1]:+.3f}")
-    return f"From start to end: {', '.join(parts)}." if parts else ""
-
-
-def _doubt(rows: Rows, versus: str) -> str:
-    parts = []
-    for words, name in (
-        ("disagree {} times as much", "reward/disagreement_ratio"),
-        ("predict {} times the std", "reward/head_std_ratio"),
-    ):
-        found = series(rows, name)
-        last, moved = ends(found), change(found)
-        if last is not None:
-            trend = {RISES: " (growing)", FALLS: " (shrinking)"}.get(moved.verdict if moved else FLAT, "")
-            parts.append(words.format(f"{last[1]:.2f}") + trend)
-    return f"Compared with {versus}, the heads at the end {' and '.join(parts)}." if parts else ""
+        fell = f"after step {down.step} the gold reward fell ({down})"
+        if beyond is None or beyond.verdict == FLAT:
+            return f"The policy got worse: {fell}, and the proxy shows no change since."
+        if beyond.verdict == RISES:
+            return f"Over-optimisation: {fell} while the proxy rose ({beyond})."
+        return f"The policy got worse: {fell}, and so did the proxy ({beyond}). That is not over-optimisation."
+    verdict = " No over-optimisation is shown." if overall.verdict == RISES else ""
+    return f"The gold reward {_PAST[overall.verdict]} ({overall}) while the proxy {_PAST[up.verdict]} ({up}).{verdict}"
 
 
 def _rolled_back(rows: Rows, step: int | None) -> str:
     if step is None:
         return ""
-    return f"The policy that is kept is that of step {step}; the end told of here is a later one's, thrown away."
-
-
-def _distance(rows: Rows, rolled_back_to: int | None) -> str:
-    kl, token, chi2 = (ends(series(rows, f"kl/{name}")) for name in ("sequence", "token", "chi2"))
-    if kl is None:
-        return ""
-    extra = [f"{token[1]:.3f} a token"] if token and kl[1] >= _NEAR else []
-    extra += [f"chi-squared {chi2[1]:.3g}"] if chi2 else []
-    said = f"{_nats(kl[1])} nats a response from the reference{_bracket(extra)}"
-    if rolled_back_to is None:
-        return f"The policy ended {said}."
-    kept = next((row.get("kl/sequence") for row in rows if row["step"] == rolled_back_to), None)
-    then = f", where it was {_nats(kept)} nats away" if kept is not None and _finite(kept) else ""
-    return f"The policy had come {said} before it was rolled back to step {rolled_back_to}{then}."
-
-
-def _nats(value: float) -> str:
-    """An estimate of KL may come out below 0, which KL cannot be."""
-    return f"{value:.2f}" if value >= _NEAR else "about 0"
-
-
-def _text(rows: Rows) -> str:
-    parts = []
-    length, cut, entropy = (series(rows, name) for name in ("text/length", "text/truncated", "policy/entropy"))
-    found = ends(length)
-    if found:
-        moved = change(length)
-        parts.append(f"responses went from {found[0]:.1f} to {found[1]:.1f} tokens{_shown(moved)}")
-    found = ends(cut)
-    if found:
-        parts.append(f"the share cut off from {100 * found[0]:.0f} to {100 * found[1]:.0f} %")
-    found = ends(entropy)
-    if found:
-        parts.append(f"the entropy of a token from {found[0]:.2f} to {found[1]:.2f} nats{_shown(change(entropy))}")
-    return _capital("; ".join(parts)) + "." if parts else ""
+    kl = next((row["kl/sequence"] for row in rows if row["step"] == step and _finite(row.get("kl/sequence"))), None)
+    there = "" if kl is None else f" (KL {kl:.2f} nats a response)"
+    return f"The kept policy is that of step {step}{there}; the table's end is a later policy, which was discarded."
 
 
 def faults(rows: Rows, steps: int | None = None) -> str:
-    """What went wrong on the way, in sentences; "" if nothing did.
+    """What went wrong during the run, in sentences; "" if nothing did.
 
     rows: of `by_step`.   steps: how many were done; None: as many as `rows` tell.
     """
     dropped, skipped = total(rows, "samples/dropped"), total(rows, "update/skipped")
     starved = total([row for row in rows if not _finite(row.get("reward/mean"))], "update/skipped")
-    broken = skipped - starved
-    parts = [f"{count(dropped, 'sample')} without a finite reward left out"] if dropped else []
-    parts += [f"{count(starved, 'update')} skipped because no sample was left"] if starved else []
-    parts += [f"{count(broken, 'update')} skipped for a loss that was not finite"] if broken else []
-    said = [_capital(", ".join(parts)) + "."] if parts else []
     gold = [row["gold/mean"] for row in rows if "gold/mean" in row]
-    if gold and not any(map(_finite, gold)):
-        said.append(f"The gold scorer gave no finite number in {count(len(gold), 'step')}.")
     done = steps if steps is not None else (rows[-1]["step"] + 1 if rows else 0)
     missing = sorted(set(range(done)) - {row["step"] for row in rows})
-    if missing:
-        said.append(f"metrics.jsonl lacks {_spans(missing)}: the numbers are of the others alone.")
-    return " ".join(said)
+    found = {
+        f"{count(dropped, 'sample')} without a finite reward left out.": dropped,
+        f"{count(starved, 'update')} skipped because no sample was left.": starved,
+        f"{count(skipped - starved, 'update')} skipped for a loss that was not finite.": skipped - starved,
+        f"The gold scorer gave no finite number in {count(len(gold), 'step')}.": gold and not any(map(_finite, gold)),
+        f"metrics.jsonl lacks {_spans(missing)}: the numbers cover the other steps alone.": missing,
+    }
+    return " ".join(sentence for sentence, happened in found.items() if happened)
 
 
 def total(rows: Rows, name: str) -> int:
-    """The sum of a metric that counts."""
+    """The sum of the counts in metric `name`."""
     return int(sum(series(rows, name).values))
 
 
 def _spans(steps: Sequence[int]) -> str:
-    """`step 3`, `steps 0 to 4, 7`; `steps` ascending."""
+    """Ascending steps as text: "step 3", "steps 0 to 4, 7"."""
     spans: list[list[int]] = []
     for step in steps:
         if spans and step == spans[-1][1] + 1:
@@ -337,20 +251,3 @@ def _spans(steps: Sequence[int]) -> str:
             spans.append([step, step])
     said = ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in spans)
     return f"step{'s' * (len(steps) > 1)} {said}"
-
-
-def _shown(moved: Change | None) -> str:
-    return "" if moved is None or moved.verdict != FLAT else " (no change shown)"
-
-
-def _bracket(parts: Sequence[str]) -> str:
-    return f" ({', '.join(parts)})" if parts else ""
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def count(number: int, what: str) -> str:
-    """`3 steps`, `1 step`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""A PPO run for people: one HTML page that needs nothing but itself, with conclusions that follow from its numbers."""
+"""Write the HTML report of a PPO run: one page without external files."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from typing import Any
 from ...evaluation import pictures as house_plots
 from ...report.page import render_page
 from ...report.style import to_svg
+from ...report.words import count, plain_text
 from ..config import PPOConfig
 from . import pictures
-from .findings import Rows, block_length, by_step, change, count, ends, findings, series
+from .findings import Rows, block_length, by_step, change, ends, findings, series
 
-TITLES = {  # metric -> what people read, in the table's order
+TITLES = {  # metric -> its name in the table, in the table's order
     "reward/mean": "proxy reward",
     "reward/nominal": "nominal",
     "reward/worst": "worst case",
     "reward/gap": "gap: nominal - worst case",
     "gold/mean": "gold reward",
     "reward/disagreement": "disagreement of the heads",
+    "reward/disagreement_ratio": "disagreement, relative to {versus}",
     "reward/head_std": "std that the heads predict",
+    "reward/head_std_ratio": "predicted std, relative to {versus}",
     "kl/sequence": "KL, nats a response",
     "kl/token": "KL, nats a token",
     "kl/chi2": "chi-squared",
@@ -45,15 +48,15 @@ _UPDATE = (
 def render(
     config: PPOConfig, metrics_rows: Rows, samples_rows: Sequence[Mapping[str, Any]], outcome: Mapping[str, Any]
 ) -> str:
-    """The whole page.
+    """The report as HTML.
 
     Args:
-        config: the run's, resolved.
-        metrics_rows: the lines of metrics.jsonl; a metric may be absent, or None where it was not finite.
+        config: the run's resolved config.
+        metrics_rows: the lines of metrics.jsonl; a metric may be absent, or None if it was not finite.
         samples_rows: the lines of samples.jsonl.
-        outcome: what ppo.json holds; read where they are there: `stopped` (why the run ended before its steps were
-            done, a sentence or None), `rolled_back_to` (the step whose policy is kept, or None), `steps` (how many were
-            done), `policy` (what `describe_policy` said), `reward` (what rewards came from), `seconds` (the run's).
+        outcome: the content of ppo.json. Every key is optional: `stopped` (why the run ended early, a sentence or
+            None), `rolled_back_to` (the step whose policy is kept, or None), `steps` (steps done), `policy` (from
+            `describe_policy`), `reward` (the reward's source), `seconds` (duration of the run).
 
     Raises ImportError, naming the extra, without jinja2 or matplotlib.
     """
@@ -63,14 +66,14 @@ def render(
         "ppo_template.html",
         config=config,
         title=f"{count(len(rows), 'step')} of {_estimator(config)}, and what they did",
-        findings=findings(rows, versus=versus(config), steps=outcome.get("steps"), rolled_back_to=back),
+        findings=findings(rows, steps=outcome.get("steps"), rolled_back_to=back),
         stopped=stopped,
         seconds=_duration(outcome.get("seconds")),
         block=block_length(len(rows)),
         versus=versus(config),
         several=bool(series(rows, "reward/disagreement").values),
         has_gold=bool(series(rows, "gold/mean").values),
-        table=table(rows),
+        table=table(rows, versus(config)),
         figures=_figures(config, rows),
         samples=before_and_after(samples_rows, back),
         facts=_facts(config, rows, outcome),
@@ -80,12 +83,12 @@ def render(
 
 
 def versus(config: PPOConfig) -> str:
-    """What the doubt of the heads is relative to."""
+    """What the heads' std and disagreement are relative to."""
     return "the preference data" if config.data else "the start"
 
 
-def table(rows: Rows) -> dict[str, Any]:
-    """{"head", "rows"}: metric, start, end, and the change with its interval where there are steps enough; as text."""
+def table(rows: Rows, versus: str = "the start") -> dict[str, Any]:
+    """{"head", "rows"} as text: metric, start, end, and the change with its interval if there are enough steps."""
     lines = []
     for name, title in TITLES.items():
         found = series(by_step(rows), name)
@@ -95,22 +98,25 @@ def table(rows: Rows) -> dict[str, Any]:
         moved = None if name.startswith(("time/", "memory/")) else change(found)
         if moved is not None and name in _SHARES:
             moved = moved.within(1)
-        lines.append([title, *(number(value) for value in both), "" if moved is None else str(moved)])
+        lines.append(
+            [title.format(versus=versus), *(number(value) for value in both), "" if moved is None else str(moved)]
+        )
     return {"head": ["", "start", "end", "change [95 %]"], "rows": lines}
 
 
 def number(value: float | None) -> str:
-    """Four significant digits or three decimals, whichever is shorter."""
+    """Three decimals below 1000, else four significant digits; "-" for None."""
     if value is None:
         return "-"
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 def before_and_after(samples_rows: Sequence[Mapping[str, Any]], end: int | None = None) -> list[dict[str, Any]]:
-    """Prompt by prompt, the first sample of the first step and of the last: {"step", "response", "gold", "facts"}.
+    """For each prompt the first sample `before` (first step) and `after` (last step): {"step", "response", "gold",
+    "facts"}.
 
-    end: the last step that counts, of a run that was rolled back to it.
-    `after` is None if there is one step; a prompt that one of the two steps lacks is left out.
+    end: the step that the run was rolled back to, if it was; later samples are ignored.
+    `after` is None if there is only one step; a prompt without a sample at both steps is left out.
     """
     steps = [row["step"] for row in samples_rows if end is None or row["step"] <= end]
     if not steps:
@@ -119,7 +125,7 @@ def before_and_after(samples_rows: Sequence[Mapping[str, Any]], end: int | None 
     found: dict[str, dict[int, Mapping[str, Any]]] = {}
     for row in samples_rows:
         if row["step"] in (first, last):
-            found.setdefault(_text(row["prompt"]), {}).setdefault(row["step"], row)
+            found.setdefault(plain_text(row["prompt"]), {}).setdefault(row["step"], row)
     return [
         {
             "prompt": prompt,
@@ -150,10 +156,6 @@ def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _text(prompt: str | Sequence[Mapping[str, str]]) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-
-
 def _figures(config: PPOConfig, rows: Rows) -> dict[str, str]:
     if not rows:
         return {}
@@ -170,33 +172,16 @@ def _figures(config: PPOConfig, rows: Rows) -> dict[str, str]:
 
 
 def _facts(config: PPOConfig, rows: Rows, outcome: Mapping[str, Any]) -> dict[str, str]:
-    facts = {
-        "reward": str(
-            outcome.get("reward", "").removeprefix("reward source: ")
-            or f"{config.reward.source} ({config.reward.kind}), {config.reward.aggregation}"
-        )
-    }
+    """What the settings alone do not tell: the reward and the policy as they were loaded, and the steps done."""
+    given = f"{config.reward.source} ({config.reward.kind}), {config.reward.aggregation}"
+    facts = {"reward": str(outcome.get("reward", "")).removeprefix("reward source: ") or given}
     if outcome.get("policy"):
         facts["policy"] = str(outcome["policy"]).removeprefix("policy: ")
-    rollout, kl = config.rollout, config.kl
-    each = "" if rollout.samples_per_prompt == 1 else f" x {rollout.samples_per_prompt} responses"
-    facts["rollout"] = (
-        f"{rollout.prompts_per_step} prompts{each} a step, at most {rollout.max_new_tokens} tokens, "
-        f"temperature {rollout.temperature:g}"
-    )
-    facts["estimator"] = f"{_estimator(config)}, critic: {config.critic}"
-    facts["KL"] = "no penalty" if kl.coef == 0 else f"{kl.coef:g} times {kl.estimator}, in the {kl.place}"
-    if kl.target is not None:
-        facts["KL"] += f", adapted to {kl.target:g} nats a response"
-    if kl.chi2:
-        facts["KL"] += f"; chi-squared {kl.chi2:g}"
-    facts["gold"] = config.gold or "none"
-    facts["steps"] = f"{len(rows)} of {config.steps}"
-    return facts
+    return facts | {"steps": f"{len(rows)} of {config.steps}"}
 
 
 def _changed(config: PPOConfig) -> dict[str, str]:
-    """Dotted key -> value as JSON, where it is not the default; what has no default is on the page already."""
+    """Dotted key -> value as JSON of every key that differs from its default; required keys are left out."""
     defaults = _flat(PPOConfig.model_construct().model_dump(mode="json", warnings=False))
     given = _flat(config.model_dump(mode="json"))
     return {
@@ -211,7 +196,7 @@ def _estimator(config: PPOConfig) -> str:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Groups of keys expanded to dotted keys."""
+    """Nested groups of keys as dotted keys."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
