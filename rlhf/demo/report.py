@@ -1,4 +1,4 @@
-"""The demo's outcome for people: a table for the terminal, and one HTML page that needs nothing but itself."""
+"""Report the demo's outcome: tables for the terminal, and one HTML page without external files."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ from ...engine import EnsembleHead
 from ...kernels import EnsembleOutput
 from ..data.pairs import PreferencePair
 from ..evaluation import pictures
-from ..evaluation.best_of_n import SCORERS, TITLES, Study, findings
-from ..evaluation.statistics import BestOfN, Bin, Interval
+from ..evaluation.best_of_n import REFERENCES, SCORERS, SINGLE, TITLES, BestOfN, Study, findings
+from ..evaluation.statistics import Bin, Interval
 from ..job.log import read_metrics
 from ..ppo.watch.pictures import over_optimisation
 from ..report.page import render_page
-from ..report.words import aligned, plain_text
+from ..report.words import accuracy_cells, aligned, few_prompts, interval, plain_text, signed, verdict
 from ..sampling.stored import Rollout
 from .ppo import table_rows as table_of_runs
 
-_WIDTH, _MARGIN = 420, 14  # of the strip that shows the heads, pixels
+SIGNALS = {
+    "std": "predicted std of the nominal head",
+    "disagreement": "disagreement of the heads",
+    "small margin": "small margin",
+}
+_WIDTH, _MARGIN = 420, 14  # pixels of the strip that shows a response's heads
 
 
 class Page(NamedTuple):
-    """What the page shows beside the metrics: the study (None without gold), responses with their heads, and what
-    `demo_ppo.page` gives of the PPO runs (None without them)."""
+    """What the page shows beside the metrics: the best-of-n study (None without gold), example responses with their
+    heads, and the PPO runs as `demo.ppo.page` describes them (None without PPO)."""
 
     study: Study | None
     examples: dict[str, Any]
@@ -35,7 +40,7 @@ class Page(NamedTuple):
 
 
 def study_as_dict(result: Study) -> dict[str, Any]:
-    """The study as JSON holds it: n, kl, each scorer's curves, comparisons, trends, findings."""
+    """The study as JSON: n, kl, each scorer's curves, comparisons, trends, findings."""
 
     def column(values: Tensor) -> list[float | None]:
         return [x if x == x else None for x in values.tolist()]
@@ -63,7 +68,7 @@ def study_as_dict(result: Study) -> dict[str, Any]:
 def examples(
     ensemble: EnsembleHead, rollouts: Sequence[Rollout], gold: Tensor, rewards: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """Responses to held-out prompts: those the heads agree and disagree on most, and what each scorer picks.
+    """Example responses to held-out prompts: where the heads agree and disagree most, and what each scorer picks.
 
     rollouts: P prompts with N responses; gold [P, N]; rewards: scorer -> [P * N].
     """
@@ -76,7 +81,7 @@ def examples(
         for i in _extremes(heads.mean, [i // samples for i in range(prompts * samples)])
     ]
     picks = []
-    for p in range(min(4, prompts)):  # the first four, not chosen for anything
+    for p in range(min(4, prompts)):  # the first four, not selected
         chosen = {name: int(values.view(prompts, samples)[p].argmax()) for name, values in rewards.items()}
         chosen["oracle"] = int(gold[p].argmax())
         by_response: dict[int, list[str]] = {}
@@ -93,7 +98,7 @@ def examples(
 def pair_examples(
     ensemble: EnsembleHead, pairs: Sequence[PreferencePair], features: tuple[Tensor, Tensor]
 ) -> dict[str, Any]:
-    """Like `examples`, for somebody's held-out pairs: chosen responses the heads agree and disagree on most."""
+    """Like `examples`, for given held-out pairs: chosen responses on which the heads agree and disagree most."""
     with torch.no_grad():
         heads = ensemble(features[0], aggregation="mean")
     keys: dict[str, int] = {}
@@ -106,7 +111,8 @@ def pair_examples(
 
 
 def _extremes(mean: Tensor, prompt: Sequence[int], count: int = 3) -> list[int]:
-    """Row numbers: `count` with the least spread over heads, then `count` with the most, each from another prompt."""
+    """Numbers of the `count` rows with the least spread over heads, then of the `count` with the most, each of another
+    prompt."""
     order = mean.std(dim=1, correction=0).argsort().tolist()
     result: list[int] = []
     for rows in (order, order[::-1]):
@@ -134,7 +140,7 @@ def _strip(heads: EnsembleOutput, row: int, **text: Any) -> dict[str, Any]:
 
 
 def _scaled(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Pixel positions for every strip on one common axis."""
+    """Add the pixel positions of every strip on one common axis."""
     low = min(m - s for row in rows for m, s in zip(row["mean"], row["std"], strict=True))
     high = max(m + s for row in rows for m, s in zip(row["mean"], row["std"], strict=True))
     scale = (_WIDTH - 2 * _MARGIN) / ((high - low) or 1.0)
@@ -155,86 +161,67 @@ def _scaled(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(metrics: Mapping[str, Any]) -> str:
-    """The closing table of the terminal."""
-    rows = table_rows(metrics)
+    """The closing tables of the terminal, each with its headline."""
     curves = metrics["best_of_n"]
-    head = ["", "pair accuracy", "[95 %]"]
-    if metrics.get("noisy_accuracy"):
-        head.append("noisy labels")
-    if curves:
-        head += [f"gold n={n}" for n in rows["ns"]]
-    lines = [head, *([str(cell) for cell in row] for row in rows["rows"])]
-    told = curves["findings"][0] if curves else "No gold scorer with given preferences, hence no best-of-n and no PPO."
-    text = [aligned(lines), "", told]
+    no_gold = "No gold scorer judges given preferences, so there is no best-of-n and no PPO."
+    text = [aligned(table_rows(metrics)), "", curves["findings"][0] if curves else no_gold]
     if metrics.get("ppo"):
         text += ["", aligned(table_of_runs(metrics["ppo"])), "", metrics["ppo"]["findings"][0]]
     return "\n".join(text)
 
 
-def table_rows(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """{"ns": the n shown, "rows": [title, accuracy, interval, noisy accuracy, gold at each n]} as text."""
+def table_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """The head, then a row for each reward: accuracy on pairs, and the gold reward of its picks at three n; as text."""
     accuracy, noisy = metrics["pairs"]["accuracy"], metrics.get("noisy_accuracy")
     curves = metrics["best_of_n"]
-    ns, places = [], []
-    if curves:
-        places = sorted({0, len(curves["n"]) // 2, len(curves["n"]) - 1})
-        ns = [curves["n"][i] for i in places]
-    rows = []
+    places = sorted({0, len(curves["n"]) // 2, len(curves["n"]) - 1}) if curves else []
+    rows = [["reward used", "pair accuracy, %", "95 % interval"]]
+    rows[0] += ["noisy labels, %"] if noisy else []
+    rows[0] += [f"gold, n = {curves['n'][i]}" for i in places]
     for name in (*SCORERS, "oracle") if curves else SCORERS:
-        row = [TITLES[name]]
-        if name == "oracle":
-            row += ["", ""] + ([""] if noisy else [])
-        else:
-            found = accuracy[name]
-            row.append(_number(found["value"]))
-            row.append("" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}")
-            if noisy:
-                row.append(_number(noisy[name]["value"]))
-        if curves:
-            row += [f"{curves['scorers'][name]['gold'][i]:+.3f}" for i in places]
-        rows.append(row)
-    return {"ns": ns, "rows": rows}
+        cells = ["", ""] if name == "oracle" else accuracy_cells(accuracy[name])
+        if noisy:
+            cells.append("" if name == "oracle" else accuracy_cells(noisy[name])[0])
+        rows.append([TITLES[name], *cells, *(f"{curves['scorers'][name]['gold'][i]:+.3f}" for i in places)])
+    return rows
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def accuracy_sentences(pairs: Mapping[str, Any]) -> list[str]:
-    """What the paired intervals say of each reading of the ensemble against the single head."""
-    lines = []
+def accuracy_rows(pairs: Mapping[str, Any]) -> list[list[str]]:
+    """The head, then each aggregation's accuracy minus the single head's, paired, and what the interval shows."""
+    rows = [["pair accuracy minus the single head's", "points", "95 % interval", ""]]
     for name in SCORERS[1:]:
-        gap = pairs["difference"].get(f"{name} - {SCORERS[0]}")
-        if gap is None or gap["low"] is None:
-            continue
-        told = "cannot be told from the single head"
-        if gap["low"] > 0 or gap["high"] < 0:
-            told = f"ranks {'more' if gap['low'] > 0 else 'fewer'} pairs right than the single head"
-        title = TITLES[name][0].upper() + TITLES[name][1:]
-        lines.append(f"{title} {told} ({gap['value']:+.3f}, {gap['low']:+.3f} to {gap['high']:+.3f}).")
-    return lines
+        gap = pairs["difference"].get(f"{name} - {SINGLE}")
+        if gap is not None:
+            rows.append([TITLES[name], *accuracy_cells(gap, sign=True), verdict(_values(gap))])
+    return rows
 
 
-def signal_sentences(pairs: Mapping[str, Any]) -> list[str]:
-    """Whether std, disagreement and small margins tell wrong pairs from right ones, by the interval of the AUROC."""
-    names = {
-        "std": "The predicted std of the nominal head",
-        "disagreement": "The disagreement of the heads",
-        "small margin": "A small margin",
-    }
-    lines = []
+def signal_rows(pairs: Mapping[str, Any]) -> list[list[str]]:
+    """The head, then each signal's AUROC for errors of the nominal reward, and what the interval shows."""
+    rows = [["signal of an error", "AUROC", "95 % interval", ""]]
+    words = ("higher on errors", "lower on errors: misleading", "not shown to differ from chance, 0.5")
     for signal, targets in pairs["signals"]["right_or_wrong"].items():
-        found = targets.get("nominal") or {}
-        if found.get("low") is None:
-            continue
-        told = "does not tell wrong pairs from right ones here"
-        if found["low"] > 0.5:
-            told = "is higher where the nominal reward is wrong"
-        elif found["high"] < 0.5:
-            told = "points the wrong way: it is lower where the nominal reward is wrong"
-        interval = f"AUROC {found['value']:.2f}, {found['low']:.2f} to {found['high']:.2f}; 0.5 is chance"
-        lines.append(f"{names[signal]} {told} ({interval}).")
-    return lines
+        found = (targets or {}).get("nominal")
+        if found is not None and found["value"] is not None:
+            shown = verdict(_values(found), *words, reference=0.5)
+            rows.append([SIGNALS[signal], f"{found['value']:.2f}", interval(_values(found)), shown])
+    return rows
+
+
+def best_of_n_rows(curves: Mapping[str, Any]) -> list[list[str]]:
+    """The head, then each reward's gold at the largest n minus both references', and its change over the last n."""
+    gaps = {(row["scorer"], row["against"]): signed(_values(row), 3) for row in curves["comparisons"]}
+    trend = curves["trends"][0]
+    head = [f"gold reward at n = {trend['last']}", *(f"minus {TITLES[r]}" for r in REFERENCES)]
+    rows = [[*head, f"minus its own at n = {trend['first']}"]]
+    for row in curves["trends"]:
+        cells = [gaps.get((row["scorer"], reference), "") for reference in REFERENCES]
+        rows.append([TITLES[row["scorer"]], *cells, signed(_values(row), 3)])
+    return rows
+
+
+def _values(found: Mapping[str, Any]) -> tuple[float | None, ...]:
+    return found["value"], found["low"], found["high"]
 
 
 def _figures(metrics: Mapping[str, Any], page: Page, folder: Path) -> dict[str, str]:
@@ -262,7 +249,7 @@ def _figures(metrics: Mapping[str, Any], page: Page, folder: Path) -> dict[str, 
 
 
 def render(config: Any, metrics: Mapping[str, Any], page: Page) -> str:
-    """The whole page. `config`: the run's DemoConfig."""
+    """The report as HTML. `config`: the run's DemoConfig."""
     return render_page(
         "demo_template.html",
         config=config,
@@ -273,8 +260,10 @@ def render(config: Any, metrics: Mapping[str, Any], page: Page) -> str:
         table=table_rows(metrics),
         figures=_figures(metrics, page, config.output),
         ppo=page.ppo,
-        accuracy_sentences=accuracy_sentences(metrics["pairs"]),
-        signal_sentences=signal_sentences(metrics["pairs"]),
+        accuracy_rows=accuracy_rows(metrics["pairs"]),
+        signal_rows=signal_rows(metrics["pairs"]),
+        best_of_n_rows=best_of_n_rows(metrics["best_of_n"]) if metrics["best_of_n"] else [],
+        few_prompts=few_prompts(metrics["pairs"]["prompts"]),
         strips=page.examples["strips"],
         picks=page.examples["picks"],
         settings=config.model_dump(mode="json"),

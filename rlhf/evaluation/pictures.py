@@ -25,7 +25,8 @@ from ..report.style import (
     styled,
     to_svg,
 )
-from .statistics import BestOfN, Bin, Interval, covariance, normalised_area
+from .best_of_n import BestOfN
+from .statistics import Bin, Interval, covariance, normalised_area
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ...engine import EnsembleRewardModel, Scorer
-from ..evaluation.best_of_n import powers_of_two
-from ..evaluation.statistics import best_of_n_curve, mean_interval
+from ..evaluation.best_of_n import best_of_n_curve, powers_of_two
+from ..evaluation.statistics import mean_interval
 from ..job.files import atomic_write_json, atomic_write_text, read_json
 from ..models.features import compute_features
 from ..models.loading import load_language_model, load_reward_model, load_tokenizer
-from ..report.words import count, signed
+from ..report.words import aligned, count, signed
 from ..sampling.prompts import Prompt, load_prompts, longest_prompt, prompt_order
 from ..sampling.stored import Request, Rollout, sample
 from ..sampling.tokens import Sampling
@@ -47,16 +47,18 @@ class BestOf:
 
     def __str__(self) -> str:
         m = self.metrics
-        lines = [f"{count(m['prompts'], 'prompt')}, best of {m['n'][-1]}: what each reward picks"]
-        for name, row in m["rewards"].items():
-            gold = "" if row["gold"] is None else f"gold {row['gold'][-1]:+.3f}, "
-            same = f", the same as PET's for {row['same_as_pet']:.0%}" if name in m["difference"] else ""
-            lines.append(f"  {name:<12} {gold}{row['words']:.1f} words{same}")
+        rows = [[f"best of {m['n'][-1]}, {count(m['prompts'], 'prompt')}: picked by", "words", "same pick as PET"]]
+        rows[0] += [] if m["gold"] is None else ["gold", "PET minus it"]
+        for name, found in m["rewards"].items():
+            gap = m["difference"].get(name)
+            cells = [f"{found['words']:.1f}", f"{found['same_as_pet']:.0%}" if name in m["difference"] else ""]
+            if m["gold"] is not None:
+                difference = "" if gap is None else signed((gap["value"], gap["low"], gap["high"]), 3)
+                cells += [f"{found['gold'][-1]:+.3f}", difference]
+            rows.append([name, *cells])
         if m["gold"] is not None:
-            lines.append(f"  any response: gold {m['any']:+.3f}; the gold scorer's own pick: {m['oracle'][-1]:+.3f}")
-            for name, d in m["difference"].items():
-                lines.append(f"  PET minus {name}: {signed((d['value'], d['low'], d['high']), 3)} gold")
-        return "\n".join(lines)
+            rows += [["chance", "", "", f"{m['any']:+.3f}", ""], ["gold", "", "", f"{m['oracle'][-1]:+.3f}", ""]]
+        return aligned(rows)
 
 
 def prepare(config: PPOConfig, progress: bool) -> Source:

@@ -1,4 +1,4 @@
-"""Pages that need nothing but themselves, from the templates beside this file."""
+"""Render HTML pages without external files from the templates beside this module."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def render_page(template: str, **values: Any) -> str:
-    """The template `template` filled in: every text is escaped, and a name that is not given is an error.
+    """Render the template file `template`; every text is escaped, and a missing value is an error.
 
     Raises ImportError, naming the extra, if jinja2 is not installed.
     """

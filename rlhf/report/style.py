@@ -1,7 +1,7 @@
-"""The house style of every picture: colours, panels, legends, and how a figure becomes a PNG or an SVG.
+"""The style of every picture: colours, panels, legends, and saving as PNG or SVG.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart; a scorer has one colour in every picture. Legends
-stand below the axes, never on the data.
+Colours are Okabe and Ito's, which colour-blind readers can distinguish; a scorer has the same colour in every picture.
+Legends are below the axes, never on the data.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
 def panels(
     count: int, *, width: float = 3.5, height: float = 3.0, columns: int = 3, **shared: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, at most `columns` a row; the cells left over are removed."""
+    """A figure of `count` panels, at most `columns` per row; unused cells are removed."""
     from matplotlib.figure import Figure
 
     if count == 0:
@@ -107,14 +107,14 @@ def panels(
 
 
 def looks_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Each scorer's colour and line style: by what it is where it is known, else the next free one."""
+    """Colour and line style of each scorer: fixed for known scorers, the next free one for others."""
     looks: dict[str, dict[str, Any]] = {}
     taken: set[str] = set()
     others = 0
     for name in names:
         word = name.replace(":", " ").split(" ")[0].lower()
         if word == "head":
-            look: tuple[str, Any] = (GREY, "-")  # one of many alike
+            look: tuple[str, Any] = (GREY, "-")  # heads are not distinguished
         elif word in _SCORERS and word not in taken:
             taken.add(word)
             look = _SCORERS[word]
@@ -132,7 +132,7 @@ def legend(figure: Any, axes: Axes, columns: int = 4) -> None:
 
 
 def label_left(cells: Sequence[Axes], label: str) -> None:
-    """The y label, on the first panel of each row only."""
+    """Set the y label of the first panel in each row."""
     for axes in cells:
         spec = axes.get_subplotspec()
         if spec is not None and spec.is_first_col():
@@ -144,7 +144,7 @@ def array(values: Any) -> Any:
 
 
 def common_bins(arrays: Iterable[Any], per_side: int) -> Any:
-    """Edges for every array alike, with 0 on an edge where it lies inside, so that a bin is on one side of it."""
+    """Bin edges shared by all arrays; if 0 is inside their range it is an edge, so no bin contains both signs."""
     pooled = np.concatenate([values.ravel() for values in arrays])
     low, high = (pooled.min(), pooled.max()) if len(pooled) else (0.0, 1.0)
     if not high > low:
@@ -155,14 +155,14 @@ def common_bins(arrays: Iterable[Any], per_side: int) -> Any:
 
 
 def save_png(figure: Figure, path: Path | str) -> Path:
-    """Write the figure at 150 dpi, as one step: `path` is the old picture or the whole new one."""
+    """Write the figure at 150 dpi atomically: `path` holds the old picture or the complete new one."""
     with _context(), atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     return Path(path)
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as one `<svg>` element to put into an HTML page; text as outlines, so that no font is needed."""
+    """The figure as one `<svg>` element for an HTML page; text becomes outlines, so no font is needed."""
     text = io.StringIO()
     with _context():
         figure.savefig(text, format="svg", dpi=150, metadata={"Date": None})

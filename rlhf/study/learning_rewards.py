@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...engine import EnsembleHead, EnsembleRewardModel, calibrate
 from ..data.gold import VaderGold
-from ..evaluation.statistics import best_of_n_curve, pair_correct
+from ..evaluation.best_of_n import best_of_n_curve
+from ..evaluation.statistics import pair_correct
 from ..job.files import atomic_folder, atomic_write_json, atomic_write_text
 from ..reward.fit import fit_heads
 from ..reward.pet.fit import PETFeatures, fit_pet

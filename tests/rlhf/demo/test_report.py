@@ -1,4 +1,4 @@
-"""What the report says follows from the numbers it is given."""
+"""The demo's tables and examples follow from the numbers they are given."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prudent.engine import EnsembleHead
-from prudent.rlhf.demo.report import accuracy_sentences, examples, signal_sentences, table
+from prudent.rlhf.demo.report import accuracy_rows, best_of_n_rows, examples, signal_rows, table
 from prudent.rlhf.evaluation.best_of_n import TITLES
 from prudent.rlhf.sampling.stored import Rollout
 
@@ -29,48 +29,52 @@ def _metrics(gold: bool = True) -> dict[str, Any]:
     }
 
 
-def test_the_table_has_a_row_a_scorer_and_the_headline_below() -> None:
+def test_the_table_has_a_row_for_each_scorer_and_the_headline_below() -> None:
     lines = table(_metrics()).splitlines()
-    assert lines[0].split("  ")[0] == ""
     assert [line[: len(TITLES[name])] for line, name in zip(lines[1:7], (*NAMES, "oracle"), strict=True)] == [
         TITLES[name] for name in (*NAMES, "oracle")
     ]
-    assert "gold n=1  gold n=4  gold n=16" in lines[0]
-    assert lines[3].split()[1:] == ["0.720", "0.650", "to", "0.800", "0.720", "+0.100", "+0.300", "+0.500"]
+    assert lines[0].endswith("gold, n = 1  gold, n = 4  gold, n = 16")
+    assert lines[3].split()[1:] == ["72.0", "65.0", "to", "80.0", "72.0", "+0.100", "+0.300", "+0.500"]
     assert lines[-1] == "The headline."
 
 
 def test_without_gold_the_table_says_so() -> None:
     lines = table(_metrics(gold=False)).splitlines()
     assert len(lines) == 8
-    assert "gold n" not in lines[0]
+    assert "gold, n" not in lines[0]
     assert "no best-of-n" in lines[-1]
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "said"),
-    [
-        (0.01, 0.05, "ranks more pairs right than the single head (+0.030, +0.010 to +0.050)"),
-        (-0.07, -0.01, "ranks fewer pairs right than the single head"),
-        (-0.02, 0.03, "cannot be told from the single head"),
-    ],
+    ("low", "high", "said"), [(0.01, 0.05, "higher"), (-0.07, -0.01, "lower"), (-0.02, 0.03, "no difference shown")]
 )
-def test_an_accuracy_difference_is_claimed_only_where_its_interval_leaves_0_out(
-    low: float, high: float, said: str
-) -> None:
+def test_an_accuracy_difference_is_claimed_only_if_its_interval_excludes_0(low: float, high: float, said: str) -> None:
     gap = {"value": (low + high) / 2, "low": low, "high": high}
-    (line,) = accuracy_sentences({"difference": {"nominal - single head": gap}})
-    assert line.startswith("Nominal " + said)
+    _, row = accuracy_rows({"difference": {"nominal - single head": gap}})
+    assert row == ["nominal", f"{100 * gap['value']:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}", said]
 
 
 @pytest.mark.parametrize(
     ("low", "high", "said"),
-    [(0.55, 0.6, "is higher where"), (0.4, 0.45, "points the wrong way"), (0.45, 0.52, "does not tell wrong pairs")],
+    [(0.55, 0.6, "higher on errors"), (0.4, 0.45, "lower on errors: misleading"), (0.45, 0.52, "not shown to differ")],
 )
-def test_a_signal_is_credited_only_where_its_interval_leaves_a_half_out(low: float, high: float, said: str) -> None:
+def test_a_signal_is_credited_only_if_its_interval_excludes_a_half(low: float, high: float, said: str) -> None:
     signals = {"std": {"nominal": {"value": (low + high) / 2, "low": low, "high": high}}}
-    (line,) = signal_sentences({"signals": {"right_or_wrong": signals}})
-    assert said in line
+    _, row = signal_rows({"signals": {"right_or_wrong": signals}})
+    assert row[0] == "predicted std of the nominal head"
+    assert row[3].startswith(said)
+
+
+def test_best_of_n_is_compared_with_both_references_and_with_itself() -> None:
+    gap = {"value": 0.1, "low": -0.05, "high": 0.25}
+    curves = {
+        "comparisons": [{"scorer": "worst", "against": "mean", "n": 16, **gap}],
+        "trends": [{"scorer": "worst", "first": 4, "last": 16, **gap}],
+    }
+    head, row = best_of_n_rows(curves)
+    assert head == ["gold reward at n = 16", "minus single head", "minus mean of heads", "minus its own at n = 4"]
+    assert row == ["worst case", "", "+0.100 [-0.050, +0.250]", "+0.100 [-0.050, +0.250]"]
 
 
 def test_examples_show_the_least_and_the_most_disagreement_of_different_prompts() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from prudent.rlhf.evaluation import statistics as S
+from prudent.rlhf.evaluation.best_of_n import best_of_n_curve
 
 pytest.importorskip("matplotlib")
 from prudent.rlhf.evaluation import pictures
@@ -28,7 +29,7 @@ def scorers(count: int = 60) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 def every_picture():
     pairs, sure = scorers(), torch.arange(60) % 3 > 0
     curves = {
-        name: S.best_of_n_curve(normal(5, 16, seed=i), normal(5, 16), [1, 2, 4, 16]) for i, name in enumerate(pairs)
+        name: best_of_n_curve(normal(5, 16, seed=i), normal(5, 16), [1, 2, 4, 16]) for i, name in enumerate(pairs)
     }
     signal = {"std": S.reliability(normal(60), sure), "small margin": S.reliability(normal(60, seed=1), sure, bins=4)}
     yield pictures.best_of_n(curves)
@@ -66,7 +67,7 @@ def test_an_svg_is_one_self_contained_element_and_the_same_every_time():
 
 
 def test_best_of_n_draws_gold_as_given_and_the_proxy_in_its_own_std():
-    curve = S.best_of_n_curve(100 * normal(6, 32), normal(6, 32, seed=1), [1, 4, 32])
+    curve = best_of_n_curve(100 * normal(6, 32), normal(6, 32, seed=1), [1, 4, 32])
     left, right = pictures.best_of_n({"mean": curve}).axes[:2]
     assert list(left.lines[0].get_xdata()) == [1, 4, 32]
     assert list(left.lines[0].get_ydata()) == pytest.approx(curve.gold.tolist())

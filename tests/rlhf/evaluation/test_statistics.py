@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics as python_statistics
 
@@ -112,10 +111,6 @@ def test_the_normalised_area_has_no_unit_and_is_pi_for_sides_that_are_unrelated(
     assert S.normalised_area(torch.full((7,), 0.1), torch.full((7,), 0.1)) == 0
 
 
-def test_ranks_share_the_mean_rank_of_a_tie():
-    assert S.ranks(torch.tensor([10.0, 30.0, 10.0, 20.0])).tolist() == [1.5, 4.0, 1.5, 3.0]
-
-
 def test_rank_correlation_of_monotone_reversed_and_constant_data():
     x = normal(40)
     assert S.rank_correlation(x, x.exp()) == pytest.approx(1)
@@ -124,10 +119,15 @@ def test_rank_correlation_of_monotone_reversed_and_constant_data():
     assert S.rank_correlation(x[:1], x[:1]) is None
 
 
-def test_rank_correlation_equals_the_pearson_correlation_of_the_ranks():
-    x, y = normal(30).round(), normal(30, seed=1).round()
-    expected = python_statistics.correlation(S.ranks(x).tolist(), S.ranks(y).tolist())
+def test_rank_correlation_shares_the_mean_rank_of_a_tie():
+    x, y = torch.tensor([10.0, 30.0, 10.0, 20.0]), torch.tensor([2.0, 1.0, 1.0, 3.0])
+    expected = python_statistics.correlation([1.5, 4.0, 1.5, 3.0], [3.0, 1.5, 1.5, 4.0])
     assert S.rank_correlation(x, y) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("hits", "low", "high"), [(0, 0.0, 0.1611), (10, 0.2993, 0.7007), (20, 0.8389, 1.0)])
+def test_the_interval_of_a_share_is_wilsons(hits: int, low: float, high: float) -> None:
+    assert S.share_interval(hits, 20) == pytest.approx((hits / 20, low, high), abs=2e-4)
 
 
 def test_auroc_is_the_share_of_ordered_pairs_with_ties_a_half():
@@ -211,82 +211,3 @@ def test_norm_dispersion_by_hand():
     assert found == pytest.approx(
         {"mean": 3.0, "std": math.sqrt(2), "relative": math.sqrt(2) / 3, "gap": 2, "distance": 3}
     )
-
-
-def test_best_of_n_is_the_mean_over_every_subset():
-    proxy, gold = normal(2, 7), normal(2, 7, seed=1)
-    curve = S.best_of_n_curve(proxy, gold, range(1, 8))
-    for column, n in enumerate(range(1, 8)):
-        for prompt in range(2):
-            picks = [
-                gold[prompt, max(subset, key=lambda i: proxy[prompt, i].item())].item()
-                for subset in itertools.combinations(range(7), n)
-            ]
-            assert curve.gold_per_prompt[prompt, column].item() == pytest.approx(sum(picks) / len(picks))
-
-
-def test_a_tie_counts_as_broken_at_random():
-    proxy, gold = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0, 1.0]]), normal(1, 6)
-    curve = S.best_of_n_curve(proxy, gold, range(1, 7))
-    for column, n in enumerate(range(1, 7)):
-        total, count = 0.0, 0
-        for subset in itertools.combinations(range(6), n):
-            best = max(proxy[0, i].item() for i in subset)
-            tied = [gold[0, i].item() for i in subset if proxy[0, i] == best]
-            total, count = total + sum(tied) / len(tied), count + 1
-        assert curve.gold[column].item() == pytest.approx(total / count)
-
-
-def test_best_of_n_weights_sum_to_1_and_match_exact_binomials_at_large_n():
-    for n in (1, 2, 500, 12500, 12600):
-        weights = S.best_of_n_weights(12600, n)
-        assert weights.sum().item() == pytest.approx(1, abs=1e-12)
-        assert (weights[: n - 1] == 0).all()
-        for i in (n, (n + 12600) // 2, 12600):
-            exact = math.comb(i - 1, n - 1) / math.comb(12600, n)  # python's big integers
-            assert weights[i - 1].item() == pytest.approx(exact, rel=1e-8, abs=1e-300)
-
-
-def test_the_expected_maximum_of_normal_samples():
-    # E max of 2 and of 4 standard normals: 1 / sqrt(pi) and 1.029375
-    reward = normal(400, 64)
-    curve = S.best_of_n_curve(reward, reward, [1, 2, 4])
-    for column, expected in enumerate((0.0, 1 / math.sqrt(math.pi), 1.029375)):
-        assert abs(curve.gold[column].item() - expected) < 4 * curve.gold_se[column].item() + 1e-3
-    assert curve.proxy_spread == pytest.approx(math.sqrt(63 / 64), rel=0.02)
-
-
-def test_the_standard_error_is_over_prompts():
-    proxy, gold = normal(9, 5), normal(9, 5, seed=1)
-    curve = S.best_of_n_curve(proxy, gold, [1, 5])
-    expected = gold.mean(1).std().item() / 3
-    assert curve.gold_se[0].item() == pytest.approx(expected)
-    assert S.best_of_n_curve(proxy[:1], gold[:1], [1]).gold_se.isnan().all()
-
-
-def test_the_kl_of_best_of_n():
-    assert S.bon_kl(1) == 0
-    assert S.bon_kl(12500) == pytest.approx(8.43356, abs=1e-5)
-    assert S.best_of_n_curve(normal(2, 4), normal(2, 4), [1, 4]).kl[1].item() == pytest.approx(math.log(4) - 0.75)
-
-
-@pytest.mark.parametrize(
-    ("proxy", "gold", "ns", "message"),
-    [
-        (torch.zeros(2, 3), torch.zeros(2, 4), [1], "one shape"),
-        (torch.zeros(3), torch.zeros(3), [1], "one shape"),
-        (torch.zeros(0, 3), torch.zeros(0, 3), [1], "one shape"),
-        (torch.zeros(2, 3), torch.zeros(2, 3), [4], "from 1 to 3"),
-        (torch.zeros(2, 3), torch.zeros(2, 3), [0], "from 1 to 3"),
-        (torch.tensor([[1.0, math.nan]]), torch.zeros(1, 2), [1], "proxy: expected finite rewards, got 1"),
-        (torch.zeros(1, 2), torch.tensor([[math.inf, math.inf]]), [1], "gold: expected finite rewards, got 2"),
-    ],
-)
-def test_best_of_n_refuses(proxy, gold, ns, message):
-    with pytest.raises(ValueError, match=message):
-        S.best_of_n_curve(proxy, gold, ns)
-
-
-def test_bon_kl_refuses_less_than_one_sample():
-    with pytest.raises(ValueError, match="at least 1"):
-        S.bon_kl(0)

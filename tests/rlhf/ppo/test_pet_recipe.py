@@ -74,8 +74,8 @@ def test_the_three_steps_make_one_folder_and_go_on_after_a_kill(
     assert (config.output / "ppo" / "policy").is_dir()
     said = str(result)
     assert said.index("1. reward model and PET") < said.index("2. best of n") < said.index("3. PPO without KL")
-    assert "5 prompts, best of 4: what each reward picks" in said
-    assert "PET minus single head" in said
+    assert "best of 4, 5 prompts: picked by" in said
+    assert "PET minus it" in said
     picks = [json.loads(line) for line in (config.output / "best_of_n.jsonl").read_text().splitlines()]
     assert len(picks) == 5
     assert set(picks[0]) == {"prompt", "single head", "PET"}
