@@ -1,4 +1,4 @@
-"""What `prudent study learning` shows: a table for each KL coefficient, what follows from it, and the curves."""
+"""Report `prudent study learning`: a table for each KL coefficient, example texts, and curves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from ..report.style import GREY, styled
-from ..report.words import count
+from ..report.words import count, markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,78 +16,80 @@ SINGLE = "single head"
 
 
 def markdown(metrics: dict[str, Any]) -> str:
-    """learning.md."""
+    """The content of learning.md."""
     config, rewards = metrics["config"], list(metrics["rewards"].values())
     ppo, data = config["ppo"], config["rewards"]
     reference = mean(row["gold_reference"] for row in rewards)
     best = mean(row["gold_best_of_16"] for row in rewards)
+    accuracy = ", ".join(
+        f"{name.replace('_', ', ').replace('pet', 'PET')} {mean(row['accuracy'][name] for row in rewards):.1%}"
+        for name in rewards[0]["accuracy"]
+    )
     lines = [
         "# PPO against each reward: gold beside proxy",
         "",
-        f"`{config['model']}` is trained to please a reward; VADER's compound sentiment of its responses is gold, and "
-        f"PPO never sees it. Every seed draws {data['samples_per_prompt']} samples a prompt, orders "
+        f"PPO trains `{config['model']}` on a reward; VADER's compound sentiment of its responses is gold, which PPO "
+        f"never sees. Every seed draws {data['samples_per_prompt']} samples a prompt, orders "
         f"{data['pairs_per_prompt']} pairs of them by gold with {data['label_noise']:.0%} of the labels flipped, and "
-        "trains all the rewards on them: heads on the frozen trunk's features.",
+        "trains all rewards on them: heads on the frozen trunk's features.",
         "",
         f"    {metrics['command']}",
         "",
         f"{ppo['steps']} steps of {count(ppo['prompts_per_step'], 'prompt')} x {ppo['samples_per_prompt']} samples of "
         f"at most {data['max_new_tokens']} tokens, {ppo['estimator']}, {ppo['mode']}, lr {ppo['lr']:g}, epochs "
         f"{ppo['epochs']}, minibatches {ppo['minibatches']}. Final: the mean of the last {config['window']} steps; "
-        f"peak: the best {config['window']} in a row. The unit of proxies is a head's standard deviation over the "
-        "reference's own samples; PET's rewards are stretched to their start's. Each number: mean over seeds, and "
-        "the seeds' standard deviation.",
+        f"peak: the best {config['window']} in a row, selected for being high, so that some of the fall from it is "
+        "chance. The unit of proxies is a head's standard deviation over the reference's own samples; PET's rewards "
+        "are scaled to their start. Each number: mean and standard deviation over seeds. A few seeds carry no "
+        "interval: the last column says what holds in every seed.",
         "",
-        f"The untrained model's gold is {reference:+.3f}; of its best of 16 by gold itself, {best:+.3f}.",
+        f"Gold of the untrained model: {reference:+.3f}; of its best of 16 by gold itself: {best:+.3f}. Held-out pairs "
+        f"ranked right, true labels: {accuracy} ({sum(row['held_out_pairs'] for row in rewards)} pairs).",
         "",
-        "Pairs of held-out prompts ranked right, true labels: "
-        + ", ".join(
-            f"{name.replace('_', ', ').replace('pet', 'PET')} {mean(row['accuracy'][name] for row in rewards):.1%}"
-            for name in rewards[0]["accuracy"]
-        )
-        + f" ({sum(row['held_out_pairs'] for row in rewards)} pairs).",
-        "",
-        "## What came out",
-        "",
-        *(f"- {line}" for line in findings(metrics)),
     ]
     for kl in config["kl"]:
-        lines += ["", f"## {_kl_title(kl)}", "", *_table(metrics, kl), "", *_texts(metrics, kl)]
-    return "\n".join([*lines, ""])
+        lines += [f"## {_kl_title(kl)}", "", *markdown_table(table(metrics, kl)), "", *_texts(metrics, kl), ""]
+    return "\n".join(lines)
 
 
-def findings(metrics: dict[str, Any]) -> list[str]:
-    """Sentences by rule: a few seeds carry no interval, so that what holds in all of them is said and nothing else."""
-    lines = []
-    for kl in metrics["config"]["kl"]:
-        table = by_arm(metrics, kl)
-        reference = {int(seed): row["gold_reference"] for seed, row in metrics["rewards"].items()}
-        rises = [arm for arm, runs in table.items() if all(_final(r) > reference[r["seed"]] for r in runs)]
-        falls = [arm for arm, runs in table.items() if all(_final(r) < reference[r["seed"]] for r in runs)]
-        names = list(table)
-        line = f"{_kl_title(kl)}: final gold is above the untrained model's in every seed for {_some(rises, names)}"
-        line += f", below it in every seed for {_some(falls, names)}" if falls else ""
-        lines.append(line + ".")
-        kept = {arm: mean(_final(r) - r["peak_gold"] for r in runs) for arm, runs in table.items()}
-        worst = min(kept, key=lambda arm: kept[arm])
-        lines.append(
-            f"{_kl_title(kl)}: from its peak to the end gold falls most for {worst} ({kept[worst]:+.3f}) and by "
-            f"{mean(kept.values()):+.3f} on average over the rewards; a peak is picked for being high, so that some "
-            "fall is chance."
+def table(metrics: dict[str, Any], kl: float) -> list[list[str]]:
+    """The head, then a row for each reward under one KL coefficient."""
+    head = ["reward", "final gold", "by seed", "peak gold", "final - peak", "final proxy", "KL, nats", "length"]
+    rows = [[*head, "cut off", "final gold in every seed"]]
+    arms = by_arm(metrics, kl)
+    untrained = [metrics["rewards"][str(run["seed"])]["gold_reference"] for run in arms[SINGLE]]
+    single = [_final(run) for run in arms[SINGLE]]
+    for arm, runs in arms.items():
+        gold = [_final(run) for run in runs]
+        final = [run["final"] for run in runs]
+        always = [_always(gold, untrained, "untrained"), _always(gold, single, SINGLE)]
+        rows.append(
+            [
+                arm,
+                _spread(gold),
+                " ".join(f"{value:+.2f}" for value in gold),
+                _spread([run["peak_gold"] for run in runs]),
+                f"{mean(_final(run) - run['peak_gold'] for run in runs):+.3f}",
+                _spread([f["reward/mean"] for f in final], 2),
+                _spread([f["kl/sequence"] for f in final], 1, ""),
+                f"{mean(f['text/length'] for f in final):.1f}",
+                f"{mean(f['text/truncated'] for f in final):.0%}",
+                ", ".join(filter(None, always)),
+            ]
         )
-        base = {r["seed"]: _final(r) for r in table[SINGLE]}
-        above = [a for a, runs in table.items() if a != SINGLE and all(_final(r) > base[r["seed"]] for r in runs)]
-        below = [a for a, runs in table.items() if a != SINGLE and all(_final(r) < base[r["seed"]] for r in runs)]
-        others = [arm for arm in names if arm != SINGLE]
-        lines.append(
-            f"{_kl_title(kl)}: more final gold than the single head in every seed: {_some(above, others)}; less in "
-            f"every seed: {_some(below, others)}."
-        )
-    return lines
+    return rows
+
+
+def _always(values: Sequence[float], others: Sequence[float], name: str) -> str:
+    """ "above NAME" or "below NAME" if that holds in every seed, else ""."""
+    pairs = list(zip(values, others, strict=True))
+    if all(value > other for value, other in pairs):
+        return f"above {name}"
+    return f"below {name}" if all(value < other for value, other in pairs) else ""
 
 
 def by_arm(metrics: dict[str, Any], kl: float) -> dict[str, list[dict[str, Any]]]:
-    """The runs of one KL coefficient, arm after arm in the order they were asked for."""
+    """The runs of one KL coefficient by arm, in the order of the config."""
     table: dict[str, list[dict[str, Any]]] = {}
     for run in metrics["runs"]:
         if run["kl"] == kl:
@@ -103,32 +105,8 @@ def _final(run: dict[str, Any]) -> float:
     return float(run["final"]["gold/mean"])
 
 
-def _some(names: Sequence[str], every: Sequence[str]) -> str:
-    if not names:
-        return "none"
-    return f"all {len(every)}" if len(names) == len(every) > 1 else "; ".join(names)
-
-
-def _table(metrics: dict[str, Any], kl: float) -> list[str]:
-    lines = [
-        "| reward | final gold | by seed | peak gold | final - peak | final proxy | KL, nats | length | cut off |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for arm, runs in by_arm(metrics, kl).items():
-        gold = [_final(run) for run in runs]
-        final = [run["final"] for run in runs]
-        lines.append(
-            f"| {arm} | {_spread(gold)} | {' '.join(f'{value:+.2f}' for value in gold)} | "
-            f"{_spread([run['peak_gold'] for run in runs])} | "
-            f"{mean(_final(run) - run['peak_gold'] for run in runs):+.3f} | "
-            f"{_spread([f['reward/mean'] for f in final], 2)} | {_spread([f['kl/sequence'] for f in final], 1, '')} | "
-            f"{mean(f['text/length'] for f in final):.1f} | {mean(f['text/truncated'] for f in final):.0%} |"
-        )
-    return lines
-
-
 def _texts(metrics: dict[str, Any], kl: float) -> list[str]:
-    """One text of each run of the first seed, not chosen: the first prompt, after the bar the policy's response."""
+    """One text of each run of the first seed, not selected: the first prompt, then after a bar the response."""
     lines = [f"Texts at the end, the first prompt of seed {metrics['config']['first_seed']}:", ""]
     return lines + [f"- {arm}: {' '.join(runs[0]['text'].split())}" for arm, runs in by_arm(metrics, kl).items()]
 
@@ -190,5 +168,5 @@ def _look(arm: str) -> dict[str, Any]:
 
 
 def _mean_curve(curves: Sequence[Sequence[float | None]]) -> list[float]:
-    """The mean over runs of each block of steps; a run that has no number there is left out."""
+    """The mean of each block of steps over the runs that have a number there."""
     return [mean(known) for values in zip(*curves, strict=False) if len(known := [v for v in values if v is not None])]

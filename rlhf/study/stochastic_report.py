@@ -1,11 +1,11 @@
-"""What `prudent study stochastic` shows: the oracle, the table, what follows from it, the curves."""
+"""Report `prudent study stochastic`: tables, findings and curves."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from ..report.style import label_left, legend, panels, styled
-from ..report.words import interval, signed, verdict
+from ..report.words import interval, markdown_table, signed, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,73 +14,64 @@ _COLOURS = {"constant": "#0072b2", "worst of random": "#009e73", "random": "#d55
 
 
 def markdown(metrics: dict[str, Any]) -> str:
-    """stochastic.md."""
+    """The content of stochastic.md."""
     config, minimum = metrics["config"], metrics["minimum"]
-    seeds = config["seeds"]
+    oracle = [[k, f"{mean:.4f}", f"{variance:.4f}"] for k, (mean, variance) in metrics["oracle"].items()]
+    rows = [["update", "reward", "degradation", "95 %", "less than random by, paired, 95 %", ""]]
+    for name, arms in metrics["settings"].items():
+        for arm, row in arms.items():
+            cells = [name, arm, f"{row['degradation'][0]:.4f}", interval(row["degradation"], 4)]
+            less = row["less_than_random"]
+            rows.append([*cells, *(["", ""] if arm == "random" else [signed(less, 3), _shown(less)])])
     lines = [
         "# Rewards that mean nothing: lemma 1's stochastic case",
         "",
-        f"BRME (arXiv 2409.15360, 6.2, appendix E): {config['steps']} PPO steps on a constant, on the least of "
-        f"{config['heads']} random heads and on one, each N(0, 1). Here on {seeds} policies of the toy (8 prompts, 8 "
-        f"responses) that give the right response probability {config['start']:g}; the loss of it is the degradation.",
+        f"BRME (arXiv 2409.15360, 6.2, appendix E): {config['steps']} PPO steps on a constant, on the minimum of "
+        f"{config['heads']} random heads and on one random head, each N(0, 1). Here on {config['seeds']} policies of "
+        f"the toy (8 prompts, 8 responses) that give the right response probability {config['start']:g}; the "
+        "degradation is how much of that probability is lost.",
         "",
         f"    {metrics['command']}",
         "",
-        f"{config['samples']} samples a prompt and step, one epoch where none is named, clip {config['clip']:g}, Adam "
-        f"at {config['adam_lr']:g}, SGD at {config['sgd_lr']:g}, an exact critic.",
-        "",
-        "## The oracle",
-        "",
-        "The least of K iid N(0, 1), by quadrature:",
-        "",
-        "| K | mean | variance |",
-        "|---|---|---|",
-        *(f"| {k} | {mean:.4f} | {variance:.4f} |" for k, (mean, variance) in metrics["oracle"].items()),
-        "",
-        "## What came out",
+        f"{config['samples']} samples a prompt and step, one epoch unless named, clip {config['clip']:g}, Adam at "
+        f"{config['adam_lr']:g}, SGD at {config['sgd_lr']:g}, an exact critic.",
         "",
         *(f"- {line}" for line in findings(metrics)),
         "",
         "## Degradation of gold",
         "",
-        "| update | reward | degradation | 95 % | less than random by, paired, 95 % |",
-        "|---|---|---|---|---|",
-    ]
-    for name, arms in metrics["settings"].items():
-        for arm, row in arms.items():
-            value = row["degradation"]
-            less = "" if arm == "random" else signed(row["less_than_random"], 3)
-            lines.append(f"| {name} | {arm} | {value[0]:.4f} | {interval(value, 4)} | {less} |")
-    lines += [
+        *markdown_table(rows),
         "",
-        f"The least of {config['heads']} has std {minimum['std']:.3f} against 1, and a longer tail on the left. Small "
-        "steps of SGD are as large as the noise; Adam and whitening divide its scale away, and then only the shape of "
-        "the noise differs between the two random arms.",
+        "## The minimum of K iid N(0, 1), by quadrature",
+        "",
+        *markdown_table([["K", "mean", "variance"], *oracle]),
+        "",
+        f"The minimum of {config['heads']} has std {minimum['std']:.3f} against 1, and a longer left tail. Steps of "
+        "SGD scale with the noise; Adam and whitening divide its scale away, so that only the shape of the noise "
+        "differs between the two random arms.",
         "",
     ]
     return "\n".join(lines)
 
 
 def findings(metrics: dict[str, Any]) -> list[str]:
-    """One sentence an update, by its intervals."""
-    lines = []
-    for name, arms in metrics["settings"].items():
-        constant, worst = (verdict(arms[arm]["less_than_random"]) for arm in ("constant", "worst of random"))
-        loss = {arm: row["degradation"][0] for arm, row in arms.items()}
-        change = {arm: 0.0 - value for arm, value in loss.items()}  # 0.0 - 0.0 prints no minus
-        words = {"higher": "less than", "lower": "MORE than", "no difference shown": "no differently from"}
-        ordered = loss["constant"] < loss["worst of random"] < loss["random"] and constant == worst == "higher"
-        lines.append(
-            f"{name}: gold changes by {change['random']:+.3f} on random rewards, by {change['worst of random']:+.3f} "
-            f"on the worst of them (hurts {words[worst]} random) and by {change['constant']:+.3f} on a constant (hurts "
-            f"{words[constant]} random): the paper's order {'holds' if ordered else 'is not shown'}."
-        )
-    exact = [name for name, arms in metrics["settings"].items() if arms["constant"]["degradation"][0] == 0]
-    lines.append(
-        f"Lemma 1: a constant reward leaves gold as it was, to the bit, under {len(exact)} of the "
-        f"{len(metrics['settings'])} updates."
-    )
-    return lines
+    """Under how many updates the intervals show the paper's order, and lemma 1 holds."""
+    settings = metrics["settings"]
+    ordered, exact = [], []
+    for name, arms in settings.items():
+        loss = [arms[arm]["degradation"][0] for arm in ("constant", "worst of random", "random")]
+        less = {verdict(arms[arm]["less_than_random"]) for arm in ("constant", "worst of random")}
+        ordered += [name] if loss[0] < loss[1] < loss[2] and less == {"higher"} else []
+        exact += [name] if loss[0] == 0 else []
+    return [
+        "The paper's order (a constant hurts least, then the worst of random, then random) is shown under "
+        f"{len(ordered)} of {len(settings)} updates{': ' if ordered else ''}{', '.join(ordered)}.",
+        f"Lemma 1: a constant reward leaves gold unchanged to the bit under {len(exact)} of {len(settings)} updates.",
+    ]
+
+
+def _shown(less_than_random: list[float]) -> str:
+    return verdict(less_than_random, "hurts less", "hurts more")
 
 
 @styled

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..evaluation.statistics import Interval, mean_interval
+from ..evaluation.statistics import mean_interval, share_interval
 from . import toy_report
 from .config import ToyConfig
 from .networks import repeated
@@ -177,21 +177,13 @@ def outcome(policy: Tensor, table: Tensor, base: Tensor) -> dict[str, Any]:
     best = policy.diagonal(dim1=1, dim2=2).mean(dim=1)
     return {
         "optimal": optimal,
-        "optimal_share": list(wilson(optimal, len(found))),
+        "optimal_share": list(share_interval(optimal, len(found))),
         "right": list(mean_interval(found)),
         "right_minus_single": list(mean_interval(found - base)),
         "probability_of_the_best": list(mean_interval(best)),
         "followed": float((policy.argmax(dim=2) == table.argmax(dim=2)).double().mean()),
         "right_by_seed": found.tolist(),
     }
-
-
-def wilson(hits: int, trials: int) -> Interval:
-    """A share and its 95 % score interval (Wilson 1927), which does not collapse at 0 or at all."""
-    z, share = 1.959964, hits / trials
-    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * (share * (1 - share) / trials + z * z / (4 * trials * trials)) ** 0.5
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def _example(

@@ -1,4 +1,4 @@
-"""What `prudent study toy` shows: the tables, what follows from them, and figure 1 redrawn."""
+"""Report `prudent study toy`: tables, findings, and figure 1 redrawn."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..report.style import GREY, looks_of, styled
-from ..report.words import interval, signed, verdict
+from ..report.words import interval, markdown_table, signed, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLUMNS = ("optimal actors", "95 %", "prompts right of 8", "95 %", "minus single, paired", "95 %", "own best found")
+_COLUMNS = ("optimal actors", "95 %", "prompts right of 8", "95 %", "minus single, paired, 95 %", "own best found")
 
 
 def markdown(metrics: dict[str, Any]) -> str:
-    """toy.md: what was asked, what came out, the arms, lambda, the settings."""
+    """The content of toy.md: what was run, findings, and the tables of arms, lambda and settings."""
     config, seeds = metrics["config"], metrics["config"]["seeds"]
     reward, policy = config["reward"], config["policy"]
     models = ", ".join(f"{value:.2f}" for value in metrics["reward_models_right"])
     lines = [
         "# The toy of BRME's figure 1",
         "",
-        "arXiv 2409.15360, section 4: one reward model leads PPO astray, the trade-off with the worst of three more "
-        f"leads it to the optimal actor. Here over {seeds} seeds, each with pairs, reward models and policies of its "
-        "own; the arms of a seed share all three and all random numbers.",
+        "arXiv 2409.15360, section 4: PPO on one reward model goes wrong, PPO on the trade-off with the worst of three "
+        f"more reaches the optimal actor. Here over {seeds} seeds, each with its own pairs, reward models and "
+        "policies; the arms of a seed share all three and all random numbers.",
         "",
         f"    {metrics['command']}",
         "",
@@ -36,100 +36,68 @@ def markdown(metrics: dict[str, Any]) -> str:
         f"{policy['lr']:g}, KL coefficient {policy['kl']:g} (the unit of reward is the nominal model's std over the 64 "
         "cells).",
         "",
-        "## What came out",
-        "",
         *(f"- {line}" for line in findings(metrics)),
         "",
         "## Arms",
         "",
-        f"| PPO's reward | {' | '.join(_COLUMNS)} |",
-        "|---|---|---|---|---|---|---|---|",
-        *(_row(name, arm, seeds) for name, arm in metrics["arms"].items()),
+        *markdown_table([["PPO's reward", *_COLUMNS], *(_row(*arm, seeds) for arm in metrics["arms"].items())]),
         "",
-        "`own best found`: the share of prompts where the policy's likeliest response is the one its reward likes "
-        "best; near 100 % the outcome is the reward's doing and not PPO's (eq. 6's reward follows the policy: none). "
-        f"The reward models rank {metrics['pairs_ranked_right']:.1%} of their pairs right, and by themselves name the "
-        f"right response for {models} of the 8 prompts, the nominal one first.",
+        "`own best found`: the share of prompts where the policy's likeliest response is the one with the highest "
+        "reward; near 100 % the outcome is due to the reward, not to PPO (not defined for eq. 6, whose reward depends "
+        f"on the policy). The reward models rank {metrics['pairs_ranked_right']:.1%} of their pairs right, and by "
+        f"themselves give the right response the highest reward for {models} of the 8 prompts, the nominal one first.",
         "",
         "## Lambda (lambda x the nominal model + (1 - lambda) x the worst of the set)",
         "",
-        f"| lambda | {' | '.join(_COLUMNS)} |",
-        "|---|---|---|---|---|---|---|---|",
-        *(_row(name, arm, seeds) for name, arm in metrics["lambda"].items()),
+        *markdown_table([["lambda", *_COLUMNS], *(_row(*arm, seeds) for arm in metrics["lambda"].items())]),
         "",
     ]
     return "\n".join([*lines, *(_settings(metrics) if len(metrics["settings"]) > 1 else [])])
 
 
 def findings(metrics: dict[str, Any]) -> list[str]:
-    """Sentences that follow from the intervals, whatever they are."""
+    """Conclusions from the intervals, and counts over seeds and settings that the tables do not show."""
     arms, seeds = metrics["arms"], metrics["config"]["seeds"]
     name = next(arm for arm in arms if arm.startswith("tradeoff"))
-    single, tradeoff = arms["single"], arms[name]
-    said = {
-        "higher": "pessimism helps, as in the paper's picture",
-        "lower": "pessimism costs, against the paper's picture",
-        "no difference shown": "a difference these seeds cannot show",
-    }[verdict(tradeoff["right_minus_single"])]
+    gain = arms[name]["right_minus_single"]
+    shown = verdict(gain, "pessimism helps", "pessimism costs")
+    pairs = list(zip(arms["single"]["right_by_seed"], arms[name]["right_by_seed"], strict=True))
     lines = [
-        f"The optimal actor is reached in {single['optimal']} of {seeds} seeds with the single reward model, in "
-        f"{tradeoff['optimal']} with {name}, in {arms['worst of the set']['optimal']} with the worst of the set alone, "
-        f"in {arms['mean of all']['optimal']} with the mean of all.",
-        f"Prompts right of 8: {single['right'][0]:.2f} with the single one; {name} "
-        f"{signed(tradeoff['right_minus_single'])} beside it in the same seeds: {said}.",
+        f"{name} minus the single reward model, prompts right of 8, paired by seed: {signed(gain)}: {shown}.",
+        f"The paper's picture, a single model that fails and a trade-off that succeeds, occurs in "
+        f"{sum(a < 8 == b for a, b in pairs)} of {seeds} seeds, its opposite in {sum(b < 8 == a for a, b in pairs)}.",
     ]
-    better = [
-        arm for arm, row in arms.items() if arm not in ("single", "the truth") and row["right_minus_single"][1] > 0
-    ]
-    lines.append(
-        "Above the single model with an interval that leaves 0 out: "
-        + (", ".join(better) if better else "no arm")
-        + "."
-    )
-    solved = sum(count == 8 for count in single["right_by_seed"])
-    lines.append(
-        f"The paper's picture, a single model that fails and a trade-off that succeeds, is "
-        f"{sum(a < 8 and b == 8 for a, b in zip(single['right_by_seed'], tradeoff['right_by_seed'], strict=True))} of "
-        f"{seeds} seeds; the other way round, "
-        f"{sum(a == 8 and b < 8 for a, b in zip(single['right_by_seed'], tradeoff['right_by_seed'], strict=True))}; in "
-        f"{solved} the single model suffices."
-    )
-    settings = {key: row for key, row in metrics["settings"].items() if key != "as above"}
-    if settings:
-        verdicts = [verdict(row[name]["right_minus_single"]) for row in settings.values()]
-        lines.append(
-            f"Of {len(settings)} other settings, {name} beats the single model in {verdicts.count('higher')}, loses in "
-            f"{verdicts.count('lower')}, and in {verdicts.count('no difference shown')} shows no difference."
-        )
+    others = [row for setting, row in metrics["settings"].items() if setting != "as above"]
+    if others:
+        verdicts = [verdict(row[name]["right_minus_single"]) for row in others]
+        tally = ", ".join(f"{word} in {verdicts.count(word)}" for word in ("higher", "lower", "no difference shown"))
+        lines.append(f"{name} against the single model in {len(others)} other settings: {tally}.")
     return lines
 
 
-def _row(name: str, arm: dict[str, Any], seeds: int) -> str:
+def _row(name: str, arm: dict[str, Any], seeds: int) -> list[str]:
     share = arm["optimal_share"]
-    difference = arm["right_minus_single"]
-    followed = "" if "eq. 6" in name else f"{arm['followed']:.0%}"
-    return (
-        f"| {name} | {arm['optimal']} of {seeds} | [{share[1]:.0%}, {share[2]:.0%}] | {arm['right'][0]:.2f} | "
-        f"{interval(arm['right'])} | {difference[0]:+.2f} | {interval(difference)} | {followed} |"
-    )
+    return [
+        name,
+        f"{arm['optimal']} of {seeds}",
+        f"[{share[1]:.0%}, {share[2]:.0%}]",
+        f"{arm['right'][0]:.2f}",
+        interval(arm["right"]),
+        signed(arm["right_minus_single"]),
+        "" if "eq. 6" in name else f"{arm['followed']:.0%}",
+    ]
 
 
 def _settings(metrics: dict[str, Any]) -> list[str]:
     table, seeds = metrics["settings"], metrics["config"]["seeds"]
     names = list(next(iter(table.values())))
-    head = " | ".join(f"{name}: optimal, right" for name in names)
-    lines = [
-        "## What hangs on the settings that the paper does not give",
-        "",
-        f"One thing changed at a time, {seeds} seeds each.",
-        "",
-        f"| setting | {head} | {names[1]} minus single, paired, 95 % |",
-        "|---" * (len(names) + 2) + "|",
-    ]
+    head = ["setting", *(f"{name}: optimal, right" for name in names), f"{names[1]} minus single, paired, 95 %"]
+    rows = []
     for setting, row in table.items():
-        cells = " | ".join(f"{row[name]['optimal']}, {row[name]['right'][0]:.2f}" for name in names)
-        lines.append(f"| {setting} | {cells} | {signed(row[names[1]]['right_minus_single'])} |")
-    return [*lines, ""]
+        cells = [f"{row[name]['optimal']}, {row[name]['right'][0]:.2f}" for name in names]
+        rows.append([setting, *cells, signed(row[names[1]]["right_minus_single"])])
+    title = "## Dependence on settings that the paper does not give"
+    return [title, "", f"One thing changed at a time, {seeds} seeds each.", "", *markdown_table([head, *rows]), ""]
 
 
 @styled

@@ -1,17 +1,16 @@
-"""`prudent study learning`: rewards from the model's own samples, runs that are done once, sentences that follow."""
+"""`prudent study learning`: rewards from the model's own samples, runs that are done once, the table of their ends."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from prudent.rlhf.job.config import load_config
 from prudent.rlhf.study.learning import LearningConfig, arms, ppo_config, run_learning, summary
-from prudent.rlhf.study.learning_report import findings
+from prudent.rlhf.study.learning_report import table
 
 _QUICK = (
     "rewards.samples_per_prompt=6",
@@ -66,30 +65,27 @@ def test_what_pet_would_not_read_is_refused() -> None:
         load_config(LearningConfig, None, ["rewards.pet.temperature=0.5"], model="m")
 
 
-def _metrics(finals: dict[str, list[float]]) -> dict[str, Any]:
+def test_what_holds_in_every_seed_is_said() -> None:
+    finals = {
+        "single head": [0.5, 0.5, 0.5],
+        "lambda 0": [0.6, 0.7, 0.8],
+        "lambda 1": [0.6, 0.7, 0.4],
+        "PET, single head": [0.1, 0.1, 0.1],
+    }
+    rest = {"reward/mean": 1.0, "kl/sequence": 2.0, "text/length": 9.0, "text/truncated": 0.5}
     runs = [
-        {"kl": 0.0, "seed": seed, "arm": arm, "final": {"gold/mean": value}, "peak_gold": value + 0.1}
+        {"kl": 0.0, "seed": seed, "arm": arm, "final": {"gold/mean": value, **rest}, "peak_gold": value + 0.1}
         for arm, values in finals.items()
         for seed, value in enumerate(values)
     ]
     rewards = {str(seed): {"gold_reference": 0.2} for seed in range(3)}
-    return {"config": {"kl": [0.0]}, "rewards": rewards, "runs": runs}
-
-
-def test_only_what_holds_in_every_seed_is_said() -> None:
-    lines = findings(
-        _metrics(
-            {
-                "single head": [0.5, 0.5, 0.5],
-                "lambda 0": [0.6, 0.7, 0.8],
-                "lambda 1": [0.6, 0.7, 0.4],
-                "PET, single head": [0.1, 0.1, 0.1],
-            }
-        )
-    )
-    assert "above the untrained model's in every seed for single head; lambda 0; lambda 1, below" in lines[0]
-    assert "below it in every seed for PET, single head." in lines[0]
-    assert "in every seed: lambda 0; less in every seed: PET, single head." in lines[2]
+    rows = table({"rewards": rewards, "runs": runs}, 0.0)
+    assert {row[0]: row[-1] for row in rows[1:]} == {
+        "single head": "above untrained",
+        "lambda 0": "above untrained, above single head",
+        "lambda 1": "above untrained",
+        "PET, single head": "below untrained, below single head",
+    }
 
 
 @pytest.mark.slow

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prudent.rlhf.job.config import load_config
+from prudent.rlhf.study import learning_report, stochastic_report, toy_report
 from prudent.rlhf.study.learning import LearningConfig
 from prudent.rlhf.study.result import command
 from prudent.rlhf.study.stochastic import StochasticConfig, run_stochastic
 from prudent.rlhf.study.toy import ToyConfig, run_toy
+
+RESULTS = Path(__file__).parents[3] / "bench" / "results"
 
 
 @pytest.mark.parametrize(
@@ -36,6 +40,21 @@ def test_the_command_has_every_key_that_was_changed(sets: tuple[str, ...], expec
 def test_a_list_and_a_model_are_in_the_command_as_a_shell_takes_them() -> None:
     config = load_config(LearningConfig, None, ["kl=[0, 0.1]"], model="a model")
     assert command("learning", config) == ("prudent study learning --model 'a model' --seeds 3 --set 'kl=[0.0, 0.1]'")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "report"),
+    [
+        ("toy", ToyConfig, toy_report),
+        ("toy-100", ToyConfig, toy_report),
+        ("stochastic", StochasticConfig, stochastic_report),
+        ("learning", LearningConfig, learning_report),
+    ],
+)
+def test_the_committed_pages_are_what_their_numbers_give(name: str, kind: Any, report: Any) -> None:
+    metrics = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    assert report.markdown(metrics) == (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    assert metrics["command"] == command(name.partition("-")[0], kind.model_validate(metrics["config"]))
 
 
 @pytest.mark.parametrize(

@@ -65,5 +65,5 @@ def test_the_order_is_said_to_hold_only_where_the_intervals_show_it() -> None:
         }
         return {"settings": {"SGD": arms}}
 
-    assert "order holds" in findings(metrics([0.1, 0.05, 0.15]))[0]
-    assert "order is not shown" in findings(metrics([0.1, -0.05, 0.25]))[0]
+    assert findings(metrics([0.1, 0.05, 0.15]))[0].endswith("is shown under 1 of 1 updates: SGD.")
+    assert findings(metrics([0.1, -0.05, 0.25]))[0].endswith("is shown under 0 of 1 updates.")
