@@ -1,4 +1,4 @@
-"""What `evaluate_heads` found, as a short aligned table and as pictures."""
+"""Report the metrics of `evaluate_heads` as short aligned tables and as pictures."""
 
 from __future__ import annotations
 
@@ -8,36 +8,37 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..report.words import aligned
+from ..report.words import accuracy_cells, aligned, count, few_prompts, truncated_texts
 from .scored_pairs import SINGLE, Pairs
 from .statistics import Bin, Interval, normalised_margin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FEW_PROMPTS = 20  # a percentile interval from fewer clusters is too narrow
-LONGER = "longer response"  # the rule that the longer response is better, which a reward model had better beat
+LONGER = "longer response"  # a baseline: the longer response is the better one
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """The dictionary of `evaluate_heads` as text of about 30 lines."""
+    """The dictionary of `evaluate_heads` as text of about 30 lines.
+
+    Read too if present: `data` (the counts of `load_pairs`) and `truncated` (texts that lost their beginning).
+    """
     m = metrics
-    opening = f"{m['pairs']} pairs, {m['prompts']} prompts, {m['heads']} head{'s' if m['heads'] > 1 else ''}"
+    opening = [f"{count(m['pairs'], 'pair')}, {count(m['prompts'], 'prompt')}, {count(m['heads'], 'head')}"]
     if m["excluded"]:
-        opening += f"; left out, for rewards that are not finite: {m['excluded']}"
-    opening += _dropped(m.get("data", {}))
-    rows = [["", "accuracy", "95 % interval", "margin", "coverage / std²"]]
+        opening.append(f"left out, for rewards that are not finite: {m['excluded']}")
+    opening += [_dropped(m.get("data", {})), truncated_texts(m.get("truncated", 0), 2 * (m["pairs"] + m["excluded"]))]
+    opening.append(few_prompts(m["prompts"]))
+    rows = [["", "accuracy, %", "95 % interval", "margin", "coverage / std²"]]
     for name, found in m["accuracy"].items():
         margin = f"{m['margin'][name]['mean']:.2f} ± {m['margin'][name]['std']:.2f}"
-        area = "" if name == LONGER else f"{m['coverage'][name]['normalised_area']:.2f}"  # characters are no reward
-        rows.append([name, *_percent(found), margin, area])
-    if m["prompts"] < FEW_PROMPTS:
-        opening += f"\nintervals resample prompts, and {m['prompts']} are few: read them as rough"
-    blocks = [opening, aligned(rows)]
+        area = "" if name == LONGER else f"{m['coverage'][name]['normalised_area']:.2f}"  # a length has no coverage
+        rows.append([name, *accuracy_cells(found), margin, area])
+    blocks = ["\n".join(filter(None, opening)), aligned(rows)]
     differences = {name: found for name, found in m["difference"].items() if not name.endswith(f" - {LONGER}")}
     if differences:
         rows = [["accuracy, paired", "points", "95 % interval"]]
-        rows += [[name, *_percent(found, sign=True)] for name, found in differences.items()]
+        rows += [[name, *accuracy_cells(found, sign=True)] for name, found in differences.items()]
         blocks.append(aligned(rows))
     blocks.append(aligned(_signal_rows(m)))
     if m["scoring"] is not None:
@@ -62,7 +63,7 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
 
 
 def _dropped(counts: Mapping[str, int]) -> str:
-    """A line of what `load_pairs` left out of the data, empty where that is nothing."""
+    """What `load_pairs` left out of the data, in one line; "" if that is nothing."""
     names = {
         "bad_rows": "broken rows",
         "duplicates": "duplicates",
@@ -70,14 +71,14 @@ def _dropped(counts: Mapping[str, int]) -> str:
         "below_gap": "below the score gap",
     }
     found = [f"{name} {counts[key]}" for key, name in names.items() if counts.get(key)]
-    return f"\nleft out of the data's {counts['rows']} rows: {', '.join(found)}" if found else ""
+    return f"left out of the data's {counts['rows']} rows: {', '.join(found)}" if found else ""
 
 
 def _signal_rows(m: Mapping[str, Any]) -> list[list[str]]:
     own_or_foreign = m["signals"]["own_or_foreign"]
     first = m["signals"]["right_or_wrong"]
     targets = list(first["small margin"])
-    rows = [["AUROC (0.5: knows nothing)", *(f"{target} wrong" for target in targets)]]
+    rows = [["AUROC (0.5: chance)", *(f"{target} wrong" for target in targets)]]
     if own_or_foreign is not None:
         rows[0].append("data foreign")
     for name, found in first.items():
@@ -88,15 +89,6 @@ def _signal_rows(m: Mapping[str, Any]) -> list[list[str]]:
             row.append(_auroc(own_or_foreign[name]))
         rows.append(row)
     return rows
-
-
-def _percent(found: Mapping[str, Any], sign: bool = False) -> list[str]:
-    """[value, interval] in per cent with one digit."""
-    plus = "+" if sign else ""
-    value = f"{100 * found['value']:{plus}.1f}"
-    if found["low"] is None:
-        return [value, "-"]
-    return [value, f"{100 * found['low']:{plus}.1f} to {100 * found['high']:{plus}.1f}"]
 
 
 def _auroc(found: Mapping[str, Any]) -> str:
@@ -123,9 +115,9 @@ def draw(
     foreign: Pairs | None,
     sources: Tensor | None,
 ) -> list[Path]:
-    """Write the pictures to `folder`, each whole or not at all; returns their paths.
+    """Write the pictures to `folder`, each atomically; returns their paths.
 
-    sources: [P] int64, the groups in which margins are standardised (`head_metrics.source_labels`), as in the metrics.
+    sources: [P] int64, the groups in which margins are standardised (`metrics.source_labels`), as in the metrics.
     """
     from . import pictures
 

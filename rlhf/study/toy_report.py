@@ -40,7 +40,9 @@ def markdown(metrics: dict[str, Any]) -> str:
         "",
         "## Arms",
         "",
-        *markdown_table([["PPO's reward", *_COLUMNS], *(_row(*arm, seeds) for arm in metrics["arms"].items())]),
+        *markdown_table(
+            [["PPO's reward", *_COLUMNS], *(_row(name, arm, seeds) for name, arm in metrics["arms"].items())]
+        ),
         "",
         "`own best found`: the share of prompts where the policy's likeliest response is the one with the highest "
         "reward; near 100 % the outcome is due to the reward, not to PPO (not defined for eq. 6, whose reward depends "
@@ -49,7 +51,7 @@ def markdown(metrics: dict[str, Any]) -> str:
         "",
         "## Lambda (lambda x the nominal model + (1 - lambda) x the worst of the set)",
         "",
-        *markdown_table([["lambda", *_COLUMNS], *(_row(*arm, seeds) for arm in metrics["lambda"].items())]),
+        *markdown_table([["lambda", *_COLUMNS], *(_row(lam, arm, seeds) for lam, arm in metrics["lambda"].items())]),
         "",
     ]
     return "\n".join([*lines, *(_settings(metrics) if len(metrics["settings"]) > 1 else [])])

@@ -80,12 +80,12 @@ def test_the_table_is_aligned_short_and_names_the_files(folders, tmp_path):
     assert max(map(len, text.splitlines())) <= 110
     lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if "95 % interval" in line)
-    column = lines[start].index("accuracy") + len("accuracy")
+    column = lines[start].index("accuracy, %") + len("accuracy, %")
     for line in lines[start + 1 : start + 5]:
         assert line[column - 1].isdigit()
         assert line[column] == " "
     assert text.endswith("eval.json")
-    assert "4 are few" in text
+    assert "The intervals resample 4 prompts" in text
 
 
 def test_only_the_held_out_prompts_of_a_training_are_evaluated(folders, tmp_path):
