@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from ..kernels.launch import Launch, recording
+from ..rlhf.report.words import aligned
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 # bytes of spilled registers a thread: ptxas may spill a word or two to reach its next step of occupancy
@@ -281,8 +282,7 @@ def table(rows: Sequence[Compiled], markdown: bool = False) -> str:
         body = ["| " + " | ".join(line) + " |" for line in lines]
         body.insert(1, "|" + " --- |" * len(HEADER))
         return "\n".join(body)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return aligned(lines, left=range(len(HEADER)))
 
 
 BEGIN, END = "<!-- aot:begin -->", "<!-- aot:end -->"

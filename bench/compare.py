@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..rlhf.report.words import aligned
 from .machine import Machine
 from .measure import Row, Timing
 from .report import load, seconds, state
@@ -33,16 +34,10 @@ def table(old: tuple[list[Row], Machine], new: tuple[list[Row], Machine]) -> str
     by_name = {row.name: row for row in before}
     lines = [_cells(by_name.pop(row.name, None), row) for row in after]
     lines += [_cells(row, None) for row in by_name.values()]
-    widths = [max(len(cells[i]) for cells in [_COLUMNS, *lines]) for i in range(len(_COLUMNS))]
     text = [f"old: {_origin(old_machine)}", f"new: {_origin(new_machine)}"]
     if not old_machine.same_as(new_machine):
         text.append("The machines differ: the times say nothing about the code; the ratios to eager say a little.")
-    text.append("")
-    for cells in [_COLUMNS, *lines]:
-        aligned = (
-            c.ljust(w) if i in (0, 4) else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        )
-        text.append("  ".join(aligned).rstrip())
+    text += ["", aligned([_COLUMNS, *lines], left=(0, 4))]
     marks = [cells[4] for cells in lines]
     text += ["", f"{marks.count('faster')} faster, {marks.count('slower')} slower, of {len(lines)} cases"]
     return "\n".join(text)

@@ -1,4 +1,4 @@
-"""A run's rows as a terminal table, Markdown, CSV and JSON, and the JSON back again."""
+"""Write the rows of a benchmark as a terminal table, Markdown, CSV and JSON; load the JSON."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..rlhf.job.files import atomic_write_json, atomic_write_text
+from ..rlhf.report.words import aligned, markdown_table
 from .case import Check
 from .cases import CASES
 from .machine import Machine
@@ -26,17 +27,17 @@ _CSV = (
 _DERIVED = ("ratio", "bandwidth_share", "roof_share")  # of a row's JSON
 _OWN_COLUMN = ("ours", "eager", "compiled")
 CAPTION = (
-    "time: median of ours, ± half the distance of its quantiles 0.2 and 0.8. bytes: the floor, every input of a pass "
-    "read once and every output written once. read: that floor at the measured read bandwidth, over our time. "
-    "roof: the same with the operations at the measured matrix rate, where that takes longer. eager, compile, beside: "
-    "how many times as long as ours they take. memory: extra peak of one call."
+    "time: median of ours, ± half the distance between its quantiles 0.2 and 0.8. bytes: the minimum, every input of a "
+    "pass read once and every output written once. read: the time of that minimum at the measured read bandwidth, as a "
+    "share of ours. roof: the same, with the operations at the measured matrix rate if that takes longer. eager, "
+    "compile, beside: their time as a multiple of ours. memory: extra peak of one call."
 )
 
 
 def write(rows: Sequence[Row], machine: Machine, folder: Path | str, stem: str | None = None) -> list[Path]:
-    """Write STEM.json, .csv and .md into `folder`, and the roofline where matplotlib is there. Returns the paths.
+    """Write STEM.json, .csv and .md into `folder`, and the roofline if matplotlib is installed. Returns the paths.
 
-    stem: "ops-cpu" or "ops-cuda" by default, after the device.
+    stem: by default "ops-cpu" or "ops-cuda", by the device.
     """
     folder, stem = Path(folder), stem or f"ops-{machine.device}"
     written = [folder / f"{stem}.{ending}" for ending in ("json", "csv", "md")]
@@ -53,7 +54,7 @@ def write(rows: Sequence[Row], machine: Machine, folder: Path | str, stem: str |
 
 
 def to_json(rows: Sequence[Row], machine: Machine) -> dict[str, Any]:
-    """{schema, machine, rows}; a row's samples stay out, its ratios and its share of the bandwidth go in."""
+    """{schema, machine, rows}; rows without their samples, with their ratios and bandwidth shares."""
     listed = []
     for row in rows:
         fields = asdict(row)
@@ -67,7 +68,7 @@ def to_json(rows: Sequence[Row], machine: Machine) -> dict[str, Any]:
 
 
 def _finite(check: Check) -> dict[str, Any]:
-    """JSON has no infinity: an error that is none becomes null."""
+    """The check with infinite values as None, for JSON has no infinity."""
     return {
         k: None if isinstance(v, float) and v in (float("inf"), float("-inf")) else v
         for k, v in check._asdict().items()
@@ -75,7 +76,7 @@ def _finite(check: Check) -> dict[str, Any]:
 
 
 def load(path: Path | str) -> tuple[list[Row], Machine]:
-    """What `write` put into a JSON file; ValueError, one sentence, if it is no such file."""
+    """Read the JSON file that `write` wrote; ValueError if it is no such file."""
     expected = "expected the JSON file of a `make bench`"
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -93,9 +94,9 @@ def load(path: Path | str) -> tuple[list[Row], Machine]:
 
 
 def merged(path: Path, rows: Sequence[Row], machine: Machine) -> tuple[list[Row], Machine]:
-    """These rows and those of `path` that they do not replace, in the cases' order; ceilings are the higher of both.
+    """These rows and the rows of `path` that they do not replace, in the cases' order, with the higher ceilings.
 
-    ValueError if the file is of another commit or kind of machine. These rows alone if there is none.
+    Without a file, these rows alone. ValueError if the file is from another commit or kind of machine.
     """
     if not path.exists():
         return list(rows), machine
@@ -122,7 +123,7 @@ def _row(fields: dict[str, Any]) -> Row:
 
 
 def to_csv(rows: Sequence[Row], machine: Machine) -> str:
-    """One line a variant of a case; every line says where it comes from."""
+    """CSV with one line per variant of a case; every line names its commit and machine."""
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
     out.writerow(_CSV)
@@ -139,31 +140,33 @@ def to_csv(rows: Sequence[Row], machine: Machine) -> str:
 
 
 def state(row: Row) -> str:
-    """ "passed", "check failed" or "not measured": what stands in place of times where there are none."""
+    """ "passed", "check failed" or "not measured"; shown in place of the times if there are none."""
     if row.check is None or (row.passed and not row.timings):
         return "not measured"
     return "passed" if row.passed else "check failed"
 
 
 def table(rows: Sequence[Row], machine: Machine) -> str:
-    """The terminal's table: a block for each op and mode, aligned over all of them."""
-    lines = [_cells(row, machine) for row in rows]
-    widths = [max(len(cells[i]) for cells in [_COLUMNS, *lines] if len(cells) > 3) for i in range(len(_COLUMNS))]
-    right = range(2, len(_COLUMNS) - 1)
-
-    def aligned(cells: Sequence[str]) -> str:
-        padded = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=False)))
-        return ("  " + "  ".join(padded)).rstrip()
-
-    text, block = [*headline(machine), "", aligned(_COLUMNS)], ("", "")
-    for row, cells in zip(rows, lines, strict=True):
-        if (row.op, row.mode) != block:
-            block = (row.op, row.mode)
-            text.append(f"{row.op}: {row.mode}")
-        first, *others = cells[-1].split(", ") if len(cells) == len(_COLUMNS) else [cells[-1]]
-        text.append(aligned([*cells[:-1], first]))
-        text += [aligned([*[""] * (len(_COLUMNS) - 1), other]) for other in others]
+    """The table for the terminal: a block for each op and mode, aligned across blocks."""
+    blank, cells, titles = [""] * (len(_COLUMNS) - 1), [_COLUMNS], {}
+    for row in rows:
+        titles[len(cells)] = f"{row.op}: {row.mode}"
+        *most, beside = _padded(_cells(row, machine))
+        first, *others = beside.split(", ")
+        cells += [(*most, first), *((*blank, other) for other in others)]
+    head, *body = aligned(cells, left=(0, 1, len(_COLUMNS) - 1)).split("\n")
+    text, block = [*headline(machine), "", f"  {head}"], ""
+    for number, line in enumerate(body, start=1):
+        if titles.get(number, block) != block:
+            block = titles[number]
+            text.append(block)
+        text.append(f"  {line}")
     return "\n".join([*text, *(f"  {note}" for note in _notes(rows))])
+
+
+def _padded(cells: list[str]) -> list[str]:
+    """The cells of a row without times, filled up to all columns."""
+    return [*cells, *[""] * (len(_COLUMNS) - len(cells))]
 
 
 def _cells(row: Row, machine: Machine) -> list[str]:
@@ -196,7 +199,7 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def headline(machine: Machine) -> list[str]:
-    """Two lines: what machine, which code."""
+    """Two lines: the machine, and the code."""
     rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in machine.matrix.items())
     kind = (
         f"{machine.cores} multiprocessors" if machine.device == "cuda" else f"{machine.threads} threads, {machine.isa}"
@@ -210,13 +213,10 @@ def headline(machine: Machine) -> list[str]:
 
 
 def markdown(rows: Sequence[Row], machine: Machine, picture: str | None) -> str:
-    """The table as a page, with what its columns mean."""
+    """The table as a Markdown page, with an explanation of its columns."""
     lines = [f"# The ops on {machine.name}", "", *headline(machine), "", CAPTION, ""]
-    lines += ["| " + " | ".join(("op", *_COLUMNS)) + " |", "|" + " --- |" * (len(_COLUMNS) + 1)]
-    for row in rows:
-        cells = _cells(row, machine)
-        cells += [""] * (len(_COLUMNS) - len(cells))
-        lines.append("| " + " | ".join((f"{row.op}: {row.mode}", *cells)) + " |")
+    body = [[f"{row.op}: {row.mode}", *_padded(_cells(row, machine))] for row in rows]
+    lines += markdown_table([["op", *_COLUMNS], *body])
     notes = [f"- {note}" for note in _notes(rows)]
     lines += ["", *notes, ""] if notes else [""]
     return "\n".join([*lines, *([f"![roofline]({picture})", ""] if picture else [])])

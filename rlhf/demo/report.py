@@ -177,7 +177,7 @@ def table_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
     places = sorted({0, len(curves["n"]) // 2, len(curves["n"]) - 1}) if curves else []
     rows = [["reward used", "pair accuracy, %", "95 % interval"]]
     rows[0] += ["noisy labels, %"] if noisy else []
-    rows[0] += [f"gold, n = {curves['n'][i]}" for i in places]
+    rows[0] += [f"gold, n={curves['n'][i]}" for i in places]
     for name in (*SCORERS, "oracle") if curves else SCORERS:
         cells = ["", ""] if name == "oracle" else accuracy_cells(accuracy[name])
         if noisy:
@@ -212,8 +212,8 @@ def best_of_n_rows(curves: Mapping[str, Any]) -> list[list[str]]:
     """The head, then each reward's gold at the largest n minus both references', and its change over the last n."""
     gaps = {(row["scorer"], row["against"]): signed(_values(row), 3) for row in curves["comparisons"]}
     trend = curves["trends"][0]
-    head = [f"gold reward at n = {trend['last']}", *(f"minus {TITLES[r]}" for r in REFERENCES)]
-    rows = [[*head, f"minus its own at n = {trend['first']}"]]
+    head = [f"gold reward at n={trend['last']}", *(f"minus {TITLES[r]}" for r in REFERENCES)]
+    rows = [[*head, f"minus its own at n={trend['first']}"]]
     for row in curves["trends"]:
         cells = [gaps.get((row["scorer"], reference), "") for reference in REFERENCES]
         rows.append([TITLES[row["scorer"]], *cells, signed(_values(row), 3)])

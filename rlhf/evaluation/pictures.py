@@ -1,6 +1,6 @@
-"""The pictures of a run in one house style: tensors in, a matplotlib Figure out. No display, no pyplot, no state.
+"""Pictures of reward models and trainings: tensors in, a matplotlib Figure out, without pyplot or other state.
 
-Needs the extra `report`. The style itself is in plot_style.py.
+Needs the extra `report`. The style is in report/style.py.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ __all__ = [
 
 @styled
 def best_of_n(curves: Mapping[str, BestOfN], *, gold_label: str = "gold reward") -> Figure:
-    """Gold reward of the proxy's pick among n (band: one standard error over prompts), and the proxy's opinion of it.
+    """Gold reward of the proxy's pick among n (band: one standard error over prompts), and the proxy's own gain.
 
-    curves: scorer name -> `best_of_n_curve`. The proxies' gains are in their own within-prompt standard deviations,
-    since their units differ. The upper axis gives the KL of best-of-n from the policy.
+    curves: scorer name -> `best_of_n_curve`. The proxies' gains are in their within-prompt standard deviations, for
+    their units differ. The upper axis gives the KL of best-of-n from the policy.
     """
     figure, (left, right) = panels(2, width=4.3, height=3.9)
     looks = looks_of(curves)
@@ -62,10 +62,10 @@ def best_of_n(curves: Mapping[str, BestOfN], *, gold_label: str = "gold reward")
         left.fill_between(n, gold - error, gold + error, color=looks[name]["color"], alpha=0.13, linewidth=0)
         gain = array(curve.proxy - curve.proxy[0]) / (curve.proxy_spread or 1.0)
         right.plot(n, gain, label=name, **look)
-    left.set_title("What one gets")
+    left.set_title("Gold reward of the picked response")
     left.set_ylabel(gold_label)
-    right.set_title("What the proxy believes one gets")
-    right.set_ylabel("proxy gain, own std within a prompt")
+    right.set_title("The proxy's own gain")
+    right.set_ylabel("gain, std within a prompt")
     largest = max(int(curve.n.max()) for curve in curves.values())
     ticks = [2**i for i in range(int(math.log2(largest)) + 1)]
     ticks = ticks[:: math.ceil(len(ticks) / 9)]
@@ -84,7 +84,7 @@ def best_of_n(curves: Mapping[str, BestOfN], *, gold_label: str = "gold reward")
 
 @styled
 def accuracy(intervals: Mapping[str, Interval], *, label: str = "pair accuracy, %") -> Figure:
-    """A dot and its 95 % interval per scorer, the first on top."""
+    """A dot and a 95 % interval for each scorer, the first at the top."""
     figure, (axes,) = panels(1, width=6.4, height=0.9 + 0.3 * len(intervals))
     looks = looks_of(intervals)
     for row, (name, interval) in enumerate(intervals.items()):
@@ -126,11 +126,11 @@ def margins(values: Mapping[str, Tensor]) -> Figure:
 
 @styled
 def coverage(rewards: Mapping[str, tuple[Tensor, Tensor]], *, label: str = "reward") -> Figure:
-    """BRME Fig. 7: chosen (x) against rejected (y), with the one-std ellipse, one panel a scorer; its area is
-    given in the scorer's own variance (`normalised_area`), so that panels compare.
+    """BRME Fig. 7: chosen (x) against rejected (y) with the one-std ellipse, one panel per scorer.
 
-    rewards: scorer name -> (chosen [P], rejected [P]); below the dashed diagonal a pair is ranked right. Panels share a
-    scale, but for scorers whose rewards spread more than four times as far as others': their unit is another.
+    rewards: scorer name -> (chosen [P], rejected [P]); pairs below the dashed diagonal are ranked right. The ellipse's
+    area is in units of the scorer's variance (`normalised_area`). Panels share a scale unless their rewards' spreads
+    differ by more than a factor of four.
     """
     from matplotlib.patches import Ellipse
 
@@ -171,9 +171,9 @@ def _limits(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
 
 @styled
 def reliability(bins: Mapping[str, Sequence[Bin]], *, auroc: Mapping[str, Interval] | None = None) -> Figure:
-    """Accuracy over bins of a signal of uncertainty, surest pairs on the left: a signal worth having falls.
+    """Accuracy in bins of an uncertainty signal, most certain pairs on the left; a useful signal makes it fall.
 
-    bins: signal name -> `statistics.reliability`; auroc: signal name -> AUROC of it against error (0.5: no use).
+    bins: signal name -> `statistics.reliability`; auroc: signal name -> its AUROC for errors (0.5: chance).
     """
     figure, cells = panels(len(bins), width=3.1, height=3.1, sharey=True)
     for axes, (name, rows) in zip(cells, bins.items(), strict=True):
@@ -194,7 +194,7 @@ def reliability(bins: Mapping[str, Sequence[Bin]], *, auroc: Mapping[str, Interv
         found = auroc.get(name) if auroc else None
         axes.set_title(name if found is None or found.value is None else f"{name}: AUROC {found.value:.2f}")
         axes.set_xlim(0, 100)
-        axes.set_xlabel("pairs, surest to least sure, %")
+        axes.set_xlabel("pairs, most to least certain, %")
     label_left(cells, "accuracy, %")
     return figure
 
@@ -246,9 +246,9 @@ def scoring(under: Mapping[str, float]) -> Figure:
 
 @styled
 def training_curves(history: Sequence[Mapping[str, Any]], *, x: str = "step") -> Figure:
-    """One panel a metric from records such as those of metrics.jsonl; `train/loss` and `eval/loss` share a panel.
+    """One panel per metric of records such as those of metrics.jsonl; `train/loss` and `eval/loss` share a panel.
 
-    Records lack `x` or a metric where it was not measured; `time` and what is not a number are left out.
+    A record without `x` is skipped, as are `time` and values that are not finite numbers.
     """
     series: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for record in history:
@@ -284,7 +284,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, x: str = "step") ->
 
 @styled
 def std_histogram(samples: Mapping[str, Tensor], *, label: str = "predicted std of the nominal head") -> Figure:
-    """Is the model less sure here than there? Histograms of std, or of any signal: training data and policy samples."""
+    """Histograms of std, or of another signal, for samples of several sources, such as training data and the policy."""
     figure, (axes,) = panels(1, width=6.4, height=3.4)
     arrays = {name: array(values) for name, values in samples.items()}
     bins = common_bins(arrays.values(), 20)

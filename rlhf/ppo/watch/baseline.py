@@ -1,4 +1,4 @@
-"""What the reward says of the text it was trained on: the measure of how strange the policy's text is to it."""
+"""Preference texts as samples: the baseline for the std and disagreement of the heads on the policy's samples."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from ...sampling.prompts import Prompt
 from ...sampling.turn import Turn
 from ..batch import Samples
 
-PAIRS = 64  # 128 responses: the mean of a std that varies by half is then known to about 5 %
+PAIRS = 64  # 128 responses give the mean of a std that varies by half to about 5 %
 
 
 class PreferenceTexts(NamedTuple):
-    """Responses that people judged, as if they had been sampled; `prompts` continue the run's own list."""
+    """Responses of preference pairs as samples; the numbers of their `prompts` continue the run's own."""
 
     prompts: list[Prompt]
     samples: Samples
 
 
 def preference_texts(source: str, turn: Turn, model_config: Any, count: int, seed: int) -> PreferenceTexts:
-    """Chosen and rejected responses of up to `PAIRS` preference pairs, drawn by `seed`; those that fit the model.
+    """Chosen and rejected responses of up to `PAIRS` random preference pairs, without those too long for the model.
 
     Args:
-        source: what `load_pairs` reads.
-        count: the run's own prompts, whose numbers come first.
+        source: preference data for `load_pairs`.
+        count: the number of the run's own prompts.
 
     Raises:
-        ValueError: for data that cannot be read, or of which no response fits.
+        ValueError: for data that cannot be read or has no response that fits.
     """
     pairs = load_pairs(source).pairs
     pairs = random.Random(f"preference data/{seed}").sample(pairs, min(PAIRS, len(pairs)))
@@ -44,7 +44,7 @@ def preference_texts(source: str, turn: Turn, model_config: Any, count: int, see
             whole = turn.whole(pair.prompt, response)
             if limit is not None and len(whole) > limit:
                 continue
-            # a tokeniser may join the prompt's last letters with the response's first: then the response begins there
+            # a tokeniser may merge the end of the prompt with the start of the response, which then begins there
             shared = next((i for i, (a, b) in enumerate(zip(opening, whole, strict=False)) if a != b), len(opening))
             rows.append((whole[:shared], [*whole[shared : -len(turn.closing)], turn.closing[0]], number))
         if len(rows) > kept:

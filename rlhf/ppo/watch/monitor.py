@@ -1,4 +1,4 @@
-"""What a run shows of itself at every step: numbers that move before the reward is hacked, and texts behind them."""
+"""Measure and log every step of a PPO run: metrics that give early signs of reward hacking, and sample texts."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from ..losses import chi2_estimate
 logger = logging.getLogger(__name__)
 
 RATIOS = {"reward/head_std": "reward/head_std_ratio", "reward/disagreement": "reward/disagreement_ratio"}
-TEXTS = 4  # prompts whose responses are kept
+TEXTS = 4  # prompts whose responses are logged
 
 
 def experience_metrics(experience: Experience) -> dict[str, float]:
-    """What the samples of one step say, by the names of metrics.jsonl; NaN where nothing was finite.
+    """Metrics of one step's samples, named as in metrics.jsonl; NaN if no value is finite.
 
     reward/gap: mean of nominal - worst. reward/head_std: mean of the heads' stds. reward/disagreement: the (population)
     std of several heads' means on a sample, its mean over samples. kl/sequence, kl/token: log pi / pi_ref, nats.
-    kl/chi2: sqrt of `chi2_estimate`. text/length: tokens, the stop token included. text/truncated: share that was cut
-    off.
+    kl/chi2: sqrt of `chi2_estimate`. text/length: tokens, the stop token included. text/truncated: share of
+    responses that reached max_new_tokens.
     """
     kept = torch.isfinite(experience.reward)
     if experience.dropped is not None:
@@ -78,7 +78,7 @@ def explained_variance(value: Tensor, returns: Tensor) -> float:
 
 
 def peak_gib(device: torch.device) -> float:
-    """The most memory so far, GiB: tensors on a GPU, the whole process on a CPU."""
+    """Peak memory so far in GiB: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device)) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -86,7 +86,7 @@ def peak_gib(device: torch.device) -> float:
 
 
 class Clock:
-    """Seconds of a step's phases; on a GPU each waits for what it launched."""
+    """Measure the seconds of a step's phases; on a GPU a phase ends with a synchronisation."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -94,7 +94,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time a block as time/`phase`, in place of the last step's."""
+        """Time a block as time/`phase`, replacing the previous step's value."""
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
@@ -102,14 +102,14 @@ class Clock:
         self.seconds[phase] = time.perf_counter() - start
 
     def metrics(self, tokens: int) -> dict[str, float]:
-        """time/rollout, time/score, time/update in seconds, and the sampled tokens over their sum."""
+        """time/rollout, time/score and time/update in seconds, and sampled tokens per second of their sum."""
         total = sum(self.seconds.values())
         seconds = {f"time/{phase}": value for phase, value in self.seconds.items()}
         return {**seconds, "time/tokens_per_second": tokens / max(total, 1e-9)}
 
 
 class Monitor:
-    """Measures each step and writes it down: metrics.jsonl, TensorBoard, other trackers; samples.jsonl."""
+    """Measure each step and log it to metrics.jsonl, TensorBoard, other trackers and samples.jsonl."""
 
     def __init__(
         self,
@@ -127,14 +127,14 @@ class Monitor:
         self._texts = TextLog(config.output / "samples.jsonl")
 
     def compare_with(self, experience: Experience) -> None:
-        """Take the head std and disagreement of `experience` as 1 in the ratios, where it has them."""
+        """Use the head std and disagreement of `experience`, if measured, as the denominators of the ratios."""
         measured = experience_metrics(experience)
         self.baseline = {name: measured[name] for name in RATIOS if name in measured}
 
     def observe(
         self, step: int, experience: Experience, learned: Mapping[str, float], kl_coef: float
     ) -> dict[str, float]:
-        """All metrics of `step`, written down."""
+        """Measure, log and return all metrics of `step`."""
         metrics = experience_metrics(experience)
         if not self.baseline:
             self.baseline = {name: metrics[name] for name in RATIOS if math.isfinite(metrics.get(name, math.nan))}
@@ -152,7 +152,7 @@ class Monitor:
         return metrics
 
     def _gold_mean(self, step: int, scores: Tensor) -> float:
-        """The mean of the finite ones; NaN, with one warning, where there is none: no rule over gold fires then."""
+        """The mean of the finite scores; without any NaN, on which no stop rule fires, and one warning per run."""
         finite = scores[torch.isfinite(scores)]
         if not len(finite) and not self._gold_failed:
             logger.warning(
@@ -165,7 +165,7 @@ class Monitor:
         return float(finite.double().mean())
 
     def texts(self, step: int, experience: Experience) -> None:
-        """Keep the samples of `experience` as those of the policy after `step` updates."""
+        """Log the samples of `experience` as texts of the policy after `step` updates."""
         samples = experience.samples
         gold = None if self.gold is None else self.gold(samples).reward
         std = None if experience.head_std is None else experience.head_std.mean(dim=1)
@@ -183,15 +183,15 @@ class Monitor:
             self._texts.add(step, i, {**texts, **numbers, "length": len(response), "stopped": samples.stopped[i]})
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return {"baseline": self.baseline}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Restore what `state` returned."""
         self.baseline = dict(state["baseline"])
 
     def close(self) -> None:
-        """Flush everything but the run's log, which is not this object's."""
+        """Close the trackers and samples.jsonl; the owner of the run's log closes it."""
         for tracker in self._trackers:
             tracker.finish()
         self._texts.close()
@@ -206,14 +206,14 @@ class Monitor:
 
 
 class TextLog:
-    """samples.jsonl: one line a step and response, each once however often the run was resumed."""
+    """Write samples.jsonl: one line per step and response, without duplicates after a resume."""
 
     def __init__(self, path: Path) -> None:
         self._written = Counter(row["step"] for row in repaired_json_lines(path))
         self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def add(self, step: int, number: int, row: Mapping[str, Any]) -> None:
-        """Append response `number` of `step`, if the file does not have it."""
+        """Append response `number` of `step` unless the file has it."""
         if number >= self._written[step]:
             with writing(self._path):
                 self._file.write(json.dumps({"step": step, **row}, ensure_ascii=False, allow_nan=False) + "\n")
@@ -226,7 +226,7 @@ class TextLog:
 
 
 def read_texts(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of `folder`/samples.jsonl; [] if there is none yet. ValueError naming a line that is none."""
+    """The complete lines of `folder`/samples.jsonl; [] without the file. ValueError naming a line that is not JSON."""
     return read_json_lines(folder / "samples.jsonl")
 
 
@@ -236,7 +236,7 @@ def _finite(value: Tensor) -> float | None:
 
 
 def require_trackers(config: PPOConfig) -> None:
-    """Raise ImportError, naming what to install, where one of `config.trackers` is not."""
+    """Raise ImportError, naming what to install, if one of `config.trackers` is not installed."""
     if not config.trackers:
         return
     try:
@@ -249,14 +249,14 @@ def require_trackers(config: PPOConfig) -> None:
 
 
 def open_trackers(config: PPOConfig) -> list[Any]:
-    """accelerate's trackers that `config.trackers` names, begun with the run's config; see `require_trackers`."""
+    """Start accelerate's trackers named by `config.trackers` with the run's config; see `require_trackers`."""
     require_trackers(config)
     if not config.trackers:
         return []
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    PartialState()  # the trackers' own logging asks for it
+    PartialState()  # the trackers' logging requires it
     trackers = []
     for name in config.trackers:
         tracker = LOGGER_TYPE_TO_CLASS[name]("prudent")

@@ -1,6 +1,6 @@
-"""The pictures of PPO runs, in the house style: rows of metrics.jsonl in, a matplotlib Figure out.
+"""Pictures of PPO runs: rows of metrics.jsonl in, a matplotlib Figure out.
 
-A step's value is a mean over its samples and jumps about: it is drawn faint, its moving average strong.
+The noisy values of single steps are drawn faint, their moving average strong.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["over_optimisation", "smooth", "watch", "watched"]
 
 _BLUE, _ORANGE = "#0072b2", "#d55e00"
-# title -> metric's label -> (metric, colour); of a panel at least one must have been measured
+# title -> label -> (metric, colour); a panel is drawn if at least one of its metrics was measured
 _WATCH: dict[str, dict[str, tuple[str, str]]] = {
     "reward": {
         "as trained on": ("reward/mean", "#009e73"),
@@ -29,7 +29,7 @@ _WATCH: dict[str, dict[str, tuple[str, str]]] = {
     },
     "gold reward": {"gold": ("gold/mean", "#000000")},
     "gap: nominal - worst case": {"gap": ("reward/gap", _BLUE)},
-    "doubt, relative": {
+    "uncertainty, relative": {
         "disagreement of the heads": ("reward/disagreement_ratio", "#cc79a7"),
         "std that the heads predict": ("reward/head_std_ratio", "#56b4e9"),
     },
@@ -42,10 +42,7 @@ _WATCH: dict[str, dict[str, tuple[str, str]]] = {
 
 
 def smooth(values: Sequence[float]) -> Any:
-    """Centred moving average over a tenth of the run, three steps at least where there are six; [n] float64.
-
-    At the ends it is over what there is.
-    """
+    """Centred moving average over a tenth of the run (at least three steps if there are six), shorter at the ends."""
     array = np.asarray(values, dtype=float)
     reach = max(len(array) // 20, int(len(array) >= 6))
     total = np.concatenate([[0.0], array.cumsum()])
@@ -56,14 +53,15 @@ def smooth(values: Sequence[float]) -> Any:
 
 @styled
 def over_optimisation(runs: Mapping[str, Rows], *, gold_label: str = "gold reward") -> Figure:
-    """Proxy (left) and gold reward (right) against KL; an open dot is the start, a full one the end.
+    """Proxy (left) and gold reward (right) against KL; an open dot is the start, a full dot the end.
 
-    runs: name -> rows of metrics.jsonl. Where no run has gold, the left panel alone; a run without KL is left out.
+    runs: name -> rows of metrics.jsonl. Without any gold reward only the left panel is drawn; runs without KL are left
+    out.
     """
     joined = {name: by_step(rows) for name, rows in runs.items()}
-    sides = [("What the policy is trained on", "proxy reward", "reward/mean")]
+    sides = [("Proxy reward, which PPO optimises", "proxy reward", "reward/mean")]
     if any(series(rows, "gold/mean").values for rows in joined.values()):
-        sides.append(("What one gets", gold_label, "gold/mean"))
+        sides.append(("Gold reward", gold_label, "gold/mean"))
     figure, cells = panels(len(sides), width=4.3 if len(sides) > 1 else 5.6, height=3.7)
     looks = {next(iter(runs)): {"color": _BLUE, "linestyle": "-"}} if len(runs) == 1 else looks_of(runs)
     for axes, (title, label, metric) in zip(cells, sides, strict=True):
@@ -78,7 +76,7 @@ def over_optimisation(runs: Mapping[str, Rows], *, gold_label: str = "gold rewar
 
 
 def _path(axes: Axes, rows: Rows, metric: str, name: str, look: Mapping[str, Any]) -> None:
-    """One run's way through the plane of KL and `metric`, step by step."""
+    """Draw one run's path in the plane of KL and `metric`, step by step."""
     kl, value = series(rows, "kl/sequence"), series(rows, metric)
     both = sorted(set(kl.steps) & set(value.steps))
     if not both:
@@ -92,7 +90,7 @@ def _path(axes: Axes, rows: Rows, metric: str, name: str, look: Mapping[str, Any
 
 
 def watched(rows: Rows) -> dict[str, dict[str, tuple[Series, str]]]:
-    """The panels of `watch` that have anything to show: title -> label -> (series, colour)."""
+    """The panels of `watch` with measured metrics: title -> label -> (series, colour)."""
     found = {
         title: {label: (series(rows, metric), colour) for label, (metric, colour) in lines.items()}
         for title, lines in _WATCH.items()
@@ -103,20 +101,20 @@ def watched(rows: Rows) -> dict[str, dict[str, tuple[Series, str]]]:
 
 @styled
 def watch(rows: Rows, *, relative_to: str = "the start") -> Figure:
-    """What hacking looks like early, over steps: one panel a quantity, those that were not measured left out.
+    """Early signs of reward hacking over the steps: one panel per quantity that was measured.
 
-    relative_to: what the doubt of the heads is relative to; the dashed line at 1 stands for it.
+    relative_to: the texts on which the heads' std and disagreement are 1 (dashed line).
     """
     kept = watched(by_step(rows))
     figure, cells = panels(len(kept), width=3.2, height=2.5)
     for axes, (title, lines) in zip(cells, kept.items(), strict=True):
         for label, (line, colour) in lines.items():
             values = np.array(line.values) * (100 if title.endswith("%") else 1)
-            several = label if len(lines) > 1 or title.startswith("doubt") else None
+            several = label if len(lines) > 1 or title.startswith("uncertainty") else None
             _curve(axes, line.steps, values, colour, several)
-        if title.startswith("doubt"):
+        if title.startswith("uncertainty"):
             axes.axhline(1, color=GREY, linewidth=1, linestyle=(0, (3, 2)))
-            title = f"doubt, relative to {relative_to}"
+            title = f"uncertainty relative to {relative_to}"
         if title.endswith("%"):
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         axes.set_title(title)

@@ -65,7 +65,7 @@ def render(
     return render_page(
         "ppo_template.html",
         config=config,
-        title=f"{count(len(rows), 'step')} of {_estimator(config)}, and what they did",
+        title=f"{count(len(rows), 'step')} of {_estimator(config)}",
         findings=findings(rows, steps=outcome.get("steps"), rolled_back_to=back),
         stopped=stopped,
         seconds=_duration(outcome.get("seconds")),

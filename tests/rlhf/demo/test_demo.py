@@ -103,7 +103,7 @@ def test_noisy_accuracy_is_pulled_towards_a_half(finished: tuple[DemoConfig, Any
 def test_the_table_and_the_path_are_what_the_terminal_shows(finished: tuple[DemoConfig, Any]) -> None:
     text = str(finished[1])
     titles = ("single head", "mean of heads", "nominal", "worst case", "tradeoff", "the gold scorer itself")
-    assert all(word in text for word in (*titles, "n = 1 ", "n = 24"))
+    assert all(word in text for word in (*titles, "n=1 ", "n=24"))
     assert text.splitlines()[-1] == f"report: {finished[0].output / 'report.html'}"
     assert len({len(line) for line in text.splitlines()[:7]}) == 1, "columns are aligned"
 

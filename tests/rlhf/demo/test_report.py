@@ -34,7 +34,7 @@ def test_the_table_has_a_row_for_each_scorer_and_the_headline_below() -> None:
     assert [line[: len(TITLES[name])] for line, name in zip(lines[1:7], (*NAMES, "oracle"), strict=True)] == [
         TITLES[name] for name in (*NAMES, "oracle")
     ]
-    assert lines[0].endswith("gold, n = 1  gold, n = 4  gold, n = 16")
+    assert lines[0].endswith("gold, n=1  gold, n=4  gold, n=16")
     assert lines[3].split()[1:] == ["72.0", "65.0", "to", "80.0", "72.0", "+0.100", "+0.300", "+0.500"]
     assert lines[-1] == "The headline."
 
@@ -73,7 +73,7 @@ def test_best_of_n_is_compared_with_both_references_and_with_itself() -> None:
         "trends": [{"scorer": "worst", "first": 4, "last": 16, **gap}],
     }
     head, row = best_of_n_rows(curves)
-    assert head == ["gold reward at n = 16", "minus single head", "minus mean of heads", "minus its own at n = 4"]
+    assert head == ["gold reward at n=16", "minus single head", "minus mean of heads", "minus its own at n=4"]
     assert row == ["worst case", "", "+0.100 [-0.050, +0.250]", "+0.100 [-0.050, +0.250]"]
 
 
