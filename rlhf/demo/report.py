@@ -171,7 +171,7 @@ def table(metrics: Mapping[str, Any]) -> str:
 
 
 def table_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
-    """The head, then a row for each reward: accuracy on pairs, and the gold reward of its picks at three n; as text."""
+    """A header, then a row for each reward: accuracy on pairs, and the gold reward of its picks at three n; as text."""
     accuracy, noisy = metrics["pairs"]["accuracy"], metrics.get("noisy_accuracy")
     curves = metrics["best_of_n"]
     places = sorted({0, len(curves["n"]) // 2, len(curves["n"]) - 1}) if curves else []
@@ -187,7 +187,7 @@ def table_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
 
 
 def accuracy_rows(pairs: Mapping[str, Any]) -> list[list[str]]:
-    """The head, then each aggregation's accuracy minus the single head's, paired, and what the interval shows."""
+    """A header, then each aggregation's accuracy minus the single head's, paired, and what the interval shows."""
     rows = [["pair accuracy minus the single head's", "points", "95 % interval", ""]]
     for name in SCORERS[1:]:
         gap = pairs["difference"].get(f"{name} - {SINGLE}")
@@ -197,7 +197,7 @@ def accuracy_rows(pairs: Mapping[str, Any]) -> list[list[str]]:
 
 
 def signal_rows(pairs: Mapping[str, Any]) -> list[list[str]]:
-    """The head, then each signal's AUROC for errors of the nominal reward, and what the interval shows."""
+    """A header, then each signal's AUROC for errors of the nominal reward, and what the interval shows."""
     rows = [["signal of an error", "AUROC", "95 % interval", ""]]
     words = ("higher on errors", "lower on errors: misleading", "not shown to differ from chance, 0.5")
     for signal, targets in pairs["signals"]["right_or_wrong"].items():
@@ -209,7 +209,7 @@ def signal_rows(pairs: Mapping[str, Any]) -> list[list[str]]:
 
 
 def best_of_n_rows(curves: Mapping[str, Any]) -> list[list[str]]:
-    """The head, then each reward's gold at the largest n minus both references', and its change over the last n."""
+    """A header, then each reward's gold at the largest n minus both references', and its change over the last n."""
     gaps = {(row["scorer"], row["against"]): signed(_values(row), 3) for row in curves["comparisons"]}
     trend = curves["trends"][0]
     head = [f"gold reward at n={trend['last']}", *(f"minus {TITLES[r]}" for r in REFERENCES)]

@@ -35,7 +35,7 @@ class BestOfN(NamedTuple):
     """Best-of-n estimates for M values of n over P prompts.
 
     n                [M] int64     kl  [M]  log n - (n - 1) / n, nats
-    proxy, gold      [M]           mean over prompts of the expected reward of the response that the proxy picks from n
+    proxy, gold      [M]           mean over prompts of the expected reward of the proxy's pick from n responses
     proxy_se, gold_se  [M]         standard error over prompts (ddof 1); NaN where P is 1
     gold_per_prompt  [P, M]        for paired comparisons of two proxies on the same samples
     proxy_spread, gold_spread      standard deviation within prompts (root of the mean variance): the unit in which the
@@ -121,7 +121,7 @@ def best_of_n_curve(proxy: Tensor, gold: Tensor, ns: Sequence[int]) -> BestOfN:
     Samples with equal proxy share their mean gold reward, which is the expectation when a tie is broken at random.
 
     Args:
-        proxy: [P, N] what picks; gold: [P, N] what judges the pick. Finite.
+        proxy: [P, N] rewards that select; gold: [P, N] rewards of the selected response. Finite.
         ns: values of n, each from 1 to N.
 
     Raises:

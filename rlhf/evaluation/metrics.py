@@ -1,4 +1,4 @@
-"""Everything that `prudent eval` says of K heads on preference pairs, as one dictionary that JSON can hold."""
+"""Compute all metrics of `prudent eval` for K heads on preference pairs, as one JSON-able dictionary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import statistics
 from .scored_pairs import SINGLE, UNTRAINED, HeadOutput, Pairs, Side, finite_pairs, pairs_of
 from .statistics import Interval
 
-SOURCE_PAIRS = 20  # a source of fewer has no scale of its own: the z-scores of two rewards are +1 and -1
+SOURCE_PAIRS = 20  # smaller sources are standardised together: the z-scores of two rewards are always +1 and -1
 RANK_ROWS = 2048  # of each side: an SVD of 4096 x 4096 takes about a minute on one core
 
 
@@ -32,11 +32,11 @@ def evaluate_heads(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Evaluate K heads on P preference pairs; the means stand for the samples.
+    """Evaluate K heads on P preference pairs by their means; no sampling noise enters.
 
     Args:
         chosen, rejected: the heads' mean and std [P, K], calibrated, row i of both the same pair.
-        aggregation: the reward under test; its centring is left out, which shifts a pair's two rewards alike.
+        aggregation: the reward under test, without its centring, which shifts both rewards of a pair equally.
         std_ref: [K] each head's typical std (`EnsembleHead.std_ref`), for nominal=relative_std.
         prompts: [P] keys; intervals resample prompts. None: every pair is its own prompt.
         sources: [P] keys of the data source; z-scores (margin, scoring) are taken per source, those of fewer than
@@ -44,13 +44,13 @@ def evaluate_heads(
         scores: given scores, chosen [P] and rejected [P]; NaN where a pair has none.
         compare: other scorers' rewards of the same pairs: name -> (chosen [P], rejected [P]).
         features: the trunk's hidden states, chosen [P, D] and rejected [P, D].
-        foreign: heads' outputs on pairs of other data: can std or disagreement tell it from this?
+        foreign: heads' outputs on pairs of other data, to test if std or disagreement detects them.
         resamples, seed: of the bootstrap; intervals are 95 % percentile intervals over prompts.
 
     Returns:
         JSON-able: pairs, prompts, excluded (pairs with a reward that is not finite), heads, aggregation; accuracy,
         difference, margin, coverage by scorer; signals (right_or_wrong, own_or_foreign: AUROC), reliability, scoring,
-        head_summary, features. What cannot be given is None and `reasons` says why, by the key's path.
+        head_summary, features. A value that cannot be computed is None, and `reasons` explains it by the key's path.
 
     Raises:
         ValueError: for shapes that differ, a wrong aggregation, or no pair with finite rewards.
@@ -109,21 +109,21 @@ def _labels(keys: Sequence[Hashable] | None, finite: Tensor) -> Tensor:
 
 
 def pool_small_groups(labels: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """Merge groups too small to be standardised alone: the z-scores of two values are +1 and -1 whatever they are.
+    """Merge groups that are too small to be standardised alone.
 
-    Groups of fewer than `least` rows become one; where that one is still too small, the next smallest joins it.
+    Groups of fewer than `least` rows become one; if that is still too small, the next smallest group joins it.
 
     Args:
         labels: [N] int64, the group of each row.
-        least: rows that a group needs to stay on its own.
+        least: rows that a group needs to stay separate.
 
     Returns:
-        Labels [N] int64, and [N] bool: the rows whose group was merged with another.
+        Labels [N] int64, and [N] bool: rows of merged groups.
     """
     found, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
     order = counts.argsort(stable=True)
     sizes = counts[order]
-    before = sizes.cumsum(0) - sizes  # rows in the groups that are smaller still
+    before = sizes.cumsum(0) - sizes  # rows in smaller groups
     small = (sizes < least) | ((before < least) & (before > 0))
     if int(small.sum()) < 2:
         return labels, torch.zeros_like(labels, dtype=torch.bool)
@@ -132,7 +132,7 @@ def pool_small_groups(labels: Tensor, least: int) -> tuple[Tensor, Tensor]:
 
 
 def source_labels(keys: Sequence[Hashable], finite: Tensor, reasons: dict[str, str] | None = None) -> Tensor:
-    """[P'] int64: the group in which each finite pair is standardised; `reasons` is told of merged sources."""
+    """[P'] int64: the group in which each finite pair is standardised; merged sources are noted in `reasons`."""
     labels = _labels(keys, finite)
     return _pooled(labels, SOURCE_PAIRS, "pairs", "margin.*", {} if reasons is None else reasons)
 
@@ -193,7 +193,7 @@ def _right_or_wrong(
     options: dict[str, int],
     reasons: dict[str, str],
 ) -> dict[str, Any]:
-    """Signal -> scorer -> AUROC of the signal against that scorer's errors: above 0.5, the signal knows.
+    """Signal -> scorer -> AUROC of the signal for that scorer's errors; above 0.5 the signal is informative.
 
     The std of one head is None.
     """
@@ -260,7 +260,7 @@ def _reliability(
     options: dict[str, int],
     reasons: dict[str, str],
 ) -> dict[str, Any]:
-    """Signal -> bins, of the nominal reward's right and wrong; a constant signal has one bin. One head: std is None."""
+    """Signal -> bins with the nominal reward's accuracy; a constant signal has one bin. One head: std is None."""
     chosen, rejected = rewards["nominal" if pairs.num_heads > 1 else SINGLE]
     correct = statistics.pair_correct(chosen, rejected)
     signals = pairs.unsureness(chosen - rejected)
@@ -289,7 +289,7 @@ def _scoring(
         reasons["scoring"] = "no given scores"
         return None
     labels = None
-    if sources is not None:  # not every response has a score: sources may be too small here alone
+    if sources is not None:  # not every response has a score, so a source may be too small here only
         labels = torch.cat([sources, sources])[rows]
         labels = _pooled(labels, 2 * SOURCE_PAIRS, "responses", "scoring.scorers", reasons)
     both = pairs.both
@@ -317,7 +317,7 @@ def _scoring(
 
 
 def _head_summary(pairs: Pairs, reasons: dict[str, str]) -> dict[str, Any]:
-    """Correlations between heads (of rewards over responses, of margins over pairs), and what each head is like."""
+    """Correlations between heads (rewards over responses, margins over pairs), and statistics of each head."""
     both = pairs.both
     own = torch.eye(pairs.num_heads, dtype=torch.float64)
     # the share of responses on which a head is the nominal one: the nominal "reward" of one-hot means, averaged

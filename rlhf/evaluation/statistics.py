@@ -17,7 +17,7 @@ _CHUNK = 4_000_000  # elements of one block of resampling weights: 32 MB
 
 
 class Interval(NamedTuple):
-    """A value and its percentile bootstrap interval; None where the data cannot give it."""
+    """A value and its percentile bootstrap interval; None if the data cannot give it."""
 
     value: float | None
     low: float | None
@@ -25,7 +25,7 @@ class Interval(NamedTuple):
 
 
 class Bin(NamedTuple):
-    """A bin of a reliability picture: `size` pairs whose signal lies in [low, high], and how often they are right."""
+    """A bin of a reliability picture: `size` pairs with a signal in [low, high], and their accuracy."""
 
     low: float
     high: float
@@ -94,7 +94,7 @@ def mean_interval(values: Tensor, groups: Tensor | None = None, *, resamples: in
 def pair_correct(chosen: Tensor, rejected: Tensor) -> Tensor:
     """[P], [P] -> [P] bool: chosen > rejected, strictly.
 
-    A tie is wrong, as in RewardBench: a scorer that cannot tell the two apart has not got the pair right.
+    A tie is wrong, as in RewardBench: the scorer does not prefer the chosen response.
     """
     return chosen > rejected
 
@@ -132,7 +132,7 @@ def standardise(values: Tensor, sources: Tensor | None = None) -> Tensor:
         return values
     centred = values - values.mean(dim=0)
     std = centred.square().mean(dim=0).sqrt()
-    # a constant column leaves rounding residue of about 1e-16 of its size, which must not be blown up to z-scores
+    # a constant column leaves rounding residue of about 1e-16 of its size, which must not become z-scores
     flat = std <= 1e-12 * values.abs().amax(dim=0)
     return torch.where(flat, torch.zeros_like(centred), centred / torch.where(flat, torch.ones_like(std), std))
 
@@ -230,7 +230,7 @@ def reliability(
     resamples: int = 1000,
     seed: int = 0,
 ) -> list[Bin]:
-    """Is a low signal more often right? Pairs in bins of about equal count by signal [P], and each bin's accuracy.
+    """Accuracy of the pairs in bins of about equal count by `signal` [P]; a useful uncertainty signal makes it fall.
 
     Equal signals share a bin, so a signal with few values gives fewer bins than asked.
     """

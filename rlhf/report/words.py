@@ -38,7 +38,7 @@ def aligned(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table; the first row is its head."""
+    """The lines of a Markdown table; the first row is its header."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
 

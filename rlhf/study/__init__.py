@@ -1,1 +1,1 @@
-"""Claims about pessimism, tried out over many seeds; `prudent study` runs them."""
+"""Test claims about pessimism over many seeds; `prudent study` runs them."""

@@ -1,8 +1,8 @@
-"""The job behind `prudent study learning`: what PPO makes of each reward on a real, small language model.
+"""Run `prudent study learning`: PPO against each reward on a small language model, judged by a gold reward.
 
-Gold is VADER, the sentiment of the words; proxies are reward heads on the frozen trunk's features, trained on pairs of
-the model's own samples with a share of the labels flipped. PPO sees the proxy alone. What counts is the gold reward of
-its samples: whether it rises, whether it stays up, and which proxy brings most.
+Gold is VADER's sentiment of the words. Proxies are reward heads on the frozen trunk's features, trained on pairs of the
+model's own samples with a share of the labels flipped. PPO sees only the proxy. The study measures whether the gold
+reward of its samples rises, whether it stays high, and which proxy gives most.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RESUMABLE_CHANGES = ("output", "seeds", "kl", "lambdas", "processes", "window") 
 
 
 class Arm(NamedTuple):
-    """name: in tables; folder: of the reward model within a seed's folder; aggregation: how it is read."""
+    """A reward: its name in tables, its model's folder within a seed's folder, and the aggregation."""
 
     name: str
     folder: str
@@ -39,7 +39,7 @@ class Arm(NamedTuple):
 
 
 def run_learning(config: LearningConfig, *, progress: bool = True) -> StudyResult:
-    """Every run that is not done yet, then learning.json, learning.md and learning.png.
+    """Do every run that is not done yet, then write learning.json, learning.md and learning.png.
 
     The folder: seed-S/ (samples, pairs and the reward models of a seed), runs/ (PPO runs, see `run_ppo`).
 
@@ -59,11 +59,11 @@ def run_learning(config: LearningConfig, *, progress: bool = True) -> StudyResul
 
 
 def _measure(config: LearningConfig, progress: bool) -> dict[str, Any]:
-    """What learning.json holds."""
+    """The content of learning.json."""
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     jobs = [(config.model_dump_json(), seed) for seed in seeds]
     prepared = dict(zip(seeds, _in_processes(_prepare, jobs, config.processes, "rewards", progress), strict=True))
-    # lambda by lambda over all seeds would leave an interrupted table lopsided; the KL that comes first is done first
+    # all arms of a seed before the next seed: an interrupted study then has whole seeds
     runs = [(kl, seed, arm) for kl in config.kl for seed in seeds for arm in arms(config)]
     tasks = [(ppo_config(config, kl, seed, arm).model_dump_json(),) for kl, seed, arm in runs]
     rows = _in_processes(_run, tasks, config.processes, "PPO runs", progress)
@@ -93,7 +93,7 @@ def arms(config: LearningConfig) -> list[Arm]:
 
 
 def ppo_config(config: LearningConfig, kl: float, seed: int, arm: Arm) -> PPOConfig:
-    """The run of one reward, seed and KL coefficient."""
+    """The config of the PPO run with one reward, seed and KL coefficient."""
     ppo, folder = config.ppo, config.output / f"seed-{seed}"
     name = arm.name.replace(",", "").replace(" ", "-")
     return PPOConfig(
@@ -118,10 +118,10 @@ def ppo_config(config: LearningConfig, kl: float, seed: int, arm: Arm) -> PPOCon
 
 
 def summary(curves: dict[str, list[float | None]], window: int) -> dict[str, Any]:
-    """What is kept of a run.
+    """Summarise a run's curves.
 
     final: each metric's mean over the last `window` steps.   peak_gold: of gold's best `window` steps in a row.
-    curves: gold, proxy and KL, each number the mean of `BLOCK` steps. A step without a number (null) counts nowhere.
+    curves: gold, proxy and KL as means of `BLOCK` steps. A step without a number (null) is skipped.
     """
     gold = [value for value in curves["gold/mean"] if value is not None]
     width = min(window, len(gold))
@@ -139,13 +139,13 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def _prepare(config: str, seed: int) -> dict[str, Any]:
-    """The reward models of one seed."""
+    """Train the reward models of one seed."""
     whole = LearningConfig.model_validate_json(config)
     return prepare(whole.model, whole.output / f"seed-{seed}", whole.rewards, seed, f"tradeoff:{whole.pet_lambda:g}")
 
 
 def _run(config: str) -> tuple[dict[str, list[float | None]], str]:
-    """One PPO run, or what is left of it: its curves, and its last text of the first prompt."""
+    """Do or resume one PPO run; returns its curves and its last text of the first prompt."""
     from ..ppo.loop import run_ppo
     from ..ppo.watch.monitor import read_texts
 
@@ -157,7 +157,7 @@ def _run(config: str) -> tuple[dict[str, list[float | None]], str]:
 
 
 def _in_processes(work: Any, tasks: list[tuple[Any, ...]], processes: int, name: str, progress: bool) -> Iterator[Any]:
-    """The results of `work(*task)`, in the tasks' order; one process: this one; several: fresh ones, a thread each."""
+    """The results of `work(*task)` in the tasks' order, computed here or in several processes of one thread each."""
     results: list[Any] = [None] * len(tasks)
     with tqdm(total=len(tasks), desc=name, disable=not progress) as bar:
         if processes == 1:
@@ -166,7 +166,7 @@ def _in_processes(work: Any, tasks: list[tuple[Any, ...]], processes: int, name:
                 bar.update()
             return iter(results)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        context = get_context("spawn")  # a fork would inherit thread pools that are not there
+        context = get_context("spawn")  # a forked process would inherit thread pools without their threads
         with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
             futures = {pool.submit(work, *task): number for number, task in enumerate(tasks)}
             try:

@@ -53,7 +53,7 @@ def markdown(metrics: dict[str, Any]) -> str:
 
 
 def table(metrics: dict[str, Any], kl: float) -> list[list[str]]:
-    """The head, then a row for each reward under one KL coefficient."""
+    """A header, then a row for each reward under one KL coefficient."""
     head = ["reward", "final gold", "by seed", "peak gold", "final - peak", "final proxy", "KL, nats", "length"]
     rows = [[*head, "cut off", "final gold in every seed"]]
     arms = by_arm(metrics, kl)

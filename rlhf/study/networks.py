@@ -1,4 +1,4 @@
-"""Many small independent MLPs as one: every seed of every arm trains side by side, in a few batched products a step."""
+"""Many small independent MLPs as one batch, so that all seeds of all arms train together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Layers = list[tuple[Tensor, Tensor]]  # weight [N, in, out] and bias [N, 1, out]
 
 
 def networks(count: int, widths: list[int], generator: torch.Generator, scale: float = 1.0) -> Layers:
-    """`count` MLPs, each layer drawn as torch.nn.Linear draws it, uniform in +-in^-1/2, times `scale`."""
+    """`count` MLPs whose layers are initialised as torch.nn.Linear, uniform in +-in^-1/2, times `scale`."""
     layers = []
     for fan_in, fan_out in pairwise(widths):
         bound = scale * fan_in**-0.5
@@ -28,12 +28,12 @@ def repeated(layers: Layers, times: int) -> Layers:
 
 
 def trained(layers: Layers) -> list[Tensor]:
-    """The leaves to optimise, gradients switched on."""
+    """The tensors to optimise, with gradients enabled."""
     return [tensor.requires_grad_() for layer in layers for tensor in layer]
 
 
 def forward(layers: Layers, x: Tensor, activation: Literal["tanh", "relu"] = "tanh") -> Tensor:
-    """x [N, rows, in] -> [N, rows, out]; the activation stands between the layers."""
+    """x [N, rows, in] -> [N, rows, out], with the activation between the layers."""
     act = torch.tanh if activation == "tanh" else torch.relu
     for i, (weight, bias) in enumerate(layers):
         x = torch.baddbmm(bias, act(x) if i else x, weight)

@@ -1,4 +1,4 @@
-"""What every study does with its numbers: NAME.json, NAME.md and NAME.png, in a folder of its own."""
+"""Run a study and write NAME.json, NAME.md and NAME.png into its folder."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_FLAGS = ("model", "seeds")  # told always
+_FLAGS = ("model", "seeds")  # always in the command
 
 
 def command(study: str, config: JobConfig) -> str:
-    """What to type for the numbers of `config`: every key that is not its default; where they go is left open."""
+    """The shell command that reproduces the results of `config`: all changed keys except `output`."""
     kind = type(config)
     needed = {name: getattr(config, name) for name, field in kind.model_fields.items() if field.is_required()}
     plain, words = kind.model_validate(needed), ["prudent", "study", study]
@@ -41,7 +41,7 @@ _RESULT_FILES = ("*.json*", "*/")  # a folder with any of these holds results
 
 @dataclass(frozen=True)
 class StudyResult:
-    """folder: of NAME.json, .md and .png. metrics: what NAME.json holds. text: NAME.md and the picture's path."""
+    """The folder of NAME.json, .md and .png; the content of NAME.json; and as text NAME.md and the picture's path."""
 
     folder: Path
     metrics: dict[str, Any]
@@ -60,10 +60,10 @@ def run_study(
     *,
     resumable_changes: Collection[str] = ("output",),
 ) -> StudyResult:
-    """Call `measure` and write what it gives, its table and its picture into `config.output`, beside config.yaml.
+    """Call `measure`, and write its result, table and picture into `config.output`, beside config.yaml.
 
     Args:
-        config: of the study; one with the key `output`, a folder.
+        config: of the study; its key `output` is a folder.
         resumable_changes: keys that may differ from those of the results in the folder.
 
     Raises:

@@ -1,14 +1,13 @@
-"""The job behind `prudent study stochastic`: lemma 1's stochastic case (BRME, arXiv 2409.15360, 6.2 and appendix E).
+"""Run `prudent study stochastic`: lemma 1's stochastic case (BRME, arXiv 2409.15360, 6.2 and appendix E).
 
-Lemma 1: a reward that is the same for every response has advantage 0 under an exact critic, and so policy gradient 0.
-The paper's experiment goes on from there: rewards drawn at random, N(0, 1), hurt a policy most; the least of several
-random heads hurts less; a constant hurts least. Here policies that solve the toy are trained on each of them, and gold
-is the probability of the right response.
+Lemma 1: a constant reward has advantage 0 under an exact critic, so the policy gradient is 0. The paper's experiment
+finds that random rewards, N(0, 1), hurt a policy most, that the minimum of several random heads hurts less, and that a
+constant hurts least. Here policies that solve the toy are trained on each of them; gold is the probability of the right
+response.
 
-What could make the least of K hurt less is its variance (E and Var of the minimum of K iid N(0, 1) are printed, by
-quadrature). An update that is blind to the reward's scale does not see it: Adam divides the gradient's scale away, and
-so does whitening, which divides by the advantages' own std. So the arms run under SGD and under Adam, for one epoch and
-for four, whitened, and with a KL penalty beside the noise.
+The minimum of K has a smaller variance (its mean and variance are printed), which could make it hurt less. Updates that
+are invariant to the reward's scale cannot use that: Adam divides by the gradient's scale, whitening by the advantages'
+std. So the arms run under SGD and Adam, for one epoch and for four, whitened, and with a KL penalty.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ ARMS = ("constant", "worst of random", "random")
 
 
 class Setting(NamedTuple):
-    """An update: its optimizer, epochs a step, KL coefficient, and whether advantages are whitened."""
+    """A policy update: optimizer, epochs per step, KL coefficient, and whether advantages are whitened."""
 
     optimizer: Literal["adam", "sgd"]
     epochs: int = 1
@@ -53,7 +52,7 @@ def run_stochastic(config: StochasticConfig, *, progress: bool = True) -> StudyR
 
 
 def _measure(config: StochasticConfig, progress: bool) -> dict[str, Any]:
-    """What stochastic.json holds."""
+    """The content of stochastic.json."""
     start = good_policies(config)
     results: dict[str, Any] = {}
     for name, setting in tqdm(settings(config).items(), desc="stochastic", unit="setting", disable=not progress):
@@ -79,7 +78,7 @@ def _measure(config: StochasticConfig, progress: bool) -> dict[str, Any]:
 
 
 def settings(config: StochasticConfig) -> dict[str, Setting]:
-    """The updates tried, by what the tables call them."""
+    """The updates tried, by their names in the tables."""
     return {
         "SGD": Setting("sgd"),
         "SGD, whitened advantages": Setting("sgd", whiten=True),
@@ -91,7 +90,7 @@ def settings(config: StochasticConfig) -> dict[str, Setting]:
 
 
 def minimum_moments(k: int) -> tuple[float, float]:
-    """Mean and variance of the least of k iid N(0, 1): k = 5 gives -1.1630 and 0.4475. fp64 quadrature."""
+    """Mean and variance of the minimum of k iid N(0, 1) by fp64 quadrature; k = 5 gives -1.1630 and 0.4475."""
     x = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
     upper = 0.5 * torch.erfc(x / math.sqrt(2))
     density = k * upper ** (k - 1) * torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)

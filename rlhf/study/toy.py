@@ -1,13 +1,13 @@
-"""The job behind `prudent study toy`: BRME's figure 1 (arXiv 2409.15360, section 4) over many seeds.
+"""Run `prudent study toy`: BRME's figure 1 (arXiv 2409.15360, section 4) over many seeds.
 
-8 prompts, 8 responses, the best response of prompt i is response i. The preference data has, for every prompt, its best
-response against two random others: 16 pairs, which leave 40 of the 64 cells without a label. One reward model trained
-on them is the nominal one; `models` others of one shape and other initial weights are the uncertainty set. A 3-layer
-MLP policy is trained by PPO on each arm's reward, with the exact value of the policy as its critic. An actor is optimal
-when its likeliest response is the right one for all 8 prompts.
+There are 8 prompts and 8 responses; the best response to prompt i is response i. The preference data pairs the best
+response to every prompt with two random others: 16 pairs, which leave 40 of the 64 cells without a label. One reward
+model trained on them is the nominal one; `models` others of the same shape with other initial weights are the
+uncertainty set. PPO trains a 3-layer MLP policy on each arm's reward, with the exact value of the policy as its critic.
+A policy is optimal if its likeliest response is the right one for all 8 prompts.
 
-The paper gives neither widths nor rates nor steps nor a KL coefficient, nor whether the nominal model is in the set:
-the first are keys of the config, with a table of what hangs on them, and of the last both readings are arms.
+The paper gives no widths, learning rates, steps or KL coefficient: they are keys of the config, with a table of their
+influence. Nor does it say whether the nominal model is in the set: both readings are arms.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .toy_world import (
 LAMBDAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
-# what the paper leaves open, one thing changed at a time
+# settings that the paper does not give, one change at a time
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "as above": {},
     "initial weights of the reward models x 1 (torch's own)": {"reward": {"scale": 1.0}},
@@ -56,7 +56,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class Arm(NamedTuple):
-    """A reward: table [S, 8, 8], plus `worst` times the model of the set that the policy fares worst with (eq. 6)."""
+    """A reward: table [S, 8, 8] plus `worst` times the set's model with the lowest mean under the policy (eq. 6)."""
 
     table: Tensor
     worst: float = 0.0
@@ -73,7 +73,7 @@ def run_toy(config: ToyConfig, *, progress: bool = True) -> StudyResult:
 
 
 def _measure(config: ToyConfig, progress: bool) -> dict[str, Any]:
-    """What toy.json holds."""
+    """The content of toy.json."""
     settings = SETTINGS if config.sensitivity else {"as above": {}}
     known: dict[str, tuple[Tensor, Tensor]] = {}
     compared = ("single", f"tradeoff:{config.lam:g}", "worst of the set", "mean of all")
@@ -112,7 +112,7 @@ def _changed(config: ToyConfig, change: Mapping[str, dict[str, Any]]) -> ToyConf
 
 
 def _reward_models(config: ToyConfig) -> tuple[Tensor, Tensor]:
-    """Every setting has the same pairs; a model's initial weights follow from the seed and the shapes."""
+    """Train the reward models: all settings share the pairs, and the seed and the shapes give the initial weights."""
     pairs = preference_pairs(config.seeds, torch.Generator().manual_seed(config.first_seed))
     generator = torch.Generator().manual_seed(config.first_seed + 1)
     return reward_models(pairs, 1 + config.models, config.reward, generator)
@@ -145,7 +145,9 @@ def train_arms(
     """
     count, seeds = len(arms), config.seeds
     nominal = next(iter(arms.values())).table
-    unit = nominal.std(dim=(1, 2), keepdim=True)  # one unit for a seed's arms: the KL coefficient means the same
+    unit = nominal.std(
+        dim=(1, 2), keepdim=True
+    )  # one unit for all arms of a seed, so that the KL coefficient means the same
     tables = torch.stack([arm.table / unit for arm in arms.values()])  # [A, S, 8, 8]
     worst = torch.tensor([arm.worst for arm in arms.values()])[:, None, None, None]
     others = others / unit[:, None]
@@ -189,8 +191,8 @@ def outcome(policy: Tensor, table: Tensor, base: Tensor) -> dict[str, Any]:
 def _example(
     rewards: Tensor, every: Mapping[str, Arm], policies: Mapping[str, Tensor], results: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """One seed to draw: the first in which the single model fails and the trade-off succeeds, as in the paper's figure;
-    where there is none, the first whose gain from the trade-off is the median."""
+    """One seed for the picture: the first in which the single model fails and the trade-off succeeds, as in the paper's
+    figure; without one, the first whose gain from the trade-off is the median."""
     name = list(every)[1]
     single, tradeoff = (torch.tensor(results[arm]["right_by_seed"]) for arm in ("single", name))
     like = (single < SIZE) & (tradeoff == SIZE)

@@ -1,4 +1,4 @@
-"""BRME's toy (arXiv 2409.15360, section 4): its preference pairs, its reward models, and PPO on its 8 x 8 cells."""
+"""BRME's toy (arXiv 2409.15360, section 4): preference pairs, reward models, and PPO on 8 x 8 cells."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZE = 8  # prompts, and responses to each
 
 
 class Judged(NamedTuple):
-    """What a reward says of a step's draws: reward [N, 8, n], and its exact mean under the policy, value [N, 8, 1]."""
+    """The reward of a step's samples, [N, 8, n], and its exact mean under the policy, value [N, 8, 1]."""
 
     reward: Tensor
     value: Tensor
@@ -40,10 +40,10 @@ def preference_pairs(seeds: int, generator: torch.Generator) -> Tensor:
 def reward_models(
     pairs: Tensor, models: int, config: ToyRewardConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """`models` networks a seed, other initial weights and the same pairs [S, P, 3].
+    """Train `models` networks per seed with different initial weights on the same pairs [S, P, 3].
 
     Returns:
-        rewards [S, models, 8, 8], and the share of the pairs that each model ranks right [S, models].
+        Rewards [S, models, 8, 8], and each model's share of pairs ranked right [S, models].
     """
     seeds = pairs.shape[0]
     count = seeds * models
@@ -73,9 +73,9 @@ def _cells() -> Tensor:
 
 
 def normalised(rewards: Tensor, how: Literal["none", "model", "prompt"]) -> Tensor:
-    """[..., 8, 8] rewards: untouched, each model to mean 0 and std 1 over its cells, or each prompt to mean 0.
+    """[..., 8, 8] rewards: unchanged, each model standardised over its cells, or each prompt centred.
 
-    Bradley-Terry leaves a constant a prompt open, which differs between models and which a minimum over models sees.
+    Bradley-Terry leaves a constant per prompt undetermined, which differs between models and changes their minimum.
     """
     if how == "prompt":
         return rewards - rewards.mean(dim=-1, keepdim=True)
@@ -105,12 +105,12 @@ def train_policies(
     seeds: int,
     each_step: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """PPO on N = arms * seeds policies, in place; arm after arm, and the arms of one seed see the same random numbers.
+    """Train N = arms * seeds policies in place by PPO; the arms of one seed see the same random numbers.
 
-    The advantage is the reward less its exact mean under the policy (what a perfect critic would say).
+    Policies are ordered arm by arm. The advantage is the reward minus its exact mean under the policy.
 
     Args:
-        layers: the policies to start from; also what `config.kl` holds them near.
+        layers: the initial policies, which are also the reference of `config.kl`.
         reward: see `RewardFunction`.
         each_step: called with the probabilities [N, 8, 8] before every step and at the end.
 
@@ -157,5 +157,5 @@ def draw(probability: Tensor, uniform: Tensor) -> Tensor:
 
 
 def right(table: Tensor) -> Tensor:
-    """[..., 8, 8] -> [...] int64: for how many of the 8 prompts the greatest of the row is the right response."""
+    """[..., 8, 8] -> [...] int64: the number of prompts whose right response has the largest value."""
     return (table.argmax(dim=-1) == torch.arange(SIZE)).sum(dim=-1)
