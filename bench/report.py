@@ -148,7 +148,9 @@ def state(row: Row) -> str:
 
 def table(rows: Sequence[Row], machine: Machine) -> str:
     """The table for the terminal: a block for each op and mode, aligned across blocks."""
-    blank, cells, titles = [""] * (len(_COLUMNS) - 1), [_COLUMNS], {}
+    blank = [""] * (len(_COLUMNS) - 1)
+    cells: list[Sequence[str]] = [_COLUMNS]
+    titles: dict[int, str] = {}  # line number -> the block that it belongs to
     for row in rows:
         titles[len(cells)] = f"{row.op}: {row.mode}"
         *most, beside = _padded(_cells(row, machine))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..report.words import accuracy_cells, aligned, count, few_prompts, truncated_texts
+from ..report.words import accuracy_cells, aligned, count, few_prompts
 from .scored_pairs import SINGLE, Pairs
 from .statistics import Bin, Interval, normalised_margin
 
@@ -21,14 +21,13 @@ LONGER = "longer response"  # a baseline: the longer response is the better one
 def format_metrics(metrics: Mapping[str, Any]) -> str:
     """The dictionary of `evaluate_heads` as text of about 30 lines.
 
-    Read too if present: `data` (the counts of `load_pairs`) and `truncated` (texts that lost their beginning).
+    The counts of `load_pairs` are read too if they are there, under `data`.
     """
     m = metrics
     opening = [f"{count(m['pairs'], 'pair')}, {count(m['prompts'], 'prompt')}, {count(m['heads'], 'head')}"]
     if m["excluded"]:
         opening.append(f"left out, for rewards that are not finite: {m['excluded']}")
-    opening += [_dropped(m.get("data", {})), truncated_texts(m.get("truncated", 0), 2 * (m["pairs"] + m["excluded"]))]
-    opening.append(few_prompts(m["prompts"]))
+    opening += [_dropped(m.get("data", {})), few_prompts(m["prompts"])]
     rows = [["", "accuracy, %", "95 % interval", "margin", "coverage / std²"]]
     for name, found in m["accuracy"].items():
         margin = f"{m['margin'][name]['mean']:.2f} ± {m['margin'][name]['std']:.2f}"

@@ -267,12 +267,6 @@ def test_a_source_too_small_for_a_scale_is_standardised_with_another_and_that_is
     assert large["scoring"] == plain["scoring"]
 
 
-def test_the_table_says_how_many_texts_lost_their_beginning():
-    result = evaluate_heads(*ensemble(30), resamples=100)
-    assert "without the beginning" not in format_metrics(result)
-    assert "5 of 60 texts were too long and read without the beginning" in format_metrics({**result, "truncated": 5})
-
-
 def test_the_table_gives_coverage_in_the_scorers_own_variance():
     chosen, rejected = ensemble(100)
     scaled = evaluate_heads(heads(100 * chosen.mean), heads(100 * rejected.mean), resamples=100)
