@@ -149,10 +149,10 @@ def _row_of_panels(axes: Any, table: dict[str, list[dict[str, Any]]], kl: float,
     for cell in (axes[0], axes[2]):
         cell.axhline(reference, color=GREY, linewidth=1, linestyle=(0, (3, 2)))
     axes[3].axvline(reference, color=GREY, linewidth=1, linestyle=(0, (3, 2)))
-    axes[0].set(title=f"{_kl_title(kl)}: what one gets", xlabel="step", ylabel="gold")
-    axes[1].set(title="what the proxy believes", xlabel="step", ylabel="proxy, std")
-    axes[2].set(title="gold over distance", xlabel="KL from the reference, nats", ylabel="gold")
-    axes[3].set(title="final gold, seeds and mean", xlabel="gold", ylim=(len(table) - 0.5, -0.5))
+    axes[0].set(title=f"{_kl_title(kl)}: gold reward", xlabel="step", ylabel="gold")
+    axes[1].set(title="proxy reward", xlabel="step", ylabel="proxy, std")
+    axes[2].set(title="gold reward against distance", xlabel="KL from the reference, nats", ylabel="gold")
+    axes[3].set(title="final gold: seeds, mean", xlabel="gold", ylim=(len(table) - 0.5, -0.5))
     axes[3].set_yticks(range(len(table)), list(table), fontsize=8)
 
 

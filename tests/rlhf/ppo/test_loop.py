@@ -291,7 +291,7 @@ class TestFinishedAgain:
         with pytest.raises(ValueError, match="holds a run already"):  # its checkpoints are there
             run_ppo(config, progress=False)
         more = run_ppo(config.model_copy(update={"steps": 4}), resume=True, progress=False)
-        assert more.metrics["faults"] == "metrics.jsonl lacks steps 0 to 1: the numbers are of the others alone."
+        assert more.metrics["faults"] == "metrics.jsonl lacks steps 0 to 1: the numbers cover the other steps alone."
         assert more.metrics["faults"] in str(more)
 
     def test_without_what_the_report_needs_none_is_promised(
