@@ -204,7 +204,7 @@ def _time(run: Callable[[], Any], calls: int) -> float:
 
 
 def run_case(rows: int, dim: int, dtype: str, seconds: float) -> dict[str, Any]:
-    """Run a case. Its record: machine and versions, and `times` {name: {median, least, count}} in seconds, or `failed`."""
+    """Run a case: a record of machine, versions and `times` {name: {median, least, count}} in seconds, or `failed`."""
     case = Case(rows, dim, dtype)
     record: dict[str, Any] = {"rows": rows, "dim": dim, "dtype": dtype, "heads": HEADS} | _here()
     record["failed"] = case.check()

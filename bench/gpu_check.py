@@ -136,7 +136,7 @@ class Check:
         return code, found
 
     def stage_build(self, limit: float) -> tuple[str, list[str]]:
-        """Build the native library as setup.py does in place, else by cmake alone; a dry run keeps the present library."""
+        """Build the native library as setup.py does in place, else by cmake; a dry run keeps the present library."""
         if self.dry and (ROOT / "_C.so").exists():
             return "passed", ["dry: the library that is there was kept"]
         code, text = self.call([sys.executable, "setup.py", "build_ext", "--inplace"], limit)

@@ -48,7 +48,7 @@ class Machine:
 
 
 def again(machine: Machine, seen: Iterable[float] = (), quick: bool = False) -> Machine:
-    """Measure the rates again after the cases and keep the highest; `seen`: read bandwidths measured beside the cases."""
+    """Measure the rates again after the cases and keep the highest; `seen`: bandwidths measured beside cases."""
     device = torch.device(machine.device)
     bandwidth, matrix = _ceilings(device, quick)
     highest = {name: max(rate, machine.matrix[name]) for name, rate in matrix.items()}

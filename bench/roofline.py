@@ -26,7 +26,7 @@ _MARKS = {"ours": ("o", True), "eager": ("o", False), "compiled": ("s", False)} 
 
 
 def draw(rows: Sequence[Row], machine: Machine, stem: Path) -> list[Path]:
-    """Write STEM.png and STEM.svg; return their paths, [] if no case has a time. Raises ImportError without matplotlib."""
+    """Write STEM.png and STEM.svg and return their paths ([] if no case has a time). ImportError without matplotlib."""
     timed = [row for row in rows if row.timings and row.flops]
     if not timed:
         return []

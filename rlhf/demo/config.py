@@ -28,7 +28,7 @@ class DemoPPOConfig(JobConfig):
 
 
 class DemoConfig(JobConfig):
-    """Everything `prudent demo` can be told. The defaults sample some 270,000 tokens: about 4 minutes on two idle
+    """The config of `prudent demo`. The defaults sample some 270,000 tokens: about 4 minutes on two idle
     AVX512-BF16 cores (1,400 tokens/s), 13 on cores that multiply in float32; the heads take half a minute, PPO as
     `DemoPPOConfig` says."""
 

@@ -162,7 +162,7 @@ class UpdateConfig(JobConfig):
 
 
 class PPOConfig(JobConfig):
-    """Everything `prudent ppo` can be told."""
+    """The config of `prudent ppo`."""
 
     model: str = Field(description="Policy, a causal language model: local folder or hub name.")
     prompts: str = Field(

@@ -161,7 +161,7 @@ class PETConfig(JobConfig):
 
 
 class TrainConfig(JobConfig):
-    """Everything `prudent train` can be told."""
+    """The config of `prudent train`."""
 
     model: str = Field(description="Trunk, a language model: local folder or hub name.")
     data: str = Field(description="Preference pairs: JSON lines, Parquet, or a data set name (NAME:SPLIT).")

@@ -14,7 +14,7 @@ from ..reward.config import BradleyTerryConfig, BRMEConfig, PETConfig
 class ToyRewardConfig(JobConfig):
     """The reward models: MLPs on one-hot prompt and response, trained with the Bradley-Terry loss.
 
-    `scale` decides how much the models differ where no label is: the table of settings shows 1 beside it.
+    `scale` determines how much the models differ on cells without a label; the table of settings also has scale 1.
     """
 
     width: int = Field(default=64, ge=1, description="Units in a hidden layer.")
@@ -31,8 +31,8 @@ class ToyRewardConfig(JobConfig):
 class ToyPolicyConfig(JobConfig):
     """The policy, a 3-layer MLP from a one-hot prompt to 8 logits, and its PPO.
 
-    kl is large enough for PPO to find the best response of whatever reward it is given (toy.md says how often): without
-    it policies settle early on a response that is good for many prompts, which is PPO's doing and not the reward's.
+    kl is large enough for PPO to find the best response of any reward (toy.md says how often). Without it policies
+    settle early on a response that is good for many prompts, which would be an error of PPO, not of the reward.
     """
 
     width: int = Field(default=64, ge=1, description="Units in a hidden layer.")
@@ -51,7 +51,7 @@ class ToyPolicyConfig(JobConfig):
 
 
 class ToyConfig(JobConfig):
-    """Everything `prudent study toy` can be told."""
+    """The config of `prudent study toy`."""
 
     output: Path = Field(default=Path("runs/study/toy"), description="Folder for the results.")
     seeds: int = Field(default=20, ge=2, description="Independent repetitions.")
@@ -64,7 +64,7 @@ class ToyConfig(JobConfig):
 
 
 class StochasticConfig(JobConfig):
-    """Everything `prudent study stochastic` can be told."""
+    """The config of `prudent study stochastic`."""
 
     output: Path = Field(default=Path("runs/study/stochastic"), description="Folder for the results.")
     seeds: int = Field(default=100, ge=2, description="Independent repetitions.")
@@ -128,7 +128,7 @@ class LearningPPOConfig(JobConfig):
 
 
 class LearningConfig(JobConfig):
-    """Everything `prudent study learning` can be told."""
+    """The config of `prudent study learning`."""
 
     model: str = Field(description="Small causal language model: local folder or hub name.")
     output: Path = Field(default=Path("runs/study/learning"), description="Folder for results and runs.")
