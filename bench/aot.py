@@ -2,7 +2,7 @@
 
     prudent bench --aot [--target sm_90 ...] [--op ensemble_reward ...] [--full] [--markdown | --write-readme]
 
-What is compiled is what the launchers launch: each op's `configs.py` has `shipped(target, full)`, whose calls are
+What is compiled is what the launchers launch: each op's `shipped.py` has `shipped(target, full)`, whose calls are
 recorded, and the recorded arguments become the signature, specialised as Triton's own launcher would. From the machine
 code come registers, stack, shared memory, the widest load and the matrix instruction, held to the budget below.
 """
@@ -119,15 +119,15 @@ def narrow_reason(entry: Entry) -> str:
 
 
 def ops() -> list[str]:
-    """Every op with a table of Triton configurations, in alphabetical order."""
-    return sorted(path.parent.name for path in KERNELS.glob("*/configs.py"))
+    """Every op with Triton launches to compile, in alphabetical order."""
+    return sorted(path.parent.name for path in KERNELS.glob("*/shipped.py"))
 
 
 def entries(op: str, target: str, full: bool) -> list[Entry]:
     """The op's shipped launches for `target`, those alike but for their label joined."""
-    configs = importlib.import_module(f"...kernels.{op}.configs", __name__)
+    cases = importlib.import_module(f"...kernels.{op}.shipped", __name__)
     found: dict[tuple[Any, ...], tuple[list[str], Launch]] = {}
-    for label, run in configs.shipped(target, full):
+    for label, run in cases.shipped(target, full):
         with recording() as launches:
             run()
         for launch in launches:

@@ -16,7 +16,7 @@ from ..kernels.linear_logprob import triton as logprob  # type: ignore[attr-defi
 from ..kernels.linear_logprob.contract import Inputs as LogprobInputs
 from ..kernels.preference_step import triton as preference  # type: ignore[attr-defined]
 from ..kernels.preference_step.contract import Inputs as PreferenceInputs
-from .traffic import Report, counting
+from .traffic_count import Report, counting
 
 ROWS, STORED, DIM, HEADS = 48, 80, 256, 5  # no two alike, so that a size tells what it counts
 TOKENS, VOCABULARY = 100, 500

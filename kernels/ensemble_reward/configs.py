@@ -1,8 +1,7 @@
 """The static table of `ensemble_reward`'s Triton kernels: tiles by shape, dtype and architecture, each with its reason.
 
 Never keyed on timing (but for PRUDENT_AUTOTUNE=1) or on a sequence length, so that equal calls on equal devices have
-equal bits. `shipped` walks through every row of the table for tools that compile it ahead of time; `assume` stands in
-for a device there.
+equal bits. `assume` stands in for a device where the launches are compiled ahead of time (shipped.py).
 
 What the table is after. The features' bytes are the whole cost: 2K = 10 products of D = 4096 bf16 values are 10 FLOP a
 byte, and a GPU of this decade wants 200 before arithmetic counts. So the measure of a tile is bytes in flight: by
@@ -20,8 +19,7 @@ block_rows D 2 of features. With K = 5 that is 20 / block_rows of the features: 
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -271,57 +269,3 @@ def gradient_config(columns: int) -> Config:
 def weight_config(columns: int) -> Config:
     """Of the sum of the weight's partials: narrow tiles, to have many programs (128 at D = 4096) for few megabytes."""
     return Config(0, max(16, 512 // columns), 4, 1)
-
-
-_HEADS = (5, 12, 20, 40)  # one of each padded width
-_ROWS = (256, 8192, 65536)  # one of each row bucket: D split in 16 and in 2, and not at all
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def shipped(target: str, full: bool = True) -> Iterable[tuple[str, Callable[[], None]]]:
-    """(label, run) for every configuration that `target` can be given: `run`, under `recording()`, launches a forward
-    and a backward on tensors without data. Not `full`: bf16 with 5 heads, and one case of each other dtype and width.
-    """
-    for dtype, heads, rows in itertools.product(_DTYPES, _HEADS, _ROWS):
-        short = (dtype == torch.bfloat16 and (heads == _HEADS[0] or rows == _ROWS[0])) or (heads, rows) == (5, 256)
-        if full or short:
-            label = f"{str(dtype).removeprefix('torch.')}-K{heads}-N{rows}"
-            yield label, _run(target, dtype, heads, rows, "tradeoff:0.4,centre=batch")
-    for label, rows, given in (
-        ("group-in-block", 256, {"group_size": 8}),
-        ("group-by-size", 240, {"group_size": 24}),
-        ("group-by-label", 256, {"group": torch.empty(256, dtype=torch.int64, device="meta")}),
-        ("group-by-label-later", 2048, {"group": torch.empty(2048, dtype=torch.int64, device="meta")}),
-        ("no-norm-bf16-weight", 65536, {"norm_weight": None, "weight_dtype": torch.bfloat16}),
-    ):
-        spec = "tradeoff:0.4" if label.startswith("no") else "tradeoff:0.4,centre=group"
-        yield label, _run(target, torch.bfloat16, 5, rows, spec, **given)
-
-
-def _run(
-    target: str, dtype: torch.dtype, heads: int, num_rows: int, aggregation: str,
-    weight_dtype: torch.dtype | None = None, **given: object,
-) -> Callable[[], None]:  # fmt: skip
-    def run() -> None:
-        from . import triton  # type: ignore[attr-defined]
-        from .contract import Inputs
-
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-
-        def empty(*shape: int, like: torch.dtype = wide) -> torch.Tensor:
-            return torch.empty(shape, dtype=like, device="meta")
-
-        values: dict[str, object] = {
-            "hidden": empty(num_rows, 4096, like=dtype), "weight": empty(2 * heads, 4096, like=weight_dtype or wide),
-            "bias": empty(2 * heads), "rows": empty(num_rows, like=torch.int64) if num_rows < _ROWS[-1] else None,
-            "norm_weight": empty(4096, like=dtype), "seed": empty(1, like=torch.int64), "shift": empty(heads),
-            "scale": empty(heads), "std_ref": empty(heads), "group": None, "group_size": 0, "norm_eps": 1e-6,
-            "std_floor": 1e-3, "aggregation": aggregation,
-        }  # fmt: skip
-        inputs = Inputs(**{**values, **given})  # type: ignore[arg-type]
-        grads = (empty(num_rows), empty(num_rows, heads), empty(num_rows, heads), empty())
-        with assume(target):
-            saved = triton.forward(inputs, True)[4]
-            triton.backward(grads, inputs, saved, (True, True, True, True))
-
-    return run

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from prudent.bench import traffic
-from prudent.bench.traffic import Access, Report
+from prudent.bench.traffic_count import Access, Report
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from prudent.kernels.launch import recording
-from prudent.kernels.linear_logprob import chunked, configs, linear_logprob, op, reference
+from prudent.kernels.linear_logprob import chunked, configs, linear_logprob, op, reference, shipped
 from prudent.kernels.linear_logprob import triton as execution
 from prudent.kernels.linear_logprob.configs import Plan
 from prudent.kernels.linear_logprob.contract import Inputs, kept_rows
@@ -204,7 +204,7 @@ def test_gradcheck_of_the_public_op_through_triton(options: dict[str, Any]) -> N
 def test_what_is_shipped_for_a_target_launches_every_kernel() -> None:
     for full in (False, True):
         labels = set()
-        for label, run in configs.shipped("sm_90", full):
+        for label, run in shipped.shipped("sm_90", full):
             with recording() as launches:
                 run()
             labels.add(label)

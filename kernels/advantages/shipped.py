@@ -1,0 +1,38 @@
+"""Every Triton launch of `advantages` that the table in configs.py can choose, on tensors without data.
+
+`bench/aot.py` records the launches and compiles them ahead of time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from . import triton  # type: ignore[attr-defined]
+from .contract import Inputs
+
+
+def shipped(target: str, full: bool = True) -> Iterable[tuple[str, Callable[[], None]]]:
+    """(label, run) for every configuration that `target` can be given: `run`, under `recording()`, launches the op on
+    tensors without data. Not `full`: fp32 alone.
+    """
+    del target  # every one gets the same
+    for length in (512, 4096):
+        yield f"fp32-T{length}", _run(torch.float32, length, "k3", "after", True)
+    if full:
+        yield "bf16-T4096", _run(torch.bfloat16, 4096, "k3", "after", True)
+        yield "fp64-T4096", _run(torch.float64, 4096, "k3", "after", True)
+        yield "no-critic-k1-T4096", _run(torch.float32, 4096, "k1", "last", False)
+
+
+def _run(dtype: torch.dtype, length: int, estimator: str, score_at: str, critic: bool) -> Callable[[], None]:
+    def run() -> None:
+        tokens = torch.empty(64, length, dtype=dtype, device="meta")
+        score, mask = tokens[:, 0], torch.empty(64, length, dtype=torch.bool, device="meta")
+        value = tokens if critic else None
+        triton.forward(
+            Inputs(score, tokens, tokens, value, mask, 1.0, 0.95, 0.05, estimator, 10.0, "skip", score_at, "sample")
+        )
+
+    return run
