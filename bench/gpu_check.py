@@ -278,8 +278,7 @@ def test_files() -> dict[str, list[str]]:
     kernels = ROOT / "tests" / "kernels"
     found = {}
     for op in sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton.py")):
-        folders = [kernels / op, kernels] if op == "ensemble_reward" else [kernels / op]
-        files = [f / name for name in ("triton_cases.py", "test_op.py") for f in folders if (f / name).exists()]
+        files = [*sorted((kernels / op).glob("triton*_cases.py")), kernels / op / "test_op.py"]
         tests = sorted((kernels / op).glob("test_*.py"))
         files += [file for file in tests if file not in files and _NAMES_DEVICE.search(file.read_text("utf-8"))]
         found[op] = [str(file.relative_to(ROOT)) for file in files]

@@ -1,10 +1,10 @@
-"""The Triton execution, without a GPU under Triton's interpreter and on one where there is one.
+"""The Triton execution: under Triton's interpreter everywhere, and on a GPU where there is one.
 
-The cases are in files named triton_cases.py and run in a child process. `@triton.jit` decides when it decorates whether
-a function is interpreted, and that holds for Triton's own library (`tl.sum`, `tl.zeros`) as for ours: once anything in
-this process has imported triton without TRITON_INTERPRET=1 (inductor does, under any torch.compile test), the
-interpreter can no longer be had here, and the other way round an interpreted triton would break inductor. The
-interpreter also patches `triton.language` in place while it runs. A process of its own has none of these problems.
+The cases are in the files triton*_cases.py and run in a child process. `@triton.jit` decides when it decorates a
+function whether that function is interpreted, Triton's own library (`tl.sum`, `tl.zeros`) included. Once this process
+has imported triton without TRITON_INTERPRET=1 (inductor does, in any torch.compile test), it can no longer interpret;
+the other way round, an interpreted triton breaks inductor. The interpreter also patches `triton.language` in place
+while it runs. A child process has none of these problems.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 CASES = {
-    "what is computed": HERE / "triton_cases.py",
-    "how it is launched": HERE / "ensemble_reward" / "triton_cases.py",
+    "ensemble_reward": HERE / "ensemble_reward" / "triton_cases.py",
+    "ensemble_reward, launches": HERE / "ensemble_reward" / "triton_launch_cases.py",
     "preference_step": HERE / "preference_step" / "triton_cases.py",
     "linear_logprob": HERE / "linear_logprob" / "triton_cases.py",
     "advantages": HERE / "advantages" / "triton_cases.py",
