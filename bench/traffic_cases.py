@@ -12,8 +12,12 @@ from ..kernels.advantages import triton as advantages  # type: ignore[attr-defin
 from ..kernels.advantages.contract import Inputs as AdvantageInputs
 from ..kernels.ensemble_reward import triton as ensemble  # type: ignore[attr-defined]
 from ..kernels.ensemble_reward.contract import Inputs as EnsembleInputs
+from ..kernels.ensemble_reward.contract import Needs as EnsembleNeeds
+from ..kernels.ensemble_reward.contract import OutputGrads as EnsembleGrads
 from ..kernels.linear_logprob import triton as logprob  # type: ignore[attr-defined]
 from ..kernels.linear_logprob.contract import Inputs as LogprobInputs
+from ..kernels.linear_logprob.contract import Needs as LogprobNeeds
+from ..kernels.linear_logprob.contract import OutputGrads as LogprobGrads
 from ..kernels.preference_step import triton as preference  # type: ignore[attr-defined]
 from ..kernels.preference_step.contract import Inputs as PreferenceInputs
 from .traffic_count import Report, counting
@@ -53,9 +57,9 @@ def _ensemble_forward(op: str, mode: str) -> Report:
 def _ensemble_backward(op: str, mode: str) -> Report:
     inputs = _ensemble_inputs()
     saved = ensemble.forward(inputs, True)[4]
-    grads = (torch.ones(ROWS), torch.ones(ROWS, HEADS), torch.ones(ROWS, HEADS), None)
+    grads = EnsembleGrads(torch.ones(ROWS), torch.ones(ROWS, HEADS), torch.ones(ROWS, HEADS), reward_sum=None)
     head = "frozen head" not in mode
-    needs = ("frozen trunk" not in mode, head, head, head)
+    needs = EnsembleNeeds(hidden="frozen trunk" not in mode, weight=head, bias=head, norm_weight=head)
     call = lambda: ensemble.backward(grads, inputs, saved, needs)  # noqa: E731
     return _report(op, mode, call, [inputs.hidden, saved, *grads], (ROWS, STORED))
 
@@ -82,10 +86,11 @@ def _advantages(op: str, mode: str) -> Report:
     mask = torch.ones(ROWS, TOKENS, dtype=torch.bool)
     whiten = "sample" if "whitened" in mode else "none"
     inputs = AdvantageInputs(
-        torch.randn(ROWS, generator=g), logprob_, ref_logprob, value, mask, 1.0, 0.95, 0.05, "k1", float("inf"), "skip",
-        "last", whiten,
+        score=torch.randn(ROWS, generator=g), logprob=logprob_, ref_logprob=ref_logprob, value=value, mask=mask,
+        gamma=1.0, lam=0.95, kl_coef=0.05, kl_estimator="k1", kl_clip=float("inf"), holes="skip", score_at="last",
+        whiten=whiten,
     )  # fmt: skip
-    return _report(op, mode, lambda: advantages.forward(inputs), [*inputs[:5]], (ROWS,))
+    return _report(op, mode, lambda: advantages.forward(inputs), inputs.tensors, (ROWS,))
 
 
 def _logprob(op: str, mode: str) -> Report:
@@ -97,10 +102,10 @@ def _logprob(op: str, mode: str) -> Report:
     if mode == "forward, tiles":
         return _report(op, mode, lambda: logprob.forward(inputs, None), [logits, inputs.target], (ROWS,))
     _, entropy, lse = logprob.forward(inputs, None)
-    grads = (torch.ones(ROWS), torch.ones(ROWS), None)
+    grads = LogprobGrads(torch.ones(ROWS), torch.ones(ROWS), lse=None)
 
     def call() -> list[Tensor]:
-        logprob.backward(grads, inputs, None, entropy, lse, (True, True))
+        logprob.backward(grads, inputs, None, entropy, lse, LogprobNeeds(hidden=True, weight=True))
         return [logits]  # the derivative, where the logits were
 
     return _report(op, mode, call, [logits, inputs.target, entropy, lse, *grads], (ROWS,))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.linear_logprob import linear_logprob, reference
-from ...kernels.linear_logprob.contract import Inputs
+from ...kernels.linear_logprob.contract import Inputs, Needs, OutputGrads
 from ..case import DTYPES, Case, Check, Work, compare, compiled_variants, generator, num_sets
 
 SHAPES = {  # [T, D] against [V, D]; the full one is 50 TFLOP forward and backward, too much for a CPU
@@ -118,8 +118,8 @@ def _check_gradients(tensors: tuple[Any, ...], upstream: tuple[Tensor, Tensor]) 
     dweight = torch.zeros_like(weight, dtype=torch.float64, requires_grad=False)
     for part, inputs in _chunks(tensors):
         _, entropy, lse = reference.forward(inputs)
-        grads = (upstream[0][part].double(), upstream[1][part].double(), None)
-        found = reference.backward(grads, inputs, None, entropy, lse, (True, True))
+        grads = OutputGrads(upstream[0][part].double(), upstream[1][part].double(), lse=None)
+        found = reference.backward(grads, inputs, None, entropy, lse, Needs(hidden=True, weight=True))
         assert found[0] is not None
         assert found[1] is not None
         dhidden[part] = found[0]

@@ -80,8 +80,14 @@ class Inputs(NamedTuple):
     whiten: str
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+        """The fields `score` to `mask`."""
+        return self[:5]
+
+    @property
     def output_dtype(self) -> torch.dtype:
-        wide = any(t is not None and t.dtype == torch.float64 for t in self[:4])
+        floating = (self.score, self.logprob, self.ref_logprob, self.value)
+        wide = any(t is not None and t.dtype == torch.float64 for t in floating)
         return torch.float64 if wide else torch.float32
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,20 +15,34 @@ def available() -> bool:
     return native.load()
 
 
+class NativeOptions(NamedTuple):
+    """What the native op takes after the tensors, in its schema's order (test_native_build.py compares the names)."""
+
+    gamma: float
+    decay: float
+    hole: float
+    kl_coef: float
+    kl_estimator: int
+    kl_clip: float
+    after: bool
+    whiten: int
+    eps: float
+
+
 def forward(inputs: Inputs) -> Outputs:
     """(advantage, returns, reward [B, T], dropped [B], stats [6]); rows over threads, the recurrence in fp64."""
     decay = inputs.gamma * inputs.effective_lam
-    native_op: Any = torch.ops.prudent_native.advantages.default
-    result: Outputs = native_op(
-        *inputs[:5],
-        inputs.gamma,
-        decay,
-        1.0 if inputs.holes == "skip" else decay,
-        inputs.kl_coef,
-        KL_ESTIMATORS.index(inputs.kl_estimator),
-        inputs.kl_clip,
-        inputs.score_at == "after",
-        WHITEN.index(inputs.whiten),
-        VARIANCE_EPS,
+    options = NativeOptions(
+        gamma=inputs.gamma,
+        decay=decay,
+        hole=1.0 if inputs.holes == "skip" else decay,
+        kl_coef=inputs.kl_coef,
+        kl_estimator=KL_ESTIMATORS.index(inputs.kl_estimator),
+        kl_clip=inputs.kl_clip,
+        after=inputs.score_at == "after",
+        whiten=WHITEN.index(inputs.whiten),
+        eps=VARIANCE_EPS,
     )
+    native_op: Any = torch.ops.prudent_native.advantages.default
+    result: Outputs = native_op(*inputs.tensors, *options)
     return result

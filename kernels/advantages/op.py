@@ -37,8 +37,11 @@ def _backend(inputs: Inputs) -> Any:
     return reference
 
 
-def _forward(*args: Any) -> Outputs:
-    inputs = Inputs(*args)
+def _forward(*arguments: Any) -> Outputs:
+    return _run(Inputs(*arguments))
+
+
+def _run(inputs: Inputs) -> Outputs:
     check_inputs(inputs)
     if inputs.mask.numel() == 0:
         return _new(inputs, torch.zeros)
@@ -53,8 +56,8 @@ def _new(inputs: Inputs, make: Any) -> Outputs:
     return *tokens, make(batch, dtype=torch.bool, device=device), make(6, dtype=dtype, device=device)  # type: ignore[return-value]
 
 
-def _fake(*args: Any) -> Outputs:
-    inputs = Inputs(*args)
+def _fake(*arguments: Any) -> Outputs:
+    inputs = Inputs(*arguments)
     check_inputs(inputs)
     return _new(inputs, torch.empty)
 
@@ -131,10 +134,12 @@ def advantages(
     checks.tensor(mask, "mask")
     integer = not (mask.dtype.is_floating_point or mask.dtype.is_complex)
     require(integer, "mask", "dtype bool or an integer dtype", mask.dtype)
-    clip = float("inf") if kl_clip is None else kl_clip
-    options = (gamma, lam, kl_coef, kl_estimator, clip, holes, score_at, whiten)
-    tensors = (_detached(score), _detached(logprob), _detached(ref_logprob), _detached(value))
-    inputs = Inputs(*tensors, mask if mask.dtype == torch.bool else mask != 0, *options)  # type: ignore[arg-type]
-    forward: Any = _forward if is_plain(inputs[:5]) else torch.ops.prudent.advantages
-    advantage, returns, reward, dropped, stats = forward(*inputs)
+    inputs = Inputs(
+        score=_detached(score), logprob=_detached(logprob), ref_logprob=_detached(ref_logprob), value=_detached(value),
+        mask=mask if mask.dtype == torch.bool else mask != 0, gamma=gamma, lam=lam, kl_coef=kl_coef,
+        kl_estimator=kl_estimator, kl_clip=float("inf") if kl_clip is None else kl_clip, holes=holes,
+        score_at=score_at, whiten=whiten,
+    )  # fmt: skip
+    outputs: Outputs = _run(inputs) if is_plain(inputs.tensors) else torch.ops.prudent.advantages(*inputs)
+    advantage, returns, reward, dropped, stats = outputs
     return AdvantageOutput(advantage, returns, reward, dropped, AdvantageStats(*stats.unbind()))

@@ -31,8 +31,9 @@ def _run(dtype: torch.dtype, length: int, estimator: str, score_at: str, critic:
         tokens = torch.empty(64, length, dtype=dtype, device="meta")
         score, mask = tokens[:, 0], torch.empty(64, length, dtype=torch.bool, device="meta")
         value = tokens if critic else None
-        triton.forward(
-            Inputs(score, tokens, tokens, value, mask, 1.0, 0.95, 0.05, estimator, 10.0, "skip", score_at, "sample")
-        )
+        triton.forward(Inputs(
+            score=score, logprob=tokens, ref_logprob=tokens, value=value, mask=mask, gamma=1.0, lam=0.95, kl_coef=0.05,
+            kl_estimator=estimator, kl_clip=10.0, holes="skip", score_at=score_at, whiten="sample",
+        ))  # fmt: skip
 
     return run

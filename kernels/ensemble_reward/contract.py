@@ -40,11 +40,31 @@ class EnsembleOutput(NamedTuple):
 
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of a backend's forward: EnsembleOutput's four, and `saved`
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class OutputGrads(NamedTuple):
+    """Gradients of the loss with respect to EnsembleOutput's four tensors; None stands for zero."""
+
+    reward: Tensor | None
+    mean: Tensor | None
+    std: Tensor | None
+    reward_sum: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which inputs need a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    norm_weight: bool
+
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of the inputs, in the order of `Needs`
 
 
 class Inputs(NamedTuple):
-    """Arguments of `prudent::ensemble_reward`, in schema order. `group_size` 0 = not given by size."""
+    """Arguments of `prudent::ensemble_reward`, in schema order. `group_size` is 0 where no size is given."""
 
     hidden: Tensor
     weight: Tensor
@@ -60,6 +80,16 @@ class Inputs(NamedTuple):
     norm_eps: float
     std_floor: float
     aggregation: str
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The fields `hidden` to `group`."""
+        return self[:10]
+
+    @property
+    def options(self) -> tuple[int, float, float, str]:
+        """The fields after the tensors."""
+        return self[10:]
 
     @property
     def spec(self) -> Aggregation:
@@ -119,8 +149,8 @@ def _check_seed_and_indices(inputs: Inputs) -> None:
         refuse("seed", "shape [1]", list(inputs.seed.shape))
     if inputs.group is not None and inputs.group.shape[0] != inputs.num_rows:
         refuse("group", f"shape [{inputs.num_rows}]", list(inputs.group.shape))
-    for name, other in zip(Inputs._fields[1:10], inputs[1:10], strict=True):
-        checks.device(other, name, inputs.hidden)
+    for name, tensor in zip(Inputs._fields, inputs.tensors, strict=False):
+        checks.device(tensor, name, inputs.hidden)
 
 
 def _check_group(inputs: Inputs) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import native
-from .contract import Grads, Inputs, Outputs
+from .contract import Grads, Inputs, Needs, OutputGrads, Outputs
 from .spec import CENTRES, KINDS, NOMINALS, Aggregation
 
 
@@ -18,19 +18,37 @@ def available() -> bool:
     return native.load()
 
 
+class NativeSpec(NamedTuple):
+    """An aggregation as C++ takes it: positions in the tables of spec.py, and numbers."""
+
+    kind: int
+    coefficient: float
+    source_is_sample: bool
+    nominal: int
+    nominal_head: int
+    centre: int
+
+
 @lru_cache(maxsize=256)
-def _spec_numbers(aggregation: str) -> tuple[int, float, bool, int, int, int]:
-    """kind, coefficient, takes samples, nominal, its fixed head, centre: the spec as it crosses into C++."""
+def native_spec(aggregation: str) -> NativeSpec:
+    """The aggregation string as C++ takes it."""
     spec = Aggregation.parse(aggregation)
-    nominal = NOMINALS.index(spec.nominal.partition(":")[0])
-    return (
-        KINDS.index(spec.kind),
-        float(spec.coefficient),
-        spec.source == "sample",
-        nominal,
-        spec.nominal_head,
-        CENTRES.index(spec.centre),
+    return NativeSpec(
+        kind=KINDS.index(spec.kind),
+        coefficient=float(spec.coefficient),
+        source_is_sample=spec.source == "sample",
+        nominal=NOMINALS.index(spec.nominal.partition(":")[0]),
+        nominal_head=spec.nominal_head,
+        centre=CENTRES.index(spec.centre),
     )
+
+
+def _arguments(inputs: Inputs) -> tuple[Any, ...]:
+    """What forward and backward both take, in the order of their schemas: `Inputs` but its last field, the spec, `isa`.
+
+    By position: keywords cost a quarter more host time a call. tests/kernels/test_native_build.py compares the names.
+    """
+    return *inputs[:-1], *native_spec(inputs.aggregation), native.isa_index()
 
 
 @lru_cache(maxsize=2)
@@ -40,15 +58,12 @@ def _op(name: str) -> Any:
 
 def forward(inputs: Inputs, keep: bool = False) -> Outputs:
     """(reward [N], mean [N, K], std [N, K], reward_sum [], saved), fp32. Raises RuntimeError outside the contract."""
-    numbers = _spec_numbers(inputs.aggregation)
-    result: Outputs = _op("ensemble_reward_forward")(*inputs[:-1], *numbers, native.isa_index(), keep)
+    result: Outputs = _op("ensemble_reward_forward")(*_arguments(inputs), keep)
     return result
 
 
-def backward(grads: Grads, inputs: Inputs, saved: Tensor, needs: tuple[bool, bool, bool, bool]) -> Grads:
+def backward(grads: OutputGrads, inputs: Inputs, saved: Tensor, needs: Needs) -> Grads:
     """Gradients of hidden, weight, bias and norm_weight (None where not needed) from those of the four outputs."""
-    numbers = _spec_numbers(inputs.aggregation)
     outer = (g if g is None or g.dtype == torch.float32 else g.float() for g in grads)
-    op = _op("ensemble_reward_backward")
-    result: Grads = op(*outer, *inputs[:-1], *numbers, native.isa_index(), saved, *needs)
+    result: Grads = _op("ensemble_reward_backward")(*outer, *_arguments(inputs), saved, *needs)
     return result

@@ -12,9 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import split
 from ..eager import is_plain
 from . import cpu, reference
-from .contract import EnsembleOutput, Grads, Inputs, Outputs, check_inputs, check_values, checks, refuse
+from .contract import (
+    EnsembleOutput,
+    Grads,
+    Inputs,
+    Needs,
+    OutputGrads,
+    Outputs,
+    check_inputs,
+    check_values,
+    checks,
+    refuse,
+)
 from .spec import Aggregation
 
 STD_FLOOR = (
@@ -45,8 +57,9 @@ def _backend(inputs: Inputs) -> Any:
     return reference
 
 
-def _forward(*args: Any) -> Outputs:
-    return _run(Inputs(*args[:14]), args[14])
+def _forward(*arguments: Any) -> Outputs:
+    *given, keep = arguments
+    return _run(Inputs(*given), keep)
 
 
 def _run(inputs: Inputs, keep: bool) -> Outputs:
@@ -65,15 +78,21 @@ def _run(inputs: Inputs, keep: bool) -> Outputs:
     return result
 
 
-def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads, inputs, saved, needs = args[:4], Inputs(*args[4:18]), args[18], args[19:]
-    results: Grads = _backend(inputs).backward(grads, inputs, saved, needs)
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads, inputs, saved, needs = split(arguments, OutputGrads, Inputs, Tensor, Needs)
     empty = inputs.hidden.new_empty(0)
-    return tuple(empty if r is None else r for r in results)  # type: ignore[return-value]
+    found = _run_backward(grads, inputs, saved, needs)
+    return tuple(empty if g is None else g for g in found)  # type: ignore[return-value]
 
 
-def _fake_forward(*args: Any) -> Outputs:
-    inputs, keep = Inputs(*args[:14]), args[14]
+def _run_backward(grads: OutputGrads, inputs: Inputs, saved: Tensor, needs: Needs) -> Grads:
+    found: Grads = _backend(inputs).backward(grads, inputs, saved, needs)
+    return found
+
+
+def _fake_forward(*arguments: Any) -> Outputs:
+    *given, keep = arguments
+    inputs = Inputs(*given)
     check_inputs(inputs)
     n, k, dtype = inputs.num_rows, inputs.num_heads, inputs.output_dtype
     new = inputs.hidden.new_empty
@@ -81,9 +100,9 @@ def _fake_forward(*args: Any) -> Outputs:
     return new(n, dtype=dtype), *heads, new((), dtype=dtype), new(n if keep else 0, 2 * k + 1, dtype=dtype)
 
 
-def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs, needs = Inputs(*args[4:18]), args[19:]
-    targets = (inputs.hidden, inputs.weight, inputs.bias, inputs.norm_weight)
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, inputs, _, needs = split(arguments, OutputGrads, Inputs, Tensor, Needs)
+    targets = (getattr(inputs, name) for name in Needs._fields)
     # hidden may be a strided view: its gradient is a fresh contiguous tensor
     return tuple(  # type: ignore[return-value]
         target.new_empty(target.shape) if need and target is not None else inputs.hidden.new_empty(0)
@@ -97,31 +116,44 @@ for _device in ("CPU", "CUDA"):
 torch.library.register_fake("prudent::ensemble_reward", _fake_forward, lib=_library)
 torch.library.register_fake("prudent::ensemble_reward_backward", _fake_backward, lib=_library)
 
-_SAVED = ("hidden", "weight", "bias", "rows", "norm_weight", "seed", "shift", "scale", "std_ref", "group")
 
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    *values, _ = inputs
+    given = Inputs(*values)
+    *_, saved = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[4])
-    ctx.save_for_backward(*inputs[: len(_SAVED)], output[4])
-    ctx.options = inputs[len(_SAVED) : len(Inputs._fields)]
+    ctx.mark_non_differentiable(saved)
+    ctx.save_for_backward(*given.tensors, saved)
+    ctx.options = given.options
+
+
+_DIFFERENTIABLE = tuple(Inputs._fields.index(name) for name in Needs._fields)  # positions among the arguments
 
 
 def _autograd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, rows, norm_weight, *rest, saved = ctx.saved_tensors
+    """A gradient, or None, for each field of `Inputs` and for `keep`."""
+    *outer, _ = grads  # `saved` has no gradient
     wanted = ctx.needs_input_grad
-    needs = (wanted[0], wanted[1], wanted[2], wanted[4])
-    result: list[Tensor | None] = [None] * (len(Inputs._fields) + 1)
-    if any(g is not None for g in grads[:4]):
-        inputs = (hidden, weight, bias, rows, norm_weight, *rest, *ctx.options)
-        found = ctx.run_backward(*grads[:4], *inputs, saved, *needs)
-        for position, gradient, need in zip((0, 1, 2, 4), found, needs, strict=True):
-            result[position] = gradient if need else None
+    needs = Needs(*(wanted[i] for i in _DIFFERENTIABLE))
+    result: list[Tensor | None] = [None] * len(wanted)
+    if any(g is not None for g in outer):
+        *tensors, saved = ctx.saved_tensors
+        found = ctx.run_backward(OutputGrads(*outer), Inputs(*tensors, *ctx.options), saved, needs)
+        for i, gradient, need in zip(_DIFFERENTIABLE, found, needs, strict=True):
+            result[i] = gradient if need else None
     return tuple(result)
 
 
+def _registered_backward(
+    grads: OutputGrads, inputs: Inputs, saved: Tensor, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    found: tuple[Tensor, Tensor, Tensor, Tensor]
+    found = torch.ops.prudent.ensemble_reward_backward(*grads, *inputs, saved, *needs)
+    return found
+
+
 def _library_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    ctx.run_backward = torch.ops.prudent.ensemble_reward_backward
+    ctx.run_backward = _registered_backward
     return _autograd_backward(ctx, *grads)
 
 
@@ -134,15 +166,15 @@ class _EagerEnsembleReward(torch.autograd.Function):
     """The registered op's autograd without its registration cost; same backend, same saved tensors."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Outputs:
-        output = _forward(*args)
-        _setup_context(ctx, args, output)
+    def forward(ctx: Any, *arguments: Any) -> Outputs:
+        output = _forward(*arguments)
+        _setup_context(ctx, inputs=arguments, output=output)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.run_backward = _backward
+        ctx.run_backward = _run_backward
         return _autograd_backward(ctx, *grads)
 
 
@@ -223,11 +255,18 @@ def ensemble_reward(
         group_size = group
     # a string goes through unparsed: the compiler need not trace the parser
     text = aggregation if isinstance(aggregation, str) and centre is None else _spec_text(aggregation, centre)
-    vectors = bias, rows, norm_weight, seed, shift, scale, std_ref, labels
-    inputs = Inputs(hidden, weight.contiguous(), *vectors, group_size, norm_eps, std_floor, text)
-    keep = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs[:5])
-    if not is_plain(inputs[:10]):
-        return EnsembleOutput(*torch.ops.prudent.ensemble_reward(*inputs, keep)[:4])
-    if keep:
-        return EnsembleOutput(*_EagerEnsembleReward.apply(*inputs, True)[:4])  # type: ignore[no-untyped-call]
-    return EnsembleOutput(*_run(inputs, False)[:4])
+    inputs = Inputs(
+        hidden=hidden, weight=weight.contiguous(), bias=bias, rows=rows, norm_weight=norm_weight, seed=seed,
+        shift=shift, scale=scale, std_ref=std_ref, group=labels, group_size=group_size, norm_eps=norm_eps,
+        std_floor=std_floor, aggregation=text,
+    )  # fmt: skip
+    differentiable = (hidden, weight, bias, norm_weight)
+    keep = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in differentiable)
+    if not is_plain(inputs.tensors):
+        outputs: Outputs = torch.ops.prudent.ensemble_reward(*inputs, keep)
+    elif keep:
+        outputs = _EagerEnsembleReward.apply(*inputs, keep)  # type: ignore[no-untyped-call]
+    else:
+        outputs = _run(inputs, keep)
+    reward, mean, std, reward_sum, _ = outputs
+    return EnsembleOutput(reward, mean, std, reward_sum)

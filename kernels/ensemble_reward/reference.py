@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import Grads, Inputs, Outputs
+from .contract import Grads, Inputs, Needs, OutputGrads, Outputs
 from .spec import Aggregation
 
 PHILOX_ROUNDS = (
@@ -212,33 +212,34 @@ def forward(inputs: Inputs, keep: bool = False) -> Outputs:
     return reward - group_mean(reward, inputs), h.mean.contiguous(), h.std.contiguous(), reward.sum(), saved
 
 
-def backward(grads: Grads, inputs: Inputs, saved: Tensor, needs: tuple[bool, bool, bool, bool]) -> Grads:
+def backward(grads: OutputGrads, inputs: Inputs, saved: Tensor, needs: Needs) -> Grads:
     """Gradients of hidden, weight, bias and norm_weight from those of the four outputs.
 
     As the oracle it does not rely on `saved` but computes all of it again.
     """
+    need_hidden, need_weight, need_bias, need_norm = needs
     h = heads(inputs)
     d_product = _product_gradient(grads, h, inputs)
-    bias = d_product.sum(dim=0) if needs[2] else None
+    bias = d_product.sum(dim=0) if need_bias else None
     scaled = d_product if h.rstd is None else d_product * h.rstd
     hidden = weight = norm_weight = None
-    if needs[0]:
+    if need_hidden:
         dx = scaled @ h.folded
         if h.rstd is not None:
             # d rstd / dx = -rstd^3 x / D, and sum_n c_n (x . W'_n) rstd = sum_n c_n product_n: no further pass over D
             dx = dx - h.x * h.rstd.square() * (d_product * h.product).sum(dim=1, keepdim=True) / h.x.shape[1]
         hidden = dx if inputs.rows is None else add_rows(dx.new_zeros(inputs.hidden.shape), inputs.rows, dx)
         hidden = hidden.to(inputs.hidden.dtype)
-    if needs[1] or needs[3]:
+    if need_weight or need_norm:
         d_folded = scaled.T @ h.x
         if inputs.norm_weight is not None:
             norm_weight = (d_folded * inputs.weight.to(d_folded.dtype)).sum(dim=0).to(inputs.norm_weight.dtype)
             d_folded = d_folded * inputs.norm_weight.to(d_folded.dtype)
         weight = d_folded.to(inputs.weight.dtype)
-    return hidden, weight if needs[1] else None, bias, norm_weight if needs[3] else None
+    return hidden, weight if need_weight else None, bias, norm_weight if need_norm else None
 
 
-def _product_gradient(grads: Grads, h: Heads, inputs: Inputs) -> Tensor:
+def _product_gradient(grads: OutputGrads, h: Heads, inputs: Inputs) -> Tensor:
     """[N, 2K]: the gradient at the matrix product (equally at the bias)."""
     d_reward, d_mean, d_std, d_sum = grads
     spec, dtype = inputs.spec, inputs.output_dtype

@@ -12,7 +12,7 @@ import torch
 
 from . import triton  # type: ignore[attr-defined]
 from .configs import assume
-from .contract import Inputs
+from .contract import Inputs, Needs, OutputGrads
 
 _HEADS = (5, 12, 20, 40)  # one of each padded width
 _ROWS = (256, 8192, 65536)  # one of each row bucket: D split in 16 and in 2, and not at all
@@ -57,9 +57,10 @@ def _run(
             "std_floor": 1e-3, "aggregation": aggregation,
         }  # fmt: skip
         inputs = Inputs(**{**values, **given})  # type: ignore[arg-type]
-        grads = (empty(num_rows), empty(num_rows, heads), empty(num_rows, heads), empty())
+        grads = OutputGrads(empty(num_rows), empty(num_rows, heads), empty(num_rows, heads), empty())
+        needs = Needs(hidden=True, weight=True, bias=True, norm_weight=True)
         with assume(target):
             saved = triton.forward(inputs, True)[4]
-            triton.backward(grads, inputs, saved, (True, True, True, True))
+            triton.backward(grads, inputs, saved, needs)
 
     return run

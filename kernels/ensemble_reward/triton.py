@@ -19,7 +19,7 @@ from .. import tuning
 from ..arrivals import arrivals
 from ..launch import Config, launch
 from . import configs, reference
-from .contract import Grads, Inputs, Outputs
+from .contract import Grads, Inputs, Needs, OutputGrads, Outputs
 from .reference import cvar_tail
 from .triton_backward import combine_kernel, outer_kernel, product_gradient_kernel, weight_gradient_kernel
 from .triton_forward import centre_kernel, forward_kernel
@@ -142,7 +142,7 @@ def _centre_by_label(values: Tensor, out: Tensor, inputs: Inputs) -> None:
     )  # fmt: skip
 
 
-def backward(grads: Grads, inputs: Inputs, saved: Tensor, needs: tuple[bool, bool, bool, bool]) -> Grads:
+def backward(grads: OutputGrads, inputs: Inputs, saved: Tensor, needs: Needs) -> Grads:
     """Gradients of hidden, weight, bias and norm_weight from what the forward saved; None where not needed.
 
     hidden is read once, and not at all where only the bias, or without a norm only hidden, needs a gradient.
@@ -151,7 +151,7 @@ def backward(grads: Grads, inputs: Inputs, saved: Tensor, needs: tuple[bool, boo
         return reference.backward(grads, inputs, saved, needs)
     need_hidden, need_weight, _, need_norm = needs
     if inputs.num_rows == 0:
-        targets = (inputs.hidden, inputs.weight, inputs.bias, inputs.norm_weight)
+        targets = (getattr(inputs, name) for name in Needs._fields)
         return tuple(  # type: ignore[return-value]
             t.new_zeros(t.shape) if need and t is not None else None for t, need in zip(targets, needs, strict=True)
         )
@@ -170,17 +170,18 @@ def backward(grads: Grads, inputs: Inputs, saved: Tensor, needs: tuple[bool, boo
 
 
 def _product_gradient(
-    grads: Grads, inputs: Inputs, common: dict[str, Any], saved: Tensor, needs: tuple[bool, bool, bool, bool]
+    grads: OutputGrads, inputs: Inputs, common: dict[str, Any], saved: Tensor, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """scaled [N, padded 2K], along [N] (hidden's gradient through a norm), bias partials [programs, 2K]."""
     n, dtype, new = inputs.num_rows, inputs.output_dtype, inputs.hidden.new_empty
+    need_hidden, need_weight, need_bias, need_norm = needs
     config = configs.gradient_config(common["BN"])
     programs = triton.cdiv(n, config.block_rows)
     d_reward, d_mean, d_std, d_sum = grads
     d_reward, averages, size = _centred(d_reward, inputs)
-    scaled = new(n, common["BN"], dtype=dtype) if needs[0] or needs[1] or needs[3] else None
-    along = new(n, dtype=dtype) if needs[0] and inputs.norm_weight is not None else None
-    bias = new(programs, 2 * inputs.num_heads, dtype=dtype) if needs[2] else None
+    scaled = new(n, common["BN"], dtype=dtype) if need_hidden or need_weight or need_norm else None
+    along = new(n, dtype=dtype) if need_hidden and inputs.norm_weight is not None else None
+    bias = new(programs, 2 * inputs.num_heads, dtype=dtype) if need_bias else None
     strides = {
         name: 0 if tensor is None else tensor.stride(axis)
         for name, tensor, axis in (

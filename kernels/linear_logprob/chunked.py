@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .configs import Plan, plan
-from .contract import Grads, Inputs, OutputGrads, Outputs
+from .contract import Grads, Inputs, Needs, OutputGrads, Outputs
 from .products import Workspace, operand_dtype, product
 from .torch_tiles import TorchTiles
 
@@ -123,15 +123,16 @@ def run_backward(
     rows: Tensor | None,
     entropy: Tensor,
     lse: Tensor,
-    needs: tuple[bool, bool],
+    needs: Needs,
     tiles: type[Any],
 ) -> Grads:
     """(grad_hidden, grad_weight) through `tiles.gradient`: each tile's logits once more, then up to two products."""
+    need_hidden, need_weight = needs
     call = _Call(inputs, rows, tiles)
     new_hidden = inputs.hidden.new_empty if rows is None and call.count else inputs.hidden.new_zeros
-    grad_hidden = new_hidden(inputs.hidden.shape) if needs[0] else None
+    grad_hidden = new_hidden(inputs.hidden.shape) if need_hidden else None
     new_weight = inputs.weight.new_empty if call.count else inputs.weight.new_zeros
-    grad_weight = new_weight(inputs.weight.shape) if needs[1] else None
+    grad_weight = new_weight(inputs.weight.shape) if need_weight else None
     if not any(needs) or call.count == 0:
         return grad_hidden, grad_weight
     # the temperature divides what flows back into the capped logits, so it is taken off the outer gradients once
@@ -182,7 +183,7 @@ def forward(inputs: Inputs, rows: Tensor | None) -> Outputs:
 
 
 def backward(
-    grads: OutputGrads, inputs: Inputs, rows: Tensor | None, entropy: Tensor, lse: Tensor, needs: tuple[bool, bool]
+    grads: OutputGrads, inputs: Inputs, rows: Tensor | None, entropy: Tensor, lse: Tensor, needs: Needs
 ) -> Grads:
     """Gradients of hidden and weight (None where not needed) from those of the three outputs."""
     return run_backward(grads, inputs, rows, entropy, lse, needs, TorchTiles)

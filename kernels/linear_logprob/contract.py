@@ -35,8 +35,24 @@ class LogprobOutput(NamedTuple):
 
 
 Outputs = tuple[Tensor, Tensor, Tensor]
-OutputGrads = tuple[Tensor | None, Tensor | None, Tensor | None]
-Grads = tuple[Tensor | None, Tensor | None]
+
+
+class OutputGrads(NamedTuple):
+    """Gradients of the loss with respect to LogprobOutput's three tensors; None stands for zero."""
+
+    logprob: Tensor | None
+    entropy: Tensor | None
+    lse: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which inputs need a gradient."""
+
+    hidden: bool
+    weight: bool
+
+
+Grads = tuple[Tensor | None, Tensor | None]  # of the inputs, in the order of `Needs`
 
 
 class Inputs(NamedTuple):
@@ -48,6 +64,16 @@ class Inputs(NamedTuple):
     temperature: float
     softcap: float | None
     ignore_index: int | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden, weight and target."""
+        return self[:3]
+
+    @property
+    def options(self) -> tuple[float, float | None, int | None]:
+        """The fields after the tensors."""
+        return self[3:]
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -62,7 +88,7 @@ class Inputs(NamedTuple):
 
 def check_inputs(inputs: Inputs) -> None:
     """Refuse every shape, dtype, device and option outside the contract. Reads no values, so it serves fakes too."""
-    hidden, weight, target = inputs[:3]
+    hidden, weight, target = inputs.tensors
     for name in ("hidden", "weight"):
         value = getattr(inputs, name)
         checks.tensor(value, name)

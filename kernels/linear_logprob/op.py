@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import split
 from ..eager import is_plain
-from .contract import Grads, Inputs, LogprobOutput, OutputGrads, Outputs, check_inputs, check_values, kept_rows
+from .contract import Grads, Inputs, LogprobOutput, Needs, OutputGrads, Outputs, check_inputs, check_values, kept_rows
 
 _SCHEMA = "Tensor hidden, Tensor weight, Tensor target, float temperature, float? softcap, int? ignore_index"
 _library = torch.library.Library("prudent", "FRAGMENT")
@@ -22,7 +23,6 @@ _library.define(
     "linear_logprob_backward(Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_lse, "
     f"{_SCHEMA}, Tensor entropy, Tensor lse, bool need_hidden, bool need_weight) -> (Tensor, Tensor)"
 )
-_OPTIONS = 3  # where the schema's tensors end
 
 
 def _backend(inputs: Inputs) -> Any:
@@ -36,39 +36,40 @@ def _backend(inputs: Inputs) -> Any:
     return chunked
 
 
-def _checked(*args: Any) -> tuple[Inputs, Tensor | None]:
-    inputs = Inputs(*args)
+def _run(inputs: Inputs) -> tuple[Outputs, Tensor | None]:
+    """The outputs, and the rows that are not ignored (None: all)."""
     check_inputs(inputs)
     check_values(inputs)
-    return inputs, kept_rows(inputs.target, inputs.ignore_index)
+    rows = kept_rows(inputs.target, inputs.ignore_index)
+    return _backend(inputs).forward(inputs, rows), rows
 
 
-def _forward(*args: Any) -> Outputs:
-    inputs, rows = _checked(*args)
-    outputs: Outputs = _backend(inputs).forward(inputs, rows)
+def _forward(*arguments: Any) -> Outputs:
+    outputs, _ = _run(Inputs(*arguments))
     return outputs
 
 
-def _backward(*args: Any) -> tuple[Tensor, Tensor]:
-    grads, inputs, (entropy, lse, *needs) = args[:3], Inputs(*args[3:9]), args[9:]
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    grads, inputs, entropy, lse, needs = split(arguments, OutputGrads, Inputs, Tensor, Tensor, Needs)
     rows = kept_rows(inputs.target, inputs.ignore_index)
-    found: Grads = _backend(inputs).backward(grads, inputs, rows, entropy, lse, tuple(needs))
+    found: Grads = _backend(inputs).backward(grads, inputs, rows, entropy, lse, needs)
     empty = inputs.hidden.new_empty(0)
     return tuple(empty if g is None else g for g in found)  # type: ignore[return-value]
 
 
-def _fake_forward(*args: Any) -> Outputs:
-    inputs = Inputs(*args)
+def _fake_forward(*arguments: Any) -> Outputs:
+    inputs = Inputs(*arguments)
     check_inputs(inputs)
     shape, dtype = inputs.target.shape, inputs.accumulator
     return tuple(inputs.hidden.new_empty(shape, dtype=dtype) for _ in range(3))  # type: ignore[return-value]
 
 
-def _fake_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    inputs, needs = Inputs(*args[3:9]), args[11:]
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    _, inputs, _, _, needs = split(arguments, OutputGrads, Inputs, Tensor, Tensor, Needs)
+    hidden, weight, _ = inputs.tensors
     return tuple(  # type: ignore[return-value]
-        like.new_empty(like.shape) if need else inputs.hidden.new_empty(0)
-        for like, need in zip(inputs[:2], needs, strict=True)
+        like.new_empty(like.shape) if need else hidden.new_empty(0)
+        for like, need in zip((hidden, weight), needs, strict=True)
     )
 
 
@@ -80,19 +81,30 @@ torch.library.register_fake("prudent::linear_logprob_backward", _fake_backward, 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    given = Inputs(*inputs)
+    _, entropy, lse = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:_OPTIONS], *output[1:])
-    ctx.options = inputs[_OPTIONS:]
+    ctx.save_for_backward(*given.tensors, entropy, lse)
+    ctx.options = given.options
+
+
+def _needs(ctx: Any) -> Needs:
+    hidden, weight, *_ = ctx.needs_input_grad
+    return Needs(hidden, weight)
+
+
+def _of_every_input(hidden: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Autograd wants a gradient, or None, for each argument of the forward."""
+    return hidden, weight, None, None, None, None
 
 
 def _library_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    if all(g is None for g in grads):
+        return _of_every_input(None, None)
     *tensors, entropy, lse = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:2]
-    found: tuple[Tensor | None, ...] = (None, None)
-    if any(g is not None for g in grads):
-        found = torch.ops.prudent.linear_logprob_backward(*grads, *tensors, *ctx.options, entropy, lse, *needs)
-        found = tuple(g if need else None for g, need in zip(found, needs, strict=True))
-    return (*found, None, None, None, None)
+    needs = _needs(ctx)
+    hidden, weight = torch.ops.prudent.linear_logprob_backward(*grads, *tensors, *ctx.options, entropy, lse, *needs)
+    return _of_every_input(hidden if needs.hidden else None, weight if needs.weight else None)
 
 
 torch.library.register_autograd(
@@ -104,24 +116,24 @@ class _EagerLinearLogprob(torch.autograd.Function):
     """The registered op's autograd without its registration cost and without its second search for ignored targets."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Outputs:
-        inputs, rows = _checked(*args)
-        output: Outputs = _backend(inputs).forward(inputs, rows)
+    def forward(ctx: Any, *arguments: Any) -> Outputs:
+        inputs = Inputs(*arguments)
+        output, rows = _run(inputs)
+        _, entropy, lse = output
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:_OPTIONS], *output[1:], rows)
-        ctx.options = args[_OPTIONS:]
+        ctx.save_for_backward(*inputs.tensors, entropy, lse, rows)
+        ctx.options = inputs.options
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(g is None for g in grads):
+            return _of_every_input(None, None)
         *tensors, entropy, lse, rows = ctx.saved_tensors
-        found: Grads = (None, None)
-        if any(g is not None for g in grads):
-            inputs = Inputs(*tensors, *ctx.options)
-            outer: OutputGrads = grads  # type: ignore[assignment]
-            found = _backend(inputs).backward(outer, inputs, rows, entropy, lse, ctx.needs_input_grad[:2])
-        return (*found, None, None, None, None)
+        inputs = Inputs(*tensors, *ctx.options)
+        found: Grads = _backend(inputs).backward(OutputGrads(*grads), inputs, rows, entropy, lse, _needs(ctx))
+        return _of_every_input(*found)
 
 
 def linear_logprob(
@@ -156,11 +168,11 @@ def linear_logprob(
         ValueError: naming the argument, what was expected and what came, before anything is computed. Targets are
             checked on a CPU, elsewhere with PRUDENT_DEBUG=1; unchecked, one outside [0, V) has logprob NaN.
     """
-    args = (hidden, weight, target, temperature, softcap, ignore_index)
+    inputs = Inputs(hidden, weight, target, temperature=temperature, softcap=softcap, ignore_index=ignore_index)
     meta = isinstance(hidden, Tensor) and hidden.is_meta  # shapes alone: what the registered fake gives
-    if meta or not is_plain(args):
-        return LogprobOutput(*torch.ops.prudent.linear_logprob(*args))
-    differentiable = (t for t in args[:2] if isinstance(t, Tensor))
+    if meta or not is_plain(inputs.tensors):
+        return LogprobOutput(*torch.ops.prudent.linear_logprob(*inputs))
+    differentiable = (t for t in (hidden, weight) if isinstance(t, Tensor))
     if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
-        return LogprobOutput(*_EagerLinearLogprob.apply(*args))  # type: ignore[no-untyped-call]
-    return LogprobOutput(*_forward(*args))
+        return LogprobOutput(*_EagerLinearLogprob.apply(*inputs))  # type: ignore[no-untyped-call]
+    return LogprobOutput(*_forward(*inputs))

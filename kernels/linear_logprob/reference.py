@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .contract import Grads, Inputs, OutputGrads, Outputs
+from .contract import Grads, Inputs, Needs, OutputGrads, Outputs
 
 
 def _logits(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
@@ -39,9 +39,10 @@ def forward(inputs: Inputs, rows: Tensor | None = None) -> Outputs:
 
 
 def backward(
-    grads: OutputGrads, inputs: Inputs, rows: Tensor | None, entropy: Tensor, lse: Tensor, needs: tuple[bool, bool]
+    grads: OutputGrads, inputs: Inputs, rows: Tensor | None, entropy: Tensor, lse: Tensor, needs: Needs
 ) -> Grads:
     """(grad_hidden, grad_weight) by the explicit formula; nothing of the forward is reused."""
+    need_hidden, need_weight = needs
     logits, tanh = _logits(inputs)
     target, counts = _target(inputs)
     logprobs = torch.log_softmax(logits, dim=1)
@@ -57,6 +58,6 @@ def backward(
         g *= 1 - tanh.square()
     hidden = inputs.hidden.reshape(-1, inputs.hidden.shape[-1])
     return (
-        (g @ inputs.weight.to(g.dtype)).to(hidden.dtype).view(inputs.hidden.shape) if needs[0] else None,
-        (g.T @ hidden.to(g.dtype)).to(inputs.weight.dtype) if needs[1] else None,
+        (g @ inputs.weight.to(g.dtype)).to(hidden.dtype).view(inputs.hidden.shape) if need_hidden else None,
+        (g.T @ hidden.to(g.dtype)).to(inputs.weight.dtype) if need_weight else None,
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..launch import launch
 from .chunked import run_backward, run_forward
 from .configs import tile_config
-from .contract import Grads, Inputs, OutputGrads, Outputs
+from .contract import Grads, Inputs, Needs, OutputGrads, Outputs
 from .triton_kernels import gradient_kernel, statistics_kernel
 
 
@@ -76,7 +76,7 @@ def forward(inputs: Inputs, rows: Tensor | None) -> Outputs:
 
 
 def backward(
-    grads: OutputGrads, inputs: Inputs, rows: Tensor | None, entropy: Tensor, lse: Tensor, needs: tuple[bool, bool]
+    grads: OutputGrads, inputs: Inputs, rows: Tensor | None, entropy: Tensor, lse: Tensor, needs: Needs
 ) -> Grads:
     """Gradients of hidden and weight (None where not needed): up to three products and a launch a tile."""
     return run_backward(grads, inputs, rows, entropy, lse, needs, TritonTiles)

@@ -60,6 +60,11 @@ class Inputs(NamedTuple):
     std_floor: float
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The fields `features` to `seed`."""
+        return self[:8]
+
+    @property
     def num_rows(self) -> int:
         """2P: the rows of the batch, not the rows stored."""
         return self.features.shape[0] if self.rows is None else self.rows.shape[0]
@@ -77,13 +82,10 @@ class Inputs(NamedTuple):
         return torch.float64 if self.features.dtype == torch.float64 else torch.float32
 
 
-TENSORS = Inputs._fields[:8]
-
-
 def check_inputs(inputs: Inputs) -> None:
     """Refuse every shape, dtype, device and option outside the contract. Reads no values, so it serves fakes too."""
-    for name in TENSORS:
-        checks.tensor(getattr(inputs, name), name, optional=name not in ("features", "weight", "bias"))
+    for name, tensor in zip(Inputs._fields, inputs.tensors, strict=False):
+        checks.tensor(tensor, name, optional=name not in ("features", "weight", "bias"))
     _check_matrices(inputs)
     _check_rows(inputs)
     _check_loss(inputs)
@@ -96,8 +98,8 @@ def check_inputs(inputs: Inputs) -> None:
         if value is not None:
             require(value.dtype == torch.int64, name, "dtype int64", value.dtype)
             require(tuple(value.shape) == (length,), name, f"shape [{length}]", list(value.shape))
-    for name in TENSORS[1:]:
-        checks.device(getattr(inputs, name), name, inputs.features)
+    for name, tensor in zip(Inputs._fields, inputs.tensors, strict=False):
+        checks.device(tensor, name, inputs.features)
 
 
 def _check_matrices(inputs: Inputs) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from .. import native
 from .contract import Inputs, Outputs
@@ -16,10 +15,23 @@ def available() -> bool:
     return native.load()
 
 
+class NativeOptions(NamedTuple):
+    """What the native op takes after the tensors, in its schema's order (test_native_build.py compares the names)."""
+
+    brme: bool
+    alpha: float
+    bsr: float
+    centre: float
+    std_floor: float
+    isa: int
+
+
 def step(inputs: Inputs) -> Outputs:
     """(loss [], dweight [2K, D], dbias [2K], accuracy [], std []), fp32 but for a 16-bit weight's gradient."""
     op: Any = torch.ops.prudent_native.preference_step.default
-    numbers = (inputs.alpha, inputs.bsr, inputs.centre, inputs.std_floor)
-    loss, dweight, dbias, accuracy, std = op(*inputs[:8], inputs.loss == "brme", *numbers, native.isa_index())
-    result: tuple[Tensor, ...] = (loss, dweight.to(inputs.weight.dtype), dbias, accuracy, std)
-    return result  # type: ignore[return-value]
+    options = NativeOptions(
+        brme=inputs.loss == "brme", alpha=inputs.alpha, bsr=inputs.bsr, centre=inputs.centre,
+        std_floor=inputs.std_floor, isa=native.isa_index(),
+    )  # fmt: skip
+    loss, dweight, dbias, accuracy, std = op(*inputs.tensors, *options)
+    return loss, dweight.to(inputs.weight.dtype), dbias, accuracy, std

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..eager import is_plain
 from ..ensemble_reward import STD_FLOOR
 from . import reference
-from .contract import NUMBERS, TENSORS, Inputs, Outputs, StepOutput, check_inputs, check_values, checks
+from .contract import NUMBERS, Inputs, Outputs, StepOutput, check_inputs, check_values, checks
 
 _library = torch.library.Library("prudent", "FRAGMENT")
 _library.define(
@@ -37,16 +37,19 @@ def _backend(inputs: Inputs) -> Any:
     return reference
 
 
-def _step(*args: Any) -> Outputs:
-    inputs = Inputs(*args)
+def _step(*arguments: Any) -> Outputs:
+    return _run(Inputs(*arguments))
+
+
+def _run(inputs: Inputs) -> Outputs:
     check_inputs(inputs)
     check_values(inputs)
     result: Outputs = _backend(inputs).step(inputs)
     return result
 
 
-def _fake(*args: Any) -> Outputs:
-    inputs = Inputs(*args)
+def _fake(*arguments: Any) -> Outputs:
+    inputs = Inputs(*arguments)
     check_inputs(inputs)
 
     def number() -> Tensor:
@@ -111,12 +114,13 @@ def preference_step(
     Raises:
         ValueError: naming the argument, what was expected and what came, before anything is computed.
     """
-    numbers = alpha, bsr, centre, std_floor
-    for name, number in zip(NUMBERS, numbers, strict=True):
+    for name, number in zip(NUMBERS, (alpha, bsr, centre, std_floor), strict=True):
         checks.not_negative(number, name)
-    tensors = features, weight, bias, rows, head_id, p_hat, margin, seed
-    inputs = Inputs(*tensors, loss, *(float(number) for number in numbers))
-    run = _step if is_plain(inputs[: len(TENSORS)]) else torch.ops.prudent.preference_step
+    inputs = Inputs(
+        features=features, weight=weight, bias=bias, rows=rows, head_id=head_id, p_hat=p_hat, margin=margin, seed=seed,
+        loss=loss, alpha=float(alpha), bsr=float(bsr), centre=float(centre), std_floor=float(std_floor),
+    )  # fmt: skip
     with torch.no_grad():
-        result, dweight, dbias, accuracy, std = run(*inputs)
+        outputs: Outputs = _run(inputs) if is_plain(inputs.tensors) else torch.ops.prudent.preference_step(*inputs)
+    result, dweight, dbias, accuracy, std = outputs
     return StepOutput(result, dweight, dbias, accuracy, std if loss == "brme" else None)

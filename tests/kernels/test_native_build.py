@@ -9,18 +9,31 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import prudent
 from prudent.kernels import native
-from prudent.kernels.ensemble_reward import cpu, reference
-from prudent.kernels.ensemble_reward.contract import Inputs
+from prudent.kernels.advantages import cpu as advantages_cpu
+from prudent.kernels.advantages.contract import Inputs as AdvantageInputs
+from prudent.kernels.ensemble_reward import cpu as ensemble_cpu
+from prudent.kernels.ensemble_reward import reference
+from prudent.kernels.ensemble_reward.contract import Inputs as EnsembleInputs
+from prudent.kernels.ensemble_reward.contract import Needs
+from prudent.kernels.preference_step import cpu as preference_cpu
+from prudent.kernels.preference_step.contract import Inputs as PreferenceInputs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WITHOUT = not native.LIBRARY.is_file() or os.environ.get("PRUDENT_NATIVE") == "0"
 needs_library = pytest.mark.skipif(WITHOUT, reason="no native CPU library, or PRUDENT_NATIVE=0")
+
+
+def fields(inputs: Any, last: str) -> tuple[str, ...]:
+    """The names of the fields up to `last`."""
+    names: tuple[str, ...] = inputs._fields
+    return names[: names.index(last) + 1]
 
 
 @pytest.fixture
@@ -69,6 +82,26 @@ def test_the_library_asks_for_nothing_of_torch_but_its_c_interface_and_nothing_o
     assert not [w for w in mine if w.startswith("_Z") and ("torch" in w or "c10" in w or "2at" in w)]
 
 
+ENSEMBLE = (*EnsembleInputs._fields[:-1], *ensemble_cpu.NativeSpec._fields, "isa")  # without the aggregation string
+TAKEN = {
+    "advantages": (*fields(AdvantageInputs, "mask"), *advantages_cpu.NativeOptions._fields),
+    "ensemble_reward_forward": (*ENSEMBLE, "keep"),
+    "ensemble_reward_backward": (
+        *(f"grad_{name}" for name in ("reward", "mean", "std", "sum")), *ENSEMBLE, "saved",
+        *(f"need_{name}" for name in Needs._fields),
+    ),
+    "preference_step": (*fields(PreferenceInputs, "seed"), *preference_cpu.NativeOptions._fields),
+}  # fmt: skip
+
+
+@needs_library
+@pytest.mark.parametrize("name", TAKEN)
+def test_the_native_ops_take_what_python_gives_them_by_position(name: str) -> None:
+    assert native.load()
+    schema = getattr(torch.ops.prudent_native, name).default._schema
+    assert tuple(argument.name for argument in schema.arguments) == TAKEN[name]
+
+
 @needs_library
 def test_the_fastest_supported_instruction_set_is_taken(fresh_choice: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PRUDENT_CPU_ISA", raising=False)
@@ -101,7 +134,10 @@ def test_an_instruction_set_the_machine_lacks_is_refused(fresh_choice: None, mon
 
 def one_call() -> tuple[torch.Tensor, torch.Tensor]:
     hidden, weight = torch.randn(4, 6), torch.randn(4, 6)
-    inputs = Inputs(hidden, weight, *[None] * 8, 0, 1e-6, 1e-3, "tradeoff:0.4")
+    inputs = EnsembleInputs(
+        hidden=hidden, weight=weight, bias=None, rows=None, norm_weight=None, seed=None, shift=None, scale=None,
+        std_ref=None, group=None, group_size=0, norm_eps=1e-6, std_floor=1e-3, aggregation="tradeoff:0.4",
+    )  # fmt: skip
     return prudent.ensemble_reward(hidden, weight).reward, reference.forward(inputs)[0]
 
 
@@ -115,7 +151,7 @@ def test_without_the_library_the_reference_serves_with_one_warning(
         got, want = [one_call() for _ in range(2)][-1]
     assert len(caught) == 1
     assert torch.equal(got, want)
-    assert not cpu.available()
+    assert not ensemble_cpu.available()
     assert native.supported_isas() == ()
     with pytest.raises(RuntimeError, match="not loaded"):
         native.isa()
@@ -127,7 +163,7 @@ def test_a_library_that_does_not_load_is_named_in_the_warning(monkeypatch: pytes
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "_C.so")
     monkeypatch.delenv("PRUDENT_NATIVE", raising=False)
     with pytest.warns(RuntimeWarning, match="does not load"):
-        assert not cpu.available()
+        assert not ensemble_cpu.available()
 
 
 @needs_library
@@ -142,7 +178,7 @@ def test_a_library_of_another_version_is_not_used_and_the_warning_says_reinstall
         got, want = one_call()
     assert len(caught) == 1
     assert torch.equal(got, want)
-    assert not cpu.available()
+    assert not ensemble_cpu.available()
 
 
 @needs_library
