@@ -42,13 +42,13 @@ class _Region:
         self.reads, self.writes = np.zeros(span, bool), np.zeros(span, bool)
 
     def count(self, addresses: Any, reads: bool, writes: bool) -> None:
-        places = (addresses - self.start) // self.itemsize
+        elements = (addresses - self.start) // self.itemsize
         if reads:
-            self.reads[places] = True
-            self.access.read += places.size * self.itemsize
+            self.reads[elements] = True
+            self.access.read += elements.size * self.itemsize
         if writes:
-            self.writes[places] = True
-            self.access.written += places.size * self.itemsize
+            self.writes[elements] = True
+            self.access.written += elements.size * self.itemsize
 
     def close(self) -> Access:
         self.access.distinct_read = int(self.reads.sum()) * self.itemsize

@@ -38,14 +38,14 @@ def forward(inputs: Inputs) -> Outputs:
     zero = torch.zeros((), dtype=dtype, device=mask.device)
     position = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, position, -1).amax(1)
-    place = last
+    score_step = last
     if inputs.score_at == "after":
-        place = torch.where((last >= 0) & (last + 1 < mask.shape[1]), last + 1, last)
-    at_place = position == place[:, None]
-    step = mask | at_place
+        score_step = torch.where((last >= 0) & (last + 1 < mask.shape[1]), last + 1, last)
+    at_score = position == score_step[:, None]
+    step = mask | at_score
 
     score = inputs.score.to(dtype)
-    reward = torch.where(at_place, score[:, None], zero) if score.dim() == 1 else torch.where(step, score, zero)
+    reward = torch.where(at_score, score[:, None], zero) if score.dim() == 1 else torch.where(step, score, zero)
     kl = torch.zeros_like(reward)
     if inputs.logprob is not None and inputs.ref_logprob is not None:
         logprob, ref_logprob = (torch.where(mask, t.to(dtype), zero) for t in (inputs.logprob, inputs.ref_logprob))

@@ -50,16 +50,16 @@ def kl_estimate(d, clip, ESTIMATOR: tl.constexpr):
 @triton.jit
 def shaped(
     score, score_stride, logprob, logprob_stride, ref_logprob, ref_stride, value, value_stride, mask, mask_stride,
-    kl_coef, kl_clip, row, t, place, length,
+    kl_coef, kl_clip, row, t, score_step, length,
     ESTIMATOR: tl.constexpr, PER_TOKEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """At tokens t of a sequence: reward, value (0 where no step), KL (0 where masked), is unmasked, is a step."""
     token = tl.load(mask + row * mask_stride + t, mask=t < length, other=0) != 0
-    step = token | (t == place)
+    step = token | (t == score_step)
     if PER_TOKEN:
         reward = tl.load(score + row * score_stride + t, mask=step, other=0.0).to(ACC)
     else:
-        reward = tl.where(t == place, tl.load(score + row * score_stride).to(ACC), 0.0)
+        reward = tl.where(t == score_step, tl.load(score + row * score_stride).to(ACC), 0.0)
     kl = tl.zeros(t.shape, ACC)
     if logprob is not None:
         x = tl.load(logprob + row * logprob_stride + t, mask=token, other=0.0).to(ACC)
@@ -142,9 +142,9 @@ def advantage_kernel(
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     last = last_token(mask, mask_stride, row, length, BLOCK)
-    place = last
+    score_step = last
     if AFTER:
-        place = tl.where((last >= 0) & (last + 1 < length), last + 1, last)
+        score_step = tl.where((last >= 0) & (last + 1 < length), last + 1, last)
     coef = number(kl_coef, ACC)
     clip = number(kl_clip, ACC)
     share = number(value_share, ACC)
@@ -162,8 +162,10 @@ def advantage_kernel(
     for i in range(chunks):
         t = (chunks - 1 - i) * BLOCK + lane
         r, v, kl, token, step = shaped(
-            score, score_stride, logprob, logprob_stride, ref_logprob, ref_stride, value, value_stride, mask,
-            mask_stride, coef, clip, row, t, place, length, ESTIMATOR, PER_TOKEN, ACC,
+            score=score, score_stride=score_stride, logprob=logprob, logprob_stride=logprob_stride,
+            ref_logprob=ref_logprob, ref_stride=ref_stride, value=value, value_stride=value_stride, mask=mask,
+            mask_stride=mask_stride, kl_coef=coef, kl_clip=clip, row=row, t=t, score_step=score_step, length=length,
+            ESTIMATOR=ESTIMATOR, PER_TOKEN=PER_TOKEN, ACC=ACC,
         )  # fmt: skip
         factor = tl.where(step, at_step, at_hole)
         term = tl.where(step, at_step * r + share * v, 0.0)

@@ -151,9 +151,9 @@ class Sequences {
     while (last >= 0 && !mask[last]) --last;
     if (last < 0) return;
     while (!mask[first]) ++first;
-    const int64_t place = o_.after && last + 1 < length_ ? last + 1 : last, end = place + 1;
+    const int64_t score_step = o_.after && last + 1 < length_ ? last + 1 : last, end = score_step + 1;
 
-    shape(row, first, end, place, mask, kl, scratch + 2 * length_, reward);
+    shape(row, first, end, score_step, mask, kl, scratch + 2 * length_, reward);
     if (value_) {
       value_.read(row, first, end, value);
     } else {
@@ -164,8 +164,8 @@ class Sequences {
     const double value_share = o_.gamma - o_.decay;
     double carry = 0, sum = 0;  // carry = gamma V_next + gamma lam A_next
     bool finite = true;
-    for (int64_t t = place; t >= first; --t) {
-      if (!mask[t] && t != place) {
+    for (int64_t t = score_step; t >= first; --t) {
+      if (!mask[t] && t != score_step) {
         carry *= o_.hole;
         continue;
       }
@@ -195,13 +195,13 @@ class Sequences {
   }
 
   // reward [begin, end) = score - kl_coef KL on the steps; other [2 length] is scratch.
-  void shape(int64_t row, int64_t begin, int64_t end, int64_t place, const uint8_t* mask, R* kl, R* other, R* reward) {
+  void shape(int64_t row, int64_t begin, int64_t end, int64_t score_step, const uint8_t* mask, R* kl, R* other, R* reward) {
     if (score_each_) {
       score_.read(row, begin, end, other);
-      for (int64_t t = begin; t < end; ++t) reward[t] = mask[t] || t == place ? other[t] : R(0);
+      for (int64_t t = begin; t < end; ++t) reward[t] = mask[t] || t == score_step ? other[t] : R(0);
     } else {
       score_.read(row, 0, 1, other);
-      reward[place] = other[0];
+      reward[score_step] = other[0];
     }
     if (!logprob_) {
       std::fill(kl + begin, kl + end, R(0));

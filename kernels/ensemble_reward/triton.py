@@ -29,9 +29,11 @@ def _common(inputs: Inputs) -> dict[str, Any]:
     """Every argument that more than one kernel takes; each launcher picks its kernel's."""
     spec, num_heads, hidden = inputs.spec, inputs.num_heads, inputs.hidden
     target = configs.platform(hidden.device)
-    pick = spec.nominal_head
-    if spec.kind in ("head", "cvar"):
-        pick = int(spec.coefficient) if spec.kind == "head" else cvar_tail(spec.coefficient, num_heads)
+    head_or_count = spec.nominal_head
+    if spec.kind == "head":
+        head_or_count = int(spec.coefficient)
+    elif spec.kind == "cvar":
+        head_or_count = cvar_tail(spec.coefficient, num_heads)
     halves = hidden.dtype == torch.bfloat16 and target.bf16_halves
     return {
         "hidden": hidden,
@@ -43,7 +45,7 @@ def _common(inputs: Inputs) -> dict[str, Any]:
         },
         "num_rows": inputs.num_rows,
         "d": hidden.shape[1],
-        "pick": pick,
+        "head_or_count": head_or_count,
         "coefficient": float(spec.coefficient),
         "norm_eps": float(inputs.norm_eps),
         "std_floor": float(inputs.std_floor),
@@ -62,8 +64,8 @@ def _common(inputs: Inputs) -> dict[str, Any]:
 
 
 _HEADS_ARGUMENTS = (
-    "bias", "seed", "shift", "scale", "std_ref", "num_rows", "d", "pick", "coefficient", "std_floor", "K", "KIND",
-    "NOMINAL", "FROM_SAMPLE", "BN", "ACC",
+    "bias", "seed", "shift", "scale", "std_ref", "num_rows", "d", "head_or_count", "coefficient", "std_floor", "K",
+    "KIND", "NOMINAL", "FROM_SAMPLE", "BN", "ACC",
 )  # fmt: skip
 _PRODUCT_ARGUMENTS = (
     "hidden", "row_stride", "weight", "rows", "norm_weight", "norm_eps", "HALVES", "EXACT", "PRECISION", "UPCAST",

@@ -18,12 +18,12 @@ from .triton_math import (
 )
 
 
-@triton.jit(do_not_specialize=["num_rows", "size", "pick"])
+@triton.jit(do_not_specialize=["num_rows", "size", "head_or_count"])
 def product_gradient_kernel(
     saved, bias, seed, shift, scale, std_ref,
     grad_reward, reward_stride, averages, grad_mean, mean_row, mean_column, grad_std, std_row, std_column, grad_sum,
     scaled, along, bias_partials,
-    num_rows, d, size, pick, coefficient: tl.float64, std_floor: tl.float64,
+    num_rows, d, size, head_or_count, coefficient: tl.float64, std_floor: tl.float64,
     K: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr, FROM_SAMPLE: tl.constexpr,
     M: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +39,9 @@ def product_gradient_kernel(
     kept = saved + n * (2 * K + 1)
     z = tl.load(kept[:, None] + source[None, :], mask=inside[:, None] & is_real[None, :], other=0.0)
     rstd = tl.load(kept + 2 * K, mask=inside, other=1.0)
-    mean, std, raw = split_heads(z, bias, shift, scale, std_floor, K, M, BN, ACC)
+    mean, std, raw = split_heads(
+        z=z, bias=bias, shift=shift, scale=scale, std_floor=std_floor, K=K, M=M, BN=BN, ACC=ACC
+    )
     real = inside[:, None] & (heads < K)[None, :]
 
     d_mean = tl.zeros_like(mean)
@@ -52,14 +54,16 @@ def product_gradient_kernel(
                 g -= tl.load(averages + n // size, mask=inside, other=0.0)
         if grad_sum is not None:
             g += tl.load(grad_sum).to(ACC)
+        values = mean
         if FROM_SAMPLE:
             a = noise(seed, n, heads, K, ACC)
-            to_mean, to_value = aggregate_gradient(std, mean + std * a, std_ref, coefficient, pick, heads,
-                                                   K, KP, KIND, NOMINAL, ACC)  # fmt: skip
+            values = mean + std * a
+        to_mean, to_value = aggregate_gradient(
+            std=std, values=values, std_ref=std_ref, coefficient=coefficient, head_or_count=head_or_count,
+            heads=heads, K=K, KP=KP, KIND=KIND, NOMINAL=NOMINAL, ACC=ACC,
+        )  # fmt: skip
+        if FROM_SAMPLE:
             d_std = to_value * a * g[:, None]
-        else:
-            to_mean, to_value = aggregate_gradient(std, mean, std_ref, coefficient, pick, heads,
-                                                   K, KP, KIND, NOMINAL, ACC)  # fmt: skip
         d_mean = (to_mean + to_value) * g[:, None]
     if grad_mean is not None:
         at = n[:, None] * mean_row + heads[None, :] * mean_column
@@ -95,12 +99,12 @@ def combine_kernel(
     p opens a run of equal rows, zeros and -1 elsewhere. Each run is added by one program in ascending order.
     """
     column = tl.arange(0, BN)
-    place, _, inside = positions(tl.program_id(0), num_rows, None, M)
-    row = tl.load(sorted_rows + place, mask=inside, other=-1)
-    opens = inside & (row != tl.load(sorted_rows + place - 1, mask=inside & (place > 0), other=-1))
+    position, _, inside = positions(tl.program_id(0), num_rows, None, M)
+    row = tl.load(sorted_rows + position, mask=inside, other=-1)
+    opens = inside & (row != tl.load(sorted_rows + position - 1, mask=inside & (position > 0), other=-1))
     sums = tl.zeros((M, BN), ACC)
     along_sums = tl.zeros((M,), ACC)
-    mine, member = opens, place
+    mine, member = opens, position
     more = tl.max(mine.to(tl.int32), axis=0) > 0
     while more:
         n = tl.load(order + member, mask=mine, other=0)
@@ -110,10 +114,10 @@ def combine_kernel(
         member += 1
         mine = mine & (tl.load(sorted_rows + member, mask=member < num_rows, other=-1) == row)
         more = tl.max(mine.to(tl.int32), axis=0) > 0
-    tl.store(scaled_out + place[:, None] * BN + column[None, :], sums, mask=inside[:, None])
+    tl.store(scaled_out + position[:, None] * BN + column[None, :], sums, mask=inside[:, None])
     if along is not None:
-        tl.store(along_out + place, along_sums, mask=inside)
-    tl.store(targets + place, tl.where(opens, row, -1), mask=inside)
+        tl.store(along_out + position, along_sums, mask=inside)
+    tl.store(targets + position, tl.where(opens, row, -1), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows", "blocks_each"])

@@ -13,11 +13,11 @@ from .triton_math import aggregate, column_rows, noise, positions, product, scal
 # that it is last has acquired them all, and reads past its L1 (.cg), which may hold older lines.
 
 
-@triton.jit(do_not_specialize=["num_rows", "blocks_each", "size", "pick"])
+@triton.jit(do_not_specialize=["num_rows", "blocks_each", "size", "head_or_count"])
 def forward_kernel(
     hidden, row_stride, weight, bias, rows, norm_weight, seed, shift, scale, std_ref, labels,
     reward, mean_out, std_out, reward_sum, saved, partials, shares, table, counters,
-    num_rows, d, blocks_each, size, pick, coefficient: tl.float64, norm_eps: tl.float64, std_floor: tl.float64,
+    num_rows, d, blocks_each, size, head_or_count, coefficient: tl.float64, norm_eps: tl.float64, std_floor: tl.float64,
     K: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr, FROM_SAMPLE: tl.constexpr,
     CENTRE: tl.constexpr, SPAN: tl.constexpr, SWEEP: tl.constexpr, SPLITS: tl.constexpr,
     M: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
@@ -34,20 +34,29 @@ def forward_kernel(
     block = tl.program_id(0)
     n, row, inside = positions(block, num_rows, rows, M)
     if SPLITS == 1:
-        acc, squares = product(hidden, row_stride, weight, norm_weight, row, inside, 0, d, d,
-                               K, M, BD, BN, ACC, HALVES, EXACT, PRECISION, UPCAST)  # fmt: skip
+        acc, squares = product(
+            hidden=hidden, row_stride=row_stride, weight=weight, norm_weight=norm_weight, row=row, inside=inside,
+            first=0, end=d, d=d, K=K, M=M, BD=BD, BN=BN, ACC=ACC, HALVES=HALVES, EXACT=EXACT,
+            PRECISION=PRECISION, UPCAST=UPCAST,
+        )  # fmt: skip
         finish_rows(
-            acc, squares, n, inside, bias, norm_weight, seed, shift, scale, std_ref, labels,
-            reward, mean_out, std_out, reward_sum, saved, partials, table, counters,
-            num_rows, d, size, pick, coefficient, norm_eps, std_floor,
-            K, KIND, NOMINAL, FROM_SAMPLE, CENTRE, SPAN, SWEEP, M, BN, ACC,
+            acc=acc, squares=squares, n=n, inside=inside, num_rows=num_rows, d=d,
+            norm_weight=norm_weight, norm_eps=norm_eps, bias=bias, shift=shift, scale=scale, std_floor=std_floor,
+            seed=seed, std_ref=std_ref, head_or_count=head_or_count, coefficient=coefficient, labels=labels, size=size,
+            reward=reward, mean_out=mean_out, std_out=std_out, reward_sum=reward_sum, saved=saved,
+            partials=partials, table=table, counters=counters,
+            K=K, KIND=KIND, NOMINAL=NOMINAL, FROM_SAMPLE=FROM_SAMPLE, CENTRE=CENTRE, SPAN=SPAN, SWEEP=SWEEP,
+            M=M, BN=BN, ACC=ACC,
         )  # fmt: skip
     else:
         split = tl.program_id(1)
         first = split * (blocks_each * BD)
         end = tl.minimum(first + blocks_each * BD, d)
-        acc, squares = product(hidden, row_stride, weight, norm_weight, row, inside, first, end, d,
-                               K, M, BD, BN, ACC, HALVES, EXACT, PRECISION, UPCAST)  # fmt: skip
+        acc, squares = product(
+            hidden=hidden, row_stride=row_stride, weight=weight, norm_weight=norm_weight, row=row, inside=inside,
+            first=first, end=end, d=d, K=K, M=M, BD=BD, BN=BN, ACC=ACC, HALVES=HALVES, EXACT=EXACT,
+            PRECISION=PRECISION, UPCAST=UPCAST,
+        )  # fmt: skip
         column = tl.arange(0, BN)
         padded = tl.cast(tl.num_programs(0), tl.int64) * M
         share_squares = shares + SPLITS * padded * BN
@@ -64,10 +73,13 @@ def forward_kernel(
                 whole_squares += tl.load(share_squares + at, cache_modifier=".cg")
             tl.store(counters + 1 + block, 0)
             finish_rows(
-                whole, whole_squares, n, inside, bias, norm_weight, seed, shift, scale, std_ref, labels,
-                reward, mean_out, std_out, reward_sum, saved, partials, table, counters,
-                num_rows, d, size, pick, coefficient, norm_eps, std_floor,
-                K, KIND, NOMINAL, FROM_SAMPLE, CENTRE, SPAN, SWEEP, M, BN, ACC,
+                acc=whole, squares=whole_squares, n=n, inside=inside, num_rows=num_rows, d=d,
+                norm_weight=norm_weight, norm_eps=norm_eps, bias=bias, shift=shift, scale=scale, std_floor=std_floor,
+                seed=seed, std_ref=std_ref, head_or_count=head_or_count, coefficient=coefficient, labels=labels,
+                size=size, reward=reward, mean_out=mean_out, std_out=std_out, reward_sum=reward_sum, saved=saved,
+                partials=partials, table=table, counters=counters,
+                K=K, KIND=KIND, NOMINAL=NOMINAL, FROM_SAMPLE=FROM_SAMPLE, CENTRE=CENTRE, SPAN=SPAN, SWEEP=SWEEP,
+                M=M, BN=BN, ACC=ACC,
             )  # fmt: skip
 
 
@@ -75,7 +87,7 @@ def forward_kernel(
 def finish_rows(
     acc, squares, n, inside, bias, norm_weight, seed, shift, scale, std_ref, labels,
     reward, mean_out, std_out, reward_sum, saved, partials, table, counters,
-    num_rows, d, size, pick, coefficient, norm_eps, std_floor,
+    num_rows, d, size, head_or_count, coefficient, norm_eps, std_floor,
     K: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr, FROM_SAMPLE: tl.constexpr,
     CENTRE: tl.constexpr, SPAN: tl.constexpr, SWEEP: tl.constexpr,
     M: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
@@ -90,11 +102,14 @@ def finish_rows(
         kept = saved + n * (2 * K + 1)
         tl.store(kept[:, None] + source[None, :], z, mask=inside[:, None] & is_real[None, :])
         tl.store(kept + 2 * K, rstd, mask=inside)
-    mean, std, _ = split_heads(z, bias, shift, scale, std_floor, K, M, BN, ACC)
+    mean, std, _ = split_heads(z=z, bias=bias, shift=shift, scale=scale, std_floor=std_floor, K=K, M=M, BN=BN, ACC=ACC)
     values = mean
     if FROM_SAMPLE:
         values = mean + std * noise(seed, n, heads, K, ACC)
-    total = aggregate(mean, std, values, std_ref, coefficient, pick, heads, K, KP, KIND, NOMINAL, ACC)
+    total = aggregate(
+        mean=mean, std=std, values=values, std_ref=std_ref, coefficient=coefficient, head_or_count=head_or_count,
+        heads=heads, K=K, KP=KP, KIND=KIND, NOMINAL=NOMINAL, ACC=ACC,
+    )  # fmt: skip
 
     at = n[:, None] * K + heads[None, :]
     real = inside[:, None] & (heads < K)[None, :]
@@ -184,8 +199,8 @@ def centre_by_label(reward, labels, table, num_rows, SWEEP: tl.constexpr, ACC: t
 def centre_kernel(values, value_stride, out, labels, order, num_rows, SWEEP: tl.constexpr, ACC: tl.constexpr):
     """out = values minus the mean of their label, [N]; in place if out is values.
 
-    `labels` ascending and `order` their rows. The program whose place opens a run of equal labels owns the run and sums
-    it in a fixed order; the others have nothing to do.
+    `labels` are sorted, and `order` gives the row of each. The program at the first position of a run of equal labels
+    sums the run in a fixed order and centres it; the other programs have nothing to do.
     """
     lane = tl.arange(0, SWEEP)
     start = tl.program_id(0).to(tl.int64)
@@ -193,15 +208,15 @@ def centre_kernel(values, value_stride, out, labels, order, num_rows, SWEEP: tl.
     before = tl.load(labels + start - 1, mask=start > 0, other=-1)
     sums = tl.zeros((SWEEP,), ACC)
     count = tl.zeros((SWEEP,), tl.int32)
-    place = start
+    position = start
     more = label != before
     while more:
-        mine = tl.load(labels + place + lane, mask=place + lane < num_rows, other=-1) == label
-        row = tl.load(order + place + lane, mask=mine, other=0)
+        mine = tl.load(labels + position + lane, mask=position + lane < num_rows, other=-1) == label
+        row = tl.load(order + position + lane, mask=mine, other=0)
         sums += tl.load(values + row * value_stride, mask=mine, other=0.0).to(ACC)
         count += mine.to(tl.int32)
-        place += SWEEP
-        more = (tl.sum(mine.to(tl.int32), axis=0) == SWEEP) & (place < num_rows)
+        position += SWEEP
+        more = (tl.sum(mine.to(tl.int32), axis=0) == SWEEP) & (position < num_rows)
     members = tl.sum(count, axis=0)
     average = tl.sum(sums, axis=0) / tl.maximum(members, 1)
     for done in range(0, members, SWEEP):

@@ -37,7 +37,7 @@ def column_rows(K: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def positions(block, num_rows, rows, M: tl.constexpr):
-    """[M] place n among the scored rows (int64), the row of `hidden` it reads (int64), and whether it exists."""
+    """[M] position n among the scored rows (int64), the row of `hidden` it reads (int64), and whether it exists."""
     n = tl.cast(block, tl.int64) * M + tl.arange(0, M)
     inside = n < num_rows
     row = n
@@ -193,13 +193,13 @@ def least(values, heads, K: tl.constexpr, KP: tl.constexpr):
 
 @triton.jit
 def nominal_weights(
-    std, std_ref, pick, heads, K: tl.constexpr, KP: tl.constexpr, NOMINAL: tl.constexpr, ACC: tl.constexpr
+    std, std_ref, fixed_head, heads, K: tl.constexpr, KP: tl.constexpr, NOMINAL: tl.constexpr, ACC: tl.constexpr
 ):
     """[M, KP] with nominal = sum_k weight_k mean_k: the head of least std (BRME 5.1), or what NOMINAL puts there."""
     if NOMINAL == "mean":
         weights = tl.zeros_like(std) + 1.0 / K
     elif NOMINAL == "head":
-        weights = tl.zeros_like(std) + (heads == pick)[None, :].to(ACC)
+        weights = tl.zeros_like(std) + (heads == fixed_head)[None, :].to(ACC)
     elif NOMINAL == "relative_std":
         weights = least(std / vector(std_ref, heads, heads < K, 1.0, ACC)[None, :], heads, K, KP).to(ACC)
     else:
@@ -209,7 +209,7 @@ def nominal_weights(
 
 @triton.jit
 def ranks(values, heads, K: tl.constexpr):
-    """[M, KP] int32 place of each head in a stable ascending sort, NaN last, as torch.sort has it."""
+    """[M, KP] int32 rank of each head in a stable ascending sort, NaN last, as torch.sort has it."""
     rank = tl.zeros_like(values).to(tl.int32)
     nan = values != values
     for j in range(K):
@@ -221,12 +221,14 @@ def ranks(values, heads, K: tl.constexpr):
 
 
 @triton.jit
-def order_weights(values, pick, heads, K: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr):
+def order_weights(
+    values, head_or_count, heads, K: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr
+):
     """[M, KP] weights of the aggregations that combine the sorted heads, or the heads by index, in fixed shares."""
     if KIND == "mean":
         weights = tl.zeros_like(values) + 1.0 / K
     elif KIND == "head":
-        weights = tl.zeros_like(values) + (heads == pick)[None, :].to(ACC)
+        weights = tl.zeros_like(values) + (heads == head_or_count)[None, :].to(ACC)
     elif KIND == "min":
         weights = least(values, heads, K, KP).to(ACC)
     elif KIND == "max":
@@ -236,19 +238,23 @@ def order_weights(values, pick, heads, K: tl.constexpr, KP: tl.constexpr, KIND: 
         weights = 0.5 * (rank == (K - 1) // 2).to(ACC) + 0.5 * (rank == K // 2).to(ACC)
     else:
         tl.static_assert(KIND == "cvar", "unknown aggregation")
-        weights = tl.where(ranks(values, heads, K) < pick, 1.0 / tl.full((1, 1), pick, ACC), 0.0)
+        weights = tl.where(ranks(values, heads, K) < head_or_count, 1.0 / tl.full((1, 1), head_or_count, ACC), 0.0)
     return weights
 
 
 @triton.jit
 def aggregate(
-    mean, std, values, std_ref, coefficient, pick, heads,
+    mean, std, values, std_ref, coefficient, head_or_count, heads,
     K: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """[M] reward before centring. `pick`: the head of `head:i` or `nominal=head:i`, or cvar's number of heads."""
+    """[M] reward before centring. `head_or_count`: the index of `head:i` or `nominal=head:i`, or how many of the lowest
+    heads cvar averages.
+    """
     lam = scalar(coefficient, ACC)
     if KIND == "tradeoff" or KIND == "nominal":
-        chosen = nominal_weights(std, std_ref, pick, heads, K, KP, NOMINAL, ACC)
+        chosen = nominal_weights(
+            std=std, std_ref=std_ref, fixed_head=head_or_count, heads=heads, K=K, KP=KP, NOMINAL=NOMINAL, ACC=ACC
+        )
         reward = over_heads(tl.where(chosen != 0.0, chosen * mean, 0.0), heads, K)
         if KIND == "tradeoff":
             worst = tl.sum(tl.where(least(values, heads, K, KP), values, 0.0), axis=1)
@@ -266,7 +272,7 @@ def aggregate(
             spread = tl.sqrt(spread)
         reward = middle - lam * spread
     else:
-        weights = order_weights(values, pick, heads, K, KP, KIND, ACC)
+        weights = order_weights(values=values, head_or_count=head_or_count, heads=heads, K=K, KP=KP, KIND=KIND, ACC=ACC)
         # an infinite head without weight takes no part, where 0 * inf would be NaN; a NaN spoils the row even so
         taken = (weights != 0.0) | (values != values)
         reward = over_heads(tl.where(taken, values * weights, 0.0), heads, K)
@@ -275,7 +281,7 @@ def aggregate(
 
 @triton.jit
 def aggregate_gradient(
-    std, values, std_ref, coefficient, pick, heads,
+    std, values, std_ref, coefficient, head_or_count, heads,
     K: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """[M, KP] d reward / d mean (through the nominal head alone) and d reward / d value."""
@@ -283,7 +289,9 @@ def aggregate_gradient(
     to_mean = tl.zeros_like(values)
     to_value = tl.zeros_like(values)
     if KIND == "tradeoff" or KIND == "nominal":
-        to_mean = nominal_weights(std, std_ref, pick, heads, K, KP, NOMINAL, ACC)
+        to_mean = nominal_weights(
+            std=std, std_ref=std_ref, fixed_head=head_or_count, heads=heads, K=K, KP=KP, NOMINAL=NOMINAL, ACC=ACC
+        )
         if KIND == "tradeoff":
             to_mean = lam * to_mean
             to_value = (1.0 - lam) * least(values, heads, K, KP).to(ACC)
@@ -301,5 +309,7 @@ def aggregate_gradient(
             slope = tl.where(spread == 0.0, 0.0, gap / tl.where(spread == 0.0, 1.0, K * spread))
             to_value = 1.0 / K - lam * slope
     else:
-        to_value = order_weights(values, pick, heads, K, KP, KIND, ACC)
+        to_value = order_weights(
+            values=values, head_or_count=head_or_count, heads=heads, K=K, KP=KP, KIND=KIND, ACC=ACC
+        )
     return to_mean, to_value

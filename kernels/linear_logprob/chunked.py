@@ -32,7 +32,7 @@ class _Call:
         self.tiles = tiles(inputs, self.work)
         self.dim, self.vocabulary = hidden.shape[-1], weight.shape[0]
         self.count = inputs.target.numel() if rows is None else rows.shape[0]
-        self.plan: Plan = plan(self.count, self.dim, self.vocabulary, self.operand, self.accumulator, tiles.place)
+        self.plan: Plan = plan(self.count, self.dim, self.vocabulary, self.operand, self.accumulator, tiles.device_kind)
         self.flat: Tensor | None = None
         with contextlib.suppress(RuntimeError):  # leading dimensions that do not merge are gathered chunk by chunk
             self.flat = hidden.view(-1, self.dim)

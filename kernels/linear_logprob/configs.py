@@ -36,14 +36,16 @@ class Plan(NamedTuple):
     columns: int
 
 
-def plan(num_rows: int, dim: int, vocabulary: int, operand: torch.dtype, accumulator: torch.dtype, device: str) -> Plan:
-    """The tile of a call on `device`, "gpu" or "cpu". Row chunks of one call are equal but for the last."""
+def plan(
+    num_rows: int, dim: int, vocabulary: int, operand: torch.dtype, accumulator: torch.dtype, device_kind: str
+) -> Plan:
+    """The tile of a call on a `device_kind`, "gpu" or "cpu". Row chunks of one call are equal but for the last."""
     bytes_each = dim * (operand.itemsize + accumulator.itemsize)
     limit = max(128, min(MAX_ROWS, ROW_BYTES // bytes_each // 128 * 128))
     chunks = max(1, -(-num_rows // limit))
     rows = max(16, -(-num_rows // (16 * chunks)) * 16)
-    columns = _power_of_two(TILE_BYTES[device] // (rows * accumulator.itemsize))
-    columns = min(MAX_ROW_BYTES // accumulator.itemsize, max(MIN_COLUMNS[device], columns))
+    columns = _power_of_two(TILE_BYTES[device_kind] // (rows * accumulator.itemsize))
+    columns = min(MAX_ROW_BYTES // accumulator.itemsize, max(MIN_COLUMNS[device_kind], columns))
     return Plan(rows, min(columns, max(16, _power_of_two(2 * vocabulary - 1))))
 
 

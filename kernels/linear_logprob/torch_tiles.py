@@ -12,7 +12,7 @@ from .products import Workspace
 class TorchTiles:
     """The tiles of one call. triton.py has the same two methods as kernels."""
 
-    place = "cpu"
+    device_kind = "cpu"
 
     def __init__(self, inputs: Inputs, work: Workspace) -> None:
         self._vocabulary, self._work = inputs.weight.shape[0], work
@@ -32,8 +32,8 @@ class TorchTiles:
             total.zero_()
             weighted.zero_()
             chosen.fill_(float("nan"))  # stays where the target is no token, which nobody checks on a GPU
-        here, place = _place(target, column, tile.shape[1])
-        torch.where(here, tile.gather(1, place).squeeze(1), chosen, out=chosen)
+        here, index = _target_in_tile(target, column, tile.shape[1])
+        torch.where(here, tile.gather(1, index).squeeze(1), chosen, out=chosen)
         new = torch.maximum(greatest, top)
         drop = greatest - new
         greatest.copy_(new)
@@ -79,8 +79,8 @@ class TorchTiles:
             factor = factor - d_entropy * entropy
             slope.mul_(tile.mul_(-d_entropy[:, None]).add_(factor[:, None]))
         if d_logprob is not None:
-            here, place = _place(target, column, tile.shape[1])
-            slope.scatter_add_(1, place, torch.where(here, d_logprob, 0)[:, None])
+            here, index = _target_in_tile(target, column, tile.shape[1])
+            slope.scatter_add_(1, index, torch.where(here, d_logprob, 0)[:, None])
         if cap_slope is not None:
             slope.mul_(cap_slope)
         return slope if dtype == slope.dtype else self._work("slope", slope.shape, dtype).copy_(slope)
@@ -92,7 +92,7 @@ class TorchTiles:
             tile.div_(self._temperature)
 
 
-def _place(target: Tensor, column: int, columns: int) -> tuple[Tensor, Tensor]:
+def _target_in_tile(target: Tensor, column: int, columns: int) -> tuple[Tensor, Tensor]:
     """Which rows have their target in this tile [rows], and where [rows, 1] (anywhere for the others)."""
     here = target - column
     return (here >= 0) & (here < columns), here.clamp(0, columns - 1)[:, None]

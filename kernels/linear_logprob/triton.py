@@ -23,7 +23,7 @@ from .triton_kernels import gradient_kernel, statistics_kernel
 class TritonTiles:
     """torch_tiles.py's two methods as a kernel each. The derivative overwrites the tile: no second one is held."""
 
-    place = "gpu"
+    device_kind = "gpu"
 
     def __init__(self, inputs: Inputs, work: object) -> None:
         self._vocabulary = inputs.weight.shape[0]

@@ -40,16 +40,16 @@ def statistics_kernel(
     sum exp(x - m), sum exp(x - m) (x - m), the target's logit. The last tile writes the outputs instead.
     """
     row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, BLOCK)
-    inside = place < columns
-    raw = tl.load(tile + row * columns + place, mask=inside, other=0.0).to(ACC)
+    lane = tl.arange(0, BLOCK)
+    inside = lane < columns
+    raw = tl.load(tile + row * columns + lane, mask=inside, other=0.0).to(ACC)
     x, _ = _capped(raw, inverse_temperature, softcap, SOFTCAP, ACC)
     greatest = tl.max(tl.where(inside, x, float("-inf")), axis=0)
     power = tl.where(inside, tl.exp(x - greatest), 0.0)
     total = tl.sum(power, axis=0)
     weighted = tl.sum(tl.where(inside, power * (x - greatest), 0.0), axis=0)
     wanted = tl.load(target + row) - column
-    chosen = tl.sum(tl.where(place == wanted, x, 0.0), axis=0)
+    chosen = tl.sum(tl.where(lane == wanted, x, 0.0), axis=0)
     here = (wanted >= 0) & (wanted < columns)
     if FIRST:  # NaN stays where the target is no token, which nobody checks on a GPU
         chosen = tl.where(here, chosen, float("nan"))
@@ -85,9 +85,9 @@ def gradient_kernel(
     itself: `slope` is the same memory. The d_ vectors carry the temperature's part already.
     """
     row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, BLOCK)
-    inside = place < columns
-    raw = tl.load(tile + row * columns + place, mask=inside, other=0.0).to(ACC)
+    lane = tl.arange(0, BLOCK)
+    inside = lane < columns
+    raw = tl.load(tile + row * columns + lane, mask=inside, other=0.0).to(ACC)
     x, cap = _capped(raw, inverse_temperature, softcap, SOFTCAP, ACC)
     below = x - tl.load(lse + row)
     factor = tl.zeros((), ACC)
@@ -102,7 +102,7 @@ def gradient_kernel(
         g = tl.exp(below) * factor
     if d_logprob is not None:
         wanted = tl.load(target + row) - column
-        g += tl.where(place == wanted, tl.load(d_logprob + row), 0.0)
+        g += tl.where(lane == wanted, tl.load(d_logprob + row), 0.0)
     g *= cap
     tl.debug_barrier()  # every thread has read its logits before any of them is overwritten
-    tl.store(slope + row * slope_stride + place, g.to(slope.dtype.element_ty), mask=inside)
+    tl.store(slope + row * slope_stride + lane, g.to(slope.dtype.element_ty), mask=inside)

@@ -26,18 +26,18 @@ SUMS = tl.constexpr(8)
 
 @triton.jit
 def read_block(features, row_stride, rows, order, start, end, pairs, d, MP: tl.constexpr, DP: tl.constexpr):
-    """[2 MP] pair, place n in the batch, whether it exists; [2 MP, DP] its features, in their own dtype."""
+    """[2 MP] pair, position n in the batch, whether it exists; [2 MP, DP] its features, in their own dtype."""
     lane = tl.arange(0, 2 * MP)
     columns = tl.arange(0, DP)
-    place = tl.cast(start, tl.int64) + lane // 2
+    position = tl.cast(start, tl.int64) + lane // 2
     rejected = (lane % 2) * tl.cast(pairs, tl.int64)
-    inside = place < end
-    pair = place
+    inside = position < end
+    pair = position
     if order is not None:
-        pair = tl.load(order + place, mask=inside, other=0)
+        pair = tl.load(order + position, mask=inside, other=0)
     row = pair + rejected
     if rows is not None:
-        row = tl.load(rows + place + rejected, mask=inside, other=0)
+        row = tl.load(rows + position + rejected, mask=inside, other=0)
     at = features + (row * row_stride)[:, None] + columns[None, :]
     return pair, pair + rejected, inside, tl.load(at, mask=inside[:, None] & (columns < d)[None, :], other=0.0)
 
@@ -97,7 +97,10 @@ def step_kernel(
     sign = tl.where(lane % 2 == 0, 1.0, -1.0).to(ACC)
     per_pair = 1.0 / tl.full((1,), pairs, ACC)
     for start in tl.range(begin, end, MP, num_stages=STAGES):
-        pair, n, inside, x = read_block(features, row_stride, rows, order, start, end, pairs, d, MP, DP)
+        pair, n, inside, x = read_block(
+            features=features, row_stride=row_stride, rows=rows, order=order, start=start, end=end, pairs=pairs, d=d,
+            MP=MP, DP=DP,
+        )  # fmt: skip
         wide = x.to(ACC)
         real = inside.to(ACC)
         if BRME:
@@ -138,8 +141,8 @@ def step_kernel(
             if not BRME:
                 behind = rejected - chosen
                 if margin is not None:
-                    place = start + tl.arange(0, MP)
-                    behind += tl.load(margin + place, mask=place < end, other=0.0).to(ACC)
+                    position = start + tl.arange(0, MP)
+                    behind += tl.load(margin + position, mask=position < end, other=0.0).to(ACC)
                 loss += tl.sum(tl.where(exists != 0.0, softplus(behind), 0.0), axis=0)
                 # softplus is the identity from 20 on, as torch's: its slope is 1 there
                 slope = per_pair * tl.where(behind > 20.0, 1.0, 1.0 / (1.0 + tl.exp(-behind)))
@@ -223,20 +226,28 @@ def finish_kernel(
     rewards = add_lines(sums, 0, programs, REWARD, SB, ACC)
     mean = tl.zeros((BD,), ACC)
     if CENTRE or not BRME:
-        mean += add_partials(partials, 0, programs, 2 if BRME else 0, G, columns, d, SB, BD, STAGES, ACC)
+        mean += add_partials(
+            partials=partials, first=0, count=programs, which=2 if BRME else 0, G=G, columns=columns, d=d, SB=SB, BD=BD,
+            STAGES=STAGES, ACC=ACC,
+        )  # fmt: skip
     if BSR:
-        # d / d reward of bsr / (4P) S^2 is bsr / (2P) S, the same for every row
-        mean += (
-            weight
-            / (2.0 * count)
-            * rewards
-            * add_partials(partials, 0, programs, G - 1, G, columns, d, SB, BD, STAGES, ACC)
-        )
+        # the derivative of bsr / (4P) S^2 by each reward is bsr / (2P) S, so it multiplies the sum of the rows
+        slope = weight / (2.0 * count) * rewards
+        mean += slope * add_partials(
+            partials=partials, first=0, count=programs, which=G - 1, G=G, columns=columns, d=d, SB=SB, BD=BD,
+            STAGES=STAGES, ACC=ACC,
+        )  # fmt: skip
     mean /= K
     raw = tl.zeros((BD,), ACC)
     if BRME:
-        mean += add_partials(partials, head * shares, shares, 0, G, columns, d, SB, BD, STAGES, ACC)
-        raw += add_partials(partials, head * shares, shares, 1, G, columns, d, SB, BD, STAGES, ACC)
+        mean += add_partials(
+            partials=partials, first=head * shares, count=shares, which=0, G=G, columns=columns, d=d, SB=SB, BD=BD,
+            STAGES=STAGES, ACC=ACC,
+        )  # fmt: skip
+        raw += add_partials(
+            partials=partials, first=head * shares, count=shares, which=1, G=G, columns=columns, d=d, SB=SB, BD=BD,
+            STAGES=STAGES, ACC=ACC,
+        )  # fmt: skip
     for j in range(1 if BRME else K):
         to = dweight + (head + j).to(tl.int64) * d + columns
         tl.store(to, mean.to(dweight.dtype.element_ty), mask=here)

@@ -49,15 +49,15 @@ def test_in_a_capture_nothing_is_allocated_for_later() -> None:
 
 
 def test_what_lasts_is_allocated_outside_the_calling_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[threading.Thread] = []
+    threads: list[threading.Thread] = []
     real = arrivals._zero_rows
 
     def watched(device: torch.device) -> list[torch.Tensor]:
-        made.append(threading.current_thread())
+        threads.append(threading.current_thread())
         return real(device)
 
     monkeypatch.setattr(arrivals, "_zero_rows", watched)
     with torch.inference_mode():  # which the rows would otherwise carry on
         row = arrivals._row(CPU, 1)
-    assert made[0] is not threading.current_thread()
+    assert threads[0] is not threading.current_thread()
     assert not row.is_inference()

@@ -59,9 +59,9 @@ def test_compiled_whole_with_dynamic_batch_and_length(make_batch: Callable[..., 
     compiled = torch.compile(run, fullgraph=True, dynamic=True)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for batch, length in ((4, 9), (7, 5), (3, 30)):
-            made = make_batch("holes", batch=batch, length=length, dtype=torch.float32)
-            assert_same(compiled(*made), run(*made))
+        for sequences, length in ((4, 9), (7, 5), (3, 30)):
+            batch = make_batch("holes", batch=sequences, length=length, dtype=torch.float32)
+            assert_same(compiled(*batch), run(*batch))
 
 
 def test_exported_with_dynamic_batch_and_length(make_batch: Callable[..., Any]) -> None:

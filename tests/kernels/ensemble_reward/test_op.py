@@ -23,13 +23,13 @@ def tensors(
     dtype: torch.dtype = torch.float32, grad: bool = True, device: torch.device | str = DEVICE
 ) -> dict[str, Any]:
     g = torch.Generator().manual_seed(1)
-    made = {
+    values = {
         "hidden": torch.randn(N, D, generator=g, dtype=torch.float64).to(dtype),
         "weight": torch.randn(2 * K, D, generator=g, dtype=torch.float64).to(dtype),
         "bias": torch.randn(2 * K, generator=g, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32)),
         "norm_weight": (torch.rand(D, generator=g, dtype=torch.float64) + 0.5).to(dtype),
     }
-    return {name: t.to(device).requires_grad_(grad) for name, t in made.items()}
+    return {name: t.to(device).requires_grad_(grad) for name, t in values.items()}
 
 
 def random(*shape: int, grad: bool = False) -> torch.Tensor:

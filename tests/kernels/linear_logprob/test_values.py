@@ -134,16 +134,16 @@ def test_only_wanted_gradients_are_made(needs: tuple[bool, bool], small_tiles: N
 
 
 def test_unwanted_gradients_cost_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
+    calls: list[int] = []
     real = chunked.product
-    monkeypatch.setattr(chunked, "product", lambda *args: (made.append(1), real(*args))[1])
+    monkeypatch.setattr(chunked, "product", lambda *args: (calls.append(1), real(*args))[1])
     inputs = make()
     outputs = chunked.forward(inputs, None)
-    assert len(made) == 1
+    assert len(calls) == 1
     for needs, products in (((True, True), 3), ((True, False), 2), ((False, True), 2), ((False, False), 0)):
-        made.clear()
+        calls.clear()
         chunked.backward(some_grads(inputs), inputs, None, *outputs[1:], needs)
-        assert len(made) == products
+        assert len(calls) == products
 
 
 def test_ignored_targets_give_zeros_and_reach_nothing(small_tiles: None) -> None:
