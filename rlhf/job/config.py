@@ -33,7 +33,15 @@ class JobConfig(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe YAML loader that reads 1e-3 as a number; YAML 1.1 wants 1.0e-3."""
+    """A safe YAML loader that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As `yaml.SafeLoader`; ConstructorError for a key that the mapping has already."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+        if twice is not None and twice != "<<":
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -56,11 +64,12 @@ def load_config(cls: type[Config], file: Path | str | None = None, sets: Iterabl
             raise ValueError(f"--set: expected key=value, got {entry!r}")
         try:
             value = yaml.load(text, _Loader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             value = text
         _put(values, key.strip().split("."), value)
     for key, value in given.items():
         _put(values, key.split("."), value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
+    _refuse_unwritable(values)
     try:
         # from JSON, pydantic's strict mode still makes a string a path and a list a tuple
         return cls.model_validate_json(json.dumps(values, default=str), strict=True)
@@ -73,12 +82,23 @@ def load_config(cls: type[Config], file: Path | str | None = None, sets: Iterabl
         raise ValueError((f"{file}: " if in_file else "") + "; ".join(said.values())) from None
 
 
+def _refuse_unwritable(values: dict[str, Any]) -> None:
+    """Raise ValueError for a value that JSON cannot hold."""
+    for key, value in values.items():
+        try:
+            json.dumps({key: value}, default=str, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{key}: expected UTF-8 text, got {value!a}") from None
+        except (ValueError, RecursionError):
+            raise ValueError(f"{key}: expected a plain value, got YAML that contains itself or is too deep") from None
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ValueError(f"config {file}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"config {file}: expected YAML, got {' '.join(str(error).split())}") from None
     if values is None:
         return {}
@@ -251,6 +271,8 @@ def _explain(cls: type[BaseModel], key: str, detail: Any, expected: str | None) 
             f"{key.rpartition('.')[2]}: "
         )  # the validator called a function with an argument of that name
         return f"{key}: {message}" if key else message
+    if kind.startswith(("greater_than", "less_than")):
+        expected = allowed_values(config_field(cls, key))
     expected = expected or _EXPECTED.get(kind) or re.sub(r"^Input should be ", "", str(detail["msg"]))
     shown = json.dumps(got, ensure_ascii=False, default=str)
     return f"{key}: expected {expected}, got {shown} ({type(got).__name__})"

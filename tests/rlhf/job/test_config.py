@@ -1,4 +1,4 @@
-"""YAML, --set and arguments into one typed config; every mistake is named."""
+"""A config from YAML, --set and arguments: what overrides what, how mistakes are named, how keys are explained."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, field_validator
 
-from prudent.rlhf.job.config import JobConfig, config_keys, load_config
+from prudent.rlhf.job.config import JobConfig, config_default, config_field, config_keys, config_template, load_config
 
 
 class Inner(JobConfig):
     lr: float = 0.1
     epochs: int = 3
     noise: Literal["closed", "sampled"] = "closed"
-    rows: Annotated[int, Field(ge=1)] | Literal["auto", "all"] = "auto"
+    rows: Annotated[int, Field(ge=1)] | Literal["auto", "all"] = Field(default="auto", description="Rows of it.")
     name: str | None = None
 
     @field_validator("name")
@@ -75,9 +75,11 @@ def test_the_resolved_yaml_reads_back_to_the_same_config(tmp_path: Path) -> None
         ("fit.name=3", "fit.name: expected a string, got 3 (int)"),
         ("sizes=[1, x]", 'sizes.1: expected a whole number, got "x" (str)'),
         ("fit=3", "fit: expected a group of keys, got 3 (int)"),
-        ("seed=-1", "seed: expected greater than or equal to 0, got -1 (int)"),
+        ("seed=-1", "seed: expected a whole number >= 0, got -1 (int)"),
         ("seed.x=1", 'seed: expected a whole number, got {"x": 1} (dict)'),
         ("seed", "--set: expected key=value, got 'seed'"),
+        ("fit.name=\udcff", r"fit: expected UTF-8 text, got {'name': '\udcff'}"),
+        ("fit.name=&a [*a]", "fit: expected a plain value, got YAML that contains itself"),
     ],
 )
 def test_a_wrong_entry_is_named(entry: str, message: str) -> None:
@@ -113,6 +115,9 @@ def test_a_missing_value_and_every_mistake_are_named() -> None:
     [
         ("- 1\n", "expected a mapping of keys to values, got list"),
         ("a: [\n", "expected YAML"),
+        ("seed: 1\nseed: 2\n", "expected YAML, got the key 'seed' twice"),
+        ("fit: {lr: 1, lr: 2}\n", "expected YAML, got the key 'lr' twice"),
+        ("model: " + "[" * 5000, "expected YAML, got maximum recursion depth"),
         ("modell: x\n", "c.yaml: unknown key 'modell': did you mean 'model'"),
     ],
 )
@@ -133,3 +138,28 @@ def test_an_absent_file_is_named_and_an_empty_one_is_no_mistake(tmp_path: Path) 
 def test_keys_are_listed_with_their_groups() -> None:
     inner = ["fit.lr", "fit.epochs", "fit.noise", "fit.rows", "fit.name"]
     assert config_keys(Outer) == ["model", "output", "seed", "resume", "sizes", *inner]
+
+
+def test_the_template_explains_each_key_and_reads_back_to_the_defaults(tmp_path: Path) -> None:
+    template = config_template(Outer)
+    for lines in (
+        "model:  # needed: a string\n",
+        "seed: 0  # a whole number >= 0\n",
+        "sizes: [1, 2]  # a list of whole numbers\n",
+        "fit:\n",
+        "  # Rows of it.\n  rows: auto  # a whole number >= 1 or 'auto' or 'all'\n",
+        "  name: null  # a string or null\n",
+    ):
+        assert lines in template
+    (tmp_path / "c.yaml").write_text(template)
+    assert load_config(Outer, tmp_path / "c.yaml", model="m") == Outer(model="m")
+
+
+def test_a_dotted_key_has_a_default_and_a_field() -> None:
+    assert [config_default(Outer, key) for key in ("model", "fit.lr", "fit.name", "sizes")] == [
+        None,
+        "0.1",
+        "null",
+        "[1, 2]",
+    ]
+    assert config_field(Outer, "fit.rows").description == "Rows of it."
