@@ -53,7 +53,7 @@ class EvalConfig(JobConfig):
         lt=1,
         description="Read only the prompts that a training with this eval_fraction held out; 0: all prompts.",
     )
-    split_seed: int = Field(default=0, description="Seed of that training, which chose the held-out prompts.")
+    split_seed: int = Field(default=0, description="Seed of the training whose held-out prompts eval_fraction selects.")
     min_score_gap: float = Field(
         default=2.0,
         gt=0,

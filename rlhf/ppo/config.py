@@ -33,7 +33,7 @@ class PolicyConfig(JobConfig):
         description="Value head: none, on the policy's trunk, or with an adapter; auto: shared for gae, else none.",
     )
     lora_rank: int = Field(default=16, ge=1, description="Rank of the LoRA adapter.")
-    lora_alpha: int = Field(default=32, ge=1, description="Scale of the LoRA adapter, times 1 / lora_rank.")
+    lora_alpha: int = Field(default=32, ge=1, description="Scale of the LoRA adapter, divided by lora_rank.")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability before the LoRA adapter.")
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass, which saves memory and costs time."
@@ -98,7 +98,7 @@ class KLConfig(JobConfig):
         description="KL per sequence, in nats, to which coef adapts (arXiv 1909.08593); null: coef is fixed.",
     )
     horizon: int = Field(
-        default=10_000, ge=1, description="Sequences over which coef adapts, more than a fifth of a step's."
+        default=10_000, ge=1, description="Sequences over which coef adapts, more than a fifth of those of a step."
     )
 
     @model_validator(mode="before")

@@ -70,7 +70,7 @@ class BRMEConfig(FitConfig):
     max_steps: int | None = Field(
         default=2000,
         ge=1,
-        description="Largest number of steps, beyond which std collapses to its floor; null: no limit.",
+        description="Largest number of optimizer steps, because long training collapses std; null: no limit.",
     )
 
 
@@ -92,7 +92,7 @@ class TrunkConfig(JobConfig):
     )
     save_every: int = Field(default=100, ge=1, description="Steps between evaluations, each with a checkpoint.")
     lora_rank: int = Field(default=16, ge=1, description="Rank of the LoRA adapter in mode lora.")
-    lora_alpha: int = Field(default=32, ge=1, description="Scale of the LoRA adapter, times 1 / lora_rank.")
+    lora_alpha: int = Field(default=32, ge=1, description="Scale of the LoRA adapter, divided by lora_rank.")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability before the LoRA adapter.")
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass, which saves memory and costs time."
@@ -130,7 +130,7 @@ class PETConfig(JobConfig):
     )
     hinge: Literal["none", "all", "active"] = Field(
         default="none",
-        description="Part of best - reference that is lowered: all of it, its positive part, or only positive prompts.",
+        description="Lower best - reference (none), its positive part (all), or only positive prompts (active).",
     )
     detach_reference: bool = Field(
         default=False, description="Treat the reference's reward as a constant in the gradient."
