@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...engine import EnsembleHead
-from ..ppo.batch import Experience, Samples
+from ..ppo.batch import Experience, Samples, Scored
 from ..ppo.budget import logprob_workspace
 from ..ppo.config import PPOConfig
 
@@ -250,7 +250,7 @@ class _Loop:
                 prompts = [[*self.prompt[:-1], i // rollout.samples_per_prompt] for i in range(rows)]
                 sampler(model, prompts, uniform)
 
-    def scoring(self, optimizer: Any) -> Experience:
+    def scoring(self, optimizer: Any) -> Scored:
         from ..ppo.score import score
 
         rows = min(self.rows, self.micro_rows)
@@ -272,8 +272,18 @@ class _Loop:
         shape = (rows, len(self.response))
         table = {name: torch.zeros(shape) for name in ("logprob", "ref_logprob", "entropy", "advantage")}
         critic = None if self.policy.value_head is None else torch.zeros(shape)
-        mask, reward = torch.ones(shape, dtype=torch.bool), torch.zeros(rows)
-        return Experience(self.samples(rows), mask, value=critic, reward=reward, returns=critic, **table)
+        mask, numbers = torch.ones(shape, dtype=torch.bool), torch.zeros(rows)
+        return Experience(
+            samples=self.samples(rows),
+            mask=mask,
+            value=critic,
+            reward=numbers,
+            score=numbers,
+            returns=critic,
+            dropped=torch.zeros(rows, dtype=torch.bool),
+            kl=numbers,
+            **table,
+        )
 
 
 class _NoReward:

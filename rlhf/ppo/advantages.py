@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
 from torch import Tensor
 
 from ...kernels import advantages
-from .batch import Experience
+from .batch import Experience, Samples, Scored
 from .config import KL_ERROR_BOUND, PPOConfig
 from .losses import kl_estimate
 
@@ -38,8 +37,8 @@ class KLController:
         return self.coef
 
 
-def shape(experience: Experience, config: PPOConfig, kl_coef: float) -> Experience:
-    """A copy of `experience` with score, advantage, returns, dropped and kl filled in.
+def shape(scored: Scored, config: PPOConfig, kl_coef: float) -> Experience:
+    """Turn scored samples into experience: scores, advantages and returns.
 
         score = centre(clip(reward - missing_eos_penalty where the answer was cut off))
         gae    advantages of r_t = score at the last token - kl_coef KL_t, by `prudent.advantages`
@@ -53,28 +52,27 @@ def shape(experience: Experience, config: PPOConfig, kl_coef: float) -> Experien
     A sample is dropped if its reward is not finite, or a log-probability or value of it. The others of its prompt keep
     their advantages, measured against each other; one that is left alone gets 0.
 
-    Filled in: score [N] (NaN where dropped), advantage, returns [N, T] (0 where dropped), dropped [N] bool, kl [N] the
-    sum of log pi / pi_ref over a response's tokens (NaN where a log-probability is).
+    `Experience.kl` is the sum of log pi / pi_ref over a response's tokens, NaN where a log-probability is.
 
     Raises:
         ValueError: for estimator gae without values.
     """
-    mask, update = experience.mask, config.update
-    if update.estimator == "gae" and experience.value is None:
+    mask, update = scored.mask, config.update
+    if update.estimator == "gae" and scored.value is None:
         raise ValueError("update.estimator: expected rloo or group without a critic's values, got gae")
-    log_ratio = torch.where(mask, experience.logprob - experience.ref_logprob, 0.0)
-    kept = torch.isfinite(experience.reward) & torch.isfinite(log_ratio).all(1)
-    if experience.value is not None:
-        kept &= (torch.isfinite(experience.value) | ~mask).all(1)
-    group = _groups(experience)
-    score = _score(experience, config, kept, group)
+    log_ratio = torch.where(mask, scored.logprob - scored.ref_logprob, 0.0)
+    kept = torch.isfinite(scored.reward) & torch.isfinite(log_ratio).all(1)
+    if scored.value is not None:
+        kept &= (torch.isfinite(scored.value) | ~mask).all(1)
+    group = _groups(scored.samples)
+    score = _score(scored, config, kept, group)
     in_reward = config.kl.place == "reward" and kl_coef > 0
     if update.estimator == "gae":
         out = advantages(
             score,
-            experience.logprob if in_reward else None,
-            experience.ref_logprob if in_reward else None,
-            experience.value,
+            scored.logprob if in_reward else None,
+            scored.ref_logprob if in_reward else None,
+            scored.value,
             mask,
             gamma=update.gamma,
             lam=update.lam,
@@ -93,8 +91,8 @@ def shape(experience: Experience, config: PPOConfig, kl_coef: float) -> Experien
         out = advantages(tokens, None, None, None, mask, gamma=0.0, kl_coef=0.0, whiten=whiten)
         returns = None
     dropped = out.dropped | ~kept
-    return dataclasses.replace(
-        experience,
+    return Experience(
+        **vars(scored),
         score=torch.where(dropped, math.nan, score),
         advantage=out.advantage,
         returns=returns,
@@ -123,17 +121,17 @@ def group_relative(score: Tensor, group: Tensor, kept: Tensor) -> Tensor:
     return advantage.to(score)
 
 
-def _groups(experience: Experience) -> Tensor:
+def _groups(samples: Samples) -> Tensor:
     """[N] int64: 0 .. number of prompts - 1, on the CPU."""
-    inverse: Tensor = torch.unique(torch.tensor(experience.samples.prompt_index), return_inverse=True)[1]
+    inverse: Tensor = torch.unique(torch.tensor(samples.prompt_index), return_inverse=True)[1]
     return inverse
 
 
-def _score(experience: Experience, config: PPOConfig, kept: Tensor, group: Tensor) -> Tensor:
+def _score(scored: Scored, config: PPOConfig, kept: Tensor, group: Tensor) -> Tensor:
     """[N]: penalty, clip and centring; NaN where not kept."""
     reward = config.reward
-    cut = ~torch.tensor(experience.samples.stopped, device=experience.mask.device)
-    score = torch.where(kept, experience.reward, math.nan) - reward.missing_eos_penalty * cut
+    cut = ~torch.tensor(scored.samples.stopped, device=scored.mask.device)
+    score = torch.where(kept, scored.reward, math.nan) - reward.missing_eos_penalty * cut
     if reward.clip is not None:
         score = score.clamp(-reward.clip, reward.clip)
     if reward.centre == "none":

@@ -50,11 +50,11 @@ class TokenBatch(NamedTuple):
     last: Tensor
 
 
-@dataclass
-class Experience:
-    """What one step of the loop learns from: N rows, T the longest response; fp32, on the policy's device.
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """N samples with their log-probabilities, values and rewards: N rows, T the longest response; fp32, on one device.
 
-    Numbers of tokens that are not there (`mask` False) are 0. `score` and what follows it is filled by shaping.
+    Entries without a token (`mask` False) are 0.
     """
 
     samples: Samples
@@ -62,17 +62,23 @@ class Experience:
     logprob: Tensor  # [N, T] of the sampling policy, at the sampling temperature
     ref_logprob: Tensor  # [N, T] of the reference, at the same temperature
     entropy: Tensor  # [N, T] nats, of the sampling policy
-    value: Tensor | None  # [N, T] the critic before each token; None without a critic
+    value: Tensor | None  # [N, T] the critic's, before each token; None: the policy has no critic
     reward: Tensor  # [N] aggregated, before penalty, clip and centring; NaN where scoring failed
-    nominal: Tensor | None = None  # [N] BRME's nominal reward; None where the source has one head or none
-    worst: Tensor | None = None  # [N]
-    head_mean: Tensor | None = None  # [N, K]
-    head_std: Tensor | None = None  # [N, K]
-    score: Tensor | None = None  # [N] what the estimator uses: after penalty, clip and centring
-    advantage: Tensor | None = None  # [N, T]
-    returns: Tensor | None = None  # [N, T]
-    dropped: Tensor | None = None  # [N] bool: left out of the update
-    kl: Tensor | None = None  # [N] nats a sequence
+    nominal: Tensor | None = None  # [N] BRME's nominal reward; None: the reward has one head or none
+    worst: Tensor | None = None  # [N] the lowest head's mean; None: as for `nominal`
+    head_mean: Tensor | None = None  # [N, K]; None: the reward has no heads
+    head_std: Tensor | None = None  # [N, K]; None: the reward has no heads
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Experience(Scored):
+    """Scored samples with what the update learns from; made by `advantages.shape`."""
+
+    score: Tensor  # [N] what the estimator uses: after penalty, clip and centring; NaN where dropped
+    advantage: Tensor  # [N, T]; 0 where dropped
+    returns: Tensor | None  # [N, T] the critic's targets; None: the estimator fits no critic
+    dropped: Tensor  # [N] bool: left out of the update
+    kl: Tensor  # [N] sum of log pi / pi_ref over the response, nats
 
 
 def sequence_length(samples: Samples, index: int, closing: int = 0) -> int:

@@ -19,7 +19,7 @@ from ..sampling.prompts import Prompt, load_prompts, longest_prompt, prompt_orde
 from ..sampling.sampler import open_sampler
 from ..sampling.turn import Turn
 from .advantages import KLController
-from .batch import Experience, Samples
+from .batch import Samples, Scored
 from .checkpoint import Checkpoints, Saved, State
 from .config import PPOConfig
 from .memory import limit_memory, with_micro_tokens
@@ -106,8 +106,8 @@ class Run:
             self.save(0)
         return first
 
-    def score(self, samples: Samples) -> Experience:
-        """Experience of `samples`, up to their rewards."""
+    def score(self, samples: Samples) -> Scored:
+        """Log-probabilities, values and rewards of `samples`."""
         return score(self.policy, self.reward, samples, self.config, closing=self.turn.closing, progress=False)
 
     def keep_texts(self, step: int) -> None:

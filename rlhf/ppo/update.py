@@ -116,12 +116,7 @@ def update(
         update/steps, update/skipped   optimizer steps made, and left out: for a number that was not finite, or because
                               no sample was left
         NaN where there is nothing to measure; value/loss only with a critic to fit.
-
-    Raises:
-        ValueError: for experience without advantages.
     """
-    if experience.advantage is None or experience.dropped is None:
-        raise ValueError("experience.advantage: expected what shape() fills in, got None")
     kept = torch.nonzero(~experience.dropped)[:, 0].tolist()
     gradient = MinibatchGradient(policy, experience, config, kl_coef)
     count = min(config.update.minibatches, len(kept))
@@ -261,7 +256,6 @@ class MinibatchGradient:
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """The terms that are means over tokens; and surrogate, clip fraction and KL(sampling || updated)."""
         experience, update = self.experience, self.config.update
-        assert experience.advantage is not None
         old = experience.logprob[at]
         surrogate, clipped = policy_loss(out.logprob, old, experience.advantage[at], update.clip)
         loss = surrogate.sum() / tokens

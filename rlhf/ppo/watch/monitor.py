@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...job.files import read_json_lines, repaired_json_lines, writing
 from ...job.log import RunLog
-from ..batch import Experience, Samples
+from ..batch import Experience, Samples, Scored
 from ..config import PPOConfig
 from ..losses import chi2_estimate
 
@@ -30,7 +30,7 @@ RATIOS = {"reward/head_std": "reward/head_std_ratio", "reward/disagreement": "re
 TEXTS = 4  # prompts whose responses are logged
 
 
-def experience_metrics(experience: Experience) -> dict[str, float]:
+def experience_metrics(experience: Scored) -> dict[str, float]:
     """Metrics of one step's samples, named as in metrics.jsonl; NaN if no value is finite.
 
     reward/gap: mean of nominal - worst. reward/head_std: mean of the heads' stds. reward/disagreement: the (population)
@@ -39,7 +39,7 @@ def experience_metrics(experience: Experience) -> dict[str, float]:
     responses that reached max_new_tokens.
     """
     kept = torch.isfinite(experience.reward)
-    if experience.dropped is not None:
+    if isinstance(experience, Experience):
         kept &= ~experience.dropped
     mask = experience.mask & kept[:, None]
     tokens = mask.sum().double()
@@ -63,7 +63,7 @@ def experience_metrics(experience: Experience) -> dict[str, float]:
         "text/truncated": 1 - sum(experience.samples.stopped) / len(experience.samples.stopped),
         "samples/dropped": (~kept).sum(),
     }
-    if experience.value is not None and experience.returns is not None:
+    if isinstance(experience, Experience) and experience.value is not None and experience.returns is not None:
         values["value/explained_variance"] = explained_variance(experience.value[mask], experience.returns[mask])
     return {name: float(value) for name, value in values.items()}
 
@@ -126,7 +126,7 @@ class Monitor:
         self._trackers = open_trackers(config)
         self._texts = TextLog(config.output / "samples.jsonl")
 
-    def compare_with(self, experience: Experience) -> None:
+    def compare_with(self, experience: Scored) -> None:
         """Use the head std and disagreement of `experience`, if measured, as the denominators of the ratios."""
         measured = experience_metrics(experience)
         self.baseline = {name: measured[name] for name in RATIOS if name in measured}
@@ -164,7 +164,7 @@ class Monitor:
             self._gold_failed = True
         return float(finite.double().mean())
 
-    def texts(self, step: int, experience: Experience) -> None:
+    def texts(self, step: int, experience: Scored) -> None:
         """Log the samples of `experience` as texts of the policy after `step` updates."""
         samples = experience.samples
         gold = None if self.gold is None else self.gold(samples).reward

@@ -17,7 +17,7 @@ from prudent.rlhf.job.config import load_config
 from prudent.rlhf.models.shapes import SHAPES, model_config
 from prudent.rlhf.plan.plan import FLOOR, PlanConfig, PlanResult, run_plan
 from prudent.rlhf.plan.verify import _Loop, trace
-from prudent.rlhf.ppo.batch import Experience
+from prudent.rlhf.ppo.batch import Scored
 from prudent.rlhf.ppo.budget import PHASES, TERMS, Budget, JobShape, ModelShape, plan
 from prudent.rlhf.ppo.memory import auto_micro_tokens, job_shape
 from prudent.rlhf.ppo.policy.policy import Policy, RewardOnTrunk
@@ -130,7 +130,7 @@ class Measured:
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.eval()
 
-    def scoring(self) -> Experience:
+    def scoring(self) -> Scored:
         return score(self.policy, None, self.loop.samples(self.rows), self.given, closing=[0])
 
     def rollout(self) -> None:

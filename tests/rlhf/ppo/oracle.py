@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import prudent
-from prudent.rlhf.ppo.batch import Experience, Samples, TokenBatch, response_mask
+from prudent.rlhf.ppo.batch import Experience, Samples, Scored, TokenBatch, response_mask
 from prudent.rlhf.ppo.config import PPOConfig
 from prudent.rlhf.ppo.update import update
 
@@ -129,7 +129,7 @@ def exact_values(world: World, kl_coef: float) -> Tensor:
     return value
 
 
-def experience(world: World, rows: list[State], value: Tensor | None) -> Experience:
+def scored(world: World, rows: list[State], value: Tensor | None) -> Scored:
     """What scoring would have made of the texts `rows`, under the policy as it is."""
     samples = Samples(
         [[VOCAB + row[0]] for row in rows],
@@ -148,7 +148,7 @@ def experience(world: World, rows: list[State], value: Tensor | None) -> Experie
                     [value[world.policy.number[row[: t + 1]]] for t in range(len(row) - 1)]
                 )
     reward = torch.tensor([world.reward[row] for row in rows], dtype=torch.float64)
-    return Experience(samples, mask, *tables[:3], tables[3] if value is not None else None, reward)
+    return Scored(samples, mask, *tables[:3], tables[3] if value is not None else None, reward)
 
 
 def whole_distribution(world: World) -> list[State]:

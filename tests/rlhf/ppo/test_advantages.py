@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import prudent
 from prudent.rlhf.ppo.advantages import KLController, shape
-from prudent.rlhf.ppo.batch import Experience, Samples, response_mask
+from prudent.rlhf.ppo.batch import Experience, Samples, Scored, response_mask
 from prudent.rlhf.ppo.config import KLConfig, PPOConfig
 
 LENGTHS = (3, 1, 2, 4, 2, 2)  # six samples, three of each of two prompts
@@ -24,9 +25,7 @@ def a_config(**given: Any) -> PPOConfig:
     return PPOConfig.model_validate({**base, "reward": reward, **given})
 
 
-def an_experience(
-    reward: list[float] | None = None, critic: bool = True, prompts: tuple[int, ...] = (7, 2)
-) -> Experience:
+def some_scored(reward: list[float] | None = None, critic: bool = True, prompts: tuple[int, ...] = (7, 2)) -> Scored:
     generator = torch.Generator().manual_seed(0)
     samples = Samples([[1, 2]] * 6, [[3] * length for length in LENGTHS], STOPPED, [prompts[0]] * 3 + [prompts[1]] * 3)
     mask = response_mask(samples, "cpu")
@@ -36,17 +35,15 @@ def an_experience(
 
     logprob, ref_logprob, entropy, value = table(), table(), table(), table()
     rewards = torch.tensor(reward or [1.0, 2.0, 6.0, -1.0, 0.5, 2.0], dtype=torch.float64)
-    return Experience(samples, mask, logprob, ref_logprob, entropy, value if critic else None, rewards)
+    return Scored(samples, mask, logprob, ref_logprob, entropy, value if critic else None, rewards)
 
 
 def scores(experience: Experience) -> list[float]:
-    assert experience.score is not None
     return experience.score.tolist()
 
 
 def per_row(experience: Experience) -> list[float]:
     """The advantage of each row's first token, having made sure that the row's others are the same."""
-    assert experience.advantage is not None
     first = experience.advantage[:, :1]
     assert torch.equal(experience.advantage, first * experience.mask)
     return first[:, 0].tolist()
@@ -56,23 +53,23 @@ def per_row(experience: Experience) -> list[float]:
 
 
 def test_a_reward_is_its_own_score_by_default() -> None:
-    experience = an_experience()
+    experience = some_scored()
     assert scores(shape(experience, a_config(), 0.0)) == experience.reward.tolist()
 
 
 def test_the_penalty_is_taken_off_cut_answers_then_clipped_then_centred() -> None:
-    penalised = shape(an_experience(), a_config(reward={"missing_eos_penalty": 3.0}), 0.0)
+    penalised = shape(some_scored(), a_config(reward={"missing_eos_penalty": 3.0}), 0.0)
     assert scores(penalised) == [1.0, -1.0, 6.0, -1.0, -2.5, 2.0]
-    clipped = shape(an_experience(), a_config(reward={"missing_eos_penalty": 3.0, "clip": 2.0}), 0.0)
+    clipped = shape(some_scored(), a_config(reward={"missing_eos_penalty": 3.0, "clip": 2.0}), 0.0)
     assert scores(clipped) == [1.0, -1.0, 2.0, -1.0, -2.0, 2.0]
     both = {"missing_eos_penalty": 3.0, "clip": 2.0, "centre": "group"}
-    centred = shape(an_experience(), a_config(reward=both), 0.0)
+    centred = shape(some_scored(), a_config(reward=both), 0.0)
     thirds = [1 - 2 / 3, -1 - 2 / 3, 2 - 2 / 3, -1 + 1 / 3, -2 + 1 / 3, 2 + 1 / 3]
     assert scores(centred) == pytest.approx(thirds, rel=1e-12)
 
 
 def test_centring_is_over_what_is_kept() -> None:
-    experience = an_experience([1.0, 2.0, math.nan, -1.0, math.inf, 2.0])
+    experience = some_scored([1.0, 2.0, math.nan, -1.0, math.inf, 2.0])
     batch = scores(shape(experience, a_config(reward={"centre": "batch"}), 0.0))
     assert [batch[i] for i in (0, 1, 3, 5)] == [0.0, 1.0, -2.0, 1.0]
     group = scores(shape(experience, a_config(reward={"centre": "group"}), 0.0))
@@ -86,14 +83,14 @@ def test_centring_is_over_what_is_kept() -> None:
 
 def test_rloo_by_hand() -> None:
     config = a_config(update={"estimator": "rloo"})
-    out = shape(an_experience(critic=False), config, 0.0)
+    out = shape(some_scored(critic=False), config, 0.0)
     expected = [1 - 4.0, 2 - 3.5, 6 - 1.5, -1 - 1.25, 0.5 - 0.5, 2 - (-0.25)]
     assert per_row(out) == pytest.approx(expected, rel=1e-12)
     assert out.returns is None
 
 
 def test_rloo_takes_the_sequences_kl_off_before_the_baseline() -> None:
-    config, experience = a_config(update={"estimator": "rloo"}), an_experience(critic=False)
+    config, experience = a_config(update={"estimator": "rloo"}), some_scored(critic=False)
     kl = (experience.logprob - experience.ref_logprob).sum(1)
     s = (experience.reward - 0.3 * kl).tolist()
     expected = [s[i] - sum(s[j] for j in range(6) if j // 3 == i // 3 and j != i) / 2 for i in range(6)]
@@ -102,7 +99,7 @@ def test_rloo_takes_the_sequences_kl_off_before_the_baseline() -> None:
 
 @pytest.mark.parametrize("estimator", ["k2", "k3", "abs"])
 def test_the_price_is_of_the_estimator_asked_for(estimator: str) -> None:
-    experience = an_experience(critic=False)
+    experience = some_scored(critic=False)
     config = a_config(update={"estimator": "rloo"}, kl={"estimator": estimator})
     d = experience.logprob - experience.ref_logprob
     price = {"k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d, "abs": d.abs()}[estimator]
@@ -112,21 +109,21 @@ def test_the_price_is_of_the_estimator_asked_for(estimator: str) -> None:
 
 
 def test_group_relative_is_trls() -> None:
-    config, experience = a_config(update={"estimator": "group"}), an_experience(critic=False)
+    config, experience = a_config(update={"estimator": "group"}), some_scored(critic=False)
     grouped = experience.reward.view(2, 3)
     expected = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)  # grpo_trainer.py
     assert per_row(shape(experience, config, 0.0)) == pytest.approx(expected.flatten().tolist(), rel=1e-12)
 
 
 def test_a_group_of_equal_rewards_has_no_advantage() -> None:
-    experience = an_experience([0.1] * 6, critic=False)
+    experience = some_scored([0.1] * 6, critic=False)
     for estimator in ("rloo", "group"):
         found = per_row(shape(experience, a_config(update={"estimator": estimator}), 0.0))
         assert found == pytest.approx([0.0] * 6, abs=1e-11)
 
 
 def test_gae_is_the_ops() -> None:
-    experience = an_experience()
+    experience = some_scored()
     out = shape(experience, a_config(update={"gamma": 0.9, "lam": 0.8}, kl={"estimator": "k3"}), 0.3)
     expected = prudent.advantages(
         experience.reward,
@@ -139,29 +136,24 @@ def test_gae_is_the_ops() -> None:
         kl_coef=0.3,
         kl_estimator="k3",
     )
-    assert out.advantage is not None
-    assert out.returns is not None
     assert torch.equal(out.advantage, expected.advantage)
     assert torch.equal(out.returns, expected.returns)
 
 
 @pytest.mark.parametrize("estimator", ["gae", "rloo", "group"])
 def test_kl_in_the_loss_is_not_in_the_reward(estimator: str) -> None:
-    experience = an_experience()
+    experience = some_scored()
     config = a_config(update={"estimator": estimator}, kl={"place": "loss"})
     priced, free = shape(experience, config, 0.3), shape(experience, config, 0.0)
-    assert priced.advantage is not None
-    assert free.advantage is not None
     assert torch.equal(priced.advantage, free.advantage)
 
 
 @pytest.mark.parametrize(("estimator", "usual"), [("gae", True), ("rloo", False), ("group", False)])
 def test_whitening_is_over_tokens_and_the_default_for_gae_alone(estimator: str, usual: bool) -> None:
-    experience = an_experience()
+    experience = some_scored()
 
     def advantage(whiten: bool | None) -> Tensor:
         out = shape(experience, a_config(update={"estimator": estimator, "whiten": whiten}), 0.1)
-        assert out.advantage is not None
         return out.advantage[experience.mask]
 
     plain, white = advantage(False), advantage(True)
@@ -171,7 +163,7 @@ def test_whitening_is_over_tokens_and_the_default_for_gae_alone(estimator: str, 
 
 def test_groups_are_prompts_by_number_whatever_the_numbers() -> None:
     config = a_config(update={"estimator": "rloo"})
-    first, other = (per_row(shape(an_experience(prompts=pair), config, 0.1)) for pair in ((0, 1), (900, 3)))
+    first, other = (per_row(shape(some_scored(prompts=pair), config, 0.1)) for pair in ((0, 1), (900, 3)))
     assert first == other
 
 
@@ -182,24 +174,22 @@ def test_groups_are_prompts_by_number_whatever_the_numbers() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_one_bad_reward_is_dropped_and_its_group_is_not(estimator: str, bad: float) -> None:
     config = a_config(update={"estimator": estimator})
-    out = shape(an_experience([1.0, bad, 6.0, -1.0, 0.5, 2.0], critic=False), config, 0.0)
-    assert out.dropped is not None
+    out = shape(some_scored([1.0, bad, 6.0, -1.0, 0.5, 2.0], critic=False), config, 0.0)
     assert out.dropped.tolist() == [False, True, False, False, False, False]
     found = per_row(out)
     half = 2.5 / (math.sqrt(12.5) + 1e-4)  # rewards 1 and 6: mean 3.5, std sqrt(12.5)
     expected = [-5.0, 0.0, 5.0] if estimator == "rloo" else [-half, 0.0, half]
     assert found[:3] == pytest.approx(expected, rel=1e-12)
-    assert found[3:] == per_row(shape(an_experience(critic=False), config, 0.0))[3:]
+    assert found[3:] == per_row(shape(some_scored(critic=False), config, 0.0))[3:]
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "group"])
 def test_the_last_one_of_a_group_gets_0_and_is_kept(estimator: str) -> None:
     out = shape(
-        an_experience([math.nan, 2.0, math.nan, -1.0, 0.5, 2.0], critic=False),
+        some_scored([math.nan, 2.0, math.nan, -1.0, 0.5, 2.0], critic=False),
         a_config(update={"estimator": estimator}),
         0.0,
     )
-    assert out.dropped is not None
     assert out.dropped.tolist() == [True, False, True, False, False, False]
     assert per_row(out)[1] == 0.0
     assert scores(out)[1] == 2.0
@@ -208,11 +198,9 @@ def test_the_last_one_of_a_group_gets_0_and_is_kept(estimator: str) -> None:
 @pytest.mark.parametrize("estimator", ["gae", "rloo", "group"])
 @pytest.mark.parametrize("name", ["logprob", "ref_logprob", "value"])
 def test_a_table_that_is_not_finite_drops_its_row(estimator: str, name: str) -> None:
-    experience = an_experience()
+    experience = some_scored()
     getattr(experience, name)[3, 1] = math.nan
     out = shape(experience, a_config(update={"estimator": estimator}), 0.1)
-    assert out.dropped is not None
-    assert out.advantage is not None
     assert out.dropped.tolist() == [False, False, False, True, False, False]
     assert torch.isfinite(out.advantage).all()
     assert (out.advantage[3] == 0).all()
@@ -220,7 +208,7 @@ def test_a_table_that_is_not_finite_drops_its_row(estimator: str, name: str) -> 
 
 
 def test_what_stands_beyond_a_response_is_not_read() -> None:
-    experience = an_experience()
+    experience = some_scored()
     before = shape(experience, a_config(), 0.1)
     for table in (experience.logprob, experience.ref_logprob, experience.value):
         assert table is not None
@@ -234,24 +222,22 @@ def test_gae_without_values_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"^update.estimator: expected rloo or group without a critic's values, got gae$"
     ):
-        shape(an_experience(critic=False), a_config(), 0.0)
+        shape(some_scored(critic=False), a_config(), 0.0)
 
 
 # what comes back
 
 
-def test_the_experience_that_was_given_is_not_changed_and_types_are_kept() -> None:
-    experience = an_experience()
-    for name in ("logprob", "ref_logprob", "value", "reward"):
-        setattr(experience, name, getattr(experience, name).float())
+def test_scored_samples_are_not_changed_and_dtypes_are_kept() -> None:
+    scored = some_scored()
+    narrow = {name: getattr(scored, name).float() for name in ("logprob", "ref_logprob", "value", "reward")}
+    scored = dataclasses.replace(scored, **narrow)
+    before = {name: value.clone() for name, value in vars(scored).items() if isinstance(value, Tensor)}
     for estimator in ("gae", "rloo", "group"):
-        out = shape(experience, a_config(update={"estimator": estimator}, reward={"centre": "batch"}), 0.1)
-        assert experience.score is experience.advantage is experience.dropped is None
-        assert out.score is not None
-        assert out.advantage is not None
+        out = shape(scored, a_config(update={"estimator": estimator}, reward={"centre": "batch"}), 0.1)
+        assert all(torch.equal(getattr(scored, name), value) for name, value in before.items())
         assert out.score.dtype == out.advantage.dtype == torch.float32
-        assert out.kl is not None
-        assert out.kl.tolist() == pytest.approx((experience.logprob - experience.ref_logprob).sum(1).tolist(), rel=1e-6)
+        assert out.kl.tolist() == pytest.approx((scored.logprob - scored.ref_logprob).sum(1).tolist(), rel=1e-6)
 
 
 # the KL coefficient

@@ -7,6 +7,7 @@ tokens as often as its probability times 4^T says. A mean over the set is then a
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -27,8 +28,8 @@ from .oracle import (
     a_world,
     close,
     exact_values,
-    experience,
     gradient,
+    scored,
     update_gradient,
     whole_distribution,
 )
@@ -45,7 +46,7 @@ def test_ppos_first_update_descends_the_gradient_of_the_objective(lam: float, kl
     value = exact_values(world, kl_coef)
     with torch.no_grad():
         world.policy.value.copy_(value)
-    shaped = shape(experience(world, whole_distribution(world), value), config, kl_coef)
+    shaped = shape(scored(world, whole_distribution(world), value), config, kl_coef)
     found, _ = update_gradient(world, shaped, config)
 
     def gain(prompt: int, response: tuple[int, ...]) -> Tensor:
@@ -63,7 +64,7 @@ def test_a_wrong_critic_changes_the_noise_and_not_the_gradient_at_lambda_1_but_d
     found = {}
     for lam in (1.0, 0.5):
         config = a_config({"lam": lam})
-        shaped = shape(experience(world, whole_distribution(world), wrong), config, 0.0)
+        shaped = shape(scored(world, whole_distribution(world), wrong), config, 0.0)
         found[lam], _ = update_gradient(world, shaped, config)
     close(found[1.0], exact)
     assert (found[0.5] - exact).abs().max() > 0.01
@@ -75,7 +76,7 @@ def test_the_critic_descends_the_mean_squared_error_of_its_returns() -> None:
     value = torch.linspace(-1, 1, len(world.policy.number), dtype=torch.float64)
     with torch.no_grad():
         world.policy.value.copy_(value)
-    shaped = shape(experience(world, whole_distribution(world), value), config, 0.0)
+    shaped = shape(scored(world, whole_distribution(world), value), config, 0.0)
     _, found = update_gradient(world, shaped, config)
     close(found, 0.7 * world.policy.visits() * (value - exact_values(world, 0.0)))
 
@@ -85,7 +86,7 @@ def test_gae_is_the_discounted_sum_of_temporal_differences(gamma: float, lam: fl
     world, kl_coef = a_world(), 0.3
     value = torch.linspace(-1, 1, len(world.policy.number), dtype=torch.float64)
     rows = list(world.reward)
-    made = experience(world, rows, value)
+    made = scored(world, rows, value)
     shaped = shape(made, a_config({"gamma": gamma, "lam": lam}), kl_coef)
     for i, row in enumerate(rows):
         steps = len(row) - 1
@@ -94,7 +95,6 @@ def test_gae_is_the_discounted_sum_of_temporal_differences(gamma: float, lam: fl
         rewards[-1] += world.reward[row]
         delta = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(steps)]
         expected = [sum((gamma * lam) ** (u - t) * delta[u] for u in range(t, steps)) for t in range(steps)]
-        assert shaped.advantage is not None
         assert shaped.advantage[i, :steps].tolist() == pytest.approx(expected, rel=1e-11, abs=1e-13)
 
 
@@ -134,8 +134,9 @@ def test_rloos_update_descends_the_gradient_of_the_objective() -> None:
     for prompt in range(PROMPTS):
         texts = [row for row in whole_distribution(world) if row[0] == prompt]
         rows += [row for pair in itertools.product(texts, repeat=2) for row in pair]
-    made = experience(world, rows, None)
-    made.samples = made.samples._replace(prompt_index=[i // 2 for i in range(len(rows))])
+    made = scored(world, rows, None)
+    pairs = made.samples._replace(prompt_index=[i // 2 for i in range(len(rows))])
+    made = dataclasses.replace(made, samples=pairs)
     found, untouched = update_gradient(world, shape(made, config, kl_coef), config)
 
     def gain(prompt: int, response: tuple[int, ...]) -> Tensor:
@@ -191,8 +192,7 @@ def test_k2_is_the_kl_to_second_order() -> None:
 
 def test_the_experiences_kl_is_unbiased() -> None:
     world = a_world()
-    shaped = shape(experience(world, whole_distribution(world), None), a_config({"estimator": "rloo"}), 0.1)
-    assert shaped.kl is not None
+    shaped = shape(scored(world, whole_distribution(world), None), a_config({"estimator": "rloo"}), 0.1)
     assert float(shaped.kl.mean()) == pytest.approx(exact_kl(world), rel=1e-11)
 
 
@@ -213,7 +213,7 @@ def test_what_kl_in_the_loss_descends(estimator: str) -> None:
     """k2 KL(pi || ref), k1 nothing at all, k3 KL(ref || pi), abs sum |pi - ref|: of the next token, the text given."""
     world = constant_reward(a_world(), 1.0)
     config = a_config({"estimator": "rloo"}, kl={"place": "loss", "estimator": estimator})
-    shaped = shape(experience(world, whole_distribution(world), None), config, 0.3)
+    shaped = shape(scored(world, whole_distribution(world), None), config, 0.3)
     found, _ = update_gradient(world, shaped, config, kl_coef=0.3)
     close(found, 0.3 * gradient(state_sums(world, estimator), world.policy))
     assert (found.abs().max() > 1e-3) == (estimator != "k1")
@@ -221,7 +221,7 @@ def test_what_kl_in_the_loss_descends(estimator: str) -> None:
 
 def test_the_entropy_bonus_ascends_the_entropy_of_the_states_visited() -> None:
     world, config = constant_reward(a_world(), 1.0), a_config({"estimator": "rloo", "entropy_coef": 0.2})
-    shaped = shape(experience(world, whole_distribution(world), None), config, 0.0)
+    shaped = shape(scored(world, whole_distribution(world), None), config, 0.0)
     found, _ = update_gradient(world, shaped, config)
     logp = world.policy.logits.log_softmax(1)
     close(found, 0.2 * gradient(world.policy.visits() @ (logp.exp() * logp).sum(1), world.policy))
@@ -232,7 +232,7 @@ def test_the_chi2_estimate_is_chi2_and_its_loss_descends_what_it_says() -> None:
     and KL(ref || pi)'s, times the slope of the square root at the minibatch's mean."""
     world, config = constant_reward(a_world(), 1.0), a_config({"estimator": "rloo"}, kl={"chi2": 0.5})
     rows = whole_distribution(world)
-    shaped = shape(experience(world, rows, None), config, 0.0)
+    shaped = shape(scored(world, rows, None), config, 0.0)
     chi2 = torch.zeros((), dtype=torch.float64)
     forward = torch.zeros((), dtype=torch.float64)  # KL(ref || pi)
     for text in world.reward:
@@ -240,7 +240,6 @@ def test_the_chi2_estimate_is_chi2_and_its_loss_descends_what_it_says() -> None:
         ref = ref.detach()
         chi2 = chi2 + (logp - ref).exp().sub(1).square() * ref.exp() / PROMPTS
         forward = forward + ref.exp() * (ref - logp) / PROMPTS
-    assert shaped.kl is not None
     estimate = float(chi2_estimate(shaped.kl).mean())
     assert estimate == pytest.approx(float(chi2.detach()), rel=1e-11)
     found, _ = update_gradient(world, shaped, config)
@@ -267,8 +266,7 @@ def test_lemma_1_a_constant_reward_and_the_exact_critic_teach_nothing(whiten: bo
     with torch.no_grad():
         world.policy.value.fill_(2.5)
     for row in world.reward:
-        shaped = shape(experience(world, [row], torch.full_like(value, 2.5)), config, 0.0)
-        assert shaped.advantage is not None
+        shaped = shape(scored(world, [row], torch.full_like(value, 2.5)), config, 0.0)
         assert not shaped.advantage.any()
         of_logits, of_values = update_gradient(world, shaped, config)
         assert not of_logits.any()
@@ -278,7 +276,7 @@ def test_lemma_1_a_constant_reward_and_the_exact_critic_teach_nothing(whiten: bo
 @pytest.mark.parametrize("estimator", ["rloo", "group"])
 def test_lemma_1_needs_no_critic_where_samples_are_compared_with_each_other(estimator: str) -> None:
     world, config = constant_reward(a_world(), 2.5), a_config({"estimator": estimator})
-    shaped = shape(experience(world, list(world.reward), None), config, 0.0)
+    shaped = shape(scored(world, list(world.reward), None), config, 0.0)
     found, _ = update_gradient(world, shaped, config)
     assert not found.any()
 
@@ -286,9 +284,9 @@ def test_lemma_1_needs_no_critic_where_samples_are_compared_with_each_other(esti
 def test_lemma_1_with_a_critic_that_is_not_exact_holds_in_the_mean_alone() -> None:
     world, config = constant_reward(a_world(), 2.5), a_config({"lam": 1.0})
     zero = torch.zeros_like(world.policy.value)
-    everything = shape(experience(world, whole_distribution(world), zero), config, 0.0)
+    everything = shape(scored(world, whole_distribution(world), zero), config, 0.0)
     assert update_gradient(world, everything, config)[0].abs().max() < 1e-12
-    one = shape(experience(world, [next(iter(world.reward))], zero), config, 0.0)
+    one = shape(scored(world, [next(iter(world.reward))], zero), config, 0.0)
     assert update_gradient(world, one, config)[0].abs().max() > 0.1
 
 
@@ -300,8 +298,8 @@ def mean_square_of_gradients(std: float, config: PPOConfig, draws: int = 12) -> 
     value = torch.ones_like(world.policy.value)
     for _ in range(draws):
         rows = [texts[i] for i in torch.randperm(len(texts), generator=generator)[:16].tolist()]
-        made = experience(world, rows, value)
-        made.reward = 1 + std * torch.randn(16, generator=generator, dtype=torch.float64)
+        noise = 1 + std * torch.randn(16, generator=generator, dtype=torch.float64)
+        made = dataclasses.replace(scored(world, rows, value), reward=noise)
         found, _ = update_gradient(world, shape(made, config, 0.0), config)
         total += float(found.square().sum()) / draws
     return total

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prudent.engine import EnsembleHead, EnsembleRewardModel
-from prudent.rlhf.ppo.batch import Experience, Samples
+from prudent.rlhf.ppo.batch import Samples, Scored
 from prudent.rlhf.ppo.config import PPOConfig
 from prudent.rlhf.ppo.policy.policy import Policy, RewardOnTrunk
 from prudent.rlhf.ppo.rewards.resolve import Rewards
@@ -43,7 +43,7 @@ def make(reward: RewardOnTrunk | None, lm: Any = None, **changes: Any) -> Policy
     return policy
 
 
-def scored(policy: Policy, samples: Samples = SAMPLES, reward: Any = None) -> Experience:
+def scored(policy: Policy, samples: Samples = SAMPLES, reward: Any = None) -> Scored:
     return score(policy, reward, samples, policy.config, closing=CLOSING)
 
 
@@ -153,7 +153,7 @@ def test_one_pass_of_the_frozen_trunk_gives_reference_and_rewards(mode: str, tmp
     assert len(count) == 3  # reference, actor, critic
 
 
-def equal(one: Experience, other: Experience, **tolerance: float) -> None:
+def equal(one: Scored, other: Scored, **tolerance: float) -> None:
     for name, tensor in vars(one).items():
         if isinstance(tensor, Tensor):
             if tolerance:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from prudent.rlhf.ppo import update as module
-from prudent.rlhf.ppo.advantages import shape
 from prudent.rlhf.ppo.batch import Experience, TokenBatch, token_batch
 from prudent.rlhf.ppo.update import open_optimizer, set_learning_rates, update
 
@@ -57,7 +55,6 @@ def test_the_first_gradient_is_the_policy_gradient(monkeypatch: pytest.MonkeyPat
     ):
         states = policy.gru(policy.embedding(torch.tensor([prompt + response[:-1]])))[0][0, len(prompt) - 1 :]
         logprob = (states @ policy.head.weight.T).log_softmax(1)[range(len(response)), response]
-        assert experience.advantage is not None
         total = total - (logprob * experience.advantage[row, : len(response)]).sum()
     (total / experience.mask.sum()).backward()
     for name, parameter in policy.named_parameters():
@@ -69,7 +66,6 @@ def test_the_first_gradient_is_the_policy_gradient(monkeypatch: pytest.MonkeyPat
 def test_epochs_and_minibatches_take_every_kept_row_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     config = a_config({"epochs": 3, "minibatches": 4})
     experience = sampled(config)
-    assert experience.dropped is not None
     experience.dropped[3] = True
     seen: list[list[int]] = []
     gradient = module.MinibatchGradient.__call__
@@ -211,8 +207,8 @@ def test_a_gradient_that_is_not_finite_skips_the_step() -> None:
 def test_without_a_sample_left_every_step_counts_as_skipped() -> None:
     config = a_config({"epochs": 2, "minibatches": 3})
     experience = sampled(config)
-    experience.reward.fill_(math.nan)
-    policy, metrics = run(config, shape(experience, config, 0.0))
+    experience.dropped.fill_(True)
+    policy, metrics = run(config, experience)
     assert (metrics["update/steps"], metrics["update/skipped"], metrics["update/epochs"]) == (0, 6, 0)
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), Recurrent().parameters(), strict=True))
 
@@ -237,7 +233,6 @@ def test_the_clip_takes_part_once_the_policy_has_moved() -> None:
     experience = sampled(config, moved=0.0)
     _, metrics = run(config, experience)
     assert 0 < metrics["policy/clip_fraction"] < 1
-    assert experience.advantage is not None
     at_first = -float(experience.advantage[experience.mask].mean())  # the surrogate at ratio 1
     assert metrics["policy/loss"] < at_first
 
@@ -252,7 +247,6 @@ def test_an_update_raises_the_probability_of_what_was_better_than_the_rest() -> 
     with torch.no_grad():
         now = policy.logprobs(policy.hidden(batch, "actor"), batch, 1.0).logprob
     change = now - experience.logprob[batch.sequence, batch.offset]
-    assert experience.advantage is not None
     assert float((change * experience.advantage[batch.sequence, batch.offset]).sum()) > 0
 
 
@@ -280,13 +274,6 @@ def test_an_optimizer_that_is_not_installed_is_refused_by_its_extra(name: str, m
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=rf"update.optimizer {name} needs bitsandbytes: pip install 'prudent\[bits"):
         open_optimizer(Recurrent(), a_config({"optimizer": name}))
-
-
-def test_experience_without_advantages_is_refused() -> None:
-    config = a_config()
-    bare = dataclasses.replace(sampled(config), advantage=None)
-    with pytest.raises(ValueError, match=r"^experience.advantage: expected what shape\(\) fills in, got None$"):
-        run(config, bare)
 
 
 def test_the_progress_bar_counts_the_tokens_of_every_epoch(capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import prudent
 from prudent.rlhf.ppo.advantages import shape
-from prudent.rlhf.ppo.batch import Experience, Samples, TokenBatch, response_mask, token_batch
+from prudent.rlhf.ppo.batch import Experience, Samples, Scored, TokenBatch, response_mask, token_batch
 from prudent.rlhf.ppo.config import PPOConfig
 from prudent.rlhf.ppo.update import open_optimizer, update
 
@@ -93,8 +93,8 @@ def sampled(config: PPOConfig, prompts: int = 5, seed: int = 0, policy: Any = No
         noise = torch.randn(len(batch.targets), generator=draw, dtype=value.dtype)
         value[batch.sequence, batch.offset] = policy.values(critic[batch.rows]) + moved * noise
     reward = torch.randn(len(rows), generator=draw, dtype=value.dtype)
-    experience = Experience(samples, mask, *tables, value if config.critic != "none" else None, reward)
-    return shape(experience, config, config.kl.coef)
+    scored = Scored(samples, mask, *tables, value if config.critic != "none" else None, reward)
+    return shape(scored, config, config.kl.coef)
 
 
 def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -30,14 +31,14 @@ def _config(tmp_path: Path, **given: Any) -> PPOConfig:
     return PPOConfig(model="m", prompts="p", output=tmp_path, reward=RewardConfig(source="r"), **given)
 
 
-def _experience() -> Experience:
+def _experience(**changes: Any) -> Experience:
     """Three samples of 2, 1 and 2 tokens; the last one's reward is NaN."""
     samples = Samples([[1], [1], [2]], [[5, 3], [3], [6, 7]], [True, True, False], [0, 0, 1])
     mask = torch.tensor([[1, 1], [1, 0], [1, 1]]).bool()
     nan = math.nan
-    return Experience(
-        samples,
-        mask,
+    experience = Experience(
+        samples=samples,
+        mask=mask,
         logprob=torch.tensor([[-1.0, -2.0], [-1.0, 9.0], [-1.0, -1.0]]),
         ref_logprob=torch.tensor([[-1.5, -2.0], [-2.0, 0.0], [-9.0, -9.0]]),
         entropy=torch.tensor([[1.0, 2.0], [3.0, 9.0], [7.0, 7.0]]),
@@ -47,8 +48,13 @@ def _experience() -> Experience:
         worst=torch.tensor([0.0, 2.0, nan]),
         head_mean=torch.tensor([[0.0, 2.0], [2.0, 2.0], [nan, nan]]),
         head_std=torch.tensor([[1.0, 2.0], [3.0, 4.0], [nan, nan]]),
+        score=torch.tensor([1.0, 2.0, nan]),
+        advantage=torch.zeros(3, 2),
         returns=torch.tensor([[0.0, 1.0], [5.0, 0.0], [0.0, 0.0]]),
+        dropped=torch.tensor([False, False, True]),
+        kl=torch.tensor([0.5, 1.0, 16.0]),
     )
+    return dataclasses.replace(experience, **changes)
 
 
 def test_every_number_by_hand_with_the_dropped_sample_left_out() -> None:
@@ -75,26 +81,22 @@ def test_every_number_by_hand_with_the_dropped_sample_left_out() -> None:
 
 
 def test_no_heads_and_no_critic_no_such_names() -> None:
-    bare = _experience()
-    bare.nominal = bare.worst = bare.head_mean = bare.head_std = bare.value = bare.returns = None
-    names = set(experience_metrics(bare))
+    absent = dict.fromkeys(("nominal", "worst", "head_mean", "head_std", "value", "returns"))
+    names = set(experience_metrics(_experience(**absent)))
     assert not {name for name in names if "head" in name or "gap" in name or "disagreement" in name or "value" in name}
 
 
 def test_one_head_has_its_std_and_nobody_to_disagree_with() -> None:
-    one = _experience()
-    assert one.head_mean is not None
-    assert one.head_std is not None
-    one.head_mean, one.head_std = one.head_mean[:, :1], one.head_std[:, :1]
-    metrics = experience_metrics(one)
+    several = _experience()
+    assert several.head_mean is not None
+    assert several.head_std is not None
+    metrics = experience_metrics(_experience(head_mean=several.head_mean[:, :1], head_std=several.head_std[:, :1]))
     assert "reward/head_std" in metrics
     assert "reward/disagreement" not in metrics
 
 
 def test_nothing_finite_is_nan_and_no_error() -> None:
-    nothing = _experience()
-    nothing.reward = torch.full((3,), math.nan)
-    metrics = experience_metrics(nothing)
+    metrics = experience_metrics(_experience(reward=torch.full((3,), math.nan)))
     assert math.isnan(metrics["reward/mean"])
     assert math.isnan(metrics["kl/sequence"])
     assert metrics["samples/dropped"] == 3
@@ -127,7 +129,7 @@ class TestMonitor:
                         pass
                 experience = _experience()
                 assert experience.head_std is not None
-                experience.head_std *= step + 1
+                experience.head_std.mul_(step + 1)
                 watch.observe(step, experience, {"policy/loss": 0.5, "update/skipped": 0}, 0.05)
         return read_metrics(tmp_path)
 
@@ -149,7 +151,7 @@ class TestMonitor:
         with RunLog(tmp_path) as log, Monitor(_config(tmp_path), log, CPU, None, _decode) as watch:
             known = _experience()
             assert known.head_std is not None
-            known.head_std /= 5
+            known.head_std.div_(5)
             watch.compare_with(known)
             metrics = watch.observe(0, _experience(), {}, 0.0)
             again = Monitor(_config(tmp_path), log, CPU, None, _decode)
