@@ -211,9 +211,7 @@ class _Loop:
         rollout = config.rollout
         self.rows = rollout.prompts_per_step * rollout.samples_per_prompt
         self.prompt, self.response = [1] * prompt_tokens, [1] * rollout.max_new_tokens
-        micro = config.update.micro_tokens
-        assert micro != "auto"
-        self.micro_rows = max(1, micro // (prompt_tokens + rollout.max_new_tokens))
+        self.micro_rows = max(1, config.micro_tokens // (prompt_tokens + rollout.max_new_tokens))
 
     def samples(self, rows: int) -> Samples:
         return Samples([self.prompt] * rows, [self.response] * rows, [False] * rows, [0] * rows)
@@ -293,7 +291,7 @@ class _NoReward:
     num_heads: int | None = None
 
     def __call__(self, samples: Samples) -> Any:
-        from ..ppo.rewards.resolve import Rewards
+        from ..ppo.rewards.sources import Rewards
 
         return Rewards(torch.zeros(len(samples.responses)))
 

@@ -272,6 +272,13 @@ class PPOConfig(JobConfig):
             return "shared" if self.update.estimator == "gae" else "none"
         return self.policy.critic
 
+    @property
+    def micro_tokens(self) -> int:
+        """`update.micro_tokens` as a number; ValueError for auto, which `memory.resolve_micro_tokens` resolves."""
+        if self.update.micro_tokens == "auto":
+            raise ValueError("update.micro_tokens: expected a number, got auto, which nobody has resolved")
+        return self.update.micro_tokens
+
 
 # what a resumed run may change: nothing that the policy depends on, but for how many steps there are
 RESUMABLE_CHANGES = ("output", "steps", "save_every", "memory_budget", "trackers", "stop_when", "gold")
@@ -326,6 +333,7 @@ def refuse_unread_by_reward(config: PPOConfig, kind: Kind) -> None:
         _refuse_set(config, ["reward.timeout"], f"reward.kind {kind}: http reads it")
     if kind in ("callable", "http"):
         _refuse_set(config, ["reward.aggregation"], f"reward.kind {kind}: the heads of a model read it")
+        _refuse_set(config, ["data"], f"reward.kind {kind}: a reward without heads has no doubt to compare")
 
 
 def _refuse_set(config: PPOConfig, keys: Iterable[str], why: str) -> None:

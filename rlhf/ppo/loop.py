@@ -16,6 +16,7 @@ from .config import PPOConfig, refuse_unread
 from .outcome import PPOResult, open_folder
 from .rollout import draw
 from .run import Run
+from .set_up import set_up
 from .update import set_learning_rates, update
 from .watch.monitor import require_trackers
 
@@ -57,7 +58,7 @@ def run_ppo(
             return PPOResult(config.output, finished, finished_before=True)
         with torch.random.fork_rng(), RunLog(config.output) as log:
             torch.manual_seed(config.seed)  # what the adapters start from
-            run = Run(config, log, device, progress, model, tokenizer)
+            run = set_up(config, log, device, progress=progress, model=model, tokenizer=tokenizer)
             with run.monitor:
                 return PPOResult(config.output, _learn(run, resume))
 

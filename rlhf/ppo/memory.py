@@ -16,6 +16,8 @@ from .budget import Cut, JobShape, ModelShape, cuts, micro_tokens, parse_size, p
 from .config import Kind, PPOConfig
 from .policy.precision import trunk_dtype
 
+CPU_MICRO_TOKENS = 8192  # for auto on a CPU, whose memory is not planned
+
 
 def limit_memory(config: PPOConfig, device: torch.device) -> None:
     """Hold this process to `config.memory_budget` of a GPU, whatever the card has; ValueError for what is no size."""
@@ -24,28 +26,28 @@ def limit_memory(config: PPOConfig, device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(_limit(config, device) / _card(device), device.index)
 
 
-def with_micro_tokens(
-    config: PPOConfig,
-    model_config: Any,
-    device: torch.device,
-    longest: int | None = None,
-    kind: Kind | None = None,
-    heads: int = 5,
+def resolve_micro_tokens(
+    config: PPOConfig, model_config: Any, device: torch.device, *, longest: int, kind: Kind, heads: int
 ) -> PPOConfig:
-    """`config` with update.micro_tokens auto resolved on a GPU; on a CPU it stays, and the update has its own default.
+    """`config` with a number for update.micro_tokens: auto becomes what fits a GPU, or `CPU_MICRO_TOKENS`.
 
-    longest: tokens of the longest prompt there is, which is what the plan is made for; None: what the config allows.
-    kind: what the reward is, from `resolve_reward`; None: as the config says. heads: K of one on the policy's trunk.
+    Args:
+        model_config: of the policy's model.
+        longest: tokens of the longest prompt there is.
+        kind: of the reward, from `resolve_reward`.
+        heads: K of a reward on the policy's trunk.
 
     Raises:
         ValueError: if not even one sample fits the memory.
     """
-    if config.update.micro_tokens != "auto" or device.type != "cuda":
+    if config.update.micro_tokens != "auto":
         return config
-    rollout = config.rollout.model_copy(update={} if longest is None else {"max_prompt_tokens": longest})
-    reward = config.reward.model_copy(update={} if kind is None else {"kind": kind})
-    planned = config.model_copy(update={"rollout": rollout, "reward": reward})
-    tokens = auto_micro_tokens(planned, model_config, _limit(config, device), heads=heads)
+    tokens = CPU_MICRO_TOKENS
+    if device.type == "cuda":
+        rollout = config.rollout.model_copy(update={"max_prompt_tokens": longest})
+        reward = config.reward.model_copy(update={"kind": kind})
+        planned = config.model_copy(update={"rollout": rollout, "reward": reward})
+        tokens = auto_micro_tokens(planned, model_config, _limit(config, device), heads=heads)
     return config.model_copy(update={"update": config.update.model_copy(update={"micro_tokens": tokens})})
 
 

@@ -24,7 +24,8 @@ from ..sampling.tokens import Sampling
 from ..sampling.turn import Turn
 from .batch import Samples
 from .config import PPOConfig
-from .rewards.resolve import RewardSource, open_gold
+from .rewards.open import open_gold
+from .rewards.sources import RewardSource, Texts
 
 _SEED = 1  # added to the run's: not the samples that PET has seen, should the prompts be the same
 
@@ -75,7 +76,7 @@ def prepare(config: PPOConfig, progress: bool) -> Source:
     prompts = load_prompts(config.prompts, turn, limit, progress=progress)
     prompt_order(len(prompts), 0, config.rollout.prompts_per_step, config.seed)  # refuses too few
     used = prompts[: config.best_of_prompts]
-    gold = None if config.gold is None else open_gold(config.gold, tokenizer, used)
+    gold = None if config.gold is None else open_gold(config.gold, Texts(tokenizer, used))
     if gold is not None:  # somebody's code: what is wrong with it is said now, of a prompt taken for its own response
         gold(Samples([used[0].ids], [used[0].ids], [False], [0]))
     return Source(model, tokenizer, turn, used, gold)

@@ -26,7 +26,7 @@ from ..reward.train import TrainConfig, run_train
 from .config import RESUMABLE_CHANGES, PPOConfig, RewardConfig, refuse_unread
 from .outcome import RUN_FILES as PPO_RUN_FILES
 from .pet_best_of_n import compare_best_of_n, prepare
-from .run import unmeasured
+from .set_up import unmeasured
 from .stop import StopRules
 from .watch.monitor import require_trackers
 

@@ -1,36 +1,31 @@
-"""A PPO run around its loop: everything loaded and checked before the first step, checkpoints, and the end."""
+"""A PPO run around its loop: sample texts, checkpoints, and the end."""
 
 from __future__ import annotations
 
 import math
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ..job.files import atomic_folder, atomic_write_json, atomic_write_text
-from ..job.log import RunLog, read_metrics
-from ..models.adapter import peft_hushed
-from ..models.loading import load_tokenizer
+from ..job.log import read_metrics
 from ..report.words import count
-from ..sampling.config import RolloutConfig
-from ..sampling.prompts import Prompt, load_prompts, longest_prompt, prompt_order
-from ..sampling.sampler import open_sampler
+from ..sampling.prompts import Prompt
+from ..sampling.sampler import Sampler
 from ..sampling.turn import Turn
 from .advantages import KLController
 from .batch import Samples, Scored
 from .checkpoint import Checkpoints, Saved, State
 from .config import PPOConfig
-from .memory import limit_memory, with_micro_tokens
-from .policy.describe import describe_policy
 from .policy.policy import Policy
-from .rewards.resolve import RewardSource, check_reading, open_gold, open_reward
+from .rewards.sources import RewardSource
 from .rollout import draw
 from .score import score
 from .stop import Fired, StopRules
-from .update import open_optimizer
-from .watch.baseline import preference_texts
+from .watch.baseline import PreferenceTexts
 from .watch.findings import by_step, faults, total
 from .watch.monitor import TEXTS, Monitor, read_texts
 
@@ -46,62 +41,33 @@ SHOWN = (  # what ppo.json and the command's last lines tell of the first and th
 )
 
 
+@dataclass
 class Run:
-    """What a run loads once, and what it does besides learning: texts, checkpoints, the end."""
+    """The parts of a run, set up, and what it does besides learning: texts, checkpoints, the end."""
 
-    def __init__(
-        self, config: PPOConfig, log: RunLog, device: torch.device, progress: bool, model: Any, tokenizer: Any
-    ) -> None:
-        self.progress = progress
-        self.tokenizer = load_tokenizer("model", config.model) if tokenizer is None else tokenizer
-        limit_memory(config, device)
-        with peft_hushed():
-            self.policy = Policy.load(config, device=device, model=model)
-        self.turn = Turn(self.tokenizer, self.policy.model)
-        limit = longest_prompt(config.rollout, self.policy.model.config, self.turn)
-        self.prompts = load_prompts(config.prompts, self.turn, limit, progress=progress)
-        longest = max(len(prompt.ids) for prompt in self.prompts)
-        own, kind = self.policy.reward_head, self.policy.source_kind
-        assert kind is not None  # a run has a reward: its config wants one
-        self.config = config = with_micro_tokens(
-            config, self.policy.model.config, device, longest, kind, 0 if own is None else own.num_heads
-        )
-        prompt_order(len(self.prompts), 0, config.rollout.prompts_per_step, config.seed)  # refuses too few
-        texts = None
-        if config.data is not None:
-            texts = preference_texts(config.data, self.turn, self.policy.model.config, len(self.prompts), config.seed)
-        known: list[Prompt] = [*self.prompts, *(texts.prompts if texts else [])]
-        self.reward: RewardSource | None = None  # the policy's own heads
-        if self.policy.reward_kind is None:
-            self.reward = open_reward(config, self.tokenizer, known, device, kind)
-            if texts is not None and self.reward.num_heads is None:
-                raise ValueError("data: has no effect with a reward without heads, which has no doubt to compare")
-        else:
-            check_reading(config.reward.source, self.tokenizer, self.policy.model)
-        gold = None if config.gold is None else open_gold(config.gold, self.tokenizer, known)
-        with self.policy.sampling() as sampled:
-            self.sampler = open_sampler(config.rollout, sampled, self.turn.stop, device)
-        self.optimizer = open_optimizer(self.policy, config)
-        self.controller = KLController(config.kl.coef, config.kl.target, config.kl.horizon)
-        self.rules = StopRules(config.stop_when)
-        heads = self.policy.reward_head if self.reward is None else self.reward
-        self.rules.refuse(unmeasured(config, None if heads is None else heads.num_heads))
-        self.checkpoints = Checkpoints(config.output / "checkpoints")
-        self.monitor = Monitor(config, log, device, gold, self.tokenizer.decode)
-        self.texts = texts
-        self.bad_steps = 0  # in a row
-        self.combination = [
-            describe_policy(self.policy),
-            f"reward source: {config.reward.source} ({kind})",
-            f"sampling: {self.sampler.name}, {len(self.prompts)} prompts{_truncated(config)}",
-        ]
+    config: PPOConfig  # as resolved by `set_up`
+    policy: Policy
+    tokenizer: Any
+    turn: Turn
+    prompts: list[Prompt]
+    preferences: PreferenceTexts | None  # None without `config.data`
+    reward: RewardSource | None  # None: the heads on the policy's trunk
+    sampler: Sampler
+    optimizer: torch.optim.Optimizer
+    controller: KLController
+    rules: StopRules
+    checkpoints: Checkpoints
+    monitor: Monitor
+    description: list[str]  # policy, reward and sampling in words
+    progress: bool
+    bad_steps: int = 0  # in a row, with an update skipped
 
     def begin(self, resume: bool) -> int:
         """Say what runs, and make ready: from the newest checkpoint, or from the start. -> the first step"""
         first = self.restore() if resume else 0
-        self.say(f"prudent ppo: {self.config.output}, steps {first} to {self.config.steps}", *self.combination)
-        if self.texts is not None and not self.monitor.baseline:
-            self.monitor.compare_with(self.score(self.texts.samples))
+        self.say(f"prudent ppo: {self.config.output}, steps {first} to {self.config.steps}", *self.description)
+        if self.preferences is not None and not self.monitor.baseline:
+            self.monitor.compare_with(self.score(self.preferences.samples))
         if first == 0 and self.rules.rolls_back:
             self.save(0)
         return first
@@ -185,8 +151,8 @@ class Run:
             "steps": steps,
             "stopped": stopped,
             "rolled_back_to": back,
-            "policy": self.combination[0],
-            "reward": self.combination[1],
+            "policy": self.description[0],
+            "reward": self.description[1],
             "seconds": sum(row.get(f"time/{name}") or 0.0 for row in rows for name in ("rollout", "score", "update")),
             "updates": total(rows, "update/steps"),
             "skipped": total(rows, "update/skipped"),
@@ -226,26 +192,3 @@ class Run:
         """Tell the user on stderr, unless they asked for quiet."""
         if self.progress:
             tqdm.write("\n".join(lines).replace("\n", "\n  "), file=sys.stderr)
-
-
-def unmeasured(config: PPOConfig, num_heads: int | None) -> dict[str, str]:
-    """Metrics that a run cannot have -> what would give them. num_heads: None of a function or server, which may bring
-    heads or not."""
-    missing = {} if config.gold is not None else {"gold/mean": "a gold scorer: set gold"}
-    if config.critic == "none":
-        missing |= dict.fromkeys(("value/loss", "value/explained_variance"), "a critic: estimator gae has one")
-    if num_heads == 1:
-        names = ("nominal", "worst", "gap", "disagreement", "disagreement_ratio")
-        missing |= dict.fromkeys((f"reward/{name}" for name in names), "a reward of several heads, not one")
-    return missing
-
-
-def _truncated(config: PPOConfig) -> str:
-    """What samples of a truncated distribution do to the update's numbers, which are those of the whole one."""
-    plain = RolloutConfig()
-    cuts = [
-        name for name in ("top_k", "top_p", "min_new_tokens") if getattr(config.rollout, name) != getattr(plain, name)
-    ]
-    if not cuts:
-        return ""
-    return f" ({', '.join(cuts)}: the update takes samples for those of the whole distribution, so KL and ratios lean)"

@@ -14,7 +14,6 @@ from .batch import Samples, Scored, TokenBatch, micro_batches, response_mask, se
 from .config import PPOConfig
 from .policy.policy import Policy
 from .rewards.sources import Rewards, RewardSource
-from .update import AUTO_MICRO_TOKENS
 
 
 def score(
@@ -48,14 +47,12 @@ def score(
         raise ValueError("reward: expected a source, because the policy has none of its own, got none")
     tables = _Tables(policy, samples, config, closing)
     count = len(samples.responses)
-    micro = config.update.micro_tokens
-    budget = AUTO_MICRO_TOKENS if micro == "auto" else micro
     tokens = sum(sequence_length(samples, i, len(closing)) for i in range(count))
     with (
         evaluating(policy),
         tqdm(total=tokens, desc="score", unit="tok", unit_scale=True, disable=not progress, leave=False) as bar,
     ):
-        for indices in micro_batches(samples, range(count), budget, policy.packed, len(closing)):
+        for indices in micro_batches(samples, range(count), config.micro_tokens, policy.packed, len(closing)):
             tables.read_frozen(indices)
             tables.read_trained(indices)
             bar.update(sum(sequence_length(samples, i, len(closing)) for i in indices))

@@ -16,9 +16,6 @@ from .batch import Experience, TokenBatch, micro_batches, sequence_length, token
 from .config import PPOConfig
 from .losses import chi2_estimate, chi2_price, kl_estimate, policy_loss, sequence_sum, value_loss
 
-AUTO_MICRO_TOKENS = 8192  # where update.micro_tokens is still auto: nobody has planned the memory
-
-
 At = tuple[Tensor, Tensor]  # row and column of each response token in an experience's [N, T] tables
 
 
@@ -198,13 +195,11 @@ class MinibatchGradient:
         self.kl_coef = kl_coef if config.kl.place == "loss" else 0.0
         self.critic = config.critic if experience.returns is not None else "none"
         self.packed = policy.packed
-        micro = config.update.micro_tokens
-        self.micro_tokens = AUTO_MICRO_TOKENS if micro == "auto" else micro
 
     def __call__(self, rows: list[int], bar: Any) -> Means:
         """Add the gradient of the minibatch `rows` to `.grad`."""
         samples, weight = self.experience.samples, self.config.kl.chi2
-        micros = micro_batches(samples, rows, self.micro_tokens, self.packed)
+        micros = micro_batches(samples, rows, self.config.micro_tokens, self.packed)
         tokens = sum(len(samples.responses[row]) for row in rows)
         # the slope of the square root needs the whole minibatch's mean; one micro-batch is the whole
         chi2 = self._chi2(micros) if weight > 0 and len(micros) > 1 else None

@@ -20,12 +20,11 @@ from ....kernels import linear_logprob
 from ....kernels.linear_logprob.contract import LogprobOutput
 from ...job.log import say_once
 from ...models.causal_lm import SHARING_MODELS
-from ...models.loading import load_language_model
 from ..batch import TokenBatch
-from ..config import Kind, PPOConfig, refuse_unread_by_reward
+from ..config import PPOConfig
 from .adapters import Adapters
 from .attention import FLASH, resolve
-from .precision import cast, in_dtype, is_mixed, trunk_dtype
+from .precision import cast, in_dtype, is_mixed
 from .probe import logit_rule, why_not_packed
 
 Role = Literal["actor", "critic", "reference", "reward"]
@@ -62,7 +61,6 @@ class Policy(nn.Module):
         model: the causal language model that samplers call.
         attention: what transformers calls the attention in use.      packed: whether batches are to be packed
         reward_kind: "shared", "adapter" or None.                      reward_head: EnsembleHead or None
-        source_kind: what `load` found config.reward.source to be, or None.
         value_head: nn.Linear(D, 1), starting at zero, or None.
         logit_rule: scale and softcap of the logits.                   hidden_size, vocab_size, device, dtype
 
@@ -93,37 +91,11 @@ class Policy(nn.Module):
         self.frozen: Any = cast(copy.deepcopy(model), self.dtype).requires_grad_(False) if full else None
         self._adapters = Adapters(self.frozen if full else model, config.model)
         self._trained: dict[str, dict[str, nn.Parameter]] = {}
-        self.source_kind: Kind | None = None
         self._add_parts(reward)
         if config.policy.gradient_checkpointing:
             for module in (model, *([self.frozen] if full and config.critic == "adapter" else [])):
                 self._checkpoint(module)
         self.eval()
-
-    @classmethod
-    def load(cls, config: PPOConfig, *, device: torch.device | str, model: Any = None) -> Policy:
-        """The policy that `config` asks for; `model`, a causal language model that is loaded already, replaces
-        `config.model`. Fresh LoRA weights are drawn from torch's generator, on the CPU where the model is read.
-
-        Raises:
-            ValueError: for a model or a reward that cannot be loaded or used, and for a key that nothing reads with
-                a reward of its kind.
-        """
-        from ..rewards import resolve as rewards
-
-        device = torch.device(device)
-        if model is None:
-            model = load_language_model("model", config.model, trunk_dtype(config, device))
-        elif config.dtype != "auto":
-            model = cast(model, trunk_dtype(config, device))
-        if not config.reward.source:
-            return cls(config, model, device=device)
-        found = rewards.resolve_reward(config.reward, model)
-        refuse_unread_by_reward(config, found.kind)
-        reward = None if found.head is None else RewardOnTrunk(found.head, found.adapter)
-        policy = cls(config, model, device=device, reward=reward)
-        policy.source_kind = found.kind
-        return policy
 
     def _choose_attention(self, model: Any) -> tuple[str, bool]:
         chosen = resolve(self.config.attn, self.dtype, self.device)

@@ -1,8 +1,7 @@
-"""Where rewards come from: which kind a source is, and the heads that read the policy's own trunk."""
+"""Find out which kind of reward a source is, and load its heads or its model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,76 +9,81 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from ....engine import EnsembleHead, EnsembleRewardConfig, EnsembleRewardModel
+from ....engine import EnsembleHead, EnsembleRewardConfig, Scorer
 from ....engine.text import ItemEncoder
 from ...job.files import refuse_mistyped
 from ...models.adapter import appends_eos, is_reward_adapter, load_head
-from ...models.causal_lm import causal_lm, has_values
+from ...models.causal_lm import causal_lm
 from ...models.loading import load_reward_model, load_tokenizer, model_folder
-from ...sampling.prompts import Prompt
-from ..config import Kind, PPOConfig, RewardConfig, kind_by_name
-from .sources import CallableReward, HTTPReward, ModelReward, Rewards, RewardSource, Texts, VaderReward
-
-__all__ = [
-    "Resolved",
-    "RewardSource",
-    "Rewards",
-    "check_reading",
-    "open_gold",
-    "open_reward",
-    "resolve_reward",
-]
+from ..config import Kind, RewardConfig, kind_by_name
+from ..policy.policy import RewardOnTrunk
 
 _SAMPLE = 4096  # elements of each tensor that are compared: a trunk that was trained differs in every matrix
+_BATCH_TOKENS = 8192  # of a reward model, padding included
 
 
 class Resolved(NamedTuple):
-    """What a reward's source turned out to be, and what of it the policy's trunk carries.
+    """What a reward's source turned out to be, loaded.
 
     kind      see `RewardConfig`
-    head      of kind shared and adapter: the heads, frozen, with the config's aggregation
-    adapter   of kind adapter: the LoRA's folder
+    on_trunk  kinds shared and adapter: heads for the policy's trunk, frozen, with the config's aggregation
+    scorer    kind model: the reward model on its device, with its own tokeniser
     """
 
     kind: Kind
-    head: EnsembleHead | None = None
-    adapter: Path | None = None
+    on_trunk: RewardOnTrunk | None = None
+    scorer: Scorer | None = None
+
+    @property
+    def num_heads(self) -> int | None:
+        """K; None for a function or a server, which may bring heads or not."""
+        if self.on_trunk is not None:
+            return self.on_trunk.head.num_heads
+        return None if self.scorer is None else int(self.scorer.model.score.num_heads)
 
 
-def resolve_reward(config: RewardConfig, policy: Any) -> Resolved:
-    """The kind that `config.kind` says, or that `auto` stands for, and the heads of one on the policy's trunk.
+def resolve_reward(config: RewardConfig, policy: Any, device: torch.device | str) -> Resolved:
+    """The kind that `config.kind` says, or that `auto` stands for, and what of it is loaded; weights are read once.
 
-    Of kind adapter is what `prudent train` with mode lora saved: adapter/, or the run that holds it. A model whose
-    trunk is compared with the policy's is read once.
+    Kind adapter is what `prudent train` with mode lora saved: adapter/, or the run that holds it.
 
     Args:
-        config: aggregation "" takes the heads' own; of one head it is always mean.
+        config: aggregation "" takes the heads' own; one head's is always mean.
         policy: the causal language model that the rewards are for, as loaded.
+        device: where a reward model with a trunk of its own goes.
 
     Raises:
         ValueError: for a source that is of none of the kinds, or not of the one asked for; for heads that cannot be
-            read, or do not read the last token of a shared trunk.
+            read, or that do not read the last token of a shared trunk.
     """
     source, kind = config.source, kind_by_name(config)
-    folder = _adapter_folder(source) if kind in (None, "adapter") else None
-    if folder is not None:
-        return Resolved("adapter", _aggregated(_read_head(folder), config.aggregation), folder)
+    if kind in ("callable", "http"):
+        return Resolved(kind)
+    adapter = _adapter_folder(source) if kind in (None, "adapter") else None
+    if adapter is not None:
+        head = _aggregated(_read_head(adapter), config.aggregation)
+        return Resolved("adapter", RewardOnTrunk(head, adapter))
     if kind == "adapter":
         raise ValueError(
             "reward.source: expected a folder with a LoRA and heads, as `prudent train` with mode lora saves in "
             f"adapter/, got {source}"
         )
-    if kind not in (None, "shared"):
-        return Resolved(kind)
-    reason, head = _why_not_shared(source, policy)
-    if head is not None:
-        return Resolved("shared", _aggregated(head, config.aggregation))
+    if kind == "model":
+        return Resolved("model", scorer=_scorer(config, _load(config), device))
+    trunk = causal_lm(policy).base_model
+    model, difference = None, _other_shape(_config(model_folder(source)), trunk.config)
+    if difference is None:
+        model = _load(config)
+        differs = _first_difference(model.model.state_dict(), trunk.state_dict())
+        if differs is None:
+            return Resolved("shared", RewardOnTrunk(_aggregated(model.score, config.aggregation)))
+        difference = f"whose trunk has another {differs} than the policy"
     if kind == "shared":
         raise ValueError(
             f"reward.source: expected an EnsembleRewardModel on the policy's own trunk with kind shared, got {source}, "
-            f"{reason}; reward.kind=model takes it, with a trunk of its own"
+            f"{difference}; reward.kind=model takes it, with a trunk of its own"
         )
-    return Resolved("model")
+    return Resolved("model", scorer=_scorer(config, _load(config) if model is None else model, device))
 
 
 def check_reading(source: str | Path, tokenizer: Any, policy: Any) -> None:
@@ -119,41 +123,6 @@ def check_reading(source: str | Path, tokenizer: Any, policy: Any) -> None:
             )
 
 
-def open_reward(
-    config: PPOConfig, tokenizer: Any, prompts: Sequence[Prompt], device: torch.device | str, kind: Kind
-) -> RewardSource:
-    """The source of a reward of kind model, callable or http (shared and adapter live in the policy).
-
-    Args:
-        config: reward.
-        tokenizer: the policy's, which makes texts of responses.
-        prompts: those that `Samples.prompt_index` will number.
-        device: where a reward model goes.
-        kind: from `resolve_reward`.
-
-    Raises:
-        ValueError: for a source that cannot be loaded, or a reward model that cannot read the prompts.
-    """
-    reward, texts = config.reward, Texts(tokenizer, prompts)
-    if kind == "http":
-        return HTTPReward(reward.source, texts, timeout=reward.timeout)
-    if kind == "callable":
-        return VaderReward(texts) if reward.source == "vader" else CallableReward("reward.source", reward.source, texts)
-    if kind == "model":
-        return ModelReward(model_folder(reward.source), texts, device, reward.aggregation)
-    raise ValueError(f"reward.kind: expected model, callable or http, got {kind}, whose heads the policy holds")
-
-
-def open_gold(name: str, tokenizer: Any, prompts: Sequence[Prompt]) -> RewardSource:
-    """A gold scorer: vader, MODULE:FUNCTION, FILE.py:FUNCTION or a URL. ValueError for anything else."""
-    texts = Texts(tokenizer, prompts)
-    if name == "vader":
-        return VaderReward(texts)
-    if name.startswith(("http://", "https://")):
-        return HTTPReward(name, texts, key="gold")
-    return CallableReward("gold", name, texts)
-
-
 def _adapter_folder(source: str | Path) -> Path | None:
     return next((f for f in (Path(source), Path(source) / "adapter") if is_reward_adapter(f)), None)
 
@@ -189,28 +158,28 @@ def _config(source: str) -> Any:
         ) from None
 
 
-def _why_not_shared(source: str, policy: Any) -> tuple[str | None, EnsembleHead | None]:
-    """(why the heads in `source` cannot read the policy's trunk, None) or (None, the heads)."""
-    source = model_folder(source)
-    config = _config(source)
-    if not isinstance(config, EnsembleRewardConfig):
-        return "which is no EnsembleRewardModel", None
-    if config.pooling != "last":
-        return f"whose pooling is {config.pooling}, not last", None
-    trunk = causal_lm(policy).base_model
-    theirs, ours = config.text_config, trunk.config
+def _load(config: RewardConfig) -> Any:
+    return load_reward_model("reward.source", model_folder(config.source))
+
+
+def _scorer(config: RewardConfig, model: Any, device: torch.device | str) -> Scorer:
+    """A loaded reward model on `device`, with the config's aggregation and its own tokeniser."""
+    tokenizer = load_tokenizer("reward.source", model_folder(config.source))
+    _aggregated(model.score, config.aggregation)
+    return Scorer(model.to(device).requires_grad_(False), tokenizer, batch_tokens=_BATCH_TOKENS, progress=False)
+
+
+def _other_shape(reward: Any, policy: Any) -> str | None:
+    """Why heads with the configuration `reward` cannot read a trunk with the configuration `policy`; None: they can."""
+    if not isinstance(reward, EnsembleRewardConfig):
+        return "which is no EnsembleRewardModel"
+    if reward.pooling != "last":
+        return f"whose pooling is {reward.pooling}, not last"
     for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
-        one, other = getattr(theirs, name, None), getattr(ours, name, None)
-        if one != other:
-            return f"whose trunk has {name} {one} where the policy has {other}", None
-    if not has_values(trunk.get_input_embeddings().weight):
-        return None, EnsembleRewardModel(config).score  # shapes are all there is
-    loaded: Any = load_reward_model("reward.source", source)
-    differs = _first_difference(loaded.model.state_dict(), trunk.state_dict())
-    if differs is not None:
-        return f"whose trunk has another {differs} than the policy", None
-    head: EnsembleHead = loaded.score
-    return None, head
+        theirs, ours = getattr(reward.text_config, name, None), getattr(policy, name, None)
+        if theirs != ours:
+            return f"whose trunk has {name} {theirs} where the policy has {ours}"
+    return None
 
 
 def _first_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> str | None:

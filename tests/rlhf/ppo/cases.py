@@ -63,7 +63,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def settings(**changes: Any) -> PPOConfig:
     base: dict[str, Any] = {"model": "tiny", "prompts": "p", "output": "o", "reward": {"source": "r"}}
-    return PPOConfig(**{**base, **changes})
+    update = {"micro_tokens": 8192, **changes.pop("update", {})}
+    return PPOConfig(**{**base, "update": update, **changes})
 
 
 def stirred(policy: Policy) -> Policy:

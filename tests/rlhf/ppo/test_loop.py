@@ -346,7 +346,10 @@ class TestRefusals:
     def test_preference_data_where_no_head_can_doubt(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
         data = tmp_path / "pairs.jsonl"
         data.write_text('{"prompt": "the food", "chosen": "very good", "rejected": "bad"}\n')
-        with pytest.raises(ValueError, match="data: has no effect with a reward without heads"):
+        with pytest.raises(
+            ValueError,
+            match=r"^data: has no effect with reward\.kind callable: a reward without heads has no doubt to compare",
+        ):
             run_ppo(_config(tiny_chat_folder, tmp_path, data=str(data)), progress=False)
 
     def test_a_reward_on_the_trunk_with_another_tokeniser(self, tiny_chat_folder: Path, tmp_path: Path) -> None:

@@ -13,17 +13,17 @@ from prudent.engine import EnsembleHead, EnsembleRewardModel
 from prudent.rlhf.ppo.batch import Samples, Scored
 from prudent.rlhf.ppo.config import PPOConfig
 from prudent.rlhf.ppo.policy.policy import Policy, RewardOnTrunk
-from prudent.rlhf.ppo.rewards.resolve import Rewards
+from prudent.rlhf.ppo.rewards.sources import Rewards
 from prudent.rlhf.ppo.score import score
 
+from . import cases
 from .cases import SAMPLES, WIDTH, Largest, tiny_lm
 
 STOP, CLOSING = 9, [9, 2]
 
 
 def settings(**changes: Any) -> PPOConfig:
-    base: dict[str, Any] = {"model": "tiny", "prompts": "p", "output": "o", "reward": {"source": "r"}}
-    return PPOConfig(**{**base, "rollout": {"temperature": 0.7}, **changes})
+    return cases.settings(**{"rollout": {"temperature": 0.7}, **changes})
 
 
 def heads(count: int = 3, **options: Any) -> EnsembleHead:

@@ -12,7 +12,7 @@ from prudent.rlhf.ppo.advantages import shape
 from prudent.rlhf.ppo.batch import Experience, Samples
 from prudent.rlhf.ppo.config import PPOConfig
 from prudent.rlhf.ppo.policy.policy import Policy
-from prudent.rlhf.ppo.rewards.resolve import Rewards
+from prudent.rlhf.ppo.rewards.sources import Rewards
 from prudent.rlhf.ppo.score import score
 from prudent.rlhf.ppo.update import open_optimizer, update
 

@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from prudent.engine import EnsembleHead, EnsembleRewardModel
-from prudent.rlhf.models.adapter import save_head
 from prudent.rlhf.ppo.policy.describe import describe_policy
-from prudent.rlhf.ppo.policy.policy import Policy, RewardOnTrunk
+from prudent.rlhf.ppo.policy.load import load_model
+from prudent.rlhf.ppo.policy.policy import RewardOnTrunk
 from prudent.rlhf.ppo.policy.precision import trunk_dtype
 
 from ..cases import FAMILIES, WIDTH, gradients, make, plain_logprobs, settings, stirred, tiny, tiny_lm, whole
@@ -177,21 +177,14 @@ def test_a_whole_model_is_saved_whole(tmp_path: Path) -> None:
 # loading
 
 
-def test_load_reads_the_model_and_the_reward_that_the_config_names(tiny_chat_folder: Path, tmp_path: Path) -> None:
-    name, width = str(tiny_chat_folder), AutoConfig.from_pretrained(tiny_chat_folder).hidden_size
-    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    Policy(settings(model=name), base, device="cpu").save(tmp_path)
-    save_head(EnsembleHead(width, 2, aggregation="min"), tmp_path)
-    policy = Policy.load(settings(model=name, reward={"source": str(tmp_path), "aggregation": ""}), device="cpu")
-    assert (policy.reward_kind, policy.dtype) == ("adapter", torch.float32)
-    assert policy.reward_head is not None
-    assert str(policy.reward_head.aggregation) == "min"
-    EnsembleRewardModel.from_trunk(name, num_heads=3, dtype=torch.float32).save_pretrained(tmp_path / "ensemble")
-    shared = Policy.load(settings(model=name, reward={"source": str(tmp_path / "ensemble")}), device="cpu")
-    assert shared.reward_kind == "shared"
-    elsewhere = settings(reward={"source": "vader"}, dtype="bfloat16")
-    given = Policy.load(elsewhere, device="cpu", model=tiny_lm())
-    assert (given.reward_kind, given.dtype) == (None, torch.bfloat16)
+def test_a_model_is_loaded_or_taken_as_given_in_the_dtype_asked_for(tiny_chat_folder: Path) -> None:
+    cpu, name = torch.device("cpu"), str(tiny_chat_folder)
+    assert load_model(settings(model=name), cpu).dtype == torch.float32
+    assert load_model(settings(model=name, dtype="bfloat16"), cpu).dtype == torch.bfloat16
+    given = tiny_lm().to(torch.bfloat16)
+    assert load_model(settings(), cpu, given) is given
+    assert given.dtype == torch.bfloat16
+    assert load_model(settings(dtype="float32"), cpu, given).dtype == torch.float32
 
 
 def test_a_lora_for_a_model_is_refused_with_the_way_to_merge_it(tmp_path: Path) -> None:
@@ -201,7 +194,7 @@ def test_a_lora_for_a_model_is_refused_with_the_way_to_merge_it(tmp_path: Path) 
         tmp_path / "lora"
     )
     with pytest.raises(ValueError, match=r"^model: expected a whole .*lora, a LoRA: merge it .*merge_and_unload"):
-        Policy.load(settings(model=str(tmp_path / "lora"), reward={"source": "vader"}), device="cpu")
+        load_model(settings(model=str(tmp_path / "lora")), torch.device("cpu"))
 
 
 def _cut(file: Path) -> None:
@@ -212,7 +205,7 @@ def test_weights_cut_short_are_one_sentence_with_their_file(tmp_path: Path) -> N
     tiny_lm().save_pretrained(tmp_path / "model")
     _cut(tmp_path / "model" / "model.safetensors")
     with pytest.raises(ValueError, match=r"^model: .*model: its weights cannot be read \(.*\)$"):
-        Policy.load(settings(model=str(tmp_path / "model"), reward={"source": "vader"}), device="cpu")
+        load_model(settings(model=str(tmp_path / "model")), torch.device("cpu"))
     make().save(tmp_path)
     _cut(tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"^reward\.source: .*adapter_model.safetensors: its weights cannot be read"):
@@ -231,14 +224,7 @@ def test_what_is_no_causal_language_model_is_refused_in_a_sentence(
         ("reward/nope", "reward/nope: no such file or folder"),
     ):
         with pytest.raises(ValueError, match=f"^model: {re.escape(said)}"):
-            Policy.load(settings(model=name, reward={"source": "vader"}), device="cpu")
-
-
-def test_a_key_that_no_reward_of_its_kind_reads_is_refused_once_the_kind_is_known(tmp_path: Path) -> None:
-    EnsembleRewardModel.from_trunk(tiny_lm(), num_heads=2).save_pretrained(tmp_path)
-    config = settings(reward={"source": str(tmp_path), "timeout": 5.0, "aggregation": "min"})
-    with pytest.raises(ValueError, match=r"^reward\.timeout: has no effect with reward\.kind shared: http reads it"):
-        Policy.load(config, device="cpu", model=tiny_lm())
+            load_model(settings(model=name), torch.device("cpu"))
 
 
 def test_the_trunks_dtype_follows_device_and_mode() -> None:

@@ -16,10 +16,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from prudent.engine import EnsembleHead
 from prudent.rlhf.job.log import read_metrics
 from prudent.rlhf.ppo.batch import Samples, token_batch
+from prudent.rlhf.ppo.config import PPOConfig
 from prudent.rlhf.ppo.loop import run_ppo
 from prudent.rlhf.ppo.policy import policy as policies
 from prudent.rlhf.ppo.policy.adapters import StoredWide
 from prudent.rlhf.ppo.policy.attention import FLASH, Attention
+from prudent.rlhf.ppo.policy.load import load_model
 from prudent.rlhf.ppo.policy.policy import Policy, RewardOnTrunk
 from prudent.rlhf.ppo.policy.precision import cast
 from prudent.rlhf.sampling.engines import Rule, Static
@@ -41,6 +43,12 @@ from ..cases import (
     tiny_lm,
     whole,
 )
+
+
+def _load(config: PPOConfig, model: Any = None) -> Policy:
+    cpu = torch.device("cpu")
+    return Policy(config, load_model(config, cpu, model), device=cpu)
+
 
 # packing
 
@@ -176,7 +184,7 @@ def test_an_untrained_policy_in_bf16_is_its_reference_to_the_bit_however_long_th
 ) -> None:
     tiny_lm(max_position_embeddings=512).save_pretrained(tmp_path)
     options = {"model": str(tmp_path), "dtype": "bfloat16", "reward": {"source": "vader", "kind": "callable"}}
-    policy = Policy.load(settings(policy={"mode": mode}, **options), device="cpu")
+    policy = _load(settings(policy={"mode": mode}, **options))
     assert policy.dtype == torch.bfloat16
     actor, reference = _both_logprobs(policy)
     assert torch.equal(actor, reference)
@@ -193,7 +201,7 @@ def test_a_model_that_is_given_in_fp32_becomes_what_is_loaded_in_bf16(mode: str,
     results = []
     for model in (None, given):
         torch.manual_seed(0)
-        policy = Policy.load(config, device="cpu", model=model)
+        policy = _load(config, model)
         for part in filter(None, (policy.model, policy.frozen)):
             assert {b.dtype for name, b in part.named_buffers() if "inv_freq" in name} == {torch.float32}
             assert {p.dtype for n, p in part.named_parameters() if "lora" not in n} == {torch.bfloat16}

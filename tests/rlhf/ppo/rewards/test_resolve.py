@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prudent.engine import EnsembleHead, EnsembleRewardModel, Scorer
 from prudent.rlhf.models.adapter import save_head
 from prudent.rlhf.ppo.batch import Samples
-from prudent.rlhf.ppo.config import PPOConfig, RewardConfig
-from prudent.rlhf.ppo.policy.policy import Policy
+from prudent.rlhf.ppo.config import RewardConfig, kind_by_name
 from prudent.rlhf.ppo.rewards import resolve as rewards
-from prudent.rlhf.ppo.rewards.resolve import check_reading, open_reward, resolve_reward
+from prudent.rlhf.ppo.rewards.open import open_source
+from prudent.rlhf.ppo.rewards.resolve import check_reading, resolve_reward
+from prudent.rlhf.ppo.rewards.sources import Texts
 from prudent.rlhf.sampling.prompts import Prompt
 
 
@@ -27,34 +28,57 @@ def _save(folder: Path, policy: Any, tokenizer: Any, heads: int = 3, **options: 
     return folder
 
 
-def _config(source: str | Path, **reward: Any) -> PPOConfig:
-    return PPOConfig(model="m", prompts="p", output="o", reward={"source": str(source), **reward})
-
-
-def _open(source: str | Path, tokenizer: Any, prompts: list[Prompt], kind: Any, **reward: Any) -> Any:
-    return open_reward(_config(source, **reward), tokenizer, prompts, "cpu", kind)
+def _open_model(source: str | Path, tokenizer: Any, prompts: list[Prompt], **reward: Any) -> Any:
+    """The source of a reward of kind model, which is not compared with any policy."""
+    config = RewardConfig(source=str(source), kind="model", **reward)
+    return open_source(config, resolve_reward(config, None, "cpu"), Texts(tokenizer, prompts))
 
 
 def resolve_kind(config: RewardConfig, policy: Any) -> str:
-    return resolve_reward(config, policy).kind
+    return resolve_reward(config, policy, "cpu").kind
 
 
 def load_shared_head(source: str | Path, policy: Any, aggregation: str = "") -> EnsembleHead:
     config = RewardConfig(source=str(source), kind="shared", aggregation=aggregation)
-    head = resolve_reward(config, policy).head
-    assert head is not None
-    return head
+    found = resolve_reward(config, policy, "cpu").on_trunk
+    assert found is not None
+    return found.head
 
 
-def test_a_model_that_is_compared_with_the_policy_is_read_once(
-    policy: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("asked", "trained", "found"),
+    [("auto", False, "shared"), ("shared", False, "shared"), ("auto", True, "model"), ("model", False, "model")],
+)
+def test_a_reward_model_and_its_tokeniser_are_read_once(
+    policy: Any,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: Any,
+    trained: bool,
+    found: str,
 ) -> None:
-    source, read = _save(tmp_path, policy, tokenizer), []
-    own = AutoModelForCausalLM.from_pretrained(tokenizer.name_or_path)  # which gets LoRAs
-    real = rewards.load_reward_model
-    monkeypatch.setattr(rewards, "load_reward_model", lambda *given: read.append(given) or real(*given))
-    found = Policy.load(_config(source, aggregation="min"), device="cpu", model=own)
-    assert (found.source_kind, found.reward_kind, len(read)) == ("shared", "shared", 1)
+    trunk = AutoModelForCausalLM.from_pretrained(tokenizer.name_or_path)
+    if trained:
+        with torch.no_grad():
+            trunk.model.layers[1].self_attn.q_proj.weight += 1e-3
+    config = RewardConfig(source=str(_save(tmp_path, trunk, tokenizer)), kind=asked, aggregation="min")
+    read: list[str] = []
+    for name in ("load_reward_model", "load_tokenizer"):
+        real = getattr(rewards, name)
+        monkeypatch.setattr(rewards, name, lambda *given, r=real, n=name: read.append(n) or r(*given))
+    weights: list[Any] = []
+    real_state = EnsembleRewardModel.from_pretrained
+    monkeypatch.setattr(
+        EnsembleRewardModel, "from_pretrained", lambda *given, **o: weights.append(1) or real_state(*given, **o)
+    )
+    resolved = resolve_reward(config, policy, "cpu")
+    source = open_source(config, resolved, Texts(tokenizer, prompts))
+    assert (resolved.kind, resolved.num_heads) == (found, 3)
+    assert (source is None) == (found == "shared")
+    assert read == ["load_reward_model"] + ["load_tokenizer"] * (found == "model")
+    assert len(weights) == 1
 
 
 # -- kinds
@@ -71,7 +95,7 @@ def test_a_model_that_is_compared_with_the_policy_is_read_once(
 )
 def test_the_kind_follows_from_the_name(source: str, kind: str, policy: Any) -> None:
     assert resolve_kind(RewardConfig(source=source), policy) == kind
-    assert resolve_kind(RewardConfig(source=source, kind="model"), policy) == "model"
+    assert kind_by_name(RewardConfig(source=source, kind="model")) == "model"
 
 
 def test_a_source_that_is_nothing_is_refused(policy: Any, tmp_path: Path) -> None:
@@ -108,7 +132,7 @@ def test_a_model_without_a_tokeniser_is_one_sentence_with_its_folder(
 ) -> None:
     EnsembleRewardModel.from_trunk(policy, num_heads=3).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"^reward\.source: .*{tmp_path}.*") as error:
-        _open(tmp_path, tokenizer, prompts, "model")
+        _open_model(tmp_path, tokenizer, prompts)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 300
 
@@ -178,7 +202,7 @@ def test_an_aggregation_of_a_head_that_is_not_there_is_refused(policy: Any, toke
     with pytest.raises(ValueError, match=r"^reward\.aggregation 'head:7': expected a head below 3"):
         load_shared_head(source, policy, "head:7")
     with pytest.raises(ValueError, match=r"^reward\.aggregation 'head:7': expected a head below 3"):
-        _open(source, tokenizer, [], "model", aggregation="head:7")
+        _open_model(source, tokenizer, [], aggregation="head:7")
 
 
 def test_the_model_is_found_in_the_run_that_trained_it(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -187,7 +211,7 @@ def test_the_model_is_found_in_the_run_that_trained_it(policy: Any, tokenizer: A
     assert resolve_kind(RewardConfig(source=str(run)), policy) == "shared"
     assert load_shared_head(run, policy).num_heads == load_shared_head(source, policy).num_heads
     check_reading(run, tokenizer, policy)
-    assert _open(run, tokenizer, [], "model").num_heads == load_shared_head(source, policy).num_heads
+    assert _open_model(run, tokenizer, []).num_heads == load_shared_head(source, policy).num_heads
 
 
 def test_an_adapter_is_found_in_its_folder_and_in_its_run(policy: Any, tmp_path: Path) -> None:
@@ -197,15 +221,15 @@ def test_an_adapter_is_found_in_its_folder_and_in_its_run(policy: Any, tmp_path:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / name).write_text("{}")
     for source in (folder, folder.parent):
-        found = resolve_reward(RewardConfig(source=str(source), aggregation="min"), policy)
-        assert found.head is not None
-        assert (found.kind, found.adapter) == ("adapter", folder)
+        found = resolve_reward(RewardConfig(source=str(source), aggregation="min"), policy, "cpu").on_trunk
+        assert found is not None
+        assert found.adapter == folder
         assert (found.head.num_heads, str(found.head.aggregation)) == (2, "min")
     with pytest.raises(ValueError, match="expected a folder with a LoRA and heads"):
-        resolve_reward(RewardConfig(source=str(tmp_path), kind="adapter"), policy)
+        resolve_reward(RewardConfig(source=str(tmp_path), kind="adapter"), policy, "cpu")
     (folder / "head.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match=r"^reward\.source: .*head.safetensors"):
-        resolve_reward(RewardConfig(source=str(folder)), policy)
+        resolve_reward(RewardConfig(source=str(folder)), policy, "cpu")
 
 
 def test_a_reward_that_reads_other_tokens_than_the_policy_is_refused(
@@ -230,7 +254,7 @@ def test_a_model_reads_texts_with_its_own_tokeniser_and_template(
 ) -> None:
     theirs = make_bytes()
     source = _save(tmp_path, _byte_trunk(), theirs)
-    rewards = _open(source, tokenizer, prompts, "model", aggregation="min")(samples)
+    rewards = _open_model(source, tokenizer, prompts, aggregation="min")(samples)
     items = [
         {"prompt": "my day", "response": "good food"},
         {"prompt": "my day", "response": "bad hotel"},  # cut off, and read as an ended one
@@ -247,7 +271,7 @@ def test_a_sequence_classifier_has_one_head_whose_mean_is_the_reward(
     policy: Any, tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path
 ) -> None:
     _save_classifier(tmp_path, policy, tokenizer)
-    source = _open(tmp_path, tokenizer, prompts, "model")
+    source = _open_model(tmp_path, tokenizer, prompts)
     rewards = source(samples)
     assert (source.num_heads, rewards.nominal, rewards.worst) == (1, None, None)
     torch.testing.assert_close(rewards.reward, rewards.mean[:, 0])
@@ -256,7 +280,7 @@ def test_a_sequence_classifier_has_one_head_whose_mean_is_the_reward(
 def test_a_reward_that_is_not_finite_is_nan_and_spoils_no_other(
     policy: Any, tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path
 ) -> None:
-    source = _open(_save(tmp_path, policy, tokenizer), tokenizer, prompts, "model")
+    source = _open_model(_save(tmp_path, policy, tokenizer), tokenizer, prompts)
     clean = source(samples).reward
     with torch.no_grad():
         source._scorer.model.get_input_embeddings().weight[tokenizer("hotel")["input_ids"][0]] = float("inf")
@@ -270,7 +294,7 @@ def test_a_model_that_cannot_read_the_prompts_is_refused_at_once(
     chat = [Prompt([{"role": "user", "content": "my day"}], [4])]
     source = _save(tmp_path, _byte_trunk(), make_bytes())
     with pytest.raises(ValueError, match=r"reward.source: .* cannot read the prompts: .*no chat template"):
-        _open(source, tokenizer, chat, "model")
+        _open_model(source, tokenizer, chat)
 
 
 def _byte_trunk() -> Any:
@@ -296,8 +320,3 @@ def make_bytes() -> Callable[..., Any]:
         return PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="</s>")
 
     return build
-
-
-def test_a_reward_on_the_policys_trunk_is_not_opened_here(tokenizer: Any, prompts: list[Prompt]) -> None:
-    with pytest.raises(ValueError, match=r"reward.kind: expected model, callable or http, got shared"):
-        _open("x", tokenizer, prompts, "shared")

@@ -19,7 +19,7 @@ import torch
 from prudent.rlhf.job.log import RunLog, read_metrics
 from prudent.rlhf.ppo.batch import Experience, Samples
 from prudent.rlhf.ppo.config import PPOConfig, RewardConfig
-from prudent.rlhf.ppo.rewards.resolve import Rewards
+from prudent.rlhf.ppo.rewards.sources import Rewards
 from prudent.rlhf.ppo.stop import METRICS
 from prudent.rlhf.ppo.watch import monitor
 from prudent.rlhf.ppo.watch.monitor import Monitor, TextLog, experience_metrics, explained_variance, read_texts

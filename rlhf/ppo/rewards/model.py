@@ -1,0 +1,55 @@
+"""Rewards of another model, which reads the texts with its own tokeniser."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ....engine import Scorer
+from ..batch import Samples
+from .sources import Rewards, Texts
+
+
+class ModelReward:
+    """An EnsembleRewardModel or one-head sequence classifier, with its own tokeniser and template.
+
+    Args:
+        name: for logs and errors.
+        scorer: the loaded model; its heads' own aggregation is used.
+        texts: prompts and the policy's tokeniser.
+
+    Raises:
+        ValueError: for a prompt that the model's tokeniser cannot read.
+    """
+
+    def __init__(self, name: str, scorer: Scorer, texts: Texts) -> None:
+        self.name, self._scorer, self._texts = name, scorer, texts
+        self.num_heads: int | None = scorer.model.score.num_heads
+        for prompt in texts.prompts[:1]:
+            try:
+                scorer.encode({"prompt": prompt.item, "response": "a"})
+            except ValueError as error:
+                raise ValueError(f"reward.source: {name} cannot read the prompts: {error}") from error
+
+    def __call__(self, samples: Samples) -> Rewards:
+        """The rewards of all samples, in their order.
+
+        A response that was cut off is closed like a complete one, as heads on the policy's trunk read it: another last
+        token would be another reward. What being cut off costs is `reward.missing_eos_penalty`.
+        """
+        rows = zip(self._texts.asked(samples), self._texts.said(samples), strict=True)
+        scores = self._scorer.score([{"prompt": p, "response": r} for p, r in rows])
+        several = self.num_heads != 1
+        return Rewards(
+            _column(scores.reward),
+            _column(scores.nominal) if several else None,
+            _column(scores.worst) if several else None,
+            scores.mean,
+            scores.std,
+        )
+
+
+def _column(values: list[float | None]) -> Tensor:
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)

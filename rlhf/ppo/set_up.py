@@ -1,0 +1,130 @@
+"""Set up a PPO run: load and check everything that it needs, before its first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..job.log import RunLog
+from ..models.adapter import peft_hushed
+from ..models.loading import load_tokenizer
+from ..sampling.config import RolloutConfig
+from ..sampling.prompts import load_prompts, longest_prompt, prompt_order
+from ..sampling.sampler import open_sampler
+from ..sampling.turn import Turn
+from .advantages import KLController
+from .checkpoint import Checkpoints
+from .config import PPOConfig, refuse_unread_by_reward
+from .memory import limit_memory, resolve_micro_tokens
+from .policy.describe import describe_policy
+from .policy.load import load_model
+from .policy.policy import Policy
+from .rewards.open import open_gold, open_source
+from .rewards.resolve import check_reading, resolve_reward
+from .rewards.sources import Texts
+from .run import Run
+from .stop import StopRules
+from .update import open_optimizer
+from .watch.baseline import preference_texts
+from .watch.monitor import Monitor
+
+
+def set_up(
+    config: PPOConfig,
+    log: RunLog,
+    device: torch.device,
+    *,
+    progress: bool = True,
+    model: Any = None,
+    tokenizer: Any = None,
+) -> Run:
+    """The run that `config` describes, ready for its first step.
+
+    Args:
+        config: a key that nothing reads has been refused already, as far as the config alone can tell.
+        log: of the run folder.
+        device: where everything goes.
+        progress: show progress bars, and say what runs, on stderr.
+        model, tokenizer: loaded already, instead of `config.model`; the model is changed in place.
+
+    Raises:
+        ValueError: for a model, prompt, reward or rule that cannot be used, and for too little memory.
+    """
+    limit_memory(config, device)
+    tokenizer = load_tokenizer("model", config.model) if tokenizer is None else tokenizer
+    model = load_model(config, device, model)
+
+    reward = resolve_reward(config.reward, model, device)
+    refuse_unread_by_reward(config, reward.kind)
+    if reward.on_trunk is not None:
+        check_reading(config.reward.source, tokenizer, model)
+
+    turn = Turn(tokenizer, model)
+    prompts = load_prompts(config.prompts, turn, longest_prompt(config.rollout, model.config, turn), progress=progress)
+    prompt_order(len(prompts), 0, config.rollout.prompts_per_step, config.seed)  # refuses too few
+    preferences = None
+    if config.data is not None:
+        preferences = preference_texts(config.data, turn, model.config, len(prompts), config.seed)
+    texts = Texts(tokenizer, [*prompts, *(preferences.prompts if preferences else [])])
+    source = open_source(config.reward, reward, texts)
+    gold = None if config.gold is None else open_gold(config.gold, texts)
+
+    # from here on the config is the run's: every choice left to the machine is made
+    longest = max(len(prompt.ids) for prompt in prompts)
+    config = resolve_micro_tokens(
+        config, model.config, device, longest=longest, kind=reward.kind, heads=reward.num_heads or 0
+    )
+    with peft_hushed():
+        policy = Policy(config, model, device=device, reward=reward.on_trunk)
+    with policy.sampling() as sampled:
+        sampler = open_sampler(config.rollout, sampled, turn.stop, device)
+
+    rules = StopRules(config.stop_when)
+    rules.refuse(unmeasured(config, reward.num_heads))
+    return Run(
+        config=config,
+        policy=policy,
+        tokenizer=tokenizer,
+        turn=turn,
+        prompts=prompts,
+        preferences=preferences,
+        reward=source,
+        sampler=sampler,
+        optimizer=open_optimizer(policy, config),
+        controller=KLController(config.kl.coef, config.kl.target, config.kl.horizon),
+        rules=rules,
+        checkpoints=Checkpoints(config.output / "checkpoints"),
+        monitor=Monitor(config, log, device, gold, tokenizer.decode),
+        description=[
+            describe_policy(policy),
+            f"reward source: {config.reward.source} ({reward.kind})",
+            f"sampling: {sampler.name}, {len(prompts)} prompts{_truncated(config)}",
+        ],
+        progress=progress,
+    )
+
+
+def unmeasured(config: PPOConfig, num_heads: int | None) -> dict[str, str]:
+    """The metrics that a run cannot have -> what would give them.
+
+    num_heads: K of the reward; None for a function or a server, which may bring heads or not.
+    """
+    missing = {} if config.gold is not None else {"gold/mean": "a gold scorer: set gold"}
+    if config.critic == "none":
+        missing |= dict.fromkeys(("value/loss", "value/explained_variance"), "a critic: estimator gae has one")
+    if num_heads == 1:
+        names = ("nominal", "worst", "gap", "disagreement", "disagreement_ratio")
+        missing |= dict.fromkeys((f"reward/{name}" for name in names), "a reward of several heads, not one")
+    return missing
+
+
+def _truncated(config: PPOConfig) -> str:
+    """A warning if responses are drawn from a truncated distribution: the update's numbers are of the whole one."""
+    plain = RolloutConfig()
+    cuts = [
+        name for name in ("top_k", "top_p", "min_new_tokens") if getattr(config.rollout, name) != getattr(plain, name)
+    ]
+    if not cuts:
+        return ""
+    return f" ({', '.join(cuts)}: the update takes samples for those of the whole distribution, so KL and ratios lean)"

@@ -1,0 +1,154 @@
+"""Rewards from a server: what it is sent, when it is asked again, and what becomes of its answer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+
+from prudent.rlhf.ppo.batch import Samples
+from prudent.rlhf.ppo.rewards import server
+from prudent.rlhf.ppo.rewards.server import HTTPReward
+from prudent.rlhf.ppo.rewards.sources import Texts
+from prudent.rlhf.sampling.prompts import Prompt
+
+
+def _open(url: str, tokenizer: Any, prompts: list[Prompt], **options: Any) -> HTTPReward:
+    return HTTPReward("reward.source", url, Texts(tokenizer, prompts), **options)
+
+
+class _Server(BaseHTTPRequestHandler):
+    answers: list[tuple[int, bytes]]
+    seen: list[Any]
+    paths: list[str]
+    authorization: str | None
+
+    def do_POST(self) -> None:
+        self.paths.append(self.path)
+        type(self).authorization = self.headers["Proxy-Authorization"]
+        self.seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        code, body = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        self.send_response(code)
+        if body.startswith(b"CUT"):  # promises more than it sends
+            self.send_header("Content-Length", "100")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[str, type[_Server]]]]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(server, "WAITS", (0.01, 0.01))
+    servers: list[HTTPServer] = []
+
+    def start(*answers: tuple[int, bytes]) -> tuple[str, type[_Server]]:
+        handler = type("Handler", (_Server,), {"answers": list(answers), "seen": [], "paths": []})
+        running = HTTPServer(("127.0.0.1", 0), handler)
+        servers.append(running)
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{running.server_port}/score", handler
+
+    yield start
+    for running in servers:
+        running.shutdown()
+        running.server_close()
+
+
+def test_a_server_gets_texts_and_openrlhfs_query(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, serve: Any
+) -> None:
+    url, handler = serve((200, b'{"rewards": [1, null, -2.5]}'))
+    rewards = _open(url, tokenizer, prompts)(samples).reward
+    assert rewards[[0, 2]].tolist() == [1, -2.5]
+    assert rewards[1].isnan()
+    (body,) = handler.seen
+    assert body["prompts"] == ["my day", "my day", "the food was"]
+    assert body["responses"] == ["good food", "bad hotel", ""]
+    assert body["query"][0].split() == ["<|user|>", "my", "day", "<|end|>", "<|assistant|>", "good", "food", "<|end|>"]
+
+
+def test_a_server_that_is_busy_is_asked_again(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, serve: Any
+) -> None:
+    url, handler = serve((503, b"busy"), (200, b"CUT"), (200, b"[1, 2, 3]"))
+    assert _open(url, tokenizer, prompts)(samples).reward.tolist() == [1, 2, 3]
+    assert len(handler.seen) == 3
+
+
+def test_every_failed_try_is_one_warning(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, serve: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, _ = serve((503, b"busy"), (200, b"CUT"), (200, b"[1, 2, 3]"))
+    with caplog.at_level(logging.WARNING, logger="prudent"):
+        _open(url, tokenizer, prompts)(samples)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"reward.source: {url}: try 1 of 3: 503 Service Unavailable: 'busy'; again in 0.01 s",
+        f"reward.source: {url}: try 2 of 3: IncompleteRead(3 bytes read, 97 more expected); again in 0.01 s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://", "no host is given"),
+        ("http://:8000/x", "no host is given"),
+        ("http://localhost:abc/x", "Port could not be cast to integer value as 'abc'"),
+        ("http://localhost:99999/x", "Port out of range"),
+        ("http://localhost:0/x", "there is no port 0"),
+        ("http://local host:1/x", "blanks and what is not ASCII are written %XX"),
+        ("http://localhost:1/größe", "blanks and what is not ASCII are written %XX"),
+        ("http://[::1/x", "Invalid IPv6 URL"),
+        ("file:///etc/passwd", "its scheme is file"),
+        ("host/score", "its scheme is missing"),
+    ],
+)
+def test_what_is_no_url_is_refused_before_it_is_asked(
+    tokenizer: Any, prompts: list[Prompt], url: str, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=r"^reward\.source: expected a URL as http://host:8000/path, got") as error:
+        _open(url, tokenizer, prompts)
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message", "requests"),
+    [
+        ((404, b"what?"), r"refused the request: 404 Not Found: 'what\?'", 1),
+        ((503, b"busy"), "expected rewards, got none in 3 tries, last 503", 3),
+        ((200, b"CUT"), "expected rewards, got none in 3 tries, last IncompleteRead", 3),
+        ((200, b"null"), "expected rewards, got None", 1),
+        ((200, b'{"rewards": null}'), "expected rewards, got None", 1),
+        ((200, b"<html>"), "expected JSON, got b'<html>'", 1),
+        ((200, b'{"rewards": [1]}'), "expected a list of 3, one a response, got 1", 1),
+    ],
+)
+def test_what_a_server_does_wrong_is_said(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, serve: Any, answer: Any, message: str, requests: int
+) -> None:
+    url, handler = serve(answer)
+    with pytest.raises(ValueError, match=message):
+        _open(url, tokenizer, prompts)(samples)
+    assert len(handler.seen) == requests
+
+
+def test_a_server_that_is_not_there_or_silent_is_given_up(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, serve: Any
+) -> None:
+    import socket
+
+    with socket.socket() as silent:  # takes connections and says nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ValueError, match=r"got none in 3 tries, last no answer within 0.05 s"):
+            _open(url, tokenizer, prompts, timeout=0.05)(samples)
+    with pytest.raises(ValueError, match=r"got none in 3 tries, last .*refused"):
+        _open(url, tokenizer, prompts)(samples)
