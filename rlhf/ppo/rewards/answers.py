@@ -53,7 +53,7 @@ def _number(value: Any, where: str) -> float:
         value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
         value = value[0]
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float)):  # True is 1, as TRL takes it
         raise ValueError(f"{where}: expected numbers, None or NaN, got {value!r:.80}")
     try:
         return float(value)

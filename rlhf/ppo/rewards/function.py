@@ -1,26 +1,38 @@
-"""Rewards of a Python function."""
+"""Rewards of a Python function: import it, find out what its arguments mean, call it."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..batch import Samples
 from .answers import rewards_of
 from .sources import Rewards, Texts
 
+# TRL's names beside ours, in the singular too
+_MEANING = {
+    **dict.fromkeys(("prompts", "prompt"), "prompts"),
+    **dict.fromkeys(("responses", "response", "completions", "completion"), "responses"),
+}
+_TO_ANY_KEYWORD = ("prompts", "responses", "completions")  # what **kwargs gets
+# what OpenRLHF and verl call a function with, and PPO has not: never taken for prompts or responses by their place
+_OF_OTHER_TRAINERS = {"queries", "query", "labels", "data_source", "solution_str", "ground_truth", "extra_info"}
+
 
 class CallableReward:
-    """MODULE:FUNCTION or FILE.py:FUNCTION, called with a list of prompts and a list of responses.
+    """MODULE:FUNCTION or FILE.py:FUNCTION, called once a step with lists of prompts and responses.
 
-    A prompt is a text, or a list of messages where the run's prompts are; a response is a text. The answer is a list,
-    array or tensor of N numbers, None or NaN where there is none; or a mapping with `rewards` and, where it has them,
-    `nominal`, `worst` (N numbers each), `mean` and `std` (N lists of K).
+    Arguments named prompts, or responses or completions (or one of these in the singular), get those lists whatever
+    their order; two arguments with other names get prompts, then responses. A prompt is a text, or a list of messages
+    where the run's prompts are; a response is a text. The answer is a list, array or tensor of N numbers (True counts
+    as 1), None or NaN where there is none; or a mapping with `rewards` and, where it has them, `nominal`, `worst` (N
+    numbers each), `mean` and `std` (N lists of K).
 
     Args:
         key: of the config, for errors.
@@ -28,7 +40,8 @@ class CallableReward:
         texts: prompts and the policy's tokeniser.
 
     Raises:
-        ValueError: for a function that is not there; from a call, for what the function raised or gave.
+        ValueError: for a function that is not there, or needs an argument that PPO does not have; from a call, for what
+            the function raised or gave.
     """
 
     num_heads: int | None = None
@@ -36,14 +49,59 @@ class CallableReward:
     def __init__(self, key: str, source: str, texts: Texts) -> None:
         self.name, self._key, self._texts = source, key, texts
         self._function = _function(key, source)
+        self._arguments = _arguments(self._function, f"{key}: {source}")
 
     def __call__(self, samples: Samples) -> Rewards:
-        """See `RewardSource`."""
+        """The rewards of all samples, in their order."""
+        values = {"prompts": self._texts.asked(samples), "responses": self._texts.said(samples)}
+        args = [values[meaning] for meaning in self._arguments.by_position]
+        kwargs = {name: values[meaning] for name, meaning in self._arguments.by_name.items()}
         try:
-            answer = self._function(self._texts.asked(samples), self._texts.said(samples))
-        except (Exception, SystemExit) as error:  # somebody's code: whatever it is, say whose
+            answer = self._function(*args, **kwargs)
+        except (Exception, SystemExit) as error:  # a user's code may raise anything
             raise ValueError(f"{self._key}: {self.name} raised {type(error).__name__}: {error}") from error
         return rewards_of(answer, len(samples.responses), f"{self._key}: {self.name}")
+
+
+class _Arguments(NamedTuple):
+    """What a function is called with: "prompts" or "responses" for each argument."""
+
+    by_position: tuple[str, ...]
+    by_name: dict[str, str]
+
+
+def _arguments(function: Callable[..., Any], where: str) -> _Arguments:
+    """What each of the function's arguments means; ValueError if a required one is neither prompts nor responses."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # compiled code need not have one
+        return _Arguments(("prompts", "responses"), {})
+    parameters = list(signature.parameters.values())
+    kinds = {p.kind for p in parameters}
+    single = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    known = [p for p in single if p.name in _MEANING]
+    unknown = [p.name for p in single if p.name not in _MEANING and p.default is p.empty]
+    expected = f"{where}: expected a function of prompts and responses (or completions), got {signature}"
+    if not known and _takes_two(parameters):
+        return _Arguments(("prompts", "responses"), {})
+    if unknown:
+        raise ValueError(f"{expected}, whose argument {unknown[0]} PPO has nothing for")
+    by_position = tuple(_MEANING[p.name] for p in known if p.kind is p.POSITIONAL_ONLY)
+    by_name = {p.name: _MEANING[p.name] for p in known if p.kind is not p.POSITIONAL_ONLY}
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        by_name |= {name: _MEANING[name] for name in _TO_ANY_KEYWORD if name not in signature.parameters}
+    if "responses" not in (*by_position, *by_name.values()):
+        raise ValueError(f"{expected}, which takes no responses")
+    return _Arguments(by_position, by_name)
+
+
+def _takes_two(parameters: list[inspect.Parameter]) -> bool:
+    """Whether a call with two unnamed arguments fits, and their names are no other trainer's."""
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    fits = set(needed) <= set(positional[:2]) and (len(positional) >= 2 or any_number)
+    return fits and not _OF_OTHER_TRAINERS & {p.name for p in positional[:2]}
 
 
 def _function(key: str, source: str) -> Callable[..., Any]:
@@ -52,7 +110,7 @@ def _function(key: str, source: str) -> Callable[..., Any]:
         raise ValueError(f"{key}: expected MODULE:FUNCTION or FILE.py:FUNCTION, got {source!r}")
     try:
         module = _file_module(Path(module_name)) if module_name.endswith(".py") else _named_module(module_name)
-    except (Exception, SystemExit) as error:  # somebody's code
+    except (Exception, SystemExit) as error:  # a user's code may raise anything
         raise ValueError(f"{key}: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -71,7 +129,7 @@ def _file_module(path: Path) -> Any:
 
 
 def _named_module(name: str) -> Any:
-    here = os.getcwd()  # where a command is run is not on its path, unlike a script's folder
+    here = os.getcwd()  # a command's working folder is not on sys.path, unlike a script's own
     added = here not in sys.path
     if added:
         sys.path.append(here)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,67 @@ def test_a_module_beside_the_command_is_found(
     (tmp_path / "reward_of_mine.py").write_text("import numpy\ndef f(p, r): return numpy.ones(len(p))", "utf-8")
     monkeypatch.chdir(tmp_path)
     assert open_gold("reward_of_mine:f", Texts(tokenizer, prompts))(samples).reward.tolist() == [1.0, 1.0, 1.0]
+
+
+RESPONSES, PROMPTS = [9.0, 9.0, 0.0], [6.0, 6.0, 12.0]  # lengths of the samples' texts
+
+
+@pytest.mark.parametrize(
+    ("signature", "counted", "expected"),
+    [
+        ("prompts, responses", "responses", RESPONSES),
+        ("p, r", "r", RESPONSES),
+        ("question, answer, weight=2", "answer", RESPONSES),
+        ("p, r=None", "r", RESPONSES),
+        ("*args", "args[1]", RESPONSES),
+        ("*args, **kwargs", "args[1]", RESPONSES),
+        ("responses, prompts", "responses", RESPONSES),
+        ("completions, prompts", "prompts", PROMPTS),
+        ("completions, prompts=None, **kwargs", "completions", RESPONSES),
+        ("completions, prompts=None, **kwargs", "prompts", PROMPTS),
+        ("completion, prompt, /", "completion", RESPONSES),
+        ("*, response", "response", RESPONSES),
+        ("completions, completion_ids=None", "completions", RESPONSES),
+        ("completions, **kwargs", "kwargs['prompts']", PROMPTS),
+        ("**kwargs", "kwargs['completions']", RESPONSES),
+    ],
+)
+def test_arguments_get_what_their_names_say_in_any_order_and_other_names_go_by_place(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path, signature: str, counted: str, expected: Any
+) -> None:
+    body = f"def score({signature}):\n    return [float(len(text)) for text in {counted}]\n"
+    (tmp_path / "mine.py").write_text(body, "utf-8")
+    assert _open(f"{tmp_path / 'mine.py'}:score", tokenizer, prompts)(samples).reward.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("signature", "reason"),
+    [
+        ("completions, answer", "whose argument answer PPO has nothing for"),
+        ("prompts, answers", "whose argument answers PPO has nothing for"),
+        ("prompts, responses, labels, **kwargs", "whose argument labels PPO has nothing for"),
+        ("queries, prompts, labels", "whose argument queries PPO has nothing for"),
+        ("solution_str, ground_truth", "whose argument solution_str PPO has nothing for"),
+        ("data_source, solution_str, ground_truth, extra_info=None", "whose argument data_source PPO has nothing for"),
+        ("texts", "whose argument texts PPO has nothing for"),
+        ("p, r, *, reference", "whose argument p PPO has nothing for"),
+        ("prompts", "which takes no responses"),
+        ("", "which takes no responses"),
+    ],
+)
+def test_a_function_that_needs_what_ppo_has_not_is_refused_before_the_first_step(
+    tokenizer: Any, prompts: list[Prompt], tmp_path: Path, signature: str, reason: str
+) -> None:
+    (tmp_path / "mine.py").write_text(f"def score({signature}): ...\n", "utf-8")
+    expected = r"^reward.source: .*mine.py:score: expected a function of prompts and responses \(or completions\), got "
+    with pytest.raises(ValueError, match=expected + re.escape(f"({signature}), {reason}")):
+        _open(f"{tmp_path / 'mine.py'}:score", tokenizer, prompts)
+
+
+def test_true_is_1_and_false_is_0(tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path) -> None:
+    for body in ("return [r != '' for r in responses]", "import numpy; return numpy.array(responses) != ''"):
+        rewards = _open(_function(tmp_path, body), tokenizer, prompts)(samples)
+        assert rewards.reward.tolist() == [1, 1, 0]
 
 
 @pytest.mark.parametrize("value", ["None", "float('nan')", "float('inf')", "10**400"])
