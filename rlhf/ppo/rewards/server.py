@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import logging
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.request import getproxies, proxy_bypass
 
 from tqdm.contrib.logging import logging_redirect_tqdm
+from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager
+from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, TimeoutError
+from urllib3.util import Retry, make_headers, parse_url
 
 from ..batch import Samples
 from .answers import rewards_of
@@ -18,7 +22,9 @@ from .sources import Rewards, Texts
 
 logger = logging.getLogger(__name__)
 
-WAITS = (1.0, 4.0, 16.0)  # seconds before a request is sent again: a server restarts in such a time, or not at all
+WAITS = (1.0, 4.0, 16.0)  # seconds before each further try: a server restarts in such a time, or not at all
+_BUSY = {429, *range(500, 600)}  # statuses that are worth another try
+_HEADERS = {"Content-Type": "application/json", "Accept": "application/json"}
 
 
 class HTTPReward:
@@ -28,13 +34,13 @@ class HTTPReward:
     which is what OpenRLHF's reward servers read. It answers {"rewards": [N numbers, null where there is none]}, with
     `nominal`, `worst`, `mean` and `std` beside it where it has them, or the bare list.
 
+    A request without an answer is sent again a few times, each with a warning in the log.
+
     Args:
+        key: of the config, for errors.
         url: where.
         texts: prompts and the policy's tokeniser.
         timeout: seconds for an answer.
-        key: of the config, for errors.
-
-    A request without an answer is sent again a few times, each with a warning in the log.
 
     Raises:
         ValueError: for what is no URL; from a call, when the request is refused (4xx), when no answer came in time
@@ -45,49 +51,100 @@ class HTTPReward:
 
     def __init__(self, key: str, url: str, texts: Texts, *, timeout: float = 60.0) -> None:
         _check_url(key, url)
-        self.name, self._texts, self._timeout, self._key = url, texts, timeout, key
+        self.name, self._where, self._texts, self._timeout = url, f"{key}: {url}", texts, timeout
+        self._connections = _connections(url)
 
     def __call__(self, samples: Samples) -> Rewards:
-        """See `RewardSource`."""
+        """The rewards of all samples, in their order."""
         texts = self._texts
         body = {"prompts": texts.asked(samples), "responses": texts.said(samples), "query": texts.whole(samples)}
         raw = self._post(json.dumps(body).encode())
-        where = f"{self._key}: {self.name}"
         try:
             answer = json.loads(raw)
         except (ValueError, RecursionError):
-            raise ValueError(f"{where}: expected JSON, got {raw[:200]!r}") from None
-        return rewards_of(answer, len(samples.responses), where)
+            raise ValueError(f"{self._where}: expected JSON, got {raw[:200]!r}") from None
+        return rewards_of(answer, len(samples.responses), self._where)
 
     def _post(self, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        request = urllib.request.Request(self.name, body, headers)
-        tries, reason = len(WAITS) + 1, ""
-        for number, wait in enumerate((*WAITS, None), 1):
-            try:
-                with urllib.request.urlopen(request, timeout=self._timeout) as response:
-                    return bytes(response.read())
-            except urllib.error.HTTPError as error:
-                reason = f"{error.code} {error.reason}: {_begin(error)!r}"
-                if error.code < 500 and error.code != 429:
-                    raise ValueError(f"{self._key}: {self.name} refused the request: {reason}") from None
-            except TimeoutError:
-                reason = f"no answer within {self._timeout:g} s"
-            except http.client.HTTPException as error:  # an answer that ends in the middle, or is no HTTP
-                reason = repr(error)
-            except OSError as error:
-                reason = str(getattr(error, "reason", error))
-            if wait is not None:
-                with logging_redirect_tqdm():
-                    logger.warning(
-                        "%s: %s: try %d of %d: %s; again in %g s", self._key, self.name, number, tries, reason, wait
-                    )
-                time.sleep(wait)
-        raise ValueError(f"{self._key}: {self.name}: expected rewards, got none in {tries} tries, last {reason}")
+        retries = _Retries(where=self._where, timeout=self._timeout)
+        try:
+            with logging_redirect_tqdm(), _urllib3_quiet():
+                response = self._connections.request(
+                    "POST", self.name, body=body, headers=_HEADERS, timeout=self._timeout, retries=retries
+                )
+        except HTTPError as error:
+            cause = error.reason if isinstance(error, MaxRetryError) else error
+            reason = _reason(cause, self._timeout)
+        else:
+            if 200 <= response.status < 300:
+                return response.data
+            reason = _status(response)
+            if response.status not in _BUSY:
+                raise ValueError(f"{self._where} refused the request: {reason}")
+        tries = len(WAITS) + 1
+        raise ValueError(f"{self._where}: expected rewards, got none in {tries} tries, last {reason}")
+
+
+class _Retries(Retry):
+    """Send a request again after `WAITS`; each failed try is a warning in the log."""
+
+    def __init__(self, *, where: str, timeout: float, **options: Any) -> None:
+        ours: dict[str, Any] = {"total": len(WAITS), "allowed_methods": None, "status_forcelist": _BUSY}
+        ours |= {"raise_on_status": False, "respect_retry_after_header": False}
+        super().__init__(**{**ours, **options})
+        self.where, self.timeout = where, timeout
+
+    def new(self, **changed: Any) -> _Retries:
+        """A copy with some options changed."""
+        return super().new(where=self.where, timeout=self.timeout, **changed)
+
+    def sleep(self, response: BaseHTTPResponse | None = None) -> None:
+        """Log what went wrong, and wait."""
+        tried, error = len(self.history), self.history[-1].error
+        reason = _reason(error, self.timeout) if response is None else _status(response)
+        wait = WAITS[tried - 1]
+        logger.warning("%s: try %d of %d: %s; again in %g s", self.where, tried, len(WAITS) + 1, reason, wait)
+        time.sleep(wait)
+
+
+@contextmanager
+def _urllib3_quiet() -> Iterator[None]:
+    """Silence urllib3's own warning about each retry for a block: ours says the same, of which reward."""
+    theirs = logging.getLogger("urllib3.connectionpool")
+    before = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        theirs.setLevel(before)
+
+
+def _reason(error: Exception | None, timeout: float) -> str:
+    # a refused connection is a timeout to urllib3 2
+    if isinstance(error, TimeoutError) and not isinstance(error, NewConnectionError):
+        return f"no answer within {timeout:g} s"
+    cause = getattr(error, "__cause__", None)
+    return str(cause or error)
+
+
+def _status(response: BaseHTTPResponse) -> str:
+    """The status and the first words of a refusal."""
+    return f"{response.status} {response.reason}: {response.data[:200].decode(errors='replace')!r}"
+
+
+def _connections(url: str) -> PoolManager:
+    """A pool of connections, through the proxy that the environment names for `url`, if any."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    proxy = None if proxy_bypass(host) else getproxies().get(parts.scheme)
+    if not proxy:
+        return PoolManager()
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    return ProxyManager(proxy, proxy_headers=make_headers(proxy_basic_auth=parse_url(proxy).auth))
 
 
 def _check_url(key: str, url: str) -> None:
-    """Before the first step: urllib would say so in the middle of it, or wait for a host without a name."""
+    """Refuse a bad URL before the first step: urllib3 would do so in the middle, or look up a host without a name."""
     reason = None
     try:
         parts = urllib.parse.urlsplit(url)
@@ -101,11 +158,3 @@ def _check_url(key: str, url: str) -> None:
         reason = str(error)
     if reason is not None:
         raise ValueError(f"{key}: expected a URL as http://host:8000/path, got {url!r} ({reason})")
-
-
-def _begin(error: urllib.error.HTTPError) -> str:
-    """The first words of a refusal, if they can be read."""
-    try:
-        return error.read(200).decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        return ""

@@ -152,3 +152,17 @@ def test_a_server_that_is_not_there_or_silent_is_given_up(
             _open(url, tokenizer, prompts, timeout=0.05)(samples)
     with pytest.raises(ValueError, match=r"got none in 3 tries, last .*refused"):
         _open(url, tokenizer, prompts)(samples)
+
+
+def test_the_proxy_that_the_environment_names_is_used(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy, handler = serve((200, b"[1, 2, 3]"))
+    monkeypatch.setenv("http_proxy", proxy.removesuffix("/score").replace("http://", "http://me:secret@"))
+    assert _open("http://no.such.host/score", tokenizer, prompts)(samples).reward.tolist() == [1, 2, 3]
+    assert handler.paths == ["http://no.such.host/score"]
+    assert handler.authorization == "Basic bWU6c2VjcmV0"
+
+
+def test_the_waits_are_seconds_in_which_a_server_restarts() -> None:
+    assert server.WAITS == (1, 4, 16)
