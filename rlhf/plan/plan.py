@@ -1,4 +1,4 @@
-"""`prudent plan`: what a PPO run takes on a card, phase by phase, from configs alone: no weights, no GPU."""
+"""`prudent plan`: the memory of a PPO run, phase by phase, from configs alone: no weights, no GPU."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class PlanResult(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Whether the plan was held to the loop and is off by more than `TOLERANCE` and `FLOOR` in a phase."""
+        """Whether the plan was compared with the loop and is off by more than `TOLERANCE` and `FLOOR` in a phase."""
         return any(self._off(phase) > FLOOR for phase in self.verified or {})
 
     def _off(self, phase: str) -> int:
-        """Bytes between plan and loop, where they are more than `TOLERANCE`; else 0."""
+        """Bytes between plan and loop if they are more than `TOLERANCE`, else 0."""
         assert self.verified is not None
         off = abs(self.budget.tensors(phase) - self.verified[phase])
         return off if off > TOLERANCE * self.verified[phase] else 0
@@ -64,9 +64,9 @@ class PlanResult(NamedTuple):
                 off = self._off(phase)
                 small = f"  {off / 2**20:.1f} MiB: too little to judge" if 0 < off <= FLOOR else ""
                 lines.append(f"{phase:<20}{planned:>10.2f}{tracked / 2**30:>10.2f}{self.ratio(phase):>8.3f}{small}")
-            held = "is not" if self.failed else "is"
+            verdict = "is not" if self.failed else "is"
             lines.append(
-                f"the plan {held} within {TOLERANCE:.0%} of the loop's peak, or {FLOOR >> 20} MiB, in every phase"
+                f"the plan {verdict} within {TOLERANCE:.0%} of the loop's peak, or {FLOOR >> 20} MiB, in every phase"
             )
         return "\n".join(lines)
 
@@ -90,7 +90,7 @@ class PlanResult(NamedTuple):
 
 
 def run_plan(config: PlanConfig, *, progress: bool = True) -> PlanResult:
-    """The plan of `config` on a card of `config.gpu`; with `verify` also what the loop takes of it.
+    """Plan the memory of `config` on a card of `config.gpu`; with `verify`, compare with the loop.
 
     A number in update.micro_tokens is kept; auto takes the largest that fits.
     """

@@ -1,8 +1,8 @@
-"""The plan held to the loop itself: an 8B- or 14B-shaped step run on tensors without data, every allocation counted.
+"""Run a step of the loop on tensors without data and count its allocations, to verify a plan.
 
 Policy, static-cache decoding, scoring and the update's minibatch are the code that `prudent ppo` runs, under torch's
 FakeTensorMode: shapes, dtypes and lifetimes of every tensor, no memory and no arithmetic. MemTracker adds up the
-storages that are alive. What reads a number back gets a 1.
+storages that are alive. Code that reads a tensor's value gets a 1.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TOTAL = "Total"
 
 
 class _Backward:
-    """What MemTracker asks its module tracker for, without hooks on 300 modules."""
+    """A module tracker for MemTracker that needs no hooks on modules."""
 
     parents: frozenset[str] = frozenset()
 
@@ -53,7 +53,7 @@ class _Backward:
 
 
 class Tracker(MemTracker):
-    """MemTracker for models with frozen parameters that are called more than once, which torch's refuses."""
+    """MemTracker that accepts frozen parameters and models that are called more than once, unlike torch's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Tracker(MemTracker):
 
 
 class _Scratch(TorchDispatchMode):
-    """linear_logprob's scratch, which the op's fake does not show, is there for the length of the call."""
+    """Allocate linear_logprob's scratch for the length of each call: the op's fake does not."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         scratch = None
@@ -105,7 +105,7 @@ _READS: dict[Any, Any] = {
 
 
 class _NoReading(TorchFunctionMode):
-    """A fake tensor's value, where the loop asks for one, is 1."""
+    """Give 1 where the loop reads a fake tensor's value."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS and isinstance(args[0], FakeTensor):
@@ -124,24 +124,24 @@ def _tolist(tensor: FakeTensor) -> Any:  # FakeTensor's own goes past torch func
 def fake_module(module: nn.Module) -> dict[int, Any]:
     """Replace a module's tensors, on the meta device, by fake ones on the CPU; call under a FakeTensorMode.
 
-    Returns what each one's id has become.
+    Returns id of a tensor -> its fake.
     """
-    made: dict[int, Any] = {}
+    fakes: dict[int, Any] = {}
     for part in module.modules():
         for store in (part._parameters, part._buffers):
             for name, tensor in store.items():
                 if tensor is None:
                     continue
-                if id(tensor) not in made:
+                if id(tensor) not in fakes:
                     empty = torch.empty(tensor.shape, dtype=tensor.dtype)
                     parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
-                store[name] = made[id(tensor)]
-    return made
+                    fakes[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+                store[name] = fakes[id(tensor)]
+    return fakes
 
 
 def _with_values(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of lists, which needs its tensors' values, computed with data and handed on without."""
+    """Run `function`, which needs its tensors' values, on real tensors, and return fake ones of the same shapes."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with unset_fake_temporarily():
@@ -167,8 +167,8 @@ def trace(
 ) -> Traced:
     """One step of the loop on a model of `model_config`'s shape: prompts and responses of full length, static cache.
 
-    Every sample is drawn; one micro-batch of them is scored, and one minibatch of two micro-batches updates, as the
-    others would take the same again. Decoding stops after 16 tokens: its cache has its full size from the first.
+    Every sample is drawn; one micro-batch is scored, and one minibatch of two micro-batches updates, as the others
+    would take the same memory. Decoding stops after 16 tokens: its cache has its full size from the first.
 
     Args:
         config: its `update.micro_tokens` is a number.
@@ -198,8 +198,8 @@ def trace(
     ):
         warnings.simplefilter("ignore")
         parts = {part: {n: id(p) for n, p in named.items()} for part, named in policy._trained.items()}
-        made = fake_module(policy)
-        policy._trained = {part: {n: made[key] for n, key in named.items()} for part, named in parts.items()}
+        fakes = fake_module(policy)
+        policy._trained = {part: {n: fakes[key] for n, key in named.items()} for part, named in parts.items()}
         return Traced(_Loop(policy, settings, prompt_tokens, progress).run())
 
 
@@ -285,7 +285,7 @@ class _Loop:
 
 
 class _NoReward:
-    """A reward from elsewhere, whose memory is not the policy's."""
+    """A reward from outside the policy, which takes none of its memory."""
 
     name = "none"
     num_heads: int | None = None

@@ -1,4 +1,4 @@
-"""From rewards to advantages: penalty, clip, centring, the KL price, and the estimator of the advantage."""
+"""Turn rewards into advantages: penalty, clip, centring and KL, then GAE, RLOO or group-relative estimates."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ GROUP_STD_FLOOR = 1e-4  # added to a group's std, as TRL's GRPO does
 
 
 class KLController:
-    """The KL coefficient, fixed or adapted so that KL a sequence comes to `target` (arXiv 1909.08593, section 2.2).
+    """The KL coefficient: fixed, or adapted so that a sequence's KL approaches `target` (arXiv 1909.08593, 2.2).
 
         e = clip(KL / target - 1, -0.2, 0.2)        coef <- coef * (1 + e * n / horizon)
 
-    after each step of n sequences. `coef` is all its state. Without a target it stays as it is. It stays above 0 where
-    horizon > 0.2 n, which `PPOConfig` sees to.
+    after each step of n sequences. Without a target, coef is constant. It stays above 0 if horizon > 0.2 n, which
+    `PPOConfig` checks. `coef` is the whole state.
     """
 
     def __init__(self, coef: float, target: float | None = None, horizon: int = 10_000) -> None:
@@ -30,7 +30,7 @@ class KLController:
         self.horizon = horizon
 
     def update(self, kl: float, sequences: int) -> float:
-        """Take in the mean KL of `sequences` sequences, nats; a mean that is not finite changes nothing. -> coef"""
+        """Adapt `coef` to the mean KL of `sequences` sequences, in nats, and return it; ignore NaN and infinity."""
         if self.target is not None and math.isfinite(kl):
             error = min(max(kl / self.target - 1, -KL_ERROR_BOUND), KL_ERROR_BOUND)
             self.coef *= 1 + error * sequences / self.horizon
@@ -45,12 +45,12 @@ def shape(scored: Scored, config: PPOConfig, kl_coef: float) -> Experience:
         rloo   A = s - mean of the other samples of the prompt, s = score - kl_coef sum_t KL_t   (arXiv 2402.14740)
         group  A = (s - mean) / (std + 1e-4) of the prompt's samples, std with n - 1             (GRPO, as TRL has it)
 
-    KL_t is the estimate kl.estimator of each token, and in the reward only with kl.place reward: then it is in `s`
-    before the baseline, for both group estimators. All tokens of a response share the A of rloo and group; returns are
-    then None, for there is no critic to fit. Means, centring and whitening are over the samples that are kept.
+    KL_t is each token's estimate by kl.estimator. It enters the reward only with kl.place reward; with rloo and group
+    it is then part of s, before the baseline. With rloo and group all tokens of a response share one A, and returns are
+    None, as there is no critic to fit. Means, centring and whitening run over the samples that are kept.
 
-    A sample is dropped if its reward is not finite, or a log-probability or value of it. The others of its prompt keep
-    their advantages, measured against each other; one that is left alone gets 0.
+    A sample is dropped if its reward, or one of its log-probabilities or values, is not finite. The other samples of
+    its prompt keep advantages relative to each other; a sample left alone gets 0.
 
     `Experience.kl` is the sum of log pi / pi_ref over a response's tokens, NaN where a log-probability is.
 
@@ -102,7 +102,7 @@ def shape(scored: Scored, config: PPOConfig, kl_coef: float) -> Experience:
 
 
 def leave_one_out(score: Tensor, group: Tensor, kept: Tensor) -> Tensor:
-    """RLOO (arXiv 2402.14740): score minus the mean of its group's others; 0 for one alone. All [N]; [N] like score.
+    """RLOO (arXiv 2402.14740): each score minus the mean of its group's others; 0 if there are none. All [N].
 
     The baseline of a sample does not depend on it, so the policy gradient stays unbiased.
     """
@@ -114,7 +114,7 @@ def leave_one_out(score: Tensor, group: Tensor, kept: Tensor) -> Tensor:
 
 
 def group_relative(score: Tensor, group: Tensor, kept: Tensor) -> Tensor:
-    """GRPO (arXiv 2402.03300): (score - mean) / (std + 1e-4) within the group, std with n - 1; 0 for one alone."""
+    """GRPO (arXiv 2402.03300): (score - mean) / (std + 1e-4) within the group, std with n - 1; 0 if alone."""
     count, total, square = _moments(score, group, kept)
     std = (square / (count - 1).clamp(min=1)).sqrt()
     advantage = torch.where(count > 1, (score.double().cpu() - total / count) / (std + GROUP_STD_FLOOR), 0.0)
@@ -142,9 +142,9 @@ def _score(scored: Scored, config: PPOConfig, kept: Tensor, group: Tensor) -> Te
 
 
 def _moments(score: Tensor, group: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, sum and squares about the mean of each row's group over what is kept: [N] fp64.
+    """Count, sum and sum of squared deviations of each row's group, over kept rows: [N] fp64.
 
-    On the CPU, where index_add runs in a fixed order: N numbers a step are nothing to move.
+    Computed on the CPU, where index_add adds in a fixed order; moving N numbers a step costs nothing.
     """
     kept = kept.cpu()
     value = torch.where(kept, score.double().cpu(), 0.0)

@@ -1,4 +1,4 @@
-"""What was sampled, as token tensors: whole rows for one forward pass, and what is known of each response token."""
+"""Samples, the tensors of a forward pass over them, and the numbers known of every response token."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class Samples(NamedTuple):
-    """N sampled responses; the samples of one prompt stand together.
+    """N sampled responses; the samples of one prompt are adjacent.
 
-    prompts       N lists of ids up to where the response begins (the same one for samples of the same prompt)
+    prompts       N lists of ids up to where the response begins (samples of a prompt share one list)
     responses     N lists of drawn ids, the stop token included where one was drawn; at least one token each
     stopped       N: whether the last id is a drawn stop token (False: cut at max_new_tokens)
     prompt_index  N: number of the prompt in the run's list of prompts
@@ -30,14 +30,14 @@ class TokenBatch(NamedTuple):
 
     input_ids       [B, T] int64, right padded; packed: [1, S], the sequences one after another
     position_ids    the same shape; restart at 0 for each sequence
-    attention_mask  [B, T] int64, 1 where a token is; None when packed: the attention goes by the positions
+    attention_mask  [B, T] int64, 1 for a token; None when packed: positions tell the sequences apart
     rows            [R] int64 into hidden.view(-1, D): the states that predict the response tokens
     targets         [R] int64: the response tokens
     sequence        [R] int64: which of the B sequences
-    offset          [R] int64: its place in its response
+    offset          [R] int64: its index in its response
     last            [B] int64 into hidden.view(-1, D): the last token read, after `closing`: where rewards are read
 
-    Response tokens stand in the order of `sequence`, then `offset`.
+    Response tokens are sorted by `sequence`, then `offset`.
     """
 
     input_ids: Tensor
@@ -72,7 +72,7 @@ class Scored:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Experience(Scored):
-    """Scored samples with what the update learns from; made by `advantages.shape`."""
+    """Scored samples with the advantages and targets that the update learns from; see `advantages.shape`."""
 
     score: Tensor  # [N] what the estimator uses: after penalty, clip and centring; NaN where dropped
     advantage: Tensor  # [N, T]; 0 where dropped
@@ -97,10 +97,10 @@ def token_batch(
 ) -> TokenBatch:
     """The tensors of one forward pass over the samples `indices`, in that order.
 
-    With `closing`, a sequence is prompt, response and closing, where a drawn stop token gives way to closing: rewards
-    are then read at the same kind of token whether the answer ended or was cut, as `rollout.Turn` has it. The stop
-    token stays a target all the same. Without, it is the prompt and the response but for its last id, which nothing
-    after it needs.
+    With `closing`, a sequence is prompt + response + closing, and closing replaces a drawn stop token: a reward is then
+    read at the same kind of token whether the response ended or was cut off, see `sampling.turn.Turn`. The stop token
+    is a target all the same. Without `closing`, a sequence is prompt + response without the last token, which predicts
+    nothing.
 
     Raises:
         ValueError: for no sample, an empty prompt or an empty response.
@@ -127,7 +127,7 @@ def token_batch(
         attention_mask = None
     else:
         start = torch.arange(len(sequences)) * width
-        # the padding's id is of no consequence: no token attends to what stands after it
+        # any id serves as padding: no token attends to later ones
         input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in sequences])
         position_ids = torch.arange(width).expand(len(sequences), width).contiguous()
         attention_mask = (position_ids < lengths[:, None]).long().to(device)
@@ -148,9 +148,9 @@ def token_batch(
 def micro_batches(
     samples: Samples, indices: Sequence[int], budget_tokens: int, packed: bool, closing: int = 0
 ) -> list[list[int]]:
-    """`indices` cut into batches of at most `budget_tokens` tokens (padding counted unless packed), longest first.
+    """Cut `indices` into batches of at most `budget_tokens` tokens (padding counted unless packed), longest first.
 
-    A sample that is longer than the budget is a batch of its own. The cut depends on lengths and numbers alone.
+    A sample longer than the budget is a batch of its own. The cut depends only on the samples' lengths and indices.
     """
     lengths = {index: sequence_length(samples, index, closing) for index in indices}
     batches: list[list[int]] = []
@@ -168,7 +168,7 @@ def micro_batches(
 
 
 def response_mask(samples: Samples, device: torch.device | str) -> Tensor:
-    """[N, T] bool: where the response has a token; T is the longest response."""
+    """[N, T] bool: True where the response has a token; T is the longest response."""
     if not samples.responses:
         raise ValueError("samples: expected at least one, got none")
     counts = torch.tensor([len(response) for response in samples.responses])

@@ -1,7 +1,7 @@
-"""What fits on a card: the memory of rollout, scoring and update, computed from a model's shape and a job's sizes.
+"""Compute the memory of rollout, scoring and update from a model's shape and a job's sizes.
 
-Sums over what the loop keeps alive at each phase's highest point. Derived from what autograd saves of each operation of
-a decoder layer in transformers, and held to the loop itself: `prudent plan --verify` runs it on tensors without data.
+A phase's sum is over the tensors that the loop keeps alive at the phase's peak, derived from what autograd saves for
+each operation of a transformers decoder layer. `prudent plan --verify` checks the sums against the loop itself.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ TERMS = (
     "parameters", "adapters", "gradients", "optimizer", "KV cache", "activations", "logprob workspace",
     "allocator slack",
 )  # fmt: skip
-# kept free, not measured: the CUDA context with the libraries' workspaces, and what the caching allocator cannot reuse
-# of what comes and goes
+# reserves, not measured: the CUDA context with the libraries' workspaces, and the fragmented share of memory that the
+# caching allocator cannot reuse
 CONTEXT = 1 << 30
 FRAGMENTS = 0.05
-_LEAST = 10**6  # bytes that are a size
-_WORTH = 0.01  # of the peak, that a change has to save to be told
+_LEAST = 10**6  # bytes: the smallest size that is accepted
+_WORTH = 0.01  # of the peak: what a change must save to be listed
 
 
 def parse_size(text: str | int) -> int:
@@ -34,7 +34,7 @@ def parse_size(text: str | int) -> int:
     more.
 
     Raises:
-        ValueError: for anything else, and for less than 1 MB: whoever writes 80 means another unit.
+        ValueError: for anything else, and for less than 1 MB: a bare 80 was meant in another unit.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)b?\s*", str(text), re.IGNORECASE)
     if not found or (found[3] and not found[2]):
@@ -52,8 +52,8 @@ def logprob_workspace(
     """Scratch bytes of `linear_logprob` on `rows` hidden states; device "gpu" or "cpu".
 
     A tile of logits, the rows' vectors, and backward the hidden gradient of a chunk of rows: kernels/linear_logprob/
-    README.md, Memory. On a CPU the exponentials are a second tile, and what makes fp32 sums of 16-bit operands is up to
-    two and a half more.
+    README.md, Memory. On a CPU the exponentials take a second tile, and fp32 sums of 16-bit operands up to two and a
+    half more.
     """
     tile = logprob_plan(rows, dim, vocabulary, dtype, torch.float32, device)
     chunk, wide = min(tile.rows, rows), dtype == torch.float32
@@ -63,9 +63,9 @@ def logprob_workspace(
 
 
 class ModelShape(NamedTuple):
-    """What the memory of a decoder follows from.
+    """The sizes of a decoder that decide its memory.
 
-    parameters: of the whole, the vocabulary's included. adapted: (inputs, outputs) of each linear layer of one block,
+    parameters: all, the embeddings' included. adapted: (inputs, outputs) of each linear layer of one block,
     which LoRA adapts. head_norms: whether queries and keys are normalised, as in Qwen 3.
     """
 
@@ -87,7 +87,7 @@ class ModelShape(NamedTuple):
         """The shape of a transformers config of a causal language model, its parameters counted without weights.
 
         Raises:
-            ValueError: for a model without hidden layers and attention heads, which this arithmetic is about.
+            ValueError: for a model without hidden layers and attention heads, which this arithmetic needs.
         """
         from transformers import AutoModelForCausalLM
 
@@ -101,28 +101,29 @@ class ModelShape(NamedTuple):
             (n, m) for n, m in model.base_model.named_modules() if isinstance(m, torch.nn.Linear) or _is_conv1d(m)
         ]
         first = [(n, m) for n, m in linears if re.search(r"(^|\.)0(\.|$)", n)]
+        inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
         return cls(
-            name or str(getattr(config, "name_or_path", "") or config.model_type),
-            sum(p.numel() for p in model.parameters()),
-            config.num_hidden_layers,
-            config.hidden_size,
-            getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size,
-            heads,
-            getattr(config, "num_key_value_heads", None) or heads,
-            getattr(config, "head_dim", None) or config.hidden_size // heads,
-            model.get_output_embeddings().weight.shape[0],
-            tuple(tuple(m.weight.shape) if _is_conv1d(m) else tuple(m.weight.shape[::-1]) for _, m in first),
-            any("q_norm" in n for n, _ in model.named_modules()),
-            model.get_input_embeddings().weight is model.get_output_embeddings().weight,
+            name=name or str(getattr(config, "name_or_path", "") or config.model_type),
+            parameters=sum(p.numel() for p in model.parameters()),
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=inner or 4 * config.hidden_size,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocabulary=model.get_output_embeddings().weight.shape[0],
+            adapted=tuple(tuple(m.weight.shape) if _is_conv1d(m) else tuple(m.weight.shape[::-1]) for _, m in first),
+            head_norms=any("q_norm" in n for n, _ in model.named_modules()),
+            tied=model.get_input_embeddings().weight is model.get_output_embeddings().weight,
         )
 
     def lora_parameters(self, rank: int) -> int:
-        """Of one LoRA on every linear layer but the language-model head."""
+        """Parameters of one LoRA on every linear layer but the language-model head."""
         return self.layers * sum(rank * (i + o) for i, o in self.adapted)
 
     @property
     def kv_bytes(self) -> int:
-        """Of one token's keys and values at one byte a number."""
+        """Bytes of one token's keys and values at one byte a number."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
@@ -134,8 +135,8 @@ def _is_conv1d(module: Any) -> bool:
 class JobShape:
     """The sizes of one step of the loop. Tokens are those of the longest prompt and the longest response.
 
-    dtype: of the trunk. mixed: fp32 weights under bf16 autocast (mode full on a GPU). reward: None where it is not on
-    this trunk; then reward_bytes are its own model's. masked: the attention gets a mask, and with it keys and values of
+    dtype: of the trunk. mixed: fp32 weights under bf16 autocast (mode full on a GPU). reward: None if it is not on this
+    trunk; reward_bytes then counts its own model. masked: the attention gets a mask, and with it keys and values of
     every head (packed without flash-attn, or a family that does more than mask causally). device: "gpu" or "cpu".
     """
 
@@ -163,12 +164,12 @@ class JobShape:
 
     @property
     def tokens(self) -> int:
-        """Of the longest sequence."""
+        """Tokens of the longest sequence."""
         return self.prompt_tokens + self.response_tokens
 
     @property
     def rows(self) -> int:
-        """Samples that are drawn at once."""
+        """Samples that are drawn in one batch."""
         return min(self.batch_rows, self.prompts * self.samples)
 
 
@@ -237,9 +238,9 @@ class Cut(NamedTuple):
 
 
 def cuts(shape: ModelShape, job: JobShape, limit: int) -> list[Cut]:
-    """What could be changed where nothing fits, the most effective first, at one sample a forward pass.
+    """Settings that lower the peak at one sample a forward pass, the most effective first.
 
-    What saves under a hundredth is left out.
+    Those that save less than 1 % are left out.
     """
     options = [
         ("policy.gradient_checkpointing=true", replace(job, checkpointing=True)),
@@ -260,7 +261,7 @@ def cuts(shape: ModelShape, job: JobShape, limit: int) -> list[Cut]:
 
 
 def _trained(shape: ModelShape, job: JobShape) -> tuple[int, int]:
-    """(numbers, bytes) of what training moves."""
+    """(number, bytes) of the trained parameters."""
     lora = shape.lora_parameters(job.rank) * (1 + (job.critic == "adapter"))
     head = shape.hidden + 1 if job.critic != "none" else 0
     if job.mode == "lora":
@@ -271,12 +272,12 @@ def _trained(shape: ModelShape, job: JobShape) -> tuple[int, int]:
 
 
 def _resident(shape: ModelShape, job: JobShape) -> Terms:
-    """What every phase finds there; the optimizer's moments from the first step on."""
+    """Bytes allocated in every phase; the optimizer's moments count, though the first step makes them."""
     numbers, size = _trained(shape, job)
     trunk = shape.parameters * job.dtype.itemsize
     heads = 4 * 2 * job.heads * (shape.hidden + 1) if job.reward else 0
     reward_lora = 4 * shape.lora_parameters(job.rank) if job.reward == "adapter" else 0
-    # of each LoRA weight a copy in the trunk's dtype, made by the first rollout and kept for the graph
+    # a copy of each LoRA weight in the trunk's dtype, made by the first rollout and kept for the CUDA graph
     copies = job.dtype.itemsize * shape.lora_parameters(job.rank) if job.dtype.itemsize < 4 else 0
     if job.mode == "full":
         whole = (4 if job.mixed else job.dtype.itemsize) * shape.parameters
@@ -289,7 +290,7 @@ def _resident(shape: ModelShape, job: JobShape) -> Terms:
 
 
 def _rollout(shape: ModelShape, job: JobShape, layer: Layer) -> Terms:
-    """The larger of reading the prompts and drawing a token with the cache at its full length."""
+    """The larger of two peaks: reading the prompts, and drawing a token with a full cache."""
     rows, prompts = job.rows, max(1, job.rows // job.samples)
     width = 4 if job.shared_prefix else job.dtype.itemsize
     read = prompts * job.prompt_tokens
@@ -337,7 +338,7 @@ def _update(shape: ModelShape, job: JobShape, layer: Layer, micro_tokens: int) -
     tokens, responses = _micro(job, micro_tokens, -1)
     width, hidden = job.dtype.itemsize, shape.hidden
     workspace = logprob_workspace(responses, hidden, shape.vocabulary, job.dtype, True, job.device)
-    held = layer.saved(tokens, job.tokens)
+    saved = layer.saved(tokens, job.tokens)
     gradients = _trained(shape, job)[1]
     # rows taken from the final hidden states, for the head and for the critic, and its fp32 copy; then their gradients
     rows = responses * hidden * (width + (width * (width < 4) + 4 if job.critic == "shared" else 0))
@@ -348,10 +349,10 @@ def _update(shape: ModelShape, job: JobShape, layer: Layer, micro_tokens: int) -
         gradient = (4 if job.mixed else width) * table
         # mixed: in bf16, beside the head in bf16 and the workspace; then in fp32 too
         head += max(2 * width * table, width * table + gradient - workspace) if job.mixed else gradient
-        if shape.tied:  # it waits for the embedding's, which comes when all that was held is gone, and for their sum
-            norm, inside, bottom = norm + gradient, inside + gradient, 3 * gradient - held
+        if shape.tied:  # it waits for the embedding's, which comes once all saved tensors are freed, and their sum
+            norm, inside, bottom = norm + gradient, inside + gradient, 3 * gradient - saved
     top = max(head + workspace, norm, inside, bottom)
-    terms = {"gradients": gradients, "activations": held + top}
+    terms = {"gradients": gradients, "activations": saved + top}
     if top == head + workspace:
-        terms = {"gradients": gradients, "activations": held + head, "logprob workspace": workspace}
+        terms = {"gradients": gradients, "activations": saved + head, "logprob workspace": workspace}
     return terms

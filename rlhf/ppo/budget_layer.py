@@ -1,4 +1,4 @@
-"""What one decoder layer keeps for the backward pass and needs while it runs, in bytes; see `budget`."""
+"""Bytes that a decoder layer saves for its backward pass, and needs while it runs; see `budget`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Layer:
         self.job = job
         self.lora: bool = job.mode == "lora"
         sizes = [self.b * i * o for i, o in shape.adapted] if job.mixed else [0]
-        self.casts, self.cast = sum(sizes), max(sizes)  # of a layer's weights by autocast: all, and the largest
+        self.casts, self.cast = sum(sizes), max(sizes)  # bytes of autocast's copies: all, the largest
 
     def token(self, length: int) -> int:
-        """Bytes that autograd saves of one token in one layer, in sequences of `length`."""
+        """Bytes that autograd saves for one token in one layer, in sequences of `length`."""
         b, d, f, job = self.b, self.d, self.f, self.job
         keys = self.a if job.masked or job.eager else self.g
         attention = b * (2 * self.a + 2 * keys) + 4 * self.heads
@@ -48,25 +48,25 @@ class Layer:
         return attention + norms + feed_forward + inputs + middle
 
     def saved(self, tokens: int, length: int) -> int:
-        """All layers' for a pass of `tokens`; checkpointed, their inputs alone. With LoRA nothing is saved of the first
-        norm, whose input needs no gradient, and the final one takes its place."""
+        """Bytes that all layers save in a pass of `tokens`; only their inputs if checkpointed. With LoRA the first norm
+        saves nothing, as its input needs no gradient; the final norm's share makes up for it."""
         final = 0 if self.lora else tokens * (4 + self.b) * self.d
         if self.job.checkpointing:
             return self.layers * tokens * (4 if self.job.mixed else self.b) * self.d + final
         return self.layers * (tokens * self.token(length) + self.casts) + final
 
     def last_norm(self, tokens: int) -> int:
-        """In the backward pass of the final norm, where everything is still held: its output, and gradients in fp32."""
+        """Bytes of the final norm's backward pass beside all saved tensors: its output, and gradients in fp32."""
         return tokens * self.d * (24 if self.b < 4 else 28)
 
     def backward(self, tokens: int, length: int) -> int:
-        """In the last layer's backward pass; what it saved counts here only if it was computed again."""
+        """Bytes of the last layer's backward pass; its saved tensors count only if checkpointing recomputed them."""
         inside = tokens * self.b * (2 * self.f + (3 if self.b < 4 else 2) * self.d)
         return inside + (tokens * self.token(length) + self.casts if self.job.checkpointing else 0)
 
     def forward(self, tokens: int) -> int:
-        """The highest point of a pass without gradient, in the feed-forward layer: its two inner products and their
-        own product, and LoRA's share of one of them; the residual stream, the norm's fp32 copy and its output."""
+        """Peak bytes of a pass without gradient, in the feed-forward layer: gate, up and their product, LoRA's share of
+        one of them; the residual stream, the norm's fp32 copy and its output."""
         wide = (4 if self.lora else 3) * self.b * self.f
         narrow = 12 if self.job.mixed else 9 if self.b < 4 else 17
         return tokens * (wide + self.d * narrow) + self.cast

@@ -1,4 +1,4 @@
-"""Checkpoints of a PPO run: each whole or not there, whatever moment the process or the disk chose to give up."""
+"""Checkpoints of a PPO run: each is complete or absent, whenever the process or the disk fails."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..job.files import atomic_folder, atomic_write_json, cause, read_json
 
 logger = logging.getLogger(__name__)
 
-KEPT = 2  # besides the last good one: the newest may be of a policy that has just gone wrong
+KEPT = 2  # newest ones, besides the last good one: they may hold a policy that has just gone wrong
 _NAME = re.compile(r"step-(\d{6,})")
 _CHUNK = 1 << 24  # bytes read at once
 
 
 class State(TypedDict):
-    """The small state of a run, as JSON has it."""
+    """The small state of a run, as JSON."""
 
     kl_coef: float
     bad_steps: int
@@ -42,19 +42,19 @@ class Saved(NamedTuple):
 class Checkpoints:
     """The folders `folder`/step-%06d, where step counts the updates that were done.
 
-    A folder appears by one rename, after its files are on the disk. state.json holds size and checksum of state.pt: a
-    folder in which they do not agree is damaged (by a copy, or a broken disk) and is passed over. The size is looked at
-    always, the checksum when the folder is loaded.
+    A folder appears by one rename, after its files are on the disk. state.json holds size and checksum of state.pt; a
+    folder in which they do not match is damaged (by a copy, or a broken disk) and is skipped. The size is checked
+    whenever checkpoints are listed, the checksum when one is loaded.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._damaged: set[int] = set()  # steps, as far as is known
+        self._damaged: set[int] = set()  # steps known to be damaged
         self.folder.mkdir(parents=True, exist_ok=True)
         for pattern in (
             ".step-*.tmp",
             ".step-*.old",
-        ):  # what a kill left of a folder that was being written or replaced
+        ):  # left by a kill while a folder was being written or replaced
             for leftover in self.folder.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
 
@@ -63,7 +63,7 @@ class Checkpoints:
         return self.folder / f"step-{step:06d}"
 
     def steps(self) -> list[int]:
-        """The whole checkpoints, ascending."""
+        """The steps of all undamaged checkpoints, ascending."""
         found = [match for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
         return sorted(step for match in found if self._whole(step := int(match[1])))
 
@@ -80,19 +80,19 @@ class Checkpoints:
 
     def _pass_over(self, step: int) -> bool:
         self._damaged.add(step)
-        logger.warning("checkpoints: %s is damaged (cut short, or its bytes changed): passed over", self.path(step))
+        logger.warning("checkpoints: %s is damaged (cut short, or its bytes changed): skipped", self.path(step))
         return False
 
     def save(self, step: int, saved: Saved) -> None:
         """Write the checkpoint of `step`.
 
         Raises:
-            OSError: one sentence, if it could not be written (a full disk, say); what was there stays as it was.
+            OSError: one sentence, if it could not be written (a full disk, say); existing checkpoints stay as they are.
         """
         try:
             with atomic_folder(self.path(step)) as temporary:
                 file = temporary / "state.pt"
-                with file.open("wb") as stream:  # whose errors, unlike those of torch's own writer, say why
+                with file.open("wb") as stream:  # its errors say why, unlike those of torch's own writer
                     summed = _Summed(stream)
                     torch.save({"policy": saved.policy, "optimizer": saved.optimizer}, summed)  # type: ignore[arg-type]
                 known = {"step": step, "bytes": file.stat().st_size, "crc32": summed.crc32}
@@ -107,7 +107,7 @@ class Checkpoints:
             ) from error
 
     def newest(self, bad_since: int | None = None) -> tuple[int, Saved] | None:
-        """The newest checkpoint that is whole, of those from before step `bad_since` if given; None if there is none.
+        """(step, content) of the newest undamaged checkpoint, from before step `bad_since` if given; None without one.
 
         The checkpoint of step s holds the policy that step s samples from: it is good if step s still was.
         """
@@ -132,16 +132,16 @@ class Checkpoints:
         return Saved(tensors["policy"], tensors["optimizer"], state)
 
     def last_good(self, bad_since: int | None) -> int | None:
-        """The step of the newest checkpoint from before step `bad_since`, by its size whole; None if there is none."""
+        """The step of the newest checkpoint from before step `bad_since` that has its full size; None without one."""
         return max((step for step in self.steps() if bad_since is None or step < bad_since), default=None)
 
     def prune(self, bad_since: int | None) -> None:
-        """Remove all but the newest two and the last good one; what is known to be damaged too."""
+        """Remove all but the newest two checkpoints and the last good one, and all that are known to be damaged."""
         steps = self.steps()
         keep = {*steps[-KEPT:], self.last_good(bad_since)}
         for step in (*steps, *self._damaged):
             if step not in keep:
-                # out of sight first: a kill while files go must not leave half a checkpoint under a good name
+                # renamed first: a kill during the removal must not leave half a checkpoint under a valid name
                 retired = self.path(step).with_name(f".{self.path(step).name}.old")
                 os.replace(self.path(step), retired)
                 shutil.rmtree(retired, ignore_errors=True)
@@ -149,7 +149,7 @@ class Checkpoints:
 
 
 class _Summed:
-    """A file that is written from start to end, and the checksum of what went in."""
+    """A write-only file that computes the checksum of what is written."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.crc32 = stream, 0

@@ -285,7 +285,7 @@ RESUMABLE_CHANGES = ("output", "steps", "save_every", "memory_budget", "trackers
 
 
 def kind_by_name(config: RewardConfig) -> Kind | None:
-    """The kind that `config.kind` or the source's name says; None where what the source holds has to be looked at."""
+    """The kind that `config.kind` or the source's name says; None if the source's files must be inspected."""
     source = config.source
     if config.kind != "auto":
         return config.kind
@@ -296,10 +296,10 @@ def kind_by_name(config: RewardConfig) -> Kind | None:
 
 
 def refuse_unread(config: PPOConfig, device: str) -> None:
-    """Raise ValueError for a key that was set and that nothing in this combination reads; say what would read it.
+    """Raise ValueError for a key that was set but that nothing in this combination reads, saying what would read it.
 
-    What the kind of the reward decides is told as soon as that is known: here by its name, else by
-    `refuse_unread_by_reward`.
+    Keys that depend on the kind of the reward are checked here if the source's name tells the kind, and by
+    `refuse_unread_by_reward` once the source has been inspected otherwise.
     """
     full, critic, estimator = config.policy.mode == "full", config.critic, config.update.estimator
     for keys, unread, why in (
@@ -328,7 +328,7 @@ def refuse_unread(config: PPOConfig, device: str) -> None:
 
 
 def refuse_unread_by_reward(config: PPOConfig, kind: Kind) -> None:
-    """Raise ValueError for a key of the reward that was set and that nothing reads with a reward of this kind."""
+    """Raise ValueError for a key that was set but that nothing reads with a reward of this kind."""
     if kind != "http":
         _refuse_set(config, ["reward.timeout"], f"reward.kind {kind}: http reads it")
     if kind in ("callable", "http"):

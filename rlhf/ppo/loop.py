@@ -30,22 +30,21 @@ def run_ppo(
 
     The run folder (`config.output`): config.yaml (resolved), metrics.jsonl, tensorboard/, samples.jsonl (texts),
     checkpoints/step-%06d/, policy/ (the trained policy and its tokeniser), report.html, ppo.json (written last).
-    Random numbers belong to seed and step, so that a run that was killed and resumed gives the numbers of one that was
-    not: on a CPU the same bits. The caller's random state is left as it was.
+    Random numbers depend only on seed and step: a run that was killed and resumed gives the same numbers as an unbroken
+    one, on a CPU bit for bit. The caller's random state is restored.
 
     Args:
         config: see `PPOConfig`.
-        resume: go on where a killed run stopped, or with more `steps` than it had; a folder that is not there yet is
-            begun.
+        resume: continue a run that was killed, or that had fewer `steps`; in a new folder, start one.
         progress: say what runs, and show a progress bar, on stderr.
-        model, tokenizer: a causal language model and its tokeniser that are loaded already, instead of `config.model`.
+        model, tokenizer: a loaded causal language model and its tokeniser, instead of `config.model`.
 
     Raises:
-        ValueError: for a config that cannot be used, a key that nothing reads, an output folder that holds another run
-            or anything else, or is held by another process; when `update.max_bad_steps` steps in a row gave no finite
-            loss, or no step of the run an update.
+        ValueError: for a config that cannot be used, a key that nothing reads, an output folder with another run or
+            other files, or locked by another process; when `update.max_bad_steps` steps in a row skipped an update, or
+            no step made one.
         ImportError: for a tracker that is not installed.
-        OSError: when a file cannot be written; the last checkpoint is whole, and `resume` goes on from there.
+        OSError: when a file cannot be written; `resume` continues from the last checkpoint, which is complete.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("ppo: expected one process, got a launcher's several: the run folder has one writer")
@@ -64,7 +63,7 @@ def run_ppo(
 
 
 def _learn(run: Run, resume: bool) -> dict[str, Any]:
-    """The steps that are not done yet; what ppo.json holds."""
+    """Run the remaining steps and finish. -> what ppo.json holds"""
     config, policy, monitor = run.config, run.policy, run.monitor
     first = run.begin(resume)
     fired, step = None, first - 1
@@ -97,6 +96,6 @@ def _learn(run: Run, resume: bool) -> dict[str, Any]:
 
 
 def _short(metrics: dict[str, float]) -> str:
-    """What the progress bar shows of a step."""
+    """A step's numbers for the progress bar."""
     names = {"reward": "reward/mean", "gold": "gold/mean", "kl": "kl/sequence", "length": "text/length"}
     return ", ".join(f"{short} {metrics[name]:.3g}" for short, name in names.items() if name in metrics)

@@ -1,4 +1,4 @@
-"""The terms of a PPO step's loss, per token or per sequence: sums and normalisation are the update's.
+"""The terms of a PPO step's loss, per token or per sequence; `update` sums and normalises them.
 
 Notation: R response tokens, B sequences; pi the policy that is trained, pi_old the one that sampled, pi_ref the
 reference; l = log pi - log pi_ref. Every function returns one number a token (or sequence), so that micro-batches of
@@ -15,7 +15,7 @@ from torch import Tensor
 
 Estimator = Literal["k1", "k2", "k3", "abs"]
 
-LOG_RATIO_BOUND = 20.0  # of log pi / pi_old, as in verl: exp of more is an overflow waiting, and 0 * inf a NaN gradient
+LOG_RATIO_BOUND = 20.0  # of log pi / pi_old, as in verl: exp of more may overflow, and 0 * inf is a NaN gradient
 CHI2_KNEE = 10.0  # where e^l goes on as a straight line, as in the code of arXiv 2403.03185
 CHI2_FLOOR = 1e-4  # least value under the square root, whose slope is infinite at 0 (same code)
 
@@ -23,7 +23,7 @@ CHI2_FLOOR = 1e-4  # least value under the square root, whose slope is infinite 
 def policy_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), negated: -min(w A, clamp(w, 1 - clip, 1 + clip) A).
 
-    w = pi / pi_old. At w = 1 its gradient is the policy gradient, -A grad log pi. Beyond |log w| = 20 w stands still.
+    w = pi / pi_old. At w = 1 its gradient is the policy gradient, -A grad log pi. Beyond |log w| = 20, w is constant.
 
     Args:
         logprob, old_logprob, advantage: [R]; only `logprob` carries a gradient.
@@ -55,15 +55,15 @@ def kl_estimate(log_ratio: Tensor, estimator: Estimator) -> Tensor:
     k1 = l   k2 = l^2 / 2   k3 = e^-l - 1 + l (J. Schulman, "Approximating KL divergence", 2020)   abs = |l|
     E k1 = E k3 = KL; E k2 = KL to second order in l; k2 and k3 are never negative; abs is a price, not an estimate.
 
-    As a loss it is another thing what each one's gradient is. On samples of pi itself,
+    As losses, the four have different gradients. On samples of pi itself,
 
         k1   E grad log pi             = 0: pure noise, no pull towards the reference
         k2   E l grad log pi           = grad KL(pi || pi_ref): the one to use in the loss
         k3   E (1 - e^-l) grad log pi  = grad KL(pi_ref || pi): the other direction of KL
         abs  E sign(l) grad log pi     = grad sum |pi - pi_ref|, twice the total variation
 
-    at each token, the text before it taken as given: what a token does to the KL of the tokens after it is in the
-    KL as a reward, and not in a loss a token. After the first optimizer step the samples are those of pi_old, and all
+    at each token, given the text before it: a token's effect on the KL of later tokens is part of KL as a reward,
+    and not of a loss per token. After the first optimizer step the samples are those of pi_old, and all
     four are approximate, as the loss is not weighted by pi / pi_old.
     """
     if estimator == "k1":

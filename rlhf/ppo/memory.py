@@ -1,4 +1,4 @@
-"""A run held to its memory budget."""
+"""Keep a run within its memory budget, and choose its micro-batch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ CPU_MICRO_TOKENS = 8192  # for auto on a CPU, whose memory is not planned
 
 
 def limit_memory(config: PPOConfig, device: torch.device) -> None:
-    """Hold this process to `config.memory_budget` of a GPU, whatever the card has; ValueError for what is no size."""
+    """Limit this process to `config.memory_budget` of the GPU's memory, if there is one."""
     if config.memory_budget is not None and device.type == "cuda":
-        # the index, not the device: "cuda" without one is refused here, and None is the current one
+        # the index, because torch refuses "cuda" without one here; None is the current GPU
         torch.cuda.set_per_process_memory_fraction(_limit(config, device) / _card(device), device.index)
 
 
@@ -56,11 +56,11 @@ def _card(device: torch.device) -> int:
 
 
 def _limit(config: PPOConfig, device: torch.device) -> int:
-    """Bytes that this process may take."""
+    """Bytes that this process may allocate."""
     return _card(device) if config.memory_budget is None else min(parse_size(config.memory_budget), _card(device))
 
 
-PROMPT_TOKENS = 512  # where rollout.max_prompt_tokens and the model's positions say nothing
+PROMPT_TOKENS = 512  # if neither rollout.max_prompt_tokens nor the model's positions limit a prompt
 
 
 def job_shape(config: PPOConfig, model: Any, device: str = "cuda", heads: int = 5) -> JobShape:
@@ -104,7 +104,7 @@ def job_shape(config: PPOConfig, model: Any, device: str = "cuda", heads: int = 
 
 
 class _Closing:
-    """What `longest_prompt` asks of a `Turn`: at least one token ends a response. No tokeniser is read here."""
+    """A `Turn` for `longest_prompt` without a tokeniser: one token ends a response."""
 
     closing = (0,)
 
@@ -115,7 +115,7 @@ def _prompt_tokens(config: PPOConfig, model: Any) -> int:
 
 
 def _other_model(source: str, dtype: torch.dtype) -> int:
-    """Bytes of another model's weights in `dtype`: by its config, or its files where no model is made of that alone."""
+    """Bytes of a reward model's weights in `dtype`: by its config, or by its files if that alone makes no model."""
     from transformers import AutoModel
 
     folder = model_folder(source)
@@ -139,7 +139,7 @@ def _other_model(source: str, dtype: torch.dtype) -> int:
 def auto_micro_tokens(
     config: PPOConfig, model_config: Any, limit: int, prompt_tokens: int | None = None, heads: int = 5
 ) -> int:
-    """`update.micro_tokens: auto` resolved on a GPU: what fits into `limit` bytes, at most all of a step's samples.
+    """The most tokens in a forward pass that fit into `limit` bytes of a GPU, at most all of a step's samples.
 
     Args:
         limit: bytes that the process may take.

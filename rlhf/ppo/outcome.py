@@ -1,4 +1,4 @@
-"""A PPO run's folder and what came of the run: whether it is begun, whether it is finished, what it says at its end."""
+"""Claim a PPO run's folder, tell whether the run in it is finished, and summarise its outcome."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def open_folder(config: PPOConfig, resume: bool) -> dict[str, Any] | None:
     """
     folder = config.output
     if not open_run_folder(config, RUN_FILES, resumable_changes=RESUMABLE_CHANGES, resume=resume):
-        # what another command left of its start (texts, the checkpoint of step 0) is not this one's
+        # a command that stopped before its first step left texts and the checkpoint of step 0, of another config
         (folder / "samples.jsonl").unlink(missing_ok=True)
         shutil.rmtree(folder / "checkpoints" / "step-000000", ignore_errors=True)
         return None
@@ -59,7 +59,7 @@ def open_folder(config: PPOConfig, resume: bool) -> dict[str, Any] | None:
 
 
 def _outcome(folder: Path) -> dict[str, Any] | None:
-    """What ppo.json holds; None if it, or what it speaks of, is gone: the newest checkpoint then gives it again."""
+    """What ppo.json holds; None if it or a file it names is missing, which the newest checkpoint then restores."""
     try:
         found = read_json(folder / "ppo.json")
     except (OSError, ValueError):

@@ -26,8 +26,8 @@ def draw(
 ) -> Samples:
     """`config.rollout.samples_per_prompt` responses to each of the prompts `indices`, in their order.
 
-    The random numbers belong to (config.seed, step, number of the prompt, number of the sample): how rows are batched,
-    and what was drawn before, change nothing but the trunk's rounding (engine continuous apart).
+    Random numbers depend only on (config.seed, step, number of the prompt, number of the sample): batching and earlier
+    draws change nothing but the trunk's rounding, except with engine continuous.
 
     Args:
         sampler: from `open_sampler`.
@@ -41,7 +41,7 @@ def draw(
     rollout = config.rollout
     count = rollout.samples_per_prompt
     rows = [(index, sample) for index in indices for sample in range(count)]
-    # prompts of like length share a batch, for padding is computed too; ties by number, whatever the order asked for
+    # prompts of similar length share a batch, as padding is computed too; ties go by number, whatever order was asked
     order = sorted(range(len(rows)), key=lambda i: (len(prompts[rows[i][0]].ids), rows[i]))
     step_size = rows_at_once(rollout, len(indices))  # a prompt's samples stay together
     responses: list[list[int]] = [[]] * len(rows)

@@ -29,7 +29,7 @@ from .watch.baseline import PreferenceTexts
 from .watch.findings import by_step, faults, total
 from .watch.monitor import TEXTS, Monitor, read_texts
 
-SHOWN = (  # what ppo.json and the command's last lines tell of the first and the last step
+SHOWN = (  # metrics of the first and the last step in ppo.json and the command's last lines
     "reward/mean",
     "reward/gap",
     "reward/disagreement",
@@ -63,7 +63,7 @@ class Run:
     bad_steps: int = 0  # in a row, with an update skipped
 
     def begin(self, resume: bool) -> int:
-        """Say what runs, and make ready: from the newest checkpoint, or from the start. -> the first step"""
+        """Say what runs, and restore the newest checkpoint if `resume`. -> the first step"""
         first = self.restore() if resume else 0
         self.say(f"prudent ppo: {self.config.output}, steps {first} to {self.config.steps}", *self.description)
         if self.preferences is not None and not self.monitor.baseline:
@@ -77,7 +77,7 @@ class Run:
         return score(self.policy, self.reward, samples, self.config, closing=self.turn.closing, progress=False)
 
     def keep_texts(self, step: int) -> None:
-        """The present policy's responses to the first prompts, into samples.jsonl."""
+        """Write the current policy's responses to the first prompts into samples.jsonl."""
         one = self.config.rollout.model_copy(update={"samples_per_prompt": 1})
         config = self.config.model_copy(update={"rollout": one})
         numbers = list(range(min(TEXTS, len(self.prompts))))
@@ -85,7 +85,7 @@ class Run:
         self.monitor.texts(step, self.score(samples))
 
     def refuse_bad(self, step: int, metrics: dict[str, float]) -> None:
-        """Count steps whose loss was not finite; after too many in a row the run ends, its last checkpoint whole."""
+        """Count steps that skipped an update; raise ValueError after `update.max_bad_steps` of them in a row."""
         self.bad_steps = self.bad_steps + 1 if metrics["update/skipped"] else 0
         if self.bad_steps >= self.config.update.max_bad_steps:
             kept = self.checkpoints.steps()
@@ -97,22 +97,22 @@ class Run:
             )
 
     def _cause(self, no_reward: bool) -> str:
-        """Why an update was skipped, and what may help."""
+        """Why updates were skipped, and what may help."""
         if no_reward:
-            return f"no response had a finite reward from {self.config.reward.source}, which is to be looked at"
-        return "its loss or gradient was not finite, where a lower update.lr may help"
+            return f"no response had a finite reward from {self.config.reward.source}: check what it returns"
+        return "the loss or its gradient was not finite; a lower update.lr may help"
 
     def _refuse_unmoved(self, rows: list[dict[str, Any]], steps: int) -> None:
-        """Raise ValueError for a run that made no update; `rows` of all its steps, or nothing is known."""
+        """Raise ValueError if no step made an update; skipped if `rows` lack a step's metrics."""
         if len(rows) < steps or total(rows, "update/steps"):
             return
         cause = self._cause(no_reward=all(row.get("reward/mean") is None for row in rows))
         if not total(rows, "update/skipped"):
-            cause = "update.max_kl held every one back"
+            cause = "update.max_kl stopped every one"
         raise ValueError(f"ppo: no update was made in {count(steps, 'step')}, so nothing was learned: {cause}")
 
     def save(self, step: int) -> None:
-        """The checkpoint of the policy after `step` updates."""
+        """Write the checkpoint of the policy after `step` updates."""
         state: State = {
             "kl_coef": self.controller.coef,
             "bad_steps": self.bad_steps,
@@ -123,7 +123,7 @@ class Run:
         self.checkpoints.prune(self.rules.bad_since)
 
     def restore(self) -> int:
-        """Take up the newest checkpoint; the step to go on with."""
+        """Restore the newest checkpoint. -> the next step; 0 without a checkpoint"""
         found = self.checkpoints.newest()
         if found is None:
             return 0
@@ -137,7 +137,7 @@ class Run:
         return step
 
     def finish(self, steps: int, fired: Fired | None) -> dict[str, Any]:
-        """The policy as a folder, texts of it, the report, and last ppo.json."""
+        """Write the policy's folder, its texts, the report, and last ppo.json. -> what ppo.json holds"""
         folder = self.config.output
         rows = by_step(read_metrics(folder))
         if fired is None:
@@ -166,7 +166,7 @@ class Run:
         return outcome
 
     def _stopped(self, fired: Fired | None) -> tuple[str | None, int | None]:
-        """Why the run ends early, and the step whose policy it takes up again, where a rule asks for that."""
+        """(why the run ended early, the step it was rolled back to), each None if not; restores that step's policy."""
         if fired is None or not fired.rule.rollback:
             return None if fired is None else str(fired), None
         found = self.checkpoints.newest(fired.since)
@@ -176,19 +176,19 @@ class Run:
         return f"{fired}; the policy is the checkpoint of step {found[0]} again", found[0]
 
     def _report(self, rows: list[dict[str, Any]], outcome: dict[str, Any]) -> bool:
-        """Write report.html; False, and a word to the user, without what it needs."""
+        """Write report.html. -> False, with a note to the user, if a package that it needs is missing"""
         folder = self.config.output
         try:
             from .watch.report import render
 
             page = render(self.config, rows, read_texts(folder), outcome)
-        except ImportError as error:  # the numbers are all there without
+        except ImportError as error:  # all numbers are in metrics.jsonl and ppo.json too
             self.say(f"no report.html: {error}")
             return False
         atomic_write_text(folder / "report.html", page)
         return True
 
     def say(self, *lines: str) -> None:
-        """Tell the user on stderr, unless they asked for quiet."""
+        """Write lines to stderr, unless the user asked for quiet."""
         if self.progress:
             tqdm.write("\n".join(lines).replace("\n", "\n  "), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a step's samples are worth: log-probabilities, values and rewards, in micro-batches without gradient."""
+"""Score samples: log-probabilities, values and rewards, in micro-batches without gradient."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ def score(
 ) -> Scored:
     """Log-probabilities, values and rewards of `samples`.
 
-    Two forward passes of the trunk: the reference's, whose hidden states also give the ensemble's rewards where the
-    policy's reward is `shared`, and the actor's, which give the values where the critic is. A critic or a reward with a
-    LoRA of its own is one more pass each. Probabilities and entropies are those at the sampling temperature, of the
-    whole vocabulary.
+    The trunk runs twice: as the reference, whose hidden states also give the rewards of kind shared, and as the actor,
+    whose hidden states also give the values of a shared critic. A critic or a reward with a LoRA of its own takes one
+    more pass each. Log-probabilities and entropies are at the sampling temperature, over the whole vocabulary.
 
     Args:
         reward: asked where the policy has no reward heads of its own (`policy.reward_head` None).

@@ -70,7 +70,7 @@ def set_up(
     source = open_source(config.reward, reward, texts)
     gold = None if config.gold is None else open_gold(config.gold, texts)
 
-    # from here on the config is the run's: every choice left to the machine is made
+    # the run's config from here on: auto has become a number
     longest = max(len(prompt.ids) for prompt in prompts)
     config = resolve_micro_tokens(
         config, model.config, device, longest=longest, kind=reward.kind, heads=reward.num_heads or 0

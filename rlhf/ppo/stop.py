@@ -1,4 +1,4 @@
-"""When a run should end early: rules over its metrics, such as "disagreement > 3x for 5 then rollback"."""
+"""Rules over a run's metrics that end it early, such as "disagreement > 3x for 5 then rollback"."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ SHORT = {
     "truncated": "text/truncated",
     "entropy": "policy/entropy",
 }
-_MENDED = "with another stop_when the run goes on by --resume"
+_ADVICE = "to go on, use --resume with another stop_when"
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
     "<": operator.lt,
     "<=": operator.le,
 }
-_FROM_ZERO = ("kl/sequence", "kl/token", "kl/chi2")  # the policy begins as its own reference
+_FROM_ZERO = ("kl/sequence", "kl/token", "kl/chi2")  # the policy starts as the reference
 _FORM = "NAME > VALUE for STEPS then stop (or: <, >=, <=; VALUEx for times its start; then rollback)"
 _RULE = re.compile(
     r"(?P<name>[\w/]+)\s*(?P<compare>>=|<=|>|<)\s*(?P<value>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)(?P<times>x?)"
@@ -81,7 +81,7 @@ class Rule(NamedTuple):
 
 
 class Fired(NamedTuple):
-    """A rule that held for as long as it asks: first at `since`, with `value` at `step`."""
+    """A rule that was true for as many steps as it asks: since `since`, with `value` at `step`."""
 
     rule: Rule
     since: int
@@ -89,12 +89,12 @@ class Fired(NamedTuple):
     value: float
 
     def __str__(self) -> str:
-        held = f"{self.rule.text!r} held from step {self.since} to {self.step}"
-        return f"{held}, where {self.rule.metric} was {self.value:.4g}"
+        rule = self.rule
+        return f"{rule.text!r} held from step {self.since} to {self.step}, where {rule.metric} was {self.value:.4g}"
 
 
 def parse_rule(text: str) -> Rule:
-    """The rule that `text` says; ValueError naming the form, or the nearest metric, if it says none."""
+    """Parse a rule; ValueError naming the form, or the nearest metric, if `text` is none."""
     text = " ".join(text.split())
     found = _RULE.fullmatch(text)
     if found is None:
@@ -119,7 +119,7 @@ def parse_rule(text: str) -> Rule:
 
 @dataclass
 class _Watch:
-    """What is known of one rule: its metric's start, and since which step it holds (None: it does not)."""
+    """The state of one rule: its metric's start, and the step since which it has been true (None: it is not)."""
 
     rule: Rule
     start: float | None = None
@@ -132,7 +132,7 @@ class _Watch:
                 f"stop_when: {rule.text!r} watches {rule.metric}, which this run does not measure; it measures "
                 + ", ".join(name for name in METRICS if name in metrics)
                 + "; "
-                + _MENDED
+                + _ADVICE
             )
         value = metrics[rule.metric]
         if rule.relative and self.start is None:
@@ -141,7 +141,7 @@ class _Watch:
             if value <= 0 or math.isinf(value):
                 raise ValueError(
                     f"stop_when: expected {rule.metric} to start above 0, so that times its start means something in "
-                    f"{rule.text!r}, got {value:.4g} at step {step}: give a number without x; {_MENDED}"
+                    f"{rule.text!r}, got {value:.4g} at step {step}: give a number without x; {_ADVICE}"
                 )
             self.start = value
         bound = rule.value * (self.start or 0.0) if rule.relative else rule.value
@@ -163,17 +163,17 @@ class StopRules:
         self._watches = [_Watch(parse_rule(text)) for text in self.texts]
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> Fired | None:
-        """The first rule that has now held for long enough, if any; the rules see every step.
+        """The first rule that has now been true for long enough, if any; call it for every step.
 
         Raises:
-            ValueError: for a metric that this run does not measure, or a start that has no multiples: rules may be
-                others on resume.
+            ValueError: for a metric that this run does not measure, or a start of which no multiple makes sense. The
+                user may resume with other rules.
         """
         fired = [found for watch in self._watches if (found := watch.observe(step, metrics)) is not None]
         return fired[0] if fired else None
 
     def refuse(self, unmeasured: Mapping[str, str]) -> None:
-        """Raise ValueError for a rule over a metric that the run will not have; unmeasured: metric -> what gives it."""
+        """Raise ValueError for a rule over one of the `unmeasured` metrics (name -> what would give it)."""
         for rule in (watch.rule for watch in self._watches):
             if rule.metric in unmeasured:
                 raise ValueError(
@@ -187,16 +187,16 @@ class StopRules:
 
     @property
     def bad_since(self) -> int | None:
-        """The step since which the longest-holding rule that rolls back holds: its checkpoint is before that."""
-        held = [watch.since for watch in self._watches if watch.rule.rollback and watch.since is not None]
-        return min(held, default=None)
+        """The first step since which a rule that rolls back is true: good checkpoints are older; None without one."""
+        steps = [watch.since for watch in self._watches if watch.rule.rollback and watch.since is not None]
+        return min(steps, default=None)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, by the rules' texts: a rule added on resume begins anew."""
+        """What a checkpoint keeps, by the rules' texts: a rule that is added on resume starts without state."""
         return {watch.rule.text: {"start": watch.start, "since": watch.since} for watch in self._watches}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Restore what `state` returned."""
         for watch in self._watches:
             known = state.get(watch.rule.text, {})
             watch.start, watch.since = known.get("start"), known.get("since")

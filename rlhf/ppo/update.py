@@ -1,4 +1,4 @@
-"""PPO's update: epochs of minibatches over one step's experience, each an exact gradient from small forward passes."""
+"""PPO's update: epochs of minibatches over one step's experience, with gradients accumulated over micro-batches."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def update(
     generator: torch.Generator,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Move the policy (and its critic) by PPO on what `shape` made of one step's samples.
+    """Train the policy and its critic by PPO on one step's experience.
 
     An epoch cuts the samples that are not dropped, shuffled, into update.minibatches of nearly equal numbers of rows;
     each is one optimizer step on
@@ -84,25 +84,24 @@ def update(
         mean over tokens of [policy_loss + value_coef value_loss - entropy_coef entropy + kl_coef KL (kl.place loss)]
         + kl.chi2 sqrt(chi^2)                                                   of the minibatch's sequences
 
-    A minibatch goes through the model in micro-batches of at most update.micro_tokens tokens, one graph in memory at a
-    time. Each one's loss is divided by the tokens of the whole minibatch, so the gradients add up to the gradient of
-    one big batch, whatever the lengths. sqrt(chi^2) is no sum over micro-batches: where kl.chi2 is above 0 and there
-    are several, a first pass without gradient finds the minibatch's chi^2 under the policy as it is, and with it the
-    slope of the square root, a constant for all of them. It costs one forward more; the ratios of the sampling policy
-    would be free, but right only for the first optimizer step.
+    A minibatch goes through the model in micro-batches of at most update.micro_tokens tokens, one autograd graph at a
+    time. Each micro-batch's loss is divided by the tokens of the whole minibatch, so the gradients add up to that of
+    one big batch, whatever the lengths. sqrt(chi^2) is not a sum over micro-batches: if kl.chi2 is above 0 and there
+    are several, an extra forward pass without gradient measures the minibatch's chi^2 under the current policy, and
+    with it the slope of the square root, which is the same for all of them. The ratios of the sampling policy would
+    cost nothing, but are right only for the first optimizer step.
 
-    Before a step, KL(sampling || updated) a token is known; above update.max_kl the step is not made and the update
-    ends. Where loss or gradient is not finite the step is not made either, and counted.
+    If the minibatch's mean KL(sampling || updated) a token is above update.max_kl, its step is not made and the update
+    ends. A step whose loss or gradient is not finite is skipped and counted.
 
     With policy.lora_dropout above 0 the ratios do not start at 1: samples are scored without dropout and learned from
-    with it, so that some are clipped, and KL(sampling || updated) is above 0, before any step is made.
+    with it, so some are clipped, and KL(sampling || updated) is above 0, before the first step.
 
     Args:
         policy: its mode (train, eval) is restored afterwards.
         experience: from `shape`.
         kl_coef: the price of KL now; read only with kl.place loss, as `shape` has taken the reward's.
-        generator: on the CPU; decides the cut into minibatches and what dropout drops. torch's own generators are left
-            as they were.
+        generator: on the CPU; decides the minibatches and what dropout drops. torch's own generators are restored.
         progress: a bar over tokens on stderr.
 
     Returns:
@@ -110,9 +109,9 @@ def update(
         policy/update_kl      nats a token, KL(sampling || updated) before the last minibatch's step
         policy/grad_norm      before clipping, mean over the steps made
         update/epochs         minibatches gone through / minibatches an epoch
-        update/steps, update/skipped   optimizer steps made, and left out: for a number that was not finite, or because
-                              no sample was left
-        NaN where there is nothing to measure; value/loss only with a critic to fit.
+        update/steps, update/skipped   optimizer steps made, and skipped: for a number that was not finite, or because
+                              every sample was dropped
+        NaN if there is nothing to measure; value/loss only with a critic to fit.
     """
     kept = torch.nonzero(~experience.dropped)[:, 0].tolist()
     gradient = MinibatchGradient(policy, experience, config, kl_coef)
@@ -138,7 +137,7 @@ def update(
 
 
 def _minibatches(kept: list[int], count: int, epochs: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """`epochs` times all rows, shuffled anew and cut into `count` parts whose sizes differ by one at most."""
+    """All rows, `epochs` times: each time shuffled, and cut into `count` parts whose sizes differ by at most one."""
     for _ in range(epochs):
         order = [kept[i] for i in torch.randperm(len(kept), generator=generator).tolist()]
         for part in range(count):
@@ -147,7 +146,7 @@ def _minibatches(kept: list[int], count: int, epochs: int, generator: torch.Gene
 
 @contextmanager
 def _dropout_seed(generator: torch.Generator, device: torch.device) -> Iterator[None]:
-    """Dropout draws from torch's global generators: seeded here from ours, and given back as they were."""
+    """Seed torch's global generators, which dropout draws from, from ours; restore them afterwards."""
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -155,7 +154,7 @@ def _dropout_seed(generator: torch.Generator, device: torch.device) -> Iterator[
 
 
 class Means(NamedTuple):
-    """Of one minibatch, or one micro-batch's share of it: the loss that was differentiated, and means over tokens."""
+    """Means over the tokens of a minibatch, or a micro-batch's share of them; `loss` is what was differentiated."""
 
     loss: float
     policy: float
@@ -167,7 +166,7 @@ class Means(NamedTuple):
 def _step(
     gradient: MinibatchGradient, optimizer: torch.optim.Optimizer, rows: list[int], tally: _Tally, bar: Any
 ) -> bool:
-    """One minibatch: gradient, then an optimizer step unless something forbids it. -> whether the update goes on"""
+    """Compute a minibatch's gradient and make its step, unless it is skipped. -> whether the update goes on"""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     means = gradient(rows, bar)
@@ -201,7 +200,7 @@ class MinibatchGradient:
         samples, weight = self.experience.samples, self.config.kl.chi2
         micros = micro_batches(samples, rows, self.config.micro_tokens, self.packed)
         tokens = sum(len(samples.responses[row]) for row in rows)
-        # the slope of the square root needs the whole minibatch's mean; one micro-batch is the whole
+        # the slope of the square root needs the mean over the whole minibatch
         chi2 = self._chi2(micros) if weight > 0 and len(micros) > 1 else None
         total = torch.zeros(len(Means._fields), dtype=torch.float64, device=self.experience.mask.device)
         for indices in micros:
@@ -288,7 +287,7 @@ class MinibatchGradient:
 
 
 class _Tally:
-    """What happened to the minibatches of an update."""
+    """Counts and means of an update's minibatches."""
 
     def __init__(self, minibatches: int) -> None:
         self.minibatches = minibatches

@@ -27,8 +27,8 @@ def _peft() -> Any:
 class StoredWide(nn.Linear):
     """A LoRA's linear layer: stored in fp32, multiplied in its input's dtype.
 
-    peft casts the input to fp32 instead and keeps that copy for the backward pass: of every token, at every adapted
-    layer, four bytes a feature.
+    peft casts the input to fp32 instead and keeps that copy for the backward pass: four bytes a feature for every token
+    at every adapted layer.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class Adapters:
 
     @contextmanager
     def in_dtype(self, adapter: str, dtype: torch.dtype) -> Iterator[None]:
-        """The LoRA's weights replaced by copies in `dtype` for a block without gradient: no cast at every token.
+        """Replace the LoRA's weights by copies in `dtype` for a block without gradient: no cast for each token.
 
         The copies lie at the same addresses every time, so that a captured CUDA graph stays valid.
         """
@@ -163,6 +163,6 @@ class Adapters:
 
 
 def _first_tensor(message: str) -> str:
-    """torch lists every tensor that does not fit, one a line under a heading: the first tells enough."""
+    """The first line of torch's list of tensors that do not fit, which follows a heading."""
     lines = message.splitlines()
     return lines[min(1, len(lines) - 1)].strip() if lines else "it cannot be read"

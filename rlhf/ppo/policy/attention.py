@@ -1,4 +1,4 @@
-"""Which attention runs, chosen once: flash-attn where the machine has it, else torch's own."""
+"""Choose the attention implementation: flash-attn where the machine has it, else torch's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FLASH = "flash_attention_2"  # transformers' name
 
 
 class Attention(NamedTuple):
-    """name: what transformers calls it. packed: whether batches are packed where nobody says otherwise."""
+    """name: what transformers calls it. packed: whether batches are packed by default."""
 
     name: str
     packed: bool
@@ -21,13 +21,13 @@ class Attention(NamedTuple):
 def resolve(attn: str, dtype: torch.dtype, device: torch.device | str) -> Attention:
     """The attention that `attn` (auto, flash, sdpa or eager) stands for on this machine, for a trunk of `dtype`.
 
-    auto is flash-attn when the device is CUDA of compute capability 8.0 or above, the dtype a half precision and the
-    package there; else SDPA. The choice of auto is told once, on stderr, with its reason. Packing is the default with
+    auto is flash-attn on CUDA of compute capability 8.0 or above with a half-precision dtype and the package installed,
+    else SDPA. The choice of auto is told once, on stderr, with its reason. Packing is the default with
     flash-attn alone: SDPA computes the products between the sequences of a packed row and masks them, which costs more
     than the padding it saves.
 
     Raises:
-        ValueError: where flash is asked for and cannot be had.
+        ValueError: if flash is asked for and is not available.
     """
     if attn not in ("auto", "flash"):
         return Attention(attn, packed=False)
@@ -57,7 +57,7 @@ def _why_no_flash(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def flash_is_installed() -> bool:
-    """Whether flash_attn is there, imports (a build for another torch does not) and is new enough for transformers."""
+    """Whether flash_attn is installed, imports (a build for another torch does not) and suits transformers."""
     try:
         import flash_attn  # type: ignore[import-not-found]  # noqa: F401
         from transformers.utils.import_utils import is_flash_attn_2_available

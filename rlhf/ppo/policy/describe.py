@@ -1,4 +1,4 @@
-"""What a policy is made of and what it costs, in words."""
+"""Describe a policy: its parts, and their cost in parameters and bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .policy import Policy
 
 
 def describe_policy(policy: Policy) -> str:
-    """A few lines: which model, LoRAs, critic and reward are in use, and what they cost in parameters and bytes."""
+    """A few lines: model, LoRAs, critic and reward in use, and their cost in parameters and bytes."""
     config = policy.config
     lora = config.policy.mode == "lora"
     trained = list(_unique(p for p in policy.parameters() if p.requires_grad))

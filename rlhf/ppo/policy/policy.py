@@ -38,7 +38,7 @@ class RewardOnTrunk(NamedTuple):
 
 
 class Policy(nn.Module):
-    """A causal language model with what PPO trains on it and what it is judged by.
+    """A causal language model with its LoRAs, value head and reward heads.
 
     role       mode lora                             mode full
     actor      the trunk with LoRA "actor"           the model itself
@@ -55,7 +55,7 @@ class Policy(nn.Module):
         config: see `PPOConfig`; `config.model` is a name here, nothing is loaded.
         model: a causal language model of transformers; changed in place.
         device: where everything goes.
-        reward: what reads this trunk; None where rewards come from elsewhere.
+        reward: heads that read this trunk; None if rewards come from elsewhere.
 
     Attributes:
         model: the causal language model that samplers call.
@@ -65,8 +65,8 @@ class Policy(nn.Module):
         logit_rule: scale and softcap of the logits.                   hidden_size, vocab_size, device, dtype
 
     Raises:
-        ValueError: for a model whose logits `linear_logprob` cannot say, heads of another width, an attention or
-            packing that cannot be had.
+        ValueError: for a model whose logits `linear_logprob` cannot compute, heads of another width, an attention or
+            packing that is not available.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class Policy(nn.Module):
         self.dtype: torch.dtype = torch.bfloat16 if self._autocast else model.dtype  # of the hidden states
         self.vocab_size, self.hidden_size = model.get_output_embeddings().weight.shape
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
-        # right padding is seen by no token of a model that masks causally and nothing more, and SDPA is faster unmasked
+        # a purely causal model never attends to right padding, and SDPA is faster without a mask
         self._causal = model.config.model_type in SHARING_MODELS
         with in_dtype(model, self.dtype):
             self.logit_rule = logit_rule(model)
             self.attention, self.packed = self._choose_attention(model)
-        _drop_no_more(model)
+        _disable_dropout(model)
         model.requires_grad_(full)
         self.model = model
         self.frozen: Any = cast(copy.deepcopy(model), self.dtype).requires_grad_(False) if full else None
@@ -104,7 +104,7 @@ class Policy(nn.Module):
         except (ImportError, ValueError) as error:
             if self.config.attn != "auto":
                 raise ValueError(f"attn: expected one that {type(model).__name__} has, got {error}") from error
-            say_once(f"attention: {model.config._attn_implementation} ({chosen.name} cannot be had: {error})")
+            say_once(f"attention: {model.config._attn_implementation} ({chosen.name} is not available: {error})")
         name: str = model.config._attn_implementation
         wanted = chosen.packed and name == chosen.name if self.config.packed is None else self.config.packed
         reason = why_not_packed(model, self._takes_positions) if wanted else None
@@ -149,7 +149,7 @@ class Policy(nn.Module):
 
     def _checkpoint(self, model: Any) -> None:
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            # the layer is computed again in the backward pass, when another LoRA may be on
+            # the backward pass recomputes the layer, when another LoRA may be on
             return nullcontext(), self._adapters.using(self._adapters.active)
 
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -169,8 +169,8 @@ class Policy(nn.Module):
     def hidden(self, batch: TokenBatch, role: Role) -> Tensor:
         """One forward pass of the trunk -> [B * T, D] hidden states after the final norm, in `dtype`.
 
-        The critic's are the actor's with critic `shared`, the reward's the reference's with reward `shared`: a caller
-        that needs both calls once.
+        A shared critic reads the actor's states and a shared reward the reference's: a caller that needs both roles
+        calls once.
         """
         model, adapter = self._part(role)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False, "return_dict": True}
@@ -180,7 +180,7 @@ class Policy(nn.Module):
             inputs["position_ids"] = batch.position_ids + position_offset(model.config)
         if batch.attention_mask is None and self.attention == FLASH and self._causal:
             inputs |= _boundaries(batch)
-        # a pass reads each weight once: autocast's own store of casts would keep them all to its end
+        # a pass reads each weight once, and autocast's cache would keep the casts of all to its end
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast, cache_enabled=False)
         with autocast, self._adapters.using(adapter):
             hidden: Tensor = model.base_model(**inputs).last_hidden_state
@@ -223,12 +223,12 @@ class Policy(nn.Module):
         return [{"name": n, "params": list(p.values()), "lr": rates[n]} for n, p in self._trained.items()]
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """What training changes: the parameters themselves, detached, by part and name."""
+        """The trained parameters themselves, detached, by part and name."""
         return {f"{part}/{name}": p.detach() for part, named in self._trained.items() for name, p in named.items()}
 
     @torch.no_grad()
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
-        """Put a `trainable_state` back.
+        """Restore a `trainable_state`.
 
         Raises:
             ValueError: for another set of names or another shape; nothing is changed then.
@@ -248,7 +248,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def sampling(self) -> Iterator[Any]:
-        """`model` with the actor on, in eval mode, without gradient, in `dtype` itself and its LoRA; for a sampler."""
+        """`model` for a sampler: the actor on, in eval mode, without gradient, its weights and LoRA in `dtype`."""
         narrow: AbstractContextManager[Any] = in_dtype(self.model, self.dtype)
         if self.config.policy.mode == "lora":
             narrow = self._adapters.in_dtype("actor", self.dtype)
@@ -273,14 +273,14 @@ class Policy(nn.Module):
 
 
 def _boundaries(batch: TokenBatch) -> dict[str, Any]:
-    """Where packed sequences begin and end; flash-attn would find out anew, waiting for the GPU, in every layer."""
+    """The boundaries of packed sequences; flash-attn would find them in every layer, waiting for the GPU each time."""
     ends = torch.cat([batch.last.new_zeros(1), batch.last + 1]).int()
     longest = int(batch.position_ids.max()) + 1
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
-def _drop_no_more(model: nn.Module) -> None:
-    """Every dropout of a model to 0, kept as modules or as numbers."""
+def _disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of a model to 0, those of modules and plain numbers."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

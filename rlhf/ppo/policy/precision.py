@@ -1,4 +1,4 @@
-"""The dtypes that a policy's weights are kept in and computed in."""
+"""The dtypes in which a policy's weights are stored and computed."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ..config import PPOConfig
 
 
 def is_mixed(config: PPOConfig, weights: torch.dtype, device: torch.device) -> bool:
-    """Whether fp32 `weights` compute in bf16, under autocast: a step of 1e-6 is lost in a bf16 weight.
+    """Whether fp32 `weights` compute in bf16 under autocast, because a bf16 weight would lose steps of 1e-6.
 
-    So it is where a GPU trains them all and `config.dtype` leaves it open; meta stands for the GPU of a plan.
+    True if a GPU trains all weights and `config.dtype` is auto; device meta stands for the GPU of a plan.
     """
     trained = config.policy.mode == "full" and weights == torch.float32
     return trained and config.dtype == "auto" and device.type in ("cuda", "meta")
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:
-    """`model`, a causal language model, with its parameters in `dtype`, as `from_pretrained` would have loaded it.
+    """Cast a causal language model's parameters to `dtype` in place, as `from_pretrained` would have loaded them.
 
-    nn.Module.to takes buffers along, and in bf16 the rotary frequencies put position 1000 off by up to 1.8 rad. What
-    `from_pretrained` kept in a wider dtype than the model's stays.
+    nn.Module.to would cast buffers too: rotary frequencies in bf16 are off by up to 1.8 rad at position 1000.
+    Parameters that `from_pretrained` kept in a wider dtype than the model's stay.
     """
     before = model.dtype
     for parameter in model.parameters():
@@ -36,16 +36,16 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def in_dtype(model: Any, dtype: torch.dtype) -> Iterator[Any]:
-    """`model` with copies of its parameters in `dtype` in their places, as of `cast`, for a block without gradient.
+    """Replace `model`'s parameters by copies in `dtype`, as of `cast`, for a block without gradient.
 
-    What autocast does not give: flash-attn takes half precisions alone, a cache keys and values of one dtype,
-    transformers' batching runs in a thread of its own, and a token reads each weight once instead of casting it anew.
+    Sampling needs more than autocast: flash-attn takes half precision only, a cache needs keys and values of one dtype,
+    transformers' batching runs in its own thread, and autocast would cast every weight again for each token.
     """
     before, copies = model.dtype, {}
     wide: list[tuple[nn.Module, str, nn.Parameter]] = []
     if before != dtype:
-        places = ((m, name, p) for m in model.modules() for name, p in m._parameters.items())
-        wide = [(module, name, p) for module, name, p in places if p is not None and p.dtype == before]
+        owned = ((m, name, p) for m in model.modules() for name, p in m._parameters.items())
+        wide = [(module, name, p) for module, name, p in owned if p is not None and p.dtype == before]
     for module, name, parameter in wide:
         if parameter not in copies:  # tied weights stay tied
             copies[parameter] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
@@ -58,7 +58,7 @@ def in_dtype(model: Any, dtype: torch.dtype) -> Iterator[Any]:
 
 
 def trunk_dtype(config: PPOConfig, device: torch.device) -> torch.dtype:
-    """The dtype that the model is loaded in. auto: bfloat16 on a GPU, but for weights that are trained themselves."""
+    """The dtype that the model is loaded in. auto: bfloat16 on a GPU, float32 if the weights themselves are trained."""
     if config.dtype != "auto":
         return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     return torch.bfloat16 if device.type == "cuda" and config.policy.mode == "lora" else torch.float32

@@ -1,4 +1,4 @@
-"""What a causal language model does beyond trunk and linear head, found out on a few tokens before it is relied on."""
+"""Check on a few tokens how a causal language model computes its logits, and whether it reads packed rows."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class LogitRule(NamedTuple):
 
 
 def logit_rule(model: Any) -> LogitRule:
-    """How `model` makes its logits.
+    """How `model` computes its logits.
 
     Raises:
-        ValueError: for a way that `linear_logprob` cannot say.
+        ValueError: for logits that `linear_logprob` cannot compute.
     """
     head, config = model.get_output_embeddings(), model.config
     if head is None or getattr(head, "weight", None) is None:
@@ -45,12 +45,12 @@ def logit_rule(model: Any) -> LogitRule:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Relative to the largest number compared: some roundings of the trunk's dtype; another function is further off."""
+    """Tolerance relative to the largest number: a few roundings of the dtype; another function is further off."""
     return 1e-4 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps
 
 
 def _ids(model: Any, count: int) -> Tensor:
-    """[count] token ids that are in every vocabulary, and no padding."""
+    """[count] token ids of the model's vocabulary, none of them padding."""
     generator = torch.Generator().manual_seed(0)
     size = model.get_input_embeddings().num_embeddings
     ids = torch.randint(0, size, (count,), generator=generator)
@@ -82,7 +82,7 @@ def _check_rule(model: Any, rule: LogitRule) -> None:
 
 @torch.no_grad()
 def why_not_packed(model: Any, takes_positions: bool) -> str | None:
-    """Why sequences cannot stand one after another in a row of `model`, told apart by their positions; None: they can.
+    """Why `model` cannot read several sequences packed into one row, told apart by positions; None if it can.
 
     The model reads three short sequences, each alone and all in one row.
     """
@@ -95,15 +95,15 @@ def why_not_packed(model: Any, takes_positions: bool) -> str | None:
     parts = _ids(model, sum(lengths)).split(list(lengths))
     positions = [torch.arange(n, device=model.device) + offset for n in lengths]
 
-    def read(ids: Tensor, places: Tensor) -> Tensor:
-        out = model.base_model(input_ids=ids[None], position_ids=places[None], use_cache=False)
+    def read(ids: Tensor, position_ids: Tensor) -> Tensor:
+        out = model.base_model(input_ids=ids[None], position_ids=position_ids[None], use_cache=False)
         hidden: Tensor = out.last_hidden_state[0].float()
         return hidden
 
     with evaluating(model):
-        alone = torch.cat([read(ids, places) for ids, places in zip(parts, positions, strict=True)])
+        alone = torch.cat([read(*sequence) for sequence in zip(parts, positions, strict=True)])
         packed = read(torch.cat(parts), torch.cat(positions))
     largest = alone.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     if bool(((packed - alone).abs() <= _tolerance(model.dtype) * largest).all()):
         return None
-    return f"in {type(model).__name__} sequences packed into one row do not stay apart"
+    return f"{type(model).__name__} mixes sequences that are packed into one row"

@@ -20,8 +20,8 @@ _MEANING = {
     **dict.fromkeys(("prompts", "prompt"), "prompts"),
     **dict.fromkeys(("responses", "response", "completions", "completion"), "responses"),
 }
-_TO_ANY_KEYWORD = ("prompts", "responses", "completions")  # what **kwargs gets
-# what OpenRLHF and verl call a function with, and PPO has not: never taken for prompts or responses by their place
+_TO_ANY_KEYWORD = ("prompts", "responses", "completions")  # given to **kwargs
+# arguments of OpenRLHF's and verl's reward functions that PPO has not: never taken for prompts or responses
 _OF_OTHER_TRAINERS = {"queries", "query", "labels", "data_source", "solution_str", "ground_truth", "extra_info"}
 
 

@@ -1,4 +1,4 @@
-"""What every source of rewards takes and gives, and the lexicon as the simplest of them."""
+"""The interface of reward sources, and VADER, the simplest of them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RewardSource(Protocol):
 
 
 class Texts:
-    """What was asked and said, for whoever does not read the policy's tokens."""
+    """Prompts and responses as text, for rewards that do not read the policy's tokens."""
 
     def __init__(self, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
         self.tokenizer, self.prompts = tokenizer, prompts

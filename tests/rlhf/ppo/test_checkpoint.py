@@ -57,7 +57,7 @@ def test_one_that_was_cut_short_is_passed_over(tmp_path: Path, caplog: pytest.Lo
     file.write_bytes(file.read_bytes()[:-20])
     with caplog.at_level(logging.WARNING):
         assert kept.steps() == [10]
-    assert "step-000020 is damaged (cut short, or its bytes changed): passed over" in caplog.text
+    assert "step-000020 is damaged (cut short, or its bytes changed): skipped" in caplog.text
 
 
 def _flip(file: Path, where: int) -> None:

@@ -75,12 +75,12 @@ def test_nan_ends_a_row_and_infinity_is_beyond_every_bound() -> None:
 
 
 def test_a_start_that_has_no_multiples_is_refused_at_the_first_step() -> None:
-    with pytest.raises(ValueError, match="give a number without x; with another stop_when the run goes on by --resume"):
+    with pytest.raises(ValueError, match="give a number without x; to go on, use --resume with another stop_when"):
         StopRules(["gap > 3x"]).observe(0, {"reward/gap": 0.0})
 
 
 def test_a_metric_that_the_run_does_not_measure_is_refused_with_those_it_does() -> None:
-    said = "does not measure; it measures kl/sequence, text/length; with another stop_when the run goes on by --resume"
+    said = "does not measure; it measures kl/sequence, text/length; to go on, use --resume with another stop_when"
     with pytest.raises(ValueError, match=said):
         StopRules(["gap > 3"]).observe(0, {"text/length": 1.0, "kl/sequence": 0.0})
 
