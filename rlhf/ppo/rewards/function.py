@@ -85,13 +85,13 @@ def _arguments(function: Callable[..., Any], where: str) -> _Arguments:
     if not known and _takes_two(parameters):
         return _Arguments(("prompts", "responses"), {})
     if unknown:
-        raise ValueError(f"{expected}, whose argument {unknown[0]} PPO has nothing for")
+        raise ValueError(f"{expected}: PPO gives nothing for {unknown[0]}")
     by_position = tuple(_MEANING[p.name] for p in known if p.kind is p.POSITIONAL_ONLY)
     by_name = {p.name: _MEANING[p.name] for p in known if p.kind is not p.POSITIONAL_ONLY}
     if inspect.Parameter.VAR_KEYWORD in kinds:
         by_name |= {name: _MEANING[name] for name in _TO_ANY_KEYWORD if name not in signature.parameters}
     if "responses" not in (*by_position, *by_name.values()):
-        raise ValueError(f"{expected}, which takes no responses")
+        raise ValueError(f"{expected}: it takes no responses")
     return _Arguments(by_position, by_name)
 
 

@@ -1,4 +1,4 @@
-"""`prudent plan` is held to the loop: to its allocations on tensors without data, and to what a CPU allocated."""
+"""`prudent plan` agrees with the loop: with its allocations on tensors without data, and with those on a CPU."""
 
 from __future__ import annotations
 

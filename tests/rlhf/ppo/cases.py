@@ -1,4 +1,4 @@
-"""A tiny language model, the policy on it, and what the tests of policy, scoring and update ask of both."""
+"""Tiny language models and policies on them, for the tests of policy, scoring and update."""
 
 from __future__ import annotations
 

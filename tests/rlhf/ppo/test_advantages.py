@@ -1,4 +1,4 @@
-"""From rewards to advantages: each step by hand, and what one bad sample does to the others: nothing."""
+"""Rewards become advantages: each step by hand; one bad sample changes no other."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_rloo_takes_the_sequences_kl_off_before_the_baseline() -> None:
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3", "abs"])
-def test_the_price_is_of_the_estimator_asked_for(estimator: str) -> None:
+def test_the_kl_penalty_uses_the_chosen_estimator(estimator: str) -> None:
     experience = some_scored(critic=False)
     config = a_config(update={"estimator": "rloo"}, kl={"estimator": estimator})
     d = experience.logprob - experience.ref_logprob
@@ -108,7 +108,7 @@ def test_the_price_is_of_the_estimator_asked_for(estimator: str) -> None:
     assert per_row(shape(experience, config, 0.3)) == pytest.approx(expected, rel=1e-11)
 
 
-def test_group_relative_is_trls() -> None:
+def test_group_relative_equals_trls() -> None:
     config, experience = a_config(update={"estimator": "group"}), some_scored(critic=False)
     grouped = experience.reward.view(2, 3)
     expected = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)  # grpo_trainer.py
@@ -122,7 +122,7 @@ def test_a_group_of_equal_rewards_has_no_advantage() -> None:
         assert found == pytest.approx([0.0] * 6, abs=1e-11)
 
 
-def test_gae_is_the_ops() -> None:
+def test_gae_equals_prudent_advantages() -> None:
     experience = some_scored()
     out = shape(experience, a_config(update={"gamma": 0.9, "lam": 0.8}, kl={"estimator": "k3"}), 0.3)
     expected = prudent.advantages(
@@ -161,7 +161,7 @@ def test_whitening_is_over_tokens_and_the_default_for_gae_alone(estimator: str, 
     assert torch.equal(advantage(None), white if usual else plain)
 
 
-def test_groups_are_prompts_by_number_whatever_the_numbers() -> None:
+def test_a_group_is_a_prompt_whatever_its_number() -> None:
     config = a_config(update={"estimator": "rloo"})
     first, other = (per_row(shape(some_scored(prompts=pair), config, 0.1)) for pair in ((0, 1), (900, 3)))
     assert first == other
@@ -184,7 +184,7 @@ def test_one_bad_reward_is_dropped_and_its_group_is_not(estimator: str, bad: flo
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "group"])
-def test_the_last_one_of_a_group_gets_0_and_is_kept(estimator: str) -> None:
+def test_a_sample_left_alone_in_its_group_gets_0_and_is_kept(estimator: str) -> None:
     out = shape(
         some_scored([math.nan, 2.0, math.nan, -1.0, 0.5, 2.0], critic=False),
         a_config(update={"estimator": estimator}),
@@ -207,7 +207,7 @@ def test_a_table_that_is_not_finite_drops_its_row(estimator: str, name: str) -> 
     assert (out.advantage[[0, 1, 2, 4, 5]][experience.mask[[0, 1, 2, 4, 5]]] != 0).any()
 
 
-def test_what_stands_beyond_a_response_is_not_read() -> None:
+def test_entries_without_a_token_are_not_read() -> None:
     experience = some_scored()
     before = shape(experience, a_config(), 0.1)
     for table in (experience.logprob, experience.ref_logprob, experience.value):
@@ -243,7 +243,7 @@ def test_scored_samples_are_not_changed_and_dtypes_are_kept() -> None:
 # the KL coefficient
 
 
-def test_the_controller_is_the_papers() -> None:
+def test_the_controller_follows_the_paper() -> None:
     controller = KLController(0.1, target=6.0, horizon=1000)
     assert controller.update(6.6, 64) == pytest.approx(0.1 * (1 + 0.1 * 0.064), rel=1e-12)
     assert controller.update(600.0, 64) == pytest.approx(0.1 * (1 + 0.1 * 0.064) * (1 + 0.2 * 0.064), rel=1e-12)
@@ -251,7 +251,7 @@ def test_the_controller_is_the_papers() -> None:
     assert controller.update(0.0, 500) == pytest.approx(before * 0.9, rel=1e-12)
 
 
-def test_the_controller_comes_to_its_target() -> None:
+def test_the_controller_reaches_its_target() -> None:
     """A policy whose KL is 2 / coef: the coefficient that gives 5 nats is 0.4."""
     controller = KLController(0.05, target=5.0, horizon=500)
     for _ in range(400):
@@ -259,7 +259,7 @@ def test_the_controller_comes_to_its_target() -> None:
     assert controller.coef == pytest.approx(0.4, rel=1e-6)
 
 
-def test_the_controller_stands_without_a_target_and_at_a_kl_that_is_not_finite() -> None:
+def test_the_coefficient_stays_without_a_target_and_at_a_kl_that_is_not_finite() -> None:
     assert KLController(0.1).update(50.0, 64) == 0.1
     controller = KLController(0.1, target=5.0)
     assert controller.update(math.nan, 64) == 0.1

@@ -27,7 +27,7 @@ def test_a_padded_batch_reads_each_response_but_for_its_last_token() -> None:
     assert batch.last.tolist() == [0, 6, 11]
 
 
-def test_a_packed_batch_is_one_row_whose_positions_begin_anew() -> None:
+def test_a_packed_batch_is_one_row_whose_positions_restart() -> None:
     batch = token_batch(SAMPLES, [2, 0, 1], packed=True, device="cpu")
     assert batch.input_ids.tolist() == [[5, 1, 2, 3, 1, 2, 4, 4]]
     assert batch.position_ids.tolist() == [[0, 0, 1, 2, 0, 1, 2, 3]]
@@ -36,7 +36,7 @@ def test_a_packed_batch_is_one_row_whose_positions_begin_anew() -> None:
     assert batch.last.tolist() == [0, 3, 7]
 
 
-def test_closing_takes_the_stop_tokens_place_and_follows_a_cut_answer() -> None:
+def test_closing_replaces_a_stop_token_and_follows_a_cut_response() -> None:
     batch = token_batch(SAMPLES, [0, 1], closing=CLOSE, packed=False, device="cpu")
     assert batch.input_ids.tolist() == [[1, 2, 3, *CLOSE, 0, 0], [1, 2, 4, 4, 4, *CLOSE]]
     assert batch.targets.tolist() == [3, STOP, 4, 4, 4]  # the stop token was drawn: it stays a target
@@ -97,6 +97,6 @@ def test_the_mask_is_where_a_token_was_drawn() -> None:
         (Samples([[]], [[1]], [False], [0]), [0], "at least one token in every prompt, got none in that of row 0"),
     ],
 )
-def test_what_has_no_token_is_refused(samples: Samples, indices: list[int], message: str) -> None:
+def test_empty_prompts_responses_and_batches_are_refused(samples: Samples, indices: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         token_batch(samples, indices, packed=False, device="cpu")

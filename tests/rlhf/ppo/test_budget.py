@@ -42,13 +42,13 @@ def test_sizes_are_read_as_people_write_them(text: str | int, size: int) -> None
 
 
 @pytest.mark.parametrize("text", ["", "GB", "80 GX", "-3GB", "80iB", True, "1e9GB"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_text_that_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected a size as 80GB"):
         parse_size(text)
 
 
 @pytest.mark.parametrize(("text", "meant"), [("80", "80GB"), (24, "24GB"), ("0", None), ("999KB", None), (0, None)])
-def test_a_size_below_a_megabyte_is_taken_for_a_slip(text: str | int, meant: str | None) -> None:
+def test_a_size_below_a_megabyte_is_refused_as_a_slip(text: str | int, meant: str | None) -> None:
     with pytest.raises(ValueError, match="expected a size of 1MB or more, got") as error:
         parse_size(text)
     assert str(error.value).endswith(f"did you mean {meant}?" if meant else repr(text))
@@ -127,7 +127,7 @@ def test_each_setting_moves_the_term_it_is_about(
     assert after > before if grows else after < before
 
 
-def test_slack_is_the_cards_alone(shape: ModelShape) -> None:
+def test_only_a_gpu_has_allocator_slack(shape: ModelShape) -> None:
     budget = plan(shape, JobShape(device="cpu"), 4096)
     assert all(budget.terms[phase]["allocator slack"] == 0 for phase in PHASES)
     assert all(budget.tensors(phase) == budget.total(phase) for phase in PHASES)

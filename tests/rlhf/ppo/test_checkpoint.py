@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, the newest two and the last good one kept, a full disk said in a sentence."""
+"""Checkpoints: complete or absent; the newest two and the last good one are kept; a full disk is one sentence."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_newest_two_and_the_last_good_one_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["state.pt", "state.json"])
-def test_one_that_was_cut_short_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: str) -> None:
+def test_a_checkpoint_cut_short_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: str) -> None:
     kept = Checkpoints(tmp_path)
     kept.save(10, _saved(1))
     kept.save(20, _saved(2))
@@ -67,7 +67,7 @@ def _flip(file: Path, where: int) -> None:
 
 
 @pytest.mark.parametrize("where", [-1, -30, 700])  # the archive's list of contents, and a tensor in it
-def test_one_whose_bytes_changed_is_passed_over_for_the_one_before(
+def test_a_checkpoint_whose_bytes_changed_is_skipped_for_the_one_before(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, where: int
 ) -> None:
     for step in (10, 20, 30):
@@ -85,7 +85,7 @@ def test_one_whose_bytes_changed_is_passed_over_for_the_one_before(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000020", "step-000040"]
 
 
-def test_a_damaged_one_that_is_written_again_is_whole(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_that_is_rewritten_loads(tmp_path: Path) -> None:
     kept = Checkpoints(tmp_path)
     kept.save(10, _saved(1))
     _flip(tmp_path / "step-000010" / "state.pt", -1)
@@ -95,7 +95,7 @@ def test_a_damaged_one_that_is_written_again_is_whole(tmp_path: Path) -> None:
     assert (step, saved.state["kl_coef"]) == (10, 2)
 
 
-def test_the_newest_from_before_a_step_is_whole_too(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_before_a_step_is_undamaged(tmp_path: Path) -> None:
     kept = Checkpoints(tmp_path)
     for step in (10, 20, 30):
         kept.save(step, _saved(step))
@@ -113,7 +113,7 @@ def test_a_state_that_lacks_something_is_damaged(tmp_path: Path, text: str) -> N
     assert kept.steps() == [10]
 
 
-def test_what_a_kill_left_of_an_unfinished_one_is_swept_away(tmp_path: Path) -> None:
+def test_leftovers_of_an_unfinished_checkpoint_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".step-000010.abc.tmp").mkdir()
     (tmp_path / ".step-000000.old").mkdir()
     (tmp_path / "notes").mkdir()
@@ -121,7 +121,7 @@ def test_what_a_kill_left_of_an_unfinished_one_is_swept_away(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 
-def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Checkpoints(tmp_path)
     kept.save(10, _saved(1))
 
@@ -152,7 +152,7 @@ def _save_with_little_room(folder: Path, said: Any) -> None:
         said.send("no error")
 
 
-def test_a_disk_that_truly_takes_no_more(tmp_path: Path) -> None:
+def test_a_file_system_that_is_really_full(tmp_path: Path) -> None:
     receive, send = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("fork").Process(target=_save_with_little_room, args=(tmp_path, send))
     child.start()

@@ -1,4 +1,4 @@
-"""What a PPO run can be told, what it refuses, and whose folder it takes."""
+"""PPO's config: what is allowed, what is refused, and which output folders a run claims."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_key_that_nothing_reads_is_refused(sets: list[str], key: str) -> None:
         refuse_unread(_config(*sets, **{"reward.source": source}), "cpu")
 
 
-def test_what_is_read_passes() -> None:
+def test_keys_that_are_read_pass() -> None:
     refuse_unread(_config(), "cpu")
     refuse_unread(_config("policy.lora_rank=8", "update.value_clip=0.1", "kl.target=6", "kl.horizon=500"), "cpu")
     refuse_unread(_config("memory_budget=80GB"), "cuda")
@@ -98,7 +98,7 @@ def test_what_is_read_passes() -> None:
     ("kind", "unread"),
     [("shared", "reward.timeout"), ("adapter", "reward.timeout"), ("model", "reward.timeout"), ("http", None)],
 )
-def test_what_no_reward_of_the_kind_found_reads_is_refused_then(kind: Any, unread: str | None) -> None:
+def test_a_key_that_the_kind_of_reward_does_not_read_is_refused(kind: Any, unread: str | None) -> None:
     config = _config("reward.timeout=5")
     refuse_unread(config, "cpu")  # nobody has looked what kind the folder `r` holds
     with pytest.raises(ValueError, match=f"^{unread}: has no effect") if unread else nullcontext():
@@ -111,19 +111,19 @@ def test_what_no_reward_of_the_kind_found_reads_is_refused_then(kind: Any, unrea
 class TestFolder:
     """Who may write into an output folder."""
 
-    def test_a_new_one_is_taken_and_the_config_written_out(self, tmp_path: Path) -> None:
+    def test_a_new_folder_is_claimed_and_the_config_written(self, tmp_path: Path) -> None:
         config = _config("steps=7", output=tmp_path / "run")
         assert open_folder(config, resume=False) is None
         assert load_config(PPOConfig, tmp_path / "run" / "config.yaml") == config
 
-    def test_one_with_other_files_is_not(self, tmp_path: Path) -> None:
+    def test_a_folder_with_other_files_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("...")
         with pytest.raises(ValueError, match="expected a new or empty folder or one of a run"):
             open_folder(_config(output=tmp_path), resume=True)
         with pytest.raises(ValueError, match="which is a file"):
             open_folder(_config(output=tmp_path / "thesis.tex"), resume=False)
 
-    def test_a_run_that_measured_nothing_may_be_begun_anew(self, tmp_path: Path) -> None:
+    def test_a_run_that_measured_nothing_may_start_again(self, tmp_path: Path) -> None:
         assert open_folder(_config("seed=1", output=tmp_path), resume=False) is None
         (tmp_path / "samples.jsonl").write_text('{"step": 0}\n')
         (tmp_path / "checkpoints" / "step-000000").mkdir(parents=True)
@@ -132,7 +132,7 @@ class TestFolder:
         assert not (tmp_path / "samples.jsonl").exists()
         assert not (tmp_path / "checkpoints" / "step-000000").exists()
 
-    def test_a_begun_run_needs_resume_and_the_same_config(self, tmp_path: Path) -> None:
+    def test_a_started_run_needs_resume_and_the_same_config(self, tmp_path: Path) -> None:
         open_folder(_config(output=tmp_path), resume=False)
         (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
         with pytest.raises(ValueError, match="--resume"):

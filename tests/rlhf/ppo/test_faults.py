@@ -1,4 +1,4 @@
-"""A PPO run that is killed, starved of disk or fed NaN: it goes on to the same numbers, or says why not."""
+"""A PPO run that is killed, or meets a full disk or NaN: it reaches the same numbers, or says why not."""
 
 from __future__ import annotations
 
@@ -212,9 +212,7 @@ def test_killed_with_the_ensemble_on_the_shared_trunk_and_preference_data_to_com
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_rule_that_held_before_the_run_was_interrupted_goes_on_holding(
-    tiny_chat_folder: Path, tmp_path: Path
-) -> None:
+def test_a_rule_that_was_true_before_an_interruption_counts_on(tiny_chat_folder: Path, tmp_path: Path) -> None:
     config = _config(tiny_chat_folder, tmp_path, "steps=2", 'stop_when=["length > 0 for 4"]')
     assert loop.run_ppo(config, progress=False).metrics["stopped"] is None
     more = loop.run_ppo(config.model_copy(update={"steps": 9}), resume=True, progress=False)
@@ -232,7 +230,7 @@ def test_bad_steps_before_the_interruption_count(tiny_chat_folder: Path, tmp_pat
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_doubt_is_compared_with_the_first_step_of_the_run_and_not_of_the_resumption(
+def test_std_is_compared_with_the_runs_first_step_and_not_with_the_first_after_resuming(
     tiny_chat_folder: Path, ensemble_folder: Path, tmp_path: Path
 ) -> None:
     config = _config(tiny_chat_folder, tmp_path, "steps=2", **{"reward.source": str(ensemble_folder)})
@@ -335,7 +333,7 @@ def test_samples_without_a_finite_reward_are_dropped_and_counted(tiny_chat_folde
         assert row["reward/mean"] is not None
 
 
-def test_a_reward_that_never_comes_stops_the_run_and_moves_nothing(tiny_chat_folder: Path, tmp_path: Path) -> None:
+def test_a_reward_that_is_never_finite_stops_the_run_and_moves_nothing(tiny_chat_folder: Path, tmp_path: Path) -> None:
     config = _config(
         tiny_chat_folder,
         tmp_path,

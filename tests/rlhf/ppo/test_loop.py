@@ -228,7 +228,7 @@ class TestStopping:
         assert max(row["step"] for row in read_texts(config.output)) == since - 1
         assert f"first and last step, before the policy was rolled back to step {since - 1}:" in str(result)
 
-    def test_without_one_from_before_it_is_the_policy_as_it_came(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
+    def test_without_an_older_checkpoint_the_policy_stays(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
         config = _config(tiny_chat_folder, tmp_path, 'stop_when=["length > 0 for 2 then rollback"]')
         result = run_ppo(config, progress=False)
         assert result.metrics["rolled_back_to"] is None
@@ -266,7 +266,7 @@ class TestFinishedAgain:
     """A finished run of which something is gone is finished again, from its newest checkpoint."""
 
     @pytest.mark.parametrize("gone", ["policy", "report.html", "ppo.json", "metrics.jsonl"])
-    def test_what_was_removed_is_there_again(self, tiny_chat_folder: Path, tmp_path: Path, gone: str) -> None:
+    def test_a_removed_file_is_restored(self, tiny_chat_folder: Path, tmp_path: Path, gone: str) -> None:
         config = _config(tiny_chat_folder, tmp_path, "steps=2")
         before = run_ppo(config, progress=False).metrics
         path = config.output / gone
@@ -277,14 +277,14 @@ class TestFinishedAgain:
         assert run_ppo(config, resume=True, progress=False).finished_before
 
     @pytest.mark.parametrize("text", ["{}", "[]", '{"steps": 2', ""])
-    def test_an_outcome_that_is_none(self, tiny_chat_folder: Path, tmp_path: Path, text: str) -> None:
+    def test_an_unreadable_ppo_json_is_written_again(self, tiny_chat_folder: Path, tmp_path: Path, text: str) -> None:
         config = _config(tiny_chat_folder, tmp_path, "steps=2")
         before = run_ppo(config, progress=False).metrics
         (config.output / "ppo.json").write_text(text)
         again = run_ppo(config, resume=True, progress=False)
         assert (again.finished_before, again.metrics) == (False, before)
 
-    def test_a_run_whose_numbers_are_gone_says_which(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
+    def test_lost_metrics_are_named(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
         config = _config(tiny_chat_folder, tmp_path, "steps=2")
         run_ppo(config, progress=False)
         (config.output / "metrics.jsonl").unlink()
@@ -294,7 +294,7 @@ class TestFinishedAgain:
         assert more.metrics["faults"] == "metrics.jsonl lacks steps 0 to 1: the numbers cover the other steps alone."
         assert more.metrics["faults"] in str(more)
 
-    def test_without_what_the_report_needs_none_is_promised(
+    def test_without_the_reports_packages_no_report_is_promised(
         self, tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def missing(*_: Any) -> str:
@@ -343,7 +343,7 @@ class TestRefusals:
             run_ppo(config)
         assert not config.output.exists()
 
-    def test_preference_data_where_no_head_can_doubt(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
+    def test_preference_data_for_a_reward_without_heads(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
         data = tmp_path / "pairs.jsonl"
         data.write_text('{"prompt": "the food", "chosen": "very good", "rejected": "bad"}\n')
         with pytest.raises(

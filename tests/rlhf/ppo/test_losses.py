@@ -124,7 +124,7 @@ def test_chi2_terms_go_on_straight_beyond_the_knee_and_smoothly() -> None:
     assert torch.equal(mirrored, terms.detach())
 
 
-def test_the_price_is_the_root_and_its_slope_and_stands_still_at_the_floor() -> None:
+def test_chi2_price_is_a_square_root_and_its_slope_constant_below_a_floor() -> None:
     root, derivative = chi2_price(0.25)
     assert (root, derivative) == (0.5, 1.0)
     step = 1e-6

@@ -94,7 +94,7 @@ def test_the_weights_of_a_reward_model_of_its_own_are_planned_for(
 
 
 @pytest.mark.parametrize(("device", "index"), [("cuda", 3), ("cuda:1", 1)])
-def test_the_process_is_held_to_its_budget_on_the_gpu_it_runs_on(
+def test_the_process_is_limited_to_its_budget_on_the_gpu_it_runs_on(
     monkeypatch: pytest.MonkeyPatch, device: str, index: int
 ) -> None:
     # torch's own function, down to the driver: it refuses a device that has no index

@@ -48,13 +48,13 @@ def test_every_short_name_stands_for_a_metric_that_is_logged() -> None:
         ("kl/chi2 > 2x", "because kl/chi2 starts at 0"),
     ],
 )
-def test_what_says_no_rule_is_refused_with_what_would(text: str, said: str) -> None:
+def test_text_that_is_no_rule_is_refused_with_the_form(text: str, said: str) -> None:
     with pytest.raises(ValueError, match="stop_when") as error:
         parse_rule(text)
     assert said in str(error.value)
 
 
-def test_it_fires_once_it_has_held_for_so_many_steps_in_a_row() -> None:
+def test_a_rule_fires_after_so_many_steps_in_a_row() -> None:
     rules = StopRules(["kl > 2 for 3"])
     fired = _first_fired(rules, "kl/sequence", [3, 3, 1, 3, 4, 5, 6])
     assert fired is not None
@@ -62,7 +62,7 @@ def test_it_fires_once_it_has_held_for_so_many_steps_in_a_row() -> None:
     assert str(fired) == "'kl > 2 for 3' held from step 3 to 5, where kl/sequence was 5"
 
 
-def test_times_is_of_the_first_number() -> None:
+def test_x_multiplies_the_first_finite_value() -> None:
     rules = StopRules(["disagreement >= 3x for 2"])
     fired = _first_fired(rules, "reward/disagreement", [math.nan, 0.5, 1.4, 1.5, 1.6])
     assert fired is not None
@@ -94,7 +94,7 @@ def test_a_rule_over_what_the_run_cannot_have_is_refused_with_what_would_give_it
         rules.refuse({"gold/mean": "a gold scorer"})
 
 
-def test_rules_watch_side_by_side_and_the_first_to_fire_speaks() -> None:
+def test_the_first_rule_to_fire_is_reported() -> None:
     rules = StopRules(["length > 5 for 4", "kl > 2 for 2 then rollback"])
     assert rules.rolls_back
     assert rules.observe(0, {"text/length": 6, "kl/sequence": 1}) is None
@@ -120,7 +120,7 @@ def test_a_resumed_run_counts_on() -> None:
     assert fired.since == 1
 
 
-def test_on_resume_a_rule_that_stays_counts_on_and_one_that_is_added_begins_anew() -> None:
+def test_on_resume_an_old_rule_counts_on_and_a_new_one_starts_without_state() -> None:
     old, added = "length > 5 for 3", "disagreement > 2x for 2"
     first = StopRules([old, "gap > 9"])
     for step in range(2):

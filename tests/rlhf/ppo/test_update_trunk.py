@@ -1,4 +1,4 @@
-"""The update on a transformer, with what `Policy` and `score` make of it."""
+"""The update on a transformer, through `Policy` and `score`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny recurrent policy, experience for it, and what the update makes of both."""
+"""A tiny recurrent policy, experience for it, and updates of it, for the tests of the update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which attention runs: flash-attn where device, dtype, GPU and package allow it, SDPA otherwise, said once."""
+"""The choice of attention: flash-attn if device, dtype, GPU and package allow it, else SDPA; told once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_flash_that_is_there_is_given_without_a_word(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
-def test_what_is_named_is_taken(name: str) -> None:
+def test_a_named_attention_is_used(name: str) -> None:
     assert resolve(name, torch.bfloat16, "cuda") == Attention(name, packed=False)
 
 

@@ -239,7 +239,7 @@ def test_the_trunks_dtype_follows_device_and_mode() -> None:
 # what is refused
 
 
-def test_logits_that_linear_logprob_cannot_say_are_refused() -> None:
+def test_logits_that_linear_logprob_cannot_compute_are_refused() -> None:
     with pytest.raises(ValueError, match="expected a language-model head without a bias, got one in PhiForCausalLM"):
         make(tiny("phi", intermediate_size=48))
 

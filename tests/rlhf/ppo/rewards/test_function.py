@@ -65,7 +65,7 @@ RESPONSES, PROMPTS = [9.0, 9.0, 0.0], [6.0, 6.0, 12.0]  # lengths of the samples
         ("**kwargs", "kwargs['completions']", RESPONSES),
     ],
 )
-def test_arguments_get_what_their_names_say_in_any_order_and_other_names_go_by_place(
+def test_arguments_get_what_their_names_say_in_any_order_and_other_names_go_by_position(
     tokenizer: Any, prompts: list[Prompt], samples: Samples, tmp_path: Path, signature: str, counted: str, expected: Any
 ) -> None:
     body = f"def score({signature}):\n    return [float(len(text)) for text in {counted}]\n"
@@ -76,24 +76,24 @@ def test_arguments_get_what_their_names_say_in_any_order_and_other_names_go_by_p
 @pytest.mark.parametrize(
     ("signature", "reason"),
     [
-        ("completions, answer", "whose argument answer PPO has nothing for"),
-        ("prompts, answers", "whose argument answers PPO has nothing for"),
-        ("prompts, responses, labels, **kwargs", "whose argument labels PPO has nothing for"),
-        ("queries, prompts, labels", "whose argument queries PPO has nothing for"),
-        ("solution_str, ground_truth", "whose argument solution_str PPO has nothing for"),
-        ("data_source, solution_str, ground_truth, extra_info=None", "whose argument data_source PPO has nothing for"),
-        ("texts", "whose argument texts PPO has nothing for"),
-        ("p, r, *, reference", "whose argument p PPO has nothing for"),
-        ("prompts", "which takes no responses"),
-        ("", "which takes no responses"),
+        ("completions, answer", "PPO gives nothing for answer"),
+        ("prompts, answers", "PPO gives nothing for answers"),
+        ("prompts, responses, labels, **kwargs", "PPO gives nothing for labels"),
+        ("queries, prompts, labels", "PPO gives nothing for queries"),
+        ("solution_str, ground_truth", "PPO gives nothing for solution_str"),
+        ("data_source, solution_str, ground_truth, extra_info=None", "PPO gives nothing for data_source"),
+        ("texts", "PPO gives nothing for texts"),
+        ("p, r, *, reference", "PPO gives nothing for p"),
+        ("prompts", "it takes no responses"),
+        ("", "it takes no responses"),
     ],
 )
-def test_a_function_that_needs_what_ppo_has_not_is_refused_before_the_first_step(
+def test_a_function_that_needs_what_ppo_does_not_give_is_refused_before_the_first_step(
     tokenizer: Any, prompts: list[Prompt], tmp_path: Path, signature: str, reason: str
 ) -> None:
     (tmp_path / "mine.py").write_text(f"def score({signature}): ...\n", "utf-8")
     expected = r"^reward.source: .*mine.py:score: expected a function of prompts and responses \(or completions\), got "
-    with pytest.raises(ValueError, match=expected + re.escape(f"({signature}), {reason}")):
+    with pytest.raises(ValueError, match=expected + re.escape(f"({signature}): {reason}")):
         _open(f"{tmp_path / 'mine.py'}:score", tokenizer, prompts)
 
 

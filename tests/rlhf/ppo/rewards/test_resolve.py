@@ -1,4 +1,4 @@
-"""What a reward source is taken for, and the models among them: what they are given and say."""
+"""Which kind a reward source is, and rewards of models: what they read and give."""
 
 from __future__ import annotations
 

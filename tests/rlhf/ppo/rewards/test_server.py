@@ -164,5 +164,5 @@ def test_the_proxy_that_the_environment_names_is_used(
     assert handler.authorization == "Basic bWU6c2VjcmV0"
 
 
-def test_the_waits_are_seconds_in_which_a_server_restarts() -> None:
+def test_a_request_is_sent_again_after_1_4_and_16_seconds() -> None:
     assert server.WAITS == (1, 4, 16)
