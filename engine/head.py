@@ -154,6 +154,12 @@ class EnsembleHead(nn.Module):
                 std_floor=self.std_floor,
             )
 
+    def frozen_copy(self) -> EnsembleHead:
+        """A copy with the same weights, aggregation and calibration, its parameters frozen."""
+        copy = EnsembleHead(self.hidden_size, self.num_heads, aggregation=self.aggregation, std_floor=self.std_floor)
+        copy.to(self.weight.device, self.weight.dtype).load_state_dict(self.state_dict())
+        return copy.requires_grad_(False)
+
     def extra_repr(self) -> str:
         return (
             f"hidden_size={self.hidden_size}, num_heads={self.num_heads}, aggregation='{self.aggregation}', "

@@ -164,7 +164,7 @@ class _Run:
                 evaluation = None if held is None else PairFeatures(*held, _p_hat(stage1, *held))
                 data = PairFeatures(chosen, rejected, _p_hat(stage1, chosen, rejected))
                 final = self._fit(self.brme, data, evaluation, config.aggregation)
-            final = _copy(final)
+            final = final.frozen_copy()
             calibrate(final, torch.cat([chosen, rejected]))
         if config.stage == "pet":
             if config.supervised == "brme":
@@ -232,7 +232,7 @@ class _Run:
                 held_p = None if single.features is None else _p_hat(stage1.score, *single.features)
                 del stage1, model  # the memory of one trunk at a time
                 model = self._train_stage(self.brme, (p_hat, held_p))
-            model.score = _copy(model.score)
+            model.score = model.score.frozen_copy()
             calibrate(model.score, torch.cat(self._features("model", model, self.train[:_CALIBRATION_PAIRS])))
             self._save("model", model, model.score)
         self._save_adapter(model)
@@ -360,12 +360,6 @@ def _p_hat(head: EnsembleHead, chosen: Tensor, rejected: Tensor) -> Tensor:
     """[P] fp64 in (0, 1): BRME eq. 2 of the frozen stage-1 head, kept off 0 and 1 where the logit saturates."""
     difference = head(chosen, aggregation="mean").reward.double() - head(rejected, aggregation="mean").reward.double()
     return torch.sigmoid(difference).clamp(1e-7, 1 - 1e-7)
-
-
-def _copy(head: EnsembleHead) -> EnsembleHead:
-    copy = EnsembleHead(head.hidden_size, head.num_heads, aggregation=head.aggregation, std_floor=head.std_floor)
-    copy.load_state_dict(head.state_dict())
-    return copy.to(head.weight.device).requires_grad_(False)
 
 
 def _margins(pairs: list[PreferencePair]) -> Tensor | None:

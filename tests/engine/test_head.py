@@ -166,6 +166,23 @@ def test_state_dict_carries_parameters_and_calibration_through_a_round_trip():
     assert torch.equal(other(hidden).reward, head(hidden).reward)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_frozen_copy_gives_the_same_rewards_and_shares_nothing(dtype):
+    head = EnsembleHead(6, 3, aggregation="uwo:0.5", std_floor=0.01).to(dtype=dtype)
+    head.shift.fill_(1.5)
+    head.std_ref.fill_(0.5)
+    hidden = torch.randn(4, 6, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    copied = head.frozen_copy()
+    for ours, theirs in zip(copied(hidden), head(hidden), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not any(p.requires_grad for p in copied.parameters())
+    assert head.weight.requires_grad
+    before = copied.weight.clone()
+    with torch.no_grad():
+        head.weight.zero_()
+    assert torch.equal(copied.weight, before)
+
+
 def test_a_meta_head_can_be_given_memory_and_weights_later():
     head = EnsembleHead(8, 2, device="meta").to_empty(device="cpu")
     head.reset_parameters()

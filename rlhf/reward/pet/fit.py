@@ -208,23 +208,16 @@ class _State(HeadTraining):
         varies = self.scaling.inverse > 0
         inverse = self.scaling.inverse.double()
         weight = torch.where(varies, self.head.weight * inverse, self.start.weight.double())
-        folded = _like(self.start)
+        folded = self.start.frozen_copy()
         folded.weight.copy_(weight)
         folded.bias.copy_(self.head.bias - weight @ self.scaling.shift.double())
         return folded
 
 
-def _like(head: EnsembleHead) -> EnsembleHead:
-    """A head of the same shape, aggregation and calibration; its weights are the same too."""
-    copy = EnsembleHead(head.hidden_size, head.num_heads, aggregation=head.aggregation, std_floor=head.std_floor)
-    copy.load_state_dict(head.state_dict())
-    return copy.to(head.weight.device).requires_grad_(False)
-
-
 @torch.no_grad()
 def _scaled(head: EnsembleHead, scaling: Scaling) -> EnsembleHead:
     """The head for scaled features that equals `head` on raw ones: W' = W s, b' = b + W m; ready to train."""
-    scaled = _like(head)
+    scaled = head.frozen_copy()
     if head.num_heads == 1:
         scaled.reset_calibration()
     weight, inverse = head.weight.double(), scaling.inverse.double()
