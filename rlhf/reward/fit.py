@@ -22,12 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...engine.head import EnsembleHead
-from ...kernels import Aggregation, EnsembleOutput, nominal_reward, philox_normal
+from ...kernels import Aggregation, EnsembleOutput, nominal_reward, philox_normal, preference_step
 from ..evaluation.statistics import pair_correct
 from ..job.log import RunLog
 from .config import BradleyTerryConfig, BRMEConfig, FitConfig
 from .head_training import HeadTraining, schedule
-from .losses import bradley_terry, brme, bsr, partition
+from .losses import bradley_terry, brme, partition
 
 __all__ = [
     "BRMEConfig",
@@ -41,6 +41,9 @@ __all__ = [
     "standardise",
     "step_noise",
 ]
+
+
+_CACHED_BYTES = 4 << 30  # up to here all standardised features are kept in fp32; beyond, each batch is standardised
 
 
 class PairFeatures(NamedTuple):
@@ -155,6 +158,11 @@ class _State(HeadTraining):
         pairs, dim = data.chosen.shape
         device = data.chosen.device
         self.scaling = standardise(data.chosen, data.rejected)
+        small = 2 * pairs * dim * 4 <= _CACHED_BYTES
+        self.scaled = self.scaling(torch.cat([data.chosen, data.rejected])) if small else None
+        self.p_hat, self.margin = (
+            None if t is None else t.to(device, torch.float32) for t in (data.p_hat, data.margin)
+        )
         spec = aggregation or ("mean" if config.stage == "bt" else "tradeoff:0.4")
         head = EnsembleHead(dim, config.num_heads, aggregation=spec, std_floor=config.std_floor)
         head.reset_parameters(torch.Generator().manual_seed(config.seed))  # drawn on the CPU: same on every device
@@ -166,31 +174,43 @@ class _State(HeadTraining):
         return self.head(self.scaling(features))  # type: ignore[no-any-return]
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """One pass over the shuffled pairs; the means of its loss and stds."""
-        numbers, rate = self.steps_of(epoch, self._loss)
-        return {"loss": float(numbers[:, 0].mean()), "lr": rate, "std": float(numbers[:, 1].mean())}
+        """One pass over the shuffled pairs: mean loss, last learning rate and, of stage brme, mean std."""
+        numbers, rate = self.steps_of(epoch, self._gradient)
+        loss, *std = numbers.double().mean(dim=0).tolist()
+        return {"loss": loss, "lr": rate, **({"std": std[0]} if std else {})}
 
-    def _loss(self, index: Tensor, step: int) -> Tensor:
-        config, data, pairs = self.config, self.data, len(index)
-        features = self.scaling(torch.cat([data.chosen[index], data.rejected[index]]))
-        out: EnsembleOutput = self.head(features, aggregation="mean")
-        if config.stage == "bt":
-            margin = None if data.margin is None else data.margin[index]
-            loss = bradley_terry(out.reward[:pairs], out.reward[pairs:], margin)
+    def _gradient(self, index: Tensor, step: int) -> Tensor:
+        config, data = self.config, self.data
+        if self.scaled is None:
+            features, rows = self.scaling(torch.cat([data.chosen[index], data.rejected[index]])), None
         else:
-            assert data.p_hat is not None
-            noise = None
-            if config.noise == "sampled":
-                noise = step_noise(config.seed, step, *out.mean.shape, device=out.mean.device)
-            loss = brme(out.mean, out.std, data.p_hat[index], self.assigned[index], config.alpha, noise)
-        if config.bsr:
-            loss = loss + bsr(out.reward_sum, pairs, config.bsr)
-        return torch.stack([loss, out.std.detach().mean()])
+            features, rows = self.scaled, torch.cat([index, index + self.pairs])
+        sampled = config.stage == "brme" and config.noise == "sampled"
+        out = preference_step(
+            features,
+            self.head.weight,
+            self.head.bias,
+            loss=config.stage,
+            rows=rows,
+            head_id=None if self.p_hat is None else self.assigned[index],
+            p_hat=None if self.p_hat is None else self.p_hat[index],
+            margin=None if self.margin is None else self.margin[index],
+            alpha=config.alpha,
+            seed=_noise_key(config.seed, step, index.device) if sampled else None,
+            bsr=config.bsr,
+            std_floor=config.std_floor,
+        )
+        self.head.weight.grad, self.head.bias.grad = out.dweight, out.dbias
+        return torch.stack([out.loss] if out.std is None else [out.loss, out.std])
 
 
 def step_noise(seed: int, step: int, rows: int, heads: int, *, device: torch.device) -> Tensor:
     """[rows, heads] N(0, 1) of one step: Philox keyed by (seed, step), the same on every device and after a resume."""
-    return philox_normal(torch.tensor([(seed << 32) + step], device=device), rows, heads)
+    return philox_normal(_noise_key(seed, step, device), rows, heads)
+
+
+def _noise_key(seed: int, step: int, device: torch.device) -> Tensor:
+    return torch.tensor([(seed << 32) + step], device=device)
 
 
 @torch.no_grad()
@@ -232,7 +252,8 @@ def _check(data: PairFeatures, config: FitConfig) -> None:
         raise ValueError(f"p_hat: expected for stage 'brme' and for it alone, got {got} for stage {config.stage!r}")
     if data.margin is not None and (config.stage == "brme" or not bool(data.margin.isfinite().all())):
         raise ValueError("margin: expected finite values, for stage 'bt' alone")
-    if data.p_hat is not None and not bool(((data.p_hat > 0) & (data.p_hat < 1)).all()):
+    # in float32, as eq. 8 reads them: 1 - 1e-9 is 1 there
+    if data.p_hat is not None and not bool(((data.p_hat.float() > 0) & (data.p_hat.float() < 1)).all()):
         raise ValueError(
             f"p_hat: expected values in (0, 1), got {float(data.p_hat.min())} to {float(data.p_hat.max())}"
         )

@@ -85,15 +85,16 @@ class HeadTraining:
         """Optimizer steps made."""
         return min(self.epoch * self.steps_per_epoch, self.total_steps)
 
-    def steps_of(self, epoch: int, loss: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, float]:
+    def steps_of(self, epoch: int, gradient: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, float]:
         """One pass over the shuffled pairs.
 
         Args:
-            loss: (pairs [B] int64, step) -> [m]: the loss, then what else is to be reported.
+            gradient: (pairs [B] int64, step) -> [m] detached: the loss, then other numbers to report. It leaves the
+                loss's gradient in the head's parameters, whose old ones are gone when it is called.
 
         Returns:
-            [steps, m] detached, read by the caller once an epoch: on a GPU each reading would wait for the kernels; and
-            the last step's learning rate.
+            The numbers [steps, m], still on the device: reading them at every step would make a GPU wait; and the last
+            step's learning rate.
         """
         config, device = self._loop, self.head.weight.device
         generator = torch.Generator().manual_seed((config.seed << 32) + epoch)
@@ -105,10 +106,8 @@ class HeadTraining:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.zero_grad(set_to_none=True)
-            numbers = loss(index, step)
-            numbers[0].backward()  # type: ignore[no-untyped-call]
+            rows.append(gradient(index, step))
             self.optimizer.step()
-            rows.append(numbers.detach())
         numbers = torch.stack(rows)
         self._refuse_nonfinite(numbers[:, 0], epoch)
         return numbers, rate

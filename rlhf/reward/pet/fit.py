@@ -175,9 +175,14 @@ class _State(HeadTraining):
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the shuffled pairs; the means of loss, gap and Bradley-Terry loss."""
-        numbers, rate = self.steps_of(epoch, lambda index, step: torch.stack(self.loss(index, step)))
+        numbers, rate = self.steps_of(epoch, self._gradient)
         loss, gap, bt = numbers.double().mean(dim=0).tolist()
         return {"loss": loss, "gap": gap, "bt": bt, "lr": rate}
+
+    def _gradient(self, index: Tensor, step: int) -> Tensor:
+        numbers = self.loss(index, step)
+        numbers.loss.backward()  # type: ignore[no-untyped-call]
+        return torch.stack(numbers).detach()
 
     def loss(self, index: Tensor, step: int) -> PETLoss:
         """The objective on the pairs `index`: samples ranked without gradient, the winners scored with it."""
