@@ -106,7 +106,7 @@ def study_features(scorer: Scorer, pairs: list[PreferencePair], folder: Path) ->
     for pair in pairs:
         for side in ("chosen", "rejected"):
             items.setdefault(_key(pair, side), {"prompt": pair.prompt, "response": getattr(pair, side)})
-    return dict(zip(items, compute_features(scorer, list(items.values()), folder), strict=True))
+    return dict(zip(items, compute_features(scorer, list(items.values()), folder).features, strict=True))
 
 
 def summarise(runs: list[tuple[list[str], dict[str, Sides]]]) -> dict[str, Any]:

@@ -109,7 +109,11 @@ class Scorer:
 
     def encode(self, item: Item, name: str = "item") -> list[int]:
         """The token ids that the model reads for this item, truncated if need be; errors call the item `name`."""
-        return self._encoder.encode(item, name)[0]
+        return self.encode_truncating(item, name)[0]
+
+    def encode_truncating(self, item: Item, name: str = "item") -> tuple[list[int], bool]:
+        """`encode`, and whether the item was longer than max_length and lost its beginning."""
+        return self._encoder.encode(item, name)
 
     def features(self, items: Sequence[Item]) -> Tensor:
         """The hidden states the heads read: [N, D] on the CPU in the trunk's dtype, in the items' order."""

@@ -222,7 +222,7 @@ class _Run:
         scorer = Scorer(model, self.tokenizer, progress=False)
         items = [pair.items() for pair in pairs]
         texts = [chosen for chosen, _ in items] + [rejected for _, rejected in items]
-        both = compute_features(scorer, texts, self.folder / "features", self.progress)
+        both = compute_features(scorer, texts, self.folder / "features", self.progress).features
         return both[: len(pairs)], both[len(pairs) :]
 
     # both

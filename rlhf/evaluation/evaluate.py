@@ -18,7 +18,7 @@ from ..job.files import atomic_write_json
 from ..models.features import compute_features, model_fingerprint
 from ..models.loading import load_scorer
 from ..report.style import require_matplotlib
-from ..report.words import plain_text
+from ..report.words import plain_text, truncated_texts
 from .config import EvalConfig
 from .metrics import evaluate_heads, source_labels
 from .report import LONGER, draw, format_metrics
@@ -39,7 +39,9 @@ class EvalResult:
 
     def __str__(self) -> str:
         files = ", ".join(["eval.json", *(path.name for path in self.pictures)])
-        return f"{format_metrics(self.metrics)}\n\n{self.folder}: {files}"
+        cut = self.metrics["truncated"]
+        said = truncated_texts(cut["texts"], cut["of"])
+        return "\n\n".join([format_metrics(self.metrics), *([said] if said else []), f"{self.folder}: {files}"])
 
 
 def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
@@ -61,13 +63,13 @@ def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
     head: EnsembleHead = scorer.model.score
     spec = (spec or head.aggregation).with_centre("none")
     spec.check_heads(head.num_heads)
-    features = _features(scorer, pairs, config, progress)
+    features, truncated = _features(scorer, pairs, config, progress)
     chosen, rejected = _outputs(head, features)
     compare = {} if config.compare is None else _compared(config, scorer, features, pairs, progress)
     foreign = None
     if config.foreign is not None:
         others, _ = _load(config, "foreign", progress)
-        foreign = _outputs(head, _features(scorer, others, config, progress))
+        foreign = _outputs(head, _features(scorer, others, config, progress)[0])
     std_ref = head.std_ref.detach().cpu()
     sources = [pair.source for pair in pairs] if len({pair.source for pair in pairs}) > 1 else None
     evaluation = evaluate_heads(
@@ -84,7 +86,8 @@ def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
         resamples=config.resamples,
         seed=config.seed,
     )
-    metrics = {"config": config.model_dump(mode="json"), "data": counts, **evaluation}
+    cut = {"texts": truncated, "of": 2 * len(pairs), "max_length": scorer.max_length}
+    metrics = {"config": config.model_dump(mode="json"), "data": counts, "truncated": cut, **evaluation}
     atomic_write_json(config.output / "eval.json", metrics)
     pictures = []
     if config.pictures:
@@ -110,15 +113,18 @@ def _load(config: EvalConfig, key: str, progress: bool) -> tuple[list[Preference
 
 def _features(
     scorer: Scorer, pairs: Sequence[PreferencePair], config: EvalConfig, progress: bool
-) -> tuple[Tensor, Tensor]:
-    """Hidden states of the chosen and of the rejected responses, [P, D] each, on the CPU in the trunk's dtype."""
+) -> tuple[tuple[Tensor, Tensor], int]:
+    """Hidden states of the chosen and of the rejected responses, [P, D] each, on the CPU in the trunk's dtype; and how
+    many of the 2P texts lost their beginning."""
     both = [pair.items() for pair in pairs]
     items = [chosen for chosen, _ in both] + [rejected for _, rejected in both]
     if config.features is None:
-        features = scorer.features(items)
+        read = [scorer.encode_truncating(item, f"item {i}") for i, item in enumerate(items)]
+        features, truncated = scorer.features([ids for ids, _ in read]), sum(cut for _, cut in read)
     else:
-        features = compute_features(scorer, items, config.features, progress)
-    return features[: len(pairs)], features[len(pairs) :]
+        found = compute_features(scorer, items, config.features, progress)
+        features, truncated = found.features, int(found.truncated.sum())
+    return (features[: len(pairs)], features[len(pairs) :]), truncated
 
 
 @torch.no_grad()
@@ -142,7 +148,7 @@ def _compared(
     other = load_scorer(str(config.compare), config.batch_tokens, config.max_length, progress, key="compare")
     same_reading = other.model.config.append_eos == scorer.model.config.append_eos
     if not same_reading or model_fingerprint(other.model) != model_fingerprint(scorer.model):
-        features = _features(other, pairs, config, progress)
+        features, _ = _features(other, pairs, config, progress)
     head: EnsembleHead = other.model.score
     spec = head.aggregation.with_centre("none")
     std_ref = head.std_ref.detach().cpu()

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -95,10 +95,17 @@ class FeatureStore:
             self._where[key.tobytes()] = (path, row)
 
 
+class TextFeatures(NamedTuple):
+    """features [N, D] of N texts, on the CPU in the trunk's dtype; truncated [N] bool: which lost their beginning."""
+
+    features: Tensor
+    truncated: Tensor
+
+
 def compute_features(
     scorer: Scorer, items: Sequence[Any], folder: Path | str, progress: bool = True, names: Sequence[str] | None = None
-) -> Tensor:
-    """Features [N, D] of N items (as `Scorer` takes them), on the CPU in the trunk's dtype.
+) -> TextFeatures:
+    """Features of N items (as `Scorer` takes them).
 
     Each distinct text (after tokenising) is computed once, longest first, in shards of about 16,000 tokens in `folder`;
     what is there already is read. Shards are cut from the whole sorted list, not from what is missing, so a killed and
@@ -111,10 +118,12 @@ def compute_features(
             such item.
     """
     store = FeatureStore(folder, scorer.model)
-    encoded = []
+    encoded, truncated = [], []
     names = [f"item {i}" for i in range(len(items))] if names is None else names
     for i, item in enumerate(tqdm(items, desc="tokenising", unit="text", delay=1, disable=not progress)):
-        encoded.append(scorer.encode(item, names[i]))
+        ids, cut = scorer.encode_truncating(item, names[i])
+        encoded.append(ids)
+        truncated.append(cut)
     keys = [hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).digest() for ids in encoded]
     unique = dict(zip(keys, encoded, strict=True))
     order = sorted(unique, key=lambda key: (-len(unique[key]), key))
@@ -136,4 +145,4 @@ def compute_features(
             f"features: expected finite hidden states, got NaN or infinity for {names[int(bad[0])]} "
             f"({len(bad)} of {len(keys)}); a wider dtype of the trunk may help"
         )
-    return features
+    return TextFeatures(features, torch.tensor(truncated))

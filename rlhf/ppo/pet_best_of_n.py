@@ -132,7 +132,7 @@ def _scored(name: Path | str, rollouts: list[Rollout], folder: Path, device: tor
     model: EnsembleRewardModel = loaded.to(device).eval()
     scorer = Scorer(model, load_tokenizer("reward", str(name)), progress=False)
     items = [{"prompt": r.prompt, "response": text} for r in rollouts for text in r.responses]
-    features = compute_features(scorer, items, folder / "scored", progress)
+    features = compute_features(scorer, items, folder / "scored", progress).features
     with torch.no_grad():
         reward: Tensor = model.score(features.to(device), centre="none").reward
     return reward.view(len(rollouts), -1).cpu()

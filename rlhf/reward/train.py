@@ -296,7 +296,8 @@ class _Run:
         texts = [chosen for chosen, _ in items] + [rejected for _, rejected in items]
         names = [f"{_name(pair, i)}, {side}" for side in ("chosen", "rejected") for i, pair in enumerate(pairs)]
         folder = self.config.features or self.folder / "features"
-        features = compute_features(self._scorer(name, model), texts, folder, self.progress, names).to(self.device)
+        found = compute_features(self._scorer(name, model), texts, folder, self.progress, names)
+        features = found.features.to(self.device)
         return features[: len(pairs)], features[len(pairs) :]
 
     def _save(self, name: str, model: EnsembleRewardModel, head: EnsembleHead) -> None:

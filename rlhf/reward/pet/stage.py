@@ -122,7 +122,7 @@ class PETStage:
         items = [{"prompt": r.prompt, "response": text} for r in references.rollouts for text in r.responses]
         names = [f"sample {s} of {r.prompt!r:.60}" for r in references.rollouts for s in range(len(r.responses))]
         folder = self.config.features or self.config.output / "features"
-        flat = compute_features(scorer, items, folder, self.progress, names)
+        flat = compute_features(scorer, items, folder, self.progress, names).features
         return flat.view(len(references.rollouts), -1, flat.shape[1])
 
     def _data(

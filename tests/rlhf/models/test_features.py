@@ -49,11 +49,11 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_shards")
 def test_each_distinct_text_is_computed_once_and_then_read(scorer: Counting, tmp_path: Path) -> None:
     items = TEXTS + TEXTS[::-1]
-    found = compute_features(scorer, items, tmp_path, progress=False)
+    found = compute_features(scorer, items, tmp_path, progress=False).features
     assert scorer.calls == len(TEXTS)
     torch.testing.assert_close(found, Scorer.features(scorer, items), rtol=1e-5, atol=1e-5)
-    again = compute_features(scorer, items, tmp_path, progress=False)
-    more = compute_features(scorer, [*items, "a new day"], tmp_path, progress=False)
+    again = compute_features(scorer, items, tmp_path, progress=False).features
+    more = compute_features(scorer, [*items, "a new day"], tmp_path, progress=False).features
     assert torch.equal(again, found)
     assert torch.equal(more[:-1], found)
     assert scorer.calls == len(TEXTS) + 1
@@ -61,22 +61,22 @@ def test_each_distinct_text_is_computed_once_and_then_read(scorer: Counting, tmp
 
 @pytest.mark.usefixtures("small_shards")
 def test_a_killed_job_goes_on_and_gets_the_same_bits(scorer: Counting, tmp_path: Path) -> None:
-    whole = compute_features(scorer, TEXTS, tmp_path / "whole", progress=False)
+    whole = compute_features(scorer, TEXTS, tmp_path / "whole", progress=False).features
     scorer.calls, scorer.dies_after = 0, 5
     with pytest.raises(KeyboardInterrupt):
         compute_features(scorer, TEXTS, tmp_path / "killed", progress=False)
     done, scorer.calls, scorer.dies_after = scorer.calls, 0, None
-    assert torch.equal(compute_features(scorer, TEXTS, tmp_path / "killed", progress=False), whole)
+    assert torch.equal(compute_features(scorer, TEXTS, tmp_path / "killed", progress=False).features, whole)
     assert scorer.calls == len(TEXTS) - done
 
 
 @pytest.mark.usefixtures("small_shards")
 def test_a_damaged_shard_is_computed_again(scorer: Counting, tmp_path: Path) -> None:
-    whole = compute_features(scorer, TEXTS, tmp_path, progress=False)
+    whole = compute_features(scorer, TEXTS, tmp_path, progress=False).features
     shard = next(iter(tmp_path.rglob("*.safetensors")))
     shard.write_bytes(shard.read_bytes()[:-7])
     scorer.calls = 0
-    assert torch.equal(compute_features(scorer, TEXTS, tmp_path, progress=False), whole)
+    assert torch.equal(compute_features(scorer, TEXTS, tmp_path, progress=False).features, whole)
     assert 0 < scorer.calls < len(TEXTS)
 
 
@@ -98,9 +98,9 @@ def test_the_head_does_not_change_the_fingerprint(model: EnsembleRewardModel) ->
 def test_the_trunks_dtype_is_kept(tiny_chat_folder: Path, tmp_path: Path) -> None:
     model = EnsembleRewardModel.from_trunk(str(tiny_chat_folder), dtype=torch.bfloat16).eval()
     scorer = Scorer(model, AutoTokenizer.from_pretrained(tiny_chat_folder), progress=False)
-    found = compute_features(scorer, TEXTS, tmp_path, progress=False)
+    found = compute_features(scorer, TEXTS, tmp_path, progress=False).features
     assert found.dtype == torch.bfloat16
-    assert torch.equal(compute_features(scorer, TEXTS, tmp_path, progress=False), found)
+    assert torch.equal(compute_features(scorer, TEXTS, tmp_path, progress=False).features, found)
 
 
 def test_features_that_are_not_finite_are_refused_by_item(scorer: Counting, tmp_path: Path) -> None:
