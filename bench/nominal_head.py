@@ -30,7 +30,9 @@ from ..rlhf.evaluation.statistics import accuracy_difference, group_labels, pair
 from ..rlhf.job.files import atomic_write_json, atomic_write_text
 from ..rlhf.models.embedded import embedded_model
 from ..rlhf.models.features import compute_features
-from ..rlhf.reward.fit import BradleyTerryConfig, BRMEConfig, fit_heads
+from ..rlhf.reward.config import BradleyTerryConfig, BRMEConfig
+from ..rlhf.reward.fit import PairFeatures
+from ..rlhf.reward.two_stage import fit_two_stages
 
 SCORERS = (
     "single",
@@ -62,11 +64,8 @@ class Study:
         """Held-out prompts and every scorer's (chosen, rejected) rewards on the held-out pairs."""
         train, held_out = split_by_prompt(self.pairs, self.held_out, seed)
         x = self.sides(train)
-        single = fit_heads(*x, BradleyTerryConfig(seed=seed), progress=False).head
-        with torch.no_grad():
-            logit = single(x[0]).reward - single(x[1]).reward
-        p_hat = torch.sigmoid(logit).clamp(1e-6, 1 - 1e-6)
-        ensemble = fit_heads(*x, BRMEConfig(seed=seed, num_heads=self.heads), p_hat=p_hat, progress=False).head
+        configs = BradleyTerryConfig(), BRMEConfig(num_heads=self.heads)
+        single, ensemble = fit_two_stages(PairFeatures(*x), *configs, seed=seed, progress=False)
         _typical_std(ensemble, torch.cat(x))
         rewards = [_rewards(single, ensemble, side) for side in self.sides(held_out)]
         lengths = tuple(

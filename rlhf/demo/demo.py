@@ -29,7 +29,8 @@ from ..models.embedded import embedded_model, wheel_folder
 from ..models.features import compute_features
 from ..models.loading import load_language_model, load_tokenizer
 from ..report import style as plot_style
-from ..reward.fit import PairFeatures, fit_heads
+from ..reward.fit import PairFeatures
+from ..reward.two_stage import fit_two_stages
 from ..sampling.labelled_pairs import GoldPairs, make_pairs
 from ..sampling.prompts import read_prompts
 from ..sampling.stored import Request, Rollout, sample
@@ -231,25 +232,20 @@ class _Run:
         self, pairs: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], reference: Tensor
     ) -> tuple[EnsembleHead, EnsembleHead]:
         """Stage 1 on the labels, stage 2 on stage 1's probabilities; both calibrated on `reference` and saved."""
-        config = self.config
-        checkpoints = self.folder / "checkpoints"
-        options: dict[str, Any] = {"log": self.log, "progress": self.progress}
-        bt = config.bt.model_copy(update={"seed": config.seed + config.bt.seed})
-        brme = config.brme.model_copy(update={"seed": config.seed + config.brme.seed})
-        single = fit_heads(*pairs, bt, evaluation=held_out, checkpoint=checkpoints / "bt.pt", **options).head
-        p_hat, held_p = _probability(single, pairs), _probability(single, held_out)
-        ensemble = fit_heads(
-            *pairs,
-            brme,
-            p_hat=p_hat,
-            evaluation=PairFeatures(*held_out, held_p),
-            checkpoint=checkpoints / "brme.pt",
-            **options,
-        ).head
-        for name, head in (("single", single), ("model", ensemble)):
+        heads = fit_two_stages(
+            PairFeatures(*pairs),
+            self.config.bt,
+            self.config.brme,
+            seed=self.config.seed,
+            evaluation=PairFeatures(*held_out),
+            checkpoints=self.folder / "checkpoints",
+            log=self.log,
+            progress=self.progress,
+        )
+        for name, head in zip(("single", "model"), heads, strict=True):
             calibrate(head, reference)
             self._save(name, head)
-        return single, ensemble
+        return heads.single, heads.final
 
     def _save(self, name: str, head: EnsembleHead) -> None:
         if (self.folder / name).exists():
@@ -288,13 +284,6 @@ class _Run:
                 noisy[name] = pair_accuracy(chosen, rejected, groups)._asdict()
             metrics["noisy_accuracy"] = noisy
         return metrics
-
-
-def _probability(head: EnsembleHead, pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """[P] stage 1's probability that chosen wins; inside (0, 1), which eq. 8's targets assume."""
-    with torch.no_grad():
-        chosen, rejected = (head(side, aggregation="mean").reward.double() for side in pairs)
-    return torch.sigmoid(chosen - rejected).clamp(1e-7, 1 - 1e-7)
 
 
 def _counts(prompts: list[str], rollouts: list[Rollout], pairs: GoldPairs, test: GoldPairs) -> dict[str, int]:

@@ -24,12 +24,13 @@ from ..models.adapter import save_head
 from ..models.features import compute_features
 from ..models.loading import load_reward_model, load_tokenizer, load_trunk
 from .config import TrainConfig, refuse_unread
-from .fit import FitConfig, PairFeatures, fit_heads
+from .fit import FitConfig, PairFeatures
 from .losses import partition
 from .outcome import TrainResult, open_folder
 from .pet.stage import PETStage
 from .start import check_given, load_reward, load_stage1
 from .trunk import train_trunk
+from .two_stage import fit_two_stages, preference_probability
 
 __all__ = ["TrainConfig", "TrainResult", "run_train"]
 
@@ -156,14 +157,21 @@ class _Run:
         data = PairFeatures(chosen, rejected, None, self._margins(self.train))
         final = model.score
         if config.supervised is not None:
-            stage1 = self._fit(self.bt, data, evaluation, "mean") if config.stage1 is None else model.score
-            self._save("stage1", model, stage1)
-            scored["single"] = _Scored(stage1, held)
-            final = stage1
-            if config.supervised == "brme":
-                evaluation = None if held is None else PairFeatures(*held, _p_hat(stage1, *held))
-                data = PairFeatures(chosen, rejected, _p_hat(stage1, chosen, rejected))
-                final = self._fit(self.brme, data, evaluation, config.aggregation)
+            heads = fit_two_stages(
+                data,
+                config.bt,
+                config.brme if config.supervised == "brme" else None,
+                seed=config.seed,
+                stage1=None if config.stage1 is None else model.score,
+                evaluation=evaluation,
+                aggregation=config.aggregation,
+                on_stage1=lambda head: self._save("stage1", model, head),
+                checkpoints=self.folder / "checkpoints",
+                log=self.log,
+                progress=self.progress,
+            )
+            scored["single"] = _Scored(heads.single, held)
+            final = heads.final
             final = final.frozen_copy()
             calibrate(final, torch.cat([chosen, rejected]))
         if config.stage == "pet":
@@ -194,23 +202,6 @@ class _Run:
         margins = _margins(pairs)
         return None if margins is None else margins.to(self.device)
 
-    def _fit(
-        self, config: FitConfig, data: PairFeatures, evaluation: PairFeatures | None, aggregation: str
-    ) -> EnsembleHead:
-        fit = fit_heads(
-            data.chosen,
-            data.rejected,
-            config,
-            p_hat=data.p_hat,
-            margin=data.margin,
-            evaluation=evaluation,
-            aggregation=aggregation,
-            log=self.log,
-            progress=self.progress,
-            checkpoint=self.folder / "checkpoints" / f"{config.stage}.pt",
-        )
-        return fit.head
-
     # modes lora and full
 
     def _trained(self) -> dict[str, _Scored]:
@@ -228,8 +219,8 @@ class _Run:
         if model is None:
             model = stage1
             if self.config.stage == "brme":
-                p_hat = _p_hat(stage1.score, *self._features("stage1", stage1, self.train))
-                held_p = None if single.features is None else _p_hat(stage1.score, *single.features)
+                p_hat = preference_probability(stage1.score, *self._features("stage1", stage1, self.train))
+                held_p = None if single.features is None else preference_probability(stage1.score, *single.features)
                 del stage1, model  # the memory of one trunk at a time
                 model = self._train_stage(self.brme, (p_hat, held_p))
             model.score = model.score.frozen_copy()
@@ -354,13 +345,6 @@ class _Scored:
         # centring each side on its own would move one against the other
         chosen, rejected = (self.head(side, aggregation=aggregation, centre="none").reward for side in self.features)
         return float(pair_correct(chosen, rejected).double().mean())
-
-
-@torch.no_grad()
-def _p_hat(head: EnsembleHead, chosen: Tensor, rejected: Tensor) -> Tensor:
-    """[P] fp64 in (0, 1): BRME eq. 2 of the frozen stage-1 head, kept off 0 and 1 where the logit saturates."""
-    difference = head(chosen, aggregation="mean").reward.double() - head(rejected, aggregation="mean").reward.double()
-    return torch.sigmoid(difference).clamp(1e-7, 1 - 1e-7)
 
 
 def _margins(pairs: list[PreferencePair]) -> Tensor | None:

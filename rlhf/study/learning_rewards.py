@@ -15,8 +15,9 @@ from ..data.gold import VaderGold
 from ..evaluation.best_of_n import best_of_n_curve
 from ..evaluation.statistics import pair_correct
 from ..job.files import atomic_folder, atomic_write_json, atomic_write_text
-from ..reward.fit import fit_heads
+from ..reward.fit import PairFeatures
 from ..reward.pet.fit import PETFeatures, fit_pet
+from ..reward.two_stage import fit_two_stages, seeded
 from ..sampling.labelled_pairs import GoldPairs, make_pairs
 from ..sampling.stored import Request, Rollout, sample
 from ..sampling.tokens import Sampling
@@ -112,13 +113,9 @@ def _train(
     """The four rewards; every head of the first two has mean 0 and std 1 over the training prompts' samples."""
     chosen, rejected = pairs.features(rollouts, True)
     reference = torch.cat([rollouts[i].features for i in training]).float()
-    bt = config.bt.model_copy(update={"seed": seed + config.bt.seed})
-    brme = config.brme.model_copy(update={"seed": seed + config.brme.seed})
-    single = fit_heads(chosen, rejected, bt, progress=False).head
-    with torch.no_grad():
-        logit = single(chosen).reward.double() - single(rejected).reward.double()
-    p_hat = torch.sigmoid(logit).clamp(1e-7, 1 - 1e-7)
-    ensemble = fit_heads(chosen, rejected, brme, p_hat=p_hat, aggregation=spec, progress=False).head
+    single, ensemble = fit_two_stages(
+        PairFeatures(chosen, rejected), config.bt, config.brme, seed=seed, aggregation=spec, progress=False
+    )
     for head in (single, ensemble):
         calibrate(head, reference)
     place = {prompt: row for row, prompt in enumerate(training)}
@@ -130,7 +127,7 @@ def _train(
         torch.stack([rollouts[i].features[first : first + config.pet.samples] for i in training]).float(),
         torch.stack([rollouts[i].features[-1] for i in training]).float(),
     )
-    pet = config.pet.model_copy(update={"seed": seed + config.pet.seed})
+    pet = seeded(config.pet, seed)
     heads = {"single": single, "ensemble": ensemble}
     for name, start in list(heads.items()):
         head = fit_pet(start, data, pet, aggregation=start.aggregation, progress=False).head

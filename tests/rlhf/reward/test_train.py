@@ -202,7 +202,7 @@ def test_data_that_changed_under_a_run_is_refused(
     file.write_text(data.read_text())
     config = _config(tiny_chat_folder, file, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr("prudent.rlhf.reward.train.fit_heads", None)  # dies after the features
+        patch.setattr("prudent.rlhf.reward.two_stage.fit_heads", None)  # dies after the features
         with pytest.raises(TypeError, match="NoneType"):
             run_train(config, progress=False)
     file.write_text("\n".join(data.read_text().splitlines()[:-1]))
