@@ -15,13 +15,12 @@ from ....engine import EnsembleHead, EnsembleRewardModel, Scorer
 from ....engine.config import max_positions
 from ...data.pairs import PreferencePair
 from ...job.files import atomic_write_json, read_json
-from ...job.log import RunLog
 from ...models.features import compute_features, model_fingerprint
-from ...models.loading import load_language_model, load_tokenizer
 from ...sampling.stored import Request, Rollout, sample
 from ...sampling.tokens import Sampling
 from ...sampling.turn import Turn
-from ..config import TrainConfig
+from ..run import Run, Sides
+from ..two_stage import seeded
 from .fit import PETFeatures, fit_pet
 from .objective import PETConfig
 
@@ -38,78 +37,66 @@ class References(NamedTuple):
 
 @dataclass(frozen=True)
 class PETStage:
-    """What the stage is about. seed: the run's with pet.seed added; aggregation: what is made pessimistic."""
+    """The stage of one run. policy: the language model that is sampled; aggregation: the reward made pessimistic."""
 
-    config: TrainConfig
-    seed: int
+    run: Run
+    policy: Any
     aggregation: str
-    train: list[PreferencePair]
-    held_out: list[PreferencePair]
-    log: RunLog
-    progress: bool
-    device: str
 
     @property
     def pet(self) -> PETConfig:
-        """The config, with the run's seed in it."""
-        return self.config.pet.model_copy(update={"seed": self.seed})
+        """The stage's config, with the run's seed added to its own."""
+        return seeded(self.run.config.pet, self.run.config.seed)
 
     def heads(
-        self,
-        scorer: Scorer,
-        start: EnsembleHead,
-        train: tuple[Tensor, Tensor],
-        held_out: tuple[Tensor, Tensor] | None,
-        margins: tuple[Tensor | None, Tensor | None],
+        self, scorer: Scorer, start: EnsembleHead, train: Sides, held_out: Sides | None
     ) -> tuple[EnsembleHead, dict[str, Any]]:
-        """Mode head: (the pessimistic head, what train.json says of it).
+        """Train the pessimistic head from `start`. Returns it, and what train.json says of the stage.
 
-        scorer: reads texts as the reward does.   train, held_out: features [P, D] of chosen and rejected.
+        scorer: reads texts as the reward does.   train, held_out: features of the run's pairs.
         """
+        run = self.run
         references = self.references(scorer)
         features = self._features(scorer, references)
-        data = self._data(train, self.train, margins[0], features, references)
-        evaluation = None if held_out is None else self._data(held_out, self.held_out, margins[1], features, references)
+        data = self._data(train, run.train, features, references)
+        evaluation = None if held_out is None else self._data(held_out, run.held_out, features, references)
         fit = fit_pet(
             start,
             data,
             self.pet,
             aggregation=self.aggregation,
             evaluation=evaluation,
-            log=self.log,
-            progress=self.progress,
-            checkpoint=self.config.output / "checkpoints" / "pet.pt",
+            log=run.log,
+            progress=run.progress,
+            checkpoint=run.folder / "checkpoints" / "pet.pt",
         )
         fit.head.aggregation = self.aggregation
         return fit.head, self.summary(references, fit.before, fit.after)
 
     def references(self, scorer: Scorer) -> References:
-        """The reference policy's responses to the prompts of the training pairs, and to those of the held-out ones,
-        which only measure; sampled, or read from an earlier start of the run."""
-        config, pet = self.config, self.config.pet
-        tokenizer = load_tokenizer("model", config.model)
-        dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-        model = load_language_model("model", config.model, dtype).to(self.device).eval()
+        """Sample the policy for the prompts of the training pairs, and for those of the held-out ones, which serve
+        measuring alone. What an earlier start of the run has sampled is read."""
+        run, pet, model, tokenizer = self.run, self.pet, self.policy, self.run.tokenizers["policy"]
         turn = Turn(tokenizer, model)
         room = pet.max_new_tokens + len(turn.closing)
         limit = max_positions(model.config)
         prompts, skipped = {}, 0
-        for pairs in (self.train, self.held_out):
-            chosen = _distinct(pairs, pet.prompts, self.seed)
+        for pairs in (run.train, run.held_out):
+            chosen = _distinct(pairs, pet.prompts, pet.seed)
             fits = {k: p for k, p in chosen.items() if limit is None or len(turn.prompt(p)) + room <= limit}
             skipped += len(chosen) - len(fits)
             prompts.update(fits)
-        if not any(pair.prompt_key in prompts for pair in self.train):
+        if not any(pair.prompt_key in prompts for pair in run.train):
             raise ValueError(
                 f"pet.max_new_tokens: expected room for {room} tokens behind some prompt in the model's {limit}, "
                 "got none"
             )
         count = pet.samples + (pet.reference == "sample")
         sampling = Sampling(pet.max_new_tokens, pet.temperature, pet.top_k or len(tokenizer), pet.top_p)
-        folder = pet.cache or config.output / "reference"
-        _claim(folder, {"model": model_fingerprint(model), "seed": self.seed, **sampling._asdict()})
+        folder = pet.cache or run.folder / "reference"
+        _claim(folder, {"model": model_fingerprint(model), "seed": pet.seed, **sampling._asdict()})
         requests = [Request(prompt, count) for prompt in prompts.values()]
-        options: dict[str, Any] = {"seed": self.seed, "batch_rows": pet.batch_rows, "progress": self.progress}
+        options: dict[str, Any] = {"seed": pet.seed, "batch_rows": pet.batch_rows, "progress": run.progress}
         rollouts = sample(model, tokenizer, requests, folder, sampling, **options)
         longest = room + max(len(turn.prompt(prompt)) for prompt in prompts.values())
         own = _reads_alike(model, turn, scorer, longest)
@@ -121,30 +108,23 @@ class PETStage:
             return torch.stack([rollout.features for rollout in references.rollouts])
         items = [{"prompt": r.prompt, "response": text} for r in references.rollouts for text in r.responses]
         names = [f"sample {s} of {r.prompt!r:.60}" for r in references.rollouts for s in range(len(r.responses))]
-        folder = self.config.features or self.config.output / "features"
-        flat = compute_features(scorer, items, folder, self.progress, names).features
+        flat = compute_features(scorer, items, self.run.feature_folder, self.run.progress, names).features
         return flat.view(len(references.rollouts), -1, flat.shape[1])
 
-    def _data(
-        self,
-        sides: tuple[Tensor, Tensor],
-        pairs: list[PreferencePair],
-        margin: Tensor | None,
-        features: Tensor,
-        references: References,
-    ) -> PETFeatures:
+    def _data(self, sides: Sides, pairs: list[PreferencePair], features: Tensor, references: References) -> PETFeatures:
         """Pairs with the samples of their own prompts, renumbered."""
         rows = sorted({references.row[p.prompt_key] for p in pairs if p.prompt_key in references.row})
         place = {row: i for i, row in enumerate(rows)}
         prompt = [place[references.row[p.prompt_key]] if p.prompt_key in references.row else -1 for p in pairs]
-        own = features[rows].to(self.device)
-        n = self.config.pet.samples
-        extra = own[:, n] if self.config.pet.reference == "sample" else None
-        return PETFeatures(*sides, torch.tensor(prompt, device=self.device), own[:, :n], extra, margin)
+        device, pet = self.run.device, self.pet
+        own = features[rows].to(device)
+        extra = own[:, pet.samples] if pet.reference == "sample" else None
+        numbers = torch.tensor(prompt, device=device)
+        return PETFeatures(*sides, numbers, own[:, : pet.samples], extra, self.run.margins(pairs))
 
     def summary(self, references: References, before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
         """What train.json says of the stage."""
-        pet = self.config.pet
+        pet = self.pet
         return {
             "start": pet.start,
             "aggregation": self.aggregation,

@@ -118,7 +118,7 @@ def test_the_final_heads_are_calibrated_on_the_training_features(finished: Train
 def test_a_finished_run_resumed_says_so_and_does_nothing(
     finished: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prudent.rlhf.reward.train.load_pairs", None)
+    monkeypatch.setattr("prudent.rlhf.reward.run.load_pairs", None)
     result = run_train(finished, resume=True, progress=False)
     assert result.finished_before
     assert "was finished before; nothing was done again" in str(result)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prudent.engine import EnsembleRewardModel, Scorer
 from prudent.rlhf.data.pairs import load_pairs, split_by_prompt
@@ -19,6 +19,7 @@ from prudent.rlhf.job.log import read_metrics
 from prudent.rlhf.reward.config import BradleyTerryConfig, BRMEConfig
 from prudent.rlhf.reward.outcome import _DROPPED, TrainResult
 from prudent.rlhf.reward.pet import fit as pet_fit
+from prudent.rlhf.reward.pet.stage import PETStage
 from prudent.rlhf.reward.train import TrainConfig, run_train
 
 from ...sentiment import write_pairs
@@ -181,3 +182,43 @@ def test_a_gap_below_zero_is_warned_of() -> None:
     }
     metrics = {"train_pairs": 1, "held_out_pairs": 0, "dropped": dict.fromkeys(_DROPPED, 0), "accuracy": {}, "pet": pet}
     assert "beware: the reference responses now score above" in str(TrainResult(Path("run"), metrics))
+
+
+def _count_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folder of every model and tokeniser that is loaded from now on."""
+    loaded: list[str] = []
+    for kind in (PreTrainedModel, PreTrainedTokenizerBase):
+        load = kind.from_pretrained.__func__
+
+        def counted(cls: Any, name: Any, *args: Any, _load: Any = load, _kind: str = kind.__name__, **kw: Any) -> Any:
+            loaded.append(f"{_kind}: {name}")
+            return _load(cls, name, *args, **kw)
+
+        monkeypatch.setattr(kind, "from_pretrained", classmethod(counted))
+    return loaded
+
+
+@pytest.mark.parametrize("start", ["bt", "model"])
+def test_one_trunk_is_in_memory_and_each_folder_is_loaded_once(
+    finished: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    config = _config(Path(finished.model), Path(finished.data), tmp_path / "run", "pet.epochs=1")
+    if start == "model":
+        given = finished.pet.model_copy(update={"start": str(finished.output / "model")})
+        config = config.model_copy(update={"bt": BradleyTerryConfig(), "brme": BRMEConfig(), "pet": given})
+    stages: list[PETStage] = []
+    heads = PETStage.heads
+
+    def kept(self: PETStage, scorer: Scorer, *args: Any) -> Any:
+        stages.append(self)
+        assert scorer.model.model is self.policy.model  # the inner model of LlamaForCausalLM
+        return heads(self, scorer, *args)
+
+    monkeypatch.setattr(PETStage, "heads", kept)
+    loaded = _count_loads(monkeypatch)
+    run_train(config, progress=False)
+    assert len(stages) == 1
+    folders = [finished.model] + ([config.pet.start] if start == "model" else [])
+    assert sorted(loaded) == sorted(
+        f"{k}: {f}" for k in ("PreTrainedModel", "PreTrainedTokenizerBase") for f in folders
+    )

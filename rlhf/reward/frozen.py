@@ -1,0 +1,92 @@
+"""Mode head of `prudent train`: the trunk is frozen, and every stage trains heads on its features."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ...engine import EnsembleHead, EnsembleRewardModel, calibrate
+from ...kernels import Aggregation
+from ..evaluation.statistics import hidden_norms
+from ..models.features import model_fingerprint
+from ..models.loading import load_language_model
+from .config import TrainConfig
+from .fit import PairFeatures
+from .pet.stage import PETStage
+from .run import Run, Scored, with_head
+from .start import load_reward, load_stage1
+from .two_stage import fit_two_stages
+
+
+class FrozenResult(NamedTuple):
+    """scored: "single", "start" (before PET) and "final", those that there are. pet: what train.json says of PET."""
+
+    scored: dict[str, Scored]
+    pet: dict[str, Any] | None
+
+
+class _Loaded(NamedTuple):
+    """model: the trunk, with the heads of a reward model that was given. policy: what stage pet samples, or None."""
+
+    model: EnsembleRewardModel
+    policy: Any
+
+
+def train_frozen(run: Run) -> FrozenResult:
+    """Compute the features once, train every stage on them, and save the models."""
+    config, scored = run.config, {}
+    model, policy = _load(run)
+    train = run.features("model", model, run.train)
+    held = run.features("model", model, run.held_out) if run.held_out else None
+    run.log.metrics(0, hidden_norms(*train), prefix="features/train")
+    if held is not None:
+        run.log.metrics(0, hidden_norms(*held), prefix="features/eval")
+    final = model.score
+    if config.supervised is not None:
+        heads = fit_two_stages(
+            PairFeatures(*train, None, run.margins(run.train)),
+            config.bt,
+            config.brme if config.supervised == "brme" else None,
+            seed=config.seed,
+            stage1=None if config.stage1 is None else model.score,
+            evaluation=None if held is None else PairFeatures(*held, None, run.margins(run.held_out)),
+            aggregation=config.aggregation,
+            on_stage1=lambda head: run.save("stage1", model, head),
+            checkpoints=run.folder / "checkpoints",
+            log=run.log,
+            progress=run.progress,
+        )
+        scored["single"] = Scored(heads.single, held)
+        final = heads.final.frozen_copy()  # stage 1 stays uncalibrated: its differences are Bradley-Terry logits
+        calibrate(final, torch.cat(train))
+    pet = None
+    if config.stage == "pet":
+        if config.supervised == "brme":
+            run.save("start", model, final)
+        scored["start"] = Scored(final, held)
+        stage = PETStage(run, policy, _pessimistic(config, final))
+        final, pet = stage.heads(run.scorer("model", model), final, train, held)
+    run.save("model", model, final)
+    return FrozenResult({**scored, "final": Scored(final, held)}, pet)
+
+
+def _load(run: Run) -> _Loaded:
+    """The models of the run, with one trunk in memory where the policy and the reward have the same."""
+    config = run.config
+    if config.stage != "pet":
+        return _Loaded(run.load(1) if config.stage1 is None else run.placed(load_stage1(config)), None)
+    given = None if config.start is None else run.placed(load_reward("pet.start", config.start, config))
+    policy = load_language_model("model", config.model, config.dtype).to(run.device).eval()
+    if given is None:
+        return _Loaded(run.load(1, trunk=policy), policy)
+    if model_fingerprint(EnsembleRewardModel.from_trunk(policy)) == model_fingerprint(given):
+        given = with_head(given, given.score, policy)
+    return _Loaded(given, policy)
+
+
+def _pessimistic(config: TrainConfig, start: EnsembleHead) -> str:
+    """The aggregation that PET makes pessimistic."""
+    aggregation = "mean" if start.num_heads == 1 else config.aggregation
+    Aggregation.parse(aggregation).check_heads(start.num_heads)
+    return aggregation

@@ -1,0 +1,182 @@
+"""One run of `prudent train`: its pairs, tokenisers and folder, and what every mode does with them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...engine import EnsembleHead, EnsembleRewardModel, Scorer
+from ...kernels import Aggregation
+from ..data.pairs import PreferencePair, load_pairs, split_by_prompt
+from ..job.files import atomic_folder, atomic_write_json, read_json
+from ..job.log import RunLog
+from ..models.features import compute_features
+from ..models.loading import load_tokenizer, load_trunk
+from .config import FitConfig, TrainConfig
+from .start import check_given
+
+Sides = tuple[Tensor, Tensor]  # features of P pairs: chosen, rejected [P, D]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A head, and the features of the held-out pairs that it reads; None without held-out pairs."""
+
+    head: EnsembleHead
+    features: Sides | None
+
+    @torch.no_grad()
+    def rewards(self, aggregation: str) -> Sides:
+        """Rewards [P] of chosen and of rejected, on the CPU."""
+        assert self.features is not None
+        # not centred: centring each side alone would move one side against the other
+        outputs = [self.head(side, aggregation=aggregation, centre="none").reward.cpu() for side in self.features]
+        return outputs[0], outputs[1]
+
+
+class Run:
+    """The pairs of a run, split; its tokenisers; and its folder, where models and features are kept.
+
+    mode: head, lora or full. device: where models go. train, held_out: the pairs. tokenizers: "stage1", "model" and
+    "start" are those of the models in these folders; "policy" is that of the language model that stage pet samples.
+    """
+
+    def __init__(self, config: TrainConfig, mode: str, log: RunLog, resume: bool, progress: bool) -> None:
+        self.config, self.mode, self.log, self.resume, self.progress = config, mode, log, resume, progress
+        self.folder = config.output
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        check_given(config, mode)
+        self.tokenizers = _tokenizers(config)
+        data = load_pairs(
+            config.data,
+            min_score_gap=config.min_score_gap,
+            skip_bad_rows=config.skip_bad_rows,
+            limit=config.limit,
+            progress=progress,
+        )
+        self.train, self.held_out = split_by_prompt(data.pairs, config.eval_fraction, config.seed)
+        if config.supervised == "brme":
+            Aggregation.parse(config.aggregation).check_heads(config.brme.num_heads)
+            if config.brme.num_heads > len(self.train):
+                raise ValueError(
+                    f"brme.num_heads: expected at most the {len(self.train)} training pairs, "
+                    f"got {config.brme.num_heads}"
+                )
+        self.dropped = {name: data.counts[name] for name in ("bad_rows", "duplicates", "equal", "below_gap")}
+        self.counts = self._count(data.counts)
+
+    def _count(self, counts: dict[str, int]) -> dict[str, Any]:
+        """Write data.json, or check that the data is still what an earlier start of the run has read."""
+        digest = hashlib.sha256(repr((self.train, self.held_out)).encode()).hexdigest()[:16]
+        summary = {
+            "data": self.config.data,
+            "fingerprint": digest,
+            **counts,
+            "train_pairs": len(self.train),
+            "held_out_pairs": len(self.held_out),
+            "held_out_prompts": len({pair.prompt_key for pair in self.held_out}),
+        }
+        path = self.folder / "data.json"
+        if path.exists():
+            before = read_json(path)
+            if before.get("fingerprint") != digest:
+                raise ValueError(
+                    f"data: {self.config.data} has changed since {self.folder} was begun: choose another folder"
+                )
+            summary = {**before, **summary}
+        atomic_write_json(path, summary)
+        return summary
+
+    def load(self, num_heads: int, losses: FitConfig | None = None, trunk: Any = None) -> EnsembleRewardModel:
+        """Fresh heads on the trunk of `config.model`, or on `trunk`, a language model that is loaded already.
+
+        losses: of the stage that will train it in modes lora and full; None: frozen, for features.
+        """
+        config = self.config
+        torch.manual_seed(config.seed if losses is None else losses.seed)
+        options: dict[str, Any] = {
+            "num_heads": num_heads,
+            "aggregation": "mean" if num_heads == 1 else config.aggregation,
+            "std_floor": None if losses is None else losses.std_floor,
+            "append_eos": config.append_eos,
+            "max_score_length": config.max_length,
+        }
+        if trunk is not None:
+            return self.placed(EnsembleRewardModel.from_trunk(trunk, **options))
+        dtype = "float32" if config.dtype == "auto" and self.mode == "full" else config.dtype
+        return self.placed(load_trunk("model", config.model, dtype=dtype, **options))
+
+    def placed(self, model: EnsembleRewardModel) -> EnsembleRewardModel:
+        """The model on the run's device, in eval mode."""
+        model.to(self.device).eval()
+        return model
+
+    def scorer(self, name: str, model: EnsembleRewardModel) -> Scorer:
+        """Read texts as the model in the folder `name`: up to `config.max_length`, or to what is saved with it."""
+        config, tokenizer = self.config, self.tokenizers[name]
+        return Scorer(model, tokenizer, batch_tokens=config.batch_tokens, max_length=config.max_length, progress=False)
+
+    def features(self, name: str, model: EnsembleRewardModel, pairs: Sequence[PreferencePair]) -> Sides:
+        """Features [P, D] of chosen and of rejected, on the run's device; each distinct text is computed once."""
+        items = [pair.items() for pair in pairs]
+        texts = [chosen for chosen, _ in items] + [rejected for _, rejected in items]
+        names = [f"{pair_name(pair, i)}, {side}" for side in ("chosen", "rejected") for i, pair in enumerate(pairs)]
+        found = compute_features(self.scorer(name, model), texts, self.feature_folder, self.progress, names)
+        chosen, rejected = found.features.to(self.device).split(len(pairs))
+        return chosen, rejected
+
+    @property
+    def feature_folder(self) -> Path:
+        """Where features are cached."""
+        return self.config.features or self.folder / "features"
+
+    def margins(self, pairs: list[PreferencePair]) -> Tensor | None:
+        """[P] margins on the run's device, 0 for a pair without one; None if no pair has one."""
+        if all(pair.margin is None for pair in pairs):
+            return None
+        return torch.tensor([pair.margin or 0.0 for pair in pairs], device=self.device)
+
+    def save(self, name: str, model: EnsembleRewardModel, head: EnsembleHead) -> None:
+        """`head` on the model's trunk in the folder `name`, with the tokeniser; what is there already stays."""
+        target = self.folder / name
+        if target.exists():
+            return
+        whole = with_head(model, head)
+        with atomic_folder(target) as folder:
+            whole.save_pretrained(folder)
+            self.tokenizers[name].save_pretrained(folder)
+
+
+def with_head(model: EnsembleRewardModel, head: EnsembleHead, trunk: Any = None) -> EnsembleRewardModel:
+    """`head` on the model's trunk, or on `trunk`, reading texts as the model does."""
+    return EnsembleRewardModel.from_trunk(
+        model.model if trunk is None else trunk,
+        head=head,
+        pooling=model.config.pooling,
+        append_eos=model.config.append_eos,
+        max_score_length=model.config.max_score_length,
+    )
+
+
+def pair_name(pair: PreferencePair, index: int) -> str:
+    """What errors call a pair: its file and line, or its number."""
+    return pair.where or f"pair {index}"
+
+
+def _tokenizers(config: TrainConfig) -> dict[str, Any]:
+    """Folder of the run -> the tokeniser of the model in it; each distinct one is loaded once."""
+    policy = ("model", config.model)
+    reward = policy if config.start is None else ("pet.start", config.start)
+    wanted = {"stage1": policy if config.stage1 is None else ("stage1", config.stage1), "model": reward}
+    wanted |= {"start": reward} | ({"policy": policy} if config.stage == "pet" else {})
+    loaded: dict[str, Any] = {}
+    for key, name in wanted.values():
+        if name not in loaded:
+            loaded[name] = load_tokenizer(key, name)
+    return {folder: loaded[name] for folder, (_, name) in wanted.items()}

@@ -1,0 +1,110 @@
+"""Modes lora and full of `prudent train`: the trunk is trained with its heads in each stage."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ...engine import EnsembleRewardModel, Scorer, calibrate
+from ..data.pairs import PreferencePair
+from ..job.files import atomic_folder
+from ..models.adapter import save_head
+from ..models.loading import load_reward_model
+from .config import FitConfig
+from .losses import partition
+from .run import Run, Scored, pair_name
+from .start import load_stage1
+from .trunk import train_trunk
+from .two_stage import preference_probability, seeded
+
+_CALIBRATION_PAIRS = 2000  # their features are computed for it alone: mean and std of a head to about 1.6 %
+
+
+def train_whole(run: Run) -> dict[str, Scored]:
+    """Train each stage's trunk and heads, and save the models; what an earlier start of the run has saved is loaded.
+
+    Both stages start from the base model, as in the paper ("we train a single-head RM and a 5-head BRME starting from"
+    it): stage 1 stays a model of its own and hands over p_hat alone.
+    """
+    config = run.config
+    stage1 = _saved(run, "stage1")
+    if stage1 is None:
+        if config.stage1 is None:
+            stage1 = _train_stage(run, seeded(config.bt, config.seed), (None, None))
+        else:
+            stage1 = run.placed(load_stage1(config))
+        run.save("stage1", stage1, stage1.score)
+    single = Scored(stage1.score, run.features("stage1", stage1, run.held_out) if run.held_out else None)
+    model = _saved(run, "model")
+    if model is None:
+        model = stage1
+        if config.stage == "brme":
+            p_hat = preference_probability(stage1.score, *run.features("stage1", stage1, run.train))
+            held_p = None if single.features is None else preference_probability(stage1.score, *single.features)
+            del stage1, model  # one trunk in memory at a time
+            model = _train_stage(run, seeded(config.brme, config.seed), (p_hat, held_p))
+        model.score = model.score.frozen_copy()
+        calibrate(model.score, torch.cat(run.features("model", model, run.train[:_CALIBRATION_PAIRS])))
+        run.save("model", model, model.score)
+    _save_adapter(run, model)
+    held = run.features("model", model, run.held_out) if run.held_out else None
+    return {"single": single, "final": Scored(model.score, held)}
+
+
+def _saved(run: Run, name: str) -> EnsembleRewardModel | None:
+    """The model that a finished stage has saved, if it is there."""
+    folder = run.folder / name
+    return run.placed(load_reward_model("output", str(folder))) if folder.exists() else None
+
+
+def _train_stage(run: Run, losses: FitConfig, p_hat: tuple[Tensor | None, Tensor | None]) -> EnsembleRewardModel:
+    """p_hat: stage 1's probabilities of the training and of the held-out pairs, for stage brme."""
+    model = run.load(losses.num_heads, losses)
+    scorer = run.scorer("model", model)
+    heads = partition(len(run.train), losses.num_heads, losses.seed).tolist()
+    train = _rows(run, scorer, run.train, heads, p_hat[0])
+    held_out = _rows(run, scorer, run.held_out, [0] * len(run.held_out), p_hat[1])
+    return train_trunk(
+        model,
+        train,
+        held_out,
+        losses,
+        run.config.trunk,
+        "lora" if run.mode == "lora" else "full",
+        run.folder / "checkpoints" / losses.stage,
+        log=run.log,
+        resume=run.resume,
+        progress=run.progress,
+    )
+
+
+def _rows(
+    run: Run, scorer: Scorer, pairs: list[PreferencePair], heads: list[int], p_hat: Tensor | None
+) -> list[dict[str, Any]]:
+    """Tokenised pairs as `collate` takes them."""
+    margins = run.margins(pairs) if p_hat is None else None
+    labels = {"p_hat": p_hat, "margin": margins}
+    columns = {name: [None] * len(pairs) if t is None else t.tolist() for name, t in labels.items()}
+    rows = []
+    bar = tqdm(pairs, desc="tokenising", unit="pair", delay=1, disable=not run.progress)
+    for i, (pair, head) in enumerate(zip(bar, heads, strict=True)):
+        row: dict[str, Any] = {"head": head, **{name: column[i] for name, column in columns.items()}}
+        for side, item in zip(("chosen", "rejected"), pair.items(), strict=True):
+            row[side] = scorer.encode(item, f"{pair_name(pair, i)}, {side}")
+        rows.append(row)
+    return rows
+
+
+def _save_adapter(run: Run, model: EnsembleRewardModel) -> None:
+    """Save the final stage's LoRA with its calibrated heads, for a policy on the same trunk."""
+    target, trained = run.folder / "adapter", run.folder / "checkpoints" / run.config.stage / "adapter"
+    if target.exists() or not trained.exists():  # mode full has no LoRA
+        return
+    with atomic_folder(target) as folder:
+        shutil.copytree(trained, folder, dirs_exist_ok=True)
+        save_head(model.score, folder, append_eos=model.config.append_eos)
+        run.tokenizers["model"].save_pretrained(folder)
