@@ -8,7 +8,7 @@ from typing import Any
 
 from ..job.files import read_json
 from ..job.folder import open_run_folder
-from ..report.words import count
+from ..report.words import accuracy_cells, aligned, count, few_prompts
 from .config import TrainConfig
 
 _DROPPED = {
@@ -33,13 +33,25 @@ class TrainResult:
         pairs = count(m["train_pairs"], "pair")
         lines = [f"{self.folder}: {head}", f"{pairs} trained on, {m['held_out_pairs']} held out"]
         lines += [f"{what}: {m['dropped'][key]}" for key, what in _DROPPED.items() if m["dropped"][key]]
-        if m["accuracy"]:
-            width = max(map(len, m["accuracy"]))
-            lines.append("held-out accuracy")
-            lines += [f"  {name:<{width}}  {value:.3f}" for name, value in m["accuracy"].items()]
+        lines += _accuracy_lines(m) if m["accuracy"] else []
         lines += _pet_lines(m["pet"]) if "pet" in m else []
         lines.append(f"model: {self.folder / 'model'}")
         return "\n".join(lines)
+
+
+def _accuracy_lines(m: dict[str, Any]) -> list[str]:
+    """The table of held-out accuracies, and which of them the pairs are too few to tell from the best."""
+    rows = [["held-out accuracy, %", "", "95 % interval"]]
+    rows += [[f"  {name}", *accuracy_cells(found)] for name, found in m["accuracy"].items()]
+    lines = aligned(rows).splitlines()
+    warning = few_prompts(m["held_out_prompts"])  # where the intervals are too narrow, they tell nothing apart
+    alike = [name for name, found in m["minus_best"].items() if warning or found["high"] is None or found["high"] >= 0]
+    if alike:
+        held_out = f"{count(m['held_out_pairs'], 'pair')} of {count(m['held_out_prompts'], 'prompt')}"
+        all_rows = len(alike) + 1 == len(m["accuracy"])
+        which = "these rows apart" if all_rows else f"the best, {m['best']}, from {', '.join(alike)}"
+        lines.append(f"too few to tell {which}: {held_out}")
+    return [*lines, warning] if warning else lines
 
 
 def _pet_lines(pet: dict[str, Any]) -> list[str]:

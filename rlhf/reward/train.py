@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..evaluation.statistics import pair_correct
+from ..evaluation.statistics import accuracy_difference, group_labels, pair_accuracy
 from ..job.files import atomic_write_json
 from ..job.folder import locked_folder
 from ..job.log import RunLog
@@ -74,16 +74,32 @@ def _trained(run: Run) -> dict[str, Any]:
         "train_pairs": len(run.train),
         "held_out_pairs": len(run.held_out),
         "dropped": run.dropped,
-        "accuracy": _accuracies(run, scored) if run.held_out else {},
+        **(_accuracies(run, scored) if run.held_out else {"accuracy": {}}),
         **({} if pet is None else {"pet": pet}),
     }
     atomic_write_json(run.folder / "train.json", metrics)
     return metrics
 
 
-def _accuracies(run: Run, scored: Mapping[str, Scored]) -> dict[str, float]:
-    """Held-out accuracy of each way to read the heads."""
-    return {name: float(pair_correct(*sides).double().mean()) for name, sides in _rewards(run, scored).items()}
+def _accuracies(run: Run, scored: Mapping[str, Scored]) -> dict[str, Any]:
+    """Held-out accuracy of each way to read the heads, with its interval over prompts.
+
+    "accuracy": name -> value, low, high. "best": the name of the highest; "minus_best": each other name -> its accuracy
+    minus the best's, with the interval of the paired difference.
+    """
+    rows = _rewards(run, scored)
+    prompts = group_labels(pair.prompt_key for pair in run.held_out)
+    accuracy = {name: pair_accuracy(*sides, prompts)._asdict() for name, sides in rows.items()}
+    best = max(accuracy, key=lambda name: accuracy[name]["value"])
+    minus_best = {
+        name: accuracy_difference(sides, rows[best], prompts)._asdict() for name, sides in rows.items() if name != best
+    }
+    return {
+        "held_out_prompts": int(prompts.max()) + 1,
+        "accuracy": accuracy,
+        "best": best,
+        "minus_best": minus_best,
+    }
 
 
 def _rewards(run: Run, scored: Mapping[str, Scored]) -> dict[str, Sides]:

@@ -16,10 +16,12 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForSequenc
 
 from prudent.engine import EnsembleRewardModel, Scorer
 from prudent.rlhf.data.pairs import load_pairs, split_by_prompt
+from prudent.rlhf.evaluation.evaluate import EvalConfig, run_eval
 from prudent.rlhf.job.config import load_config
 from prudent.rlhf.job.log import read_metrics
 from prudent.rlhf.reward import fit as fit_module
 from prudent.rlhf.reward.config import BradleyTerryConfig
+from prudent.rlhf.reward.outcome import _DROPPED, TrainResult
 from prudent.rlhf.reward.start import check_given, load_stage1
 from prudent.rlhf.reward.train import TrainConfig, run_train
 
@@ -83,15 +85,67 @@ def test_the_run_folder_holds_everything(finished: TrainConfig) -> None:
 def test_the_saved_models_score_what_was_measured(finished: TrainConfig) -> None:
     accuracy = json.loads((finished.output / "train.json").read_text())["accuracy"]
     assert list(accuracy) == ["single head (stage 1)", "nominal", "mean of heads", "worst", "tradeoff:0.4"]
-    assert accuracy["single head (stage 1)"] > 0.8
-    assert accuracy["mean of heads"] > 0.8
+    assert accuracy["single head (stage 1)"]["value"] > 0.8
+    assert accuracy["mean of heads"]["value"] > 0.8
     _, held = split_by_prompt(load_pairs(finished.data).pairs, 0.25, 0)
     for folder, name in (("stage1", "single head (stage 1)"), ("model", "tradeoff:0.4")):
         model = EnsembleRewardModel.from_pretrained(finished.output / folder)
         scorer = Scorer(model, AutoTokenizer.from_pretrained(finished.output / folder), progress=False)
         chosen, rejected = (scorer.score([pair.items()[side] for pair in held]).reward for side in (0, 1))
         right = sum(c > r for c, r in zip(chosen, rejected, strict=True)) / len(held)
-        assert right == pytest.approx(accuracy[name], abs=1 / len(held))
+        assert right == pytest.approx(accuracy[name]["value"], abs=1 / len(held))
+
+
+def test_every_accuracy_has_the_interval_of_eval_and_is_compared_with_the_best(finished: TrainConfig) -> None:
+    found = json.loads((finished.output / "train.json").read_text())
+    accuracy = found["accuracy"]
+    best = max(row["value"] for row in accuracy.values())
+    assert accuracy[found["best"]]["value"] == best
+    assert set(found["minus_best"]) == set(accuracy) - {found["best"]}
+    for name, difference in found["minus_best"].items():
+        assert difference["value"] == pytest.approx(accuracy[name]["value"] - best)
+    config = EvalConfig(
+        model=str(finished.output / "model"),
+        data=finished.data,
+        output=finished.output.parent / "eval",
+        eval_fraction=0.25,
+        pictures=False,
+    )
+    evaluated = run_eval(config, progress=False).metrics
+    assert evaluated["prompts"] == found["held_out_prompts"] == 3
+    for ours, theirs in (("nominal", "nominal"), ("mean of heads", "mean"), ("worst", "worst")):
+        assert {key: evaluated["accuracy"][theirs][key] for key in ("value", "low", "high")} == accuracy[ours]
+
+
+def _said(rows: dict[str, tuple[float, float]], prompts: int = 40) -> list[str]:
+    """The table's lines for name -> (value, upper end of the difference to the first, the best)."""
+    best, *others = rows
+    metrics = {
+        "train_pairs": 9,
+        "held_out_pairs": 114,
+        "held_out_prompts": prompts,
+        "dropped": dict.fromkeys(_DROPPED, 0),
+        "accuracy": {
+            name: {"value": value, "low": value - 0.1, "high": value + 0.1} for name, (value, _) in rows.items()
+        },
+        "best": best,
+        "minus_best": {name: {"value": -0.1, "low": -0.2, "high": rows[name][1]} for name in others},
+    }
+    return str(TrainResult(Path("run"), metrics)).splitlines()[2:-1]
+
+
+def test_rows_that_the_pairs_cannot_tell_apart_are_named() -> None:
+    few = _said({"worst": (0.588, 0.0), "nominal": (0.386, 0.01)})
+    assert few[0].split() == ["held-out", "accuracy,", "%", "95", "%", "interval"]
+    assert few[1].split() == ["worst", "58.8", "48.8", "to", "68.8"]
+    assert few[-1] == "too few to tell these rows apart: 114 pairs of 40 prompts"
+    some = _said({"worst": (0.6, 0.0), "mean": (0.59, 0.02), "nominal": (0.3, -0.05)})
+    assert some[-1] == "too few to tell the best, worst, from mean: 114 pairs of 40 prompts"
+    told = _said({"worst": (0.6, 0.0), "nominal": (0.3, -0.05)})
+    assert not any("too few" in line for line in told)
+    prompts = _said({"worst": (0.6, 0.0), "nominal": (0.3, -0.05)}, prompts=3)
+    assert prompts[-2] == "too few to tell these rows apart: 114 pairs of 3 prompts"
+    assert prompts[-1].startswith("The intervals resample 3 prompts")
 
 
 def test_the_saved_models_read_as_many_tokens_as_they_were_trained_on(
@@ -327,7 +381,7 @@ def test_what_was_left_out_of_the_data_is_said_at_the_end(
     config = _config(tiny_chat_folder, file, tmp_path / "run", "skip_bad_rows=true", "bt.epochs=1", "brme.epochs=1")
     said = str(run_train(config, progress=False))
     dropped = ["broken rows skipped: 1", "duplicate pairs dropped: 2", "pairs of two equal responses dropped: 1"]
-    assert said.splitlines()[2:6] == [*dropped, "held-out accuracy"]
+    assert said.splitlines()[2:5] == dropped
     assert "min_score_gap" not in said
     assert "dropped" not in str(run_train(finished, resume=True, progress=False))
 
@@ -389,5 +443,5 @@ def test_a_real_small_model_learns_real_preferences(shared_dir: Path, tmp_path: 
         output=tmp_path / "run",
     )
     accuracy = run_train(config, progress=False).metrics["accuracy"]
-    assert accuracy["single head (stage 1)"] > 0.6
-    assert accuracy["mean of heads"] > 0.6
+    assert accuracy["single head (stage 1)"]["value"] > 0.6
+    assert accuracy["mean of heads"]["value"] > 0.6
