@@ -14,7 +14,7 @@ from ..models.loading import load_language_model
 from .config import TrainConfig
 from .fit import PairFeatures
 from .pet.stage import PETStage
-from .run import Run, Scored, with_head
+from .run import Run, Scored, Truncation, with_head
 from .start import load_reward, load_stage1
 from .two_stage import fit_two_stages
 
@@ -37,8 +37,9 @@ def train_frozen(run: Run) -> FrozenResult:
     """Compute the features once, train every stage on them, and save the models."""
     config, scored = run.config, {}
     model, policy = _load(run)
-    train = run.features("model", model, run.train)
-    held = run.features("model", model, run.held_out) if run.held_out else None
+    train, cut = run.read("model", model, run.train)
+    held, held_cut = run.read("model", model, run.held_out) if run.held_out else (None, Truncation(0, 0, 0))
+    run.note_truncation(cut, held_cut, run.scorer("model", model).max_length)
     run.log.metrics(0, hidden_norms(*train), prefix="features/train")
     if held is not None:
         run.log.metrics(0, hidden_norms(*held), prefix="features/eval")

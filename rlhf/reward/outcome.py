@@ -8,7 +8,7 @@ from typing import Any
 
 from ..job.files import read_json
 from ..job.folder import open_run_folder
-from ..report.words import accuracy_cells, aligned, count, few_prompts
+from ..report.words import accuracy_cells, aligned, count, few_prompts, truncated_texts
 from .config import TrainConfig
 
 _DROPPED = {
@@ -33,10 +33,21 @@ class TrainResult:
         pairs = count(m["train_pairs"], "pair")
         lines = [f"{self.folder}: {head}", f"{pairs} trained on, {m['held_out_pairs']} held out"]
         lines += [f"{what}: {m['dropped'][key]}" for key, what in _DROPPED.items() if m["dropped"][key]]
+        lines += _truncation_lines(m.get("truncated"))
         lines += _accuracy_lines(m) if m["accuracy"] else []
         lines += _pet_lines(m["pet"]) if "pet" in m else []
         lines.append(f"model: {self.folder / 'model'}")
         return "\n".join(lines)
+
+
+def _truncation_lines(cut: dict[str, Any] | None) -> list[str]:
+    """How many texts were too long, and how many pairs that left without a difference; nothing of none."""
+    if cut is None or not cut["texts"]:
+        return []
+    lines = [f"{truncated_texts(cut['texts'], cut['of'])} (max_length {cut['max_length']})"]
+    if cut["same_pairs"]:
+        lines.append(f"pairs whose two texts are the same after that: {cut['same_pairs']}")
+    return lines
 
 
 def _accuracy_lines(m: dict[str, Any]) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +19,21 @@ from ..job.files import atomic_folder, atomic_write_json, read_json
 from ..job.log import RunLog
 from ..models.features import compute_features
 from ..models.loading import load_tokenizer, load_trunk
+from ..report.words import truncated_texts
 from .config import FitConfig, TrainConfig
 from .start import check_given
 
+logger = logging.getLogger(__name__)
+
 Sides = tuple[Tensor, Tensor]  # features of P pairs: chosen, rejected [P, D]
+
+
+class Truncation(NamedTuple):
+    """texts, of `of`, that lost their beginning; same: pairs whose two texts are the same to the model."""
+
+    texts: int
+    of: int
+    same: int
 
 
 @dataclass(frozen=True)
@@ -124,12 +136,37 @@ class Run:
 
     def features(self, name: str, model: EnsembleRewardModel, pairs: Sequence[PreferencePair]) -> Sides:
         """Features [P, D] of chosen and of rejected, on the run's device; each distinct text is computed once."""
+        return self.read(name, model, pairs)[0]
+
+    def read(self, name: str, model: EnsembleRewardModel, pairs: Sequence[PreferencePair]) -> tuple[Sides, Truncation]:
+        """`features`, and what was cut off the texts."""
         items = [pair.items() for pair in pairs]
         texts = [chosen for chosen, _ in items] + [rejected for _, rejected in items]
         names = [f"{pair_name(pair, i)}, {side}" for side in ("chosen", "rejected") for i, pair in enumerate(pairs)]
-        found = compute_features(self.scorer(name, model), texts, self.feature_folder, self.progress, names)
-        chosen, rejected = found.features.to(self.device).split(len(pairs))
-        return chosen, rejected
+        scorer = self.scorer(name, model)
+        found = compute_features(scorer, texts, self.feature_folder, self.progress, names)
+        chosen, rejected = (side.to(self.device) for side in found.features.split(len(pairs)))
+        same = (chosen == rejected).all(dim=1)
+        return (chosen, rejected), Truncation(int(found.truncated.sum()), 2 * len(pairs), int(same.sum()))
+
+    def note_truncation(self, train: Truncation, held_out: Truncation, max_length: int | None) -> None:
+        """Keep in data.json, and say, how many texts lost their beginning.
+
+        Raises:
+            ValueError: if the two texts of every training pair are the same to the model.
+        """
+        texts, of, same = (a + b for a, b in zip(train, held_out, strict=True))
+        found = {"texts": texts, "of": of, "max_length": max_length, "same_pairs": same}
+        if texts and self.counts.get("truncated") != found:  # once, not in each stage
+            logger.warning("data: %s", truncated_texts(texts, of))
+        self.counts["truncated"] = found
+        atomic_write_json(self.folder / "data.json", self.counts)
+        if train.same == len(self.train):
+            key = "max_length" if train.texts else "data"
+            where = f" in the last {max_length} tokens, all that the model reads" if train.texts else ""
+            raise ValueError(
+                f"{key}: expected pairs whose two texts differ{where}, got {train.same} training pairs that do not"
+            )
 
     @property
     def feature_folder(self) -> Path:

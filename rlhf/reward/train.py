@@ -74,6 +74,7 @@ def _trained(run: Run) -> dict[str, Any]:
         "train_pairs": len(run.train),
         "held_out_pairs": len(run.held_out),
         "dropped": run.dropped,
+        "truncated": run.counts.get("truncated"),
         **(_accuracies(run, scored) if run.held_out else {"accuracy": {}}),
         **({} if pet is None else {"pet": pet}),
     }

@@ -16,7 +16,7 @@ from ..models.adapter import save_head
 from ..models.loading import load_reward_model
 from .config import FitConfig
 from .losses import partition
-from .run import Run, Scored, pair_name
+from .run import Run, Scored, Truncation, pair_name
 from .start import load_stage1
 from .trunk import train_trunk
 from .two_stage import preference_probability, seeded
@@ -66,8 +66,9 @@ def _train_stage(run: Run, losses: FitConfig, p_hat: tuple[Tensor | None, Tensor
     model = run.load(losses.num_heads, losses)
     scorer = run.scorer("model", model)
     heads = partition(len(run.train), losses.num_heads, losses.seed).tolist()
-    train = _rows(run, scorer, run.train, heads, p_hat[0])
-    held_out = _rows(run, scorer, run.held_out, [0] * len(run.held_out), p_hat[1])
+    train, cut = _rows(run, scorer, run.train, heads, p_hat[0])
+    held_out, held_cut = _rows(run, scorer, run.held_out, [0] * len(run.held_out), p_hat[1])
+    run.note_truncation(cut, held_cut, scorer.max_length)
     return train_trunk(
         model,
         train,
@@ -84,19 +85,21 @@ def _train_stage(run: Run, losses: FitConfig, p_hat: tuple[Tensor | None, Tensor
 
 def _rows(
     run: Run, scorer: Scorer, pairs: list[PreferencePair], heads: list[int], p_hat: Tensor | None
-) -> list[dict[str, Any]]:
-    """Tokenised pairs as `collate` takes them."""
+) -> tuple[list[dict[str, Any]], Truncation]:
+    """Tokenised pairs as `collate` takes them, and what was cut off their texts."""
     margins = run.margins(pairs) if p_hat is None else None
     labels = {"p_hat": p_hat, "margin": margins}
     columns = {name: [None] * len(pairs) if t is None else t.tolist() for name, t in labels.items()}
-    rows = []
+    rows, texts, same = [], 0, 0
     bar = tqdm(pairs, desc="tokenising", unit="pair", delay=1, disable=not run.progress)
     for i, (pair, head) in enumerate(zip(bar, heads, strict=True)):
         row: dict[str, Any] = {"head": head, **{name: column[i] for name, column in columns.items()}}
         for side, item in zip(("chosen", "rejected"), pair.items(), strict=True):
-            row[side] = scorer.encode(item, f"{pair_name(pair, i)}, {side}")
+            row[side], cut = scorer.encode_truncating(item, f"{pair_name(pair, i)}, {side}")
+            texts += cut
+        same += row["chosen"] == row["rejected"]
         rows.append(row)
-    return rows
+    return rows, Truncation(texts, 2 * len(pairs), same)
 
 
 def _save_adapter(run: Run, model: EnsembleRewardModel) -> None:

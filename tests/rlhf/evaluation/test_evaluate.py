@@ -206,3 +206,16 @@ def test_pictures_without_matplotlib_are_refused_before_any_scoring(folders, tmp
     monkeypatch.setattr(Scorer, "features", lambda self, items: pytest.fail("scored"))
     with pytest.raises(ImportError, match=r"prudent\[report\]"):
         run_eval(config_of(folders, tmp_path), progress=False)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_texts_that_lost_their_beginning_are_counted(folders, tmp_path, cached):
+    scorer = load_scorer(str(folders.root / "ensemble"), 4096, None, False)
+    lengths = [len(scorer.encode(item)) for pair in load_pairs(folders.pairs).pairs for item in pair.items()]
+    limit = sorted(lengths)[len(lengths) // 2]
+    features = {"features": tmp_path / "cache"} if cached else {}
+    config = config_of(folders, tmp_path / "out", pictures=False, max_length=limit, **features)
+    result = run_eval(config, progress=False)
+    found = json.loads((config.output / "eval.json").read_text())["truncated"]
+    assert found == {"texts": sum(n > limit for n in lengths), "of": len(lengths), "max_length": limit}
+    assert f"{found['texts']} of {found['of']} texts were too long and read without the beginning" in str(result)
