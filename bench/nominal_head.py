@@ -1,4 +1,4 @@
-"""Is BRME's nominal head at least as accurate as a single Bradley-Terry head (the paper's table 5)? On real pairs.
+"""Compare the accuracy of BRME's nominal head with that of a single Bradley-Terry head (the paper's table 5).
 
     python -m prudent.bench.nominal_head --model DIR|smollm2 [...] --data PAIRS.jsonl [...] --cache DIR --output DIR
 
@@ -48,7 +48,7 @@ Sides = tuple[Tensor, Tensor]
 
 
 class Study:
-    """One model's features of one data set, and what every seed makes of them."""
+    """The features that one model gives of one data set; `run` trains and scores heads on them for one seed."""
 
     def __init__(
         self, pairs: list[PreferencePair], features: dict[tuple[str, str], Tensor], heads: int, held_out: float
@@ -61,7 +61,7 @@ class Study:
         return chosen, rejected
 
     def run(self, seed: int) -> tuple[list[str], dict[str, Sides]]:
-        """Held-out prompts and every scorer's (chosen, rejected) rewards on the held-out pairs."""
+        """The held-out prompts, and the (chosen, rejected) rewards of every scorer on their pairs."""
         train, held_out = split_by_prompt(self.pairs, self.held_out, seed)
         x = self.sides(train)
         configs = BradleyTerryConfig(), BRMEConfig(num_heads=self.heads)
@@ -100,7 +100,7 @@ def _rewards(single: EnsembleHead, ensemble: EnsembleHead, features: Tensor) -> 
 
 
 def study_features(scorer: Scorer, pairs: list[PreferencePair], folder: Path) -> dict[tuple[str, str], Tensor]:
-    """Each distinct (prompt, response) once, cached in `folder`."""
+    """Features of each distinct (prompt, response), cached in `folder`."""
     items: dict[tuple[str, str], dict[str, Any]] = {}
     for pair in pairs:
         for side in ("chosen", "rejected"):
@@ -109,7 +109,10 @@ def study_features(scorer: Scorer, pairs: list[PreferencePair], folder: Path) ->
 
 
 def summarise(runs: list[tuple[list[str], dict[str, Sides]]]) -> dict[str, Any]:
-    """All seeds' held-out pairs together, resampled by prompt, because a prompt's pairs and seeds go together."""
+    """Accuracies on the held-out pairs of all seeds together, with intervals that resample prompts.
+
+    A prompt's pairs depend on each other, in one seed and across seeds.
+    """
     groups = group_labels(prompt for prompts, _ in runs for prompt in prompts)
     pooled = {n: tuple(torch.cat([sides[n][i] for _, sides in runs]) for i in (0, 1)) for n in SCORERS}
     single = (pooled["single"][0], pooled["single"][1])
@@ -142,7 +145,7 @@ def _table(results: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _verdict(results: list[dict[str, Any]]) -> Iterator[str]:
-    """The claim's state on each data set, by rule: the interval of nominal minus single against 0."""
+    """One sentence per data set: whether the interval of nominal minus single excludes 0."""
     for result in results:
         d = result["rows"]["nominal"]["minus_single"]
         if d["low"] > 0:

@@ -1,4 +1,4 @@
-"""The job behind `prudent demo`: from a real language model to a report on what a pessimistic ensemble buys."""
+"""Run `prudent demo`: from a real language model to a report on what a pessimistic ensemble gains."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from . import report
 from .config import DemoConfig
 
 STAGES = ("the language model", "responses", "preference pairs", "reward heads", "evaluation", "PPO", "report")
-_HELD_OUT_PAIRS = 40  # a held-out prompt: 32 prompts then measure an accuracy to about 2 %
+_HELD_OUT_PAIRS = 40  # per held-out prompt: with 32 prompts an accuracy is measured to about 2 %
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """folder: the run folder. metrics: what metrics.json holds. str() is the closing table and the report's path."""
+    """folder: the run folder. metrics: the content of metrics.json. str(): the closing table and the report's path."""
 
     folder: Path
     metrics: dict[str, Any]
@@ -55,7 +55,7 @@ class DemoResult:
 
 
 def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
-    """Sample, label, train, evaluate, report; what a former start of the same run has done is not done again.
+    """Sample, label, train, evaluate, report. A run that was stopped goes on where it was.
 
     The run folder: config.yaml (resolved), samples.jsonl, features/, pairs.jsonl and held_out.jsonl (as `prudent train`
     and `prudent eval` read them), metrics.jsonl (training), checkpoints/, single/ (stage 1) and model/ (the ensemble,
@@ -71,7 +71,7 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
     with locked_folder(config.output):
         if open_run_folder(config, ("samples.jsonl", "features", "checkpoints", "metrics.json")) and done.exists():
             return DemoResult(config.output, read_json(done))
-        plot_style.require_matplotlib()  # whatever is missing is said before minutes of work, not after
+        plot_style.require_matplotlib()  # refuse before minutes of work, not after
         if config.model is None:
             wheel_folder()
         with RunLog(config.output) as log:
@@ -79,7 +79,7 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
 
 
 def _dtype(asked: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
-    """bfloat16 where it is multiplied in hardware: elsewhere a CPU widens it first and is slower than in float32."""
+    """bfloat16 if the hardware multiplies it; a CPU that does not is slower in it than in float32."""
     if asked != "auto":
         return asked
     if torch.cuda.is_available():
@@ -90,7 +90,7 @@ def _dtype(asked: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", 
 
 
 class _Run:
-    """One start of a run: `go` does what is not done yet."""
+    """One start of a run; `go` does what earlier starts have not finished."""
 
     def __init__(self, config: DemoConfig, log: RunLog, progress: bool) -> None:
         self.config, self.log, self.progress = config, log, progress
@@ -101,9 +101,9 @@ class _Run:
         self.tokenizer: Any = None
 
     def go(self) -> dict[str, Any]:
-        """All seven stages; returns the metrics."""
+        """Run all seven stages; return the metrics."""
         config = self.config
-        # read first: what is wrong with a file is said before a model is loaded
+        # read first, to refuse a broken file before a model is loaded
         prompts = [] if config.preferences else read_prompts(config.prompts, config.held_out_prompts)
         data = (
             load_pairs(config.preferences, limit=config.limit, progress=self.progress, key="preferences")
@@ -117,7 +117,7 @@ class _Run:
             metrics["seconds"] = dict(self.seconds)
             atomic_write_text(self.folder / "report.html", report.render(self.config, metrics, page))
         metrics["seconds"] = dict(self.seconds)
-        atomic_write_json(self.folder / "metrics.json", metrics)  # the last: it says that the run is whole
+        atomic_write_json(self.folder / "metrics.json", metrics)  # last: it marks the run as finished
         return metrics
 
     @contextmanager
@@ -169,13 +169,13 @@ class _Run:
         return metrics, report.Page(result, shown, runs)
 
     def _ppo(self, prompts: list[str]) -> dict[str, Any] | None:
-        """Both PPO runs, on the prompts that no head was trained on; None if they are left out."""
+        """Run PPO with both rewards, on the prompts that no head was trained on; None if ppo.steps is 0."""
         config = self.config
         if config.ppo.steps == 0:
             return None
         with self._stage(5):
             dtype: Literal["float32", "bfloat16"] = "bfloat16" if config.dtype == "bfloat16" else "float32"
-            self.model = None  # each run loads its own
+            self.model = None  # each PPO run loads its own
             start = demo_ppo.Start(self.source, dtype, config.temperature, config.seed)
             return demo_ppo.run_arms(config.ppo, start, self.folder, prompts, self.progress)
 
@@ -197,7 +197,7 @@ class _Run:
             progress=self.progress,
         )
 
-    # somebody's pairs
+    # given preferences
 
     def _with_preferences(self, data: PairData) -> tuple[dict[str, Any], report.Page]:
         config = self.config
@@ -231,7 +231,7 @@ class _Run:
     def _train(
         self, pairs: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], reference: Tensor
     ) -> tuple[EnsembleHead, EnsembleHead]:
-        """Stage 1 on the labels, stage 2 on stage 1's probabilities; both calibrated on `reference` and saved."""
+        """Train the single head and the ensemble, calibrate both on `reference`, and save them."""
         heads = fit_two_stages(
             PairFeatures(*pairs),
             self.config.bt,
@@ -262,7 +262,7 @@ class _Run:
         prompts: Sequence[int],
         flipped: Tensor | None,
     ) -> dict[str, Any]:
-        """Everything about held-out pairs: `evaluate_heads` on the true labels, and accuracy on the noisy ones."""
+        """Measure the held-out pairs: `evaluate_heads` on the true labels, and the accuracies on the noisy ones."""
         with torch.no_grad():
             sides = [ensemble(side, aggregation="mean") for side in held_out]
         compared = [rewards(single, ensemble, side) for side in held_out]

@@ -1,7 +1,7 @@
-"""The demo's last experiment: a short PPO run against the single head and one against the ensemble, gold beside proxy.
+"""PPO in the demo: one short run on the single head and one on the ensemble, with gold and proxy reward of both.
 
-Both start from the same language model, draw with the same random numbers from the same prompts (those that no reward
-head was trained on), and differ in nothing but the reward; so their first step is the same, sample for sample.
+The two runs differ in the reward alone: same language model, same prompts (those that no reward head was trained on),
+same random numbers. Their first step therefore has the same samples.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ..ppo.watch.findings import block_length, by_step, difference, ends, headli
 from ..sampling.config import RolloutConfig
 from .config import DemoPPOConfig
 
-# an arm's folder under ppo/ -> the demo's folder of its reward, how people read it, the aggregation
+# folder of a run under ppo/ -> folder of its reward in the demo, title, aggregation
 ARMS = {
     "single": ("single", TITLES[SINGLE], "mean"),
     "ensemble": ("model", TITLES["tradeoff:0.4"], "tradeoff:0.4"),
 }
-SHOWN = {  # key in metrics.json -> metric
+SHOWN = {  # key in metrics.json -> metric of the run
     "proxy": "reward/mean",
     "gold": "gold/mean",
     "kl": "kl/sequence",
@@ -33,7 +33,7 @@ SHOWN = {  # key in metrics.json -> metric
 
 
 class Start(NamedTuple):
-    """What both runs take from the demo: the language model's folder or hub name, how it is loaded and sampled."""
+    """What both runs take from the demo: the language model (folder or hub name), and how it is loaded and sampled."""
 
     model: str
     dtype: Literal["float32", "bfloat16"]
@@ -42,7 +42,7 @@ class Start(NamedTuple):
 
 
 def arm_config(name: str, ppo: DemoPPOConfig, start: Start, folder: Path) -> PPOConfig:
-    """The PPO run of the arm `name` (of ARMS) in the demo's folder `folder`."""
+    """The config of the PPO run `name` (a key of ARMS) in the demo's folder."""
     source, _, aggregation = ARMS[name]
     return PPOConfig(
         model=start.model,
@@ -68,10 +68,10 @@ def arm_config(name: str, ppo: DemoPPOConfig, start: Start, folder: Path) -> PPO
 
 
 def run_arms(ppo: DemoPPOConfig, start: Start, folder: Path, prompts: Sequence[str], progress: bool) -> dict[str, Any]:
-    """Both runs, in ppo/single and ppo/ensemble of the demo's folder, each resumed or left alone as need be.
+    """Run or resume both PPO runs, in ppo/single and ppo/ensemble of the demo's folder.
 
     prompts: those that no head was trained on.
-    Returns what metrics.json holds under `ppo`: `as_dict`, and how many `samples` a step had.
+    Returns the entry `ppo` of metrics.json: `as_dict`, and the number of `samples` in a step.
     """
     from ..ppo.loop import run_ppo
 
@@ -99,7 +99,7 @@ def as_dict(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
 
 
 def findings(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """What the two runs show, the comparison first."""
+    """Sentences on what the two runs show, the comparison first."""
     single, ensemble = (series(by_step(rows[name]), "gold/mean") for name in ("single", "ensemble"))
     title = ARMS["ensemble"][1]
     apart = difference(single, ensemble)
@@ -119,7 +119,7 @@ def findings(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
 
 
 def table_rows(ppo: Mapping[str, Any]) -> list[list[str]]:
-    """Head and one line an arm: proxy, gold, KL and length, start to end, as text."""
+    """A head row and one row per run: proxy, gold, KL and length from start to end, as text."""
     lines = [["trained on", "proxy", "gold", "KL, nats", "tokens"]]
     for arm in ppo["arms"].values():
         digits = {"proxy": "+.2f", "gold": "+.3f", "kl": ".2f", "length": ".1f"}
@@ -132,7 +132,7 @@ def table_rows(ppo: Mapping[str, Any]) -> list[list[str]]:
 
 
 def page(folder: Path, ppo: Mapping[str, Any]) -> dict[str, Any]:
-    """What the demo's page shows of the runs: the table, the picture's rows, and responses of both policies."""
+    """The parts of the demo's page on PPO: the table, the rows of the picture, and responses of both policies."""
     from ..ppo.watch.monitor import read_texts
     from ..ppo.watch.report import before_and_after
 
@@ -144,7 +144,7 @@ def page(folder: Path, ppo: Mapping[str, Any]) -> dict[str, Any]:
     for i, pair in enumerate(texts["single"]):
         if i < len(texts["ensemble"]):
             after = {ARMS[name][1]: texts[name][i]["after"] for name in ARMS}
-            # the model read it inside its chat template; people need not
+            # show the plain prompt, not the chat template around it
             plain = max((prompt for prompt in prompts if prompt in pair["prompt"]), key=len, default=pair["prompt"])
             samples.append({"prompt": plain, "before": pair["before"], "after": after})
     return {

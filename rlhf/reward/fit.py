@@ -1,15 +1,15 @@
-"""Reward heads on cached features: a short loop over the fused op.
+"""Train reward heads on cached features, one `preference_step` per batch.
 
-Features of a frozen trunk differ in scale by orders of magnitude between dimensions and between models, so the loop
-trains on standardised features, which makes one learning rate serve all, and folds the scaling into the head that it
-returns: W' = W / s, b' = b - W m / s. The returned head acts on raw features.
+Features of a frozen trunk differ in scale by orders of magnitude between dimensions and between models. The heads are
+trained on standardised features, so that one learning rate fits all, and the scaling is folded into the returned head,
+which acts on raw features: W' = W / s, b' = b - W m / s.
 
-Centring matters beyond speed. Eq. 8 pulls every std down at every step; on features with a mean that pull runs through
-the weights along that mean, D of them at once, and takes std to its floor in the first epochs. On centred features only
-the bias carries it, by about lr a step, which `max_steps` bounds.
+Centring also keeps std alive. Eq. 8 pulls every std down at every step. On features with a mean, this pull moves all D
+weights along the mean at once, and std reaches its floor in the first epochs. On centred features it moves the bias
+alone, by about lr a step, and `max_steps` bounds the number of steps.
 
-Linear warm-up over 5 % of the steps and linear decay to 0 (BSR's recipe): with the rate at 0 the last epoch is the
-settled one, so it is what is returned. Picking the best epoch on the held-out pairs would spoil them as a measure.
+The learning rate warms up over 5 % of the steps and decays linearly to 0 (BSR's recipe), so the last epoch is returned:
+choosing the best epoch on the held-out pairs would bias what is measured on them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Fit(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """x -> (x - shift) * inverse, [D] fp32; a dimension that does not vary on the training set gets inverse 0."""
+    """x -> (x - shift) * inverse, [D] fp32; inverse is 0 for a dimension that is constant on the training set."""
 
     shift: Tensor
     inverse: Tensor
@@ -90,7 +90,7 @@ def standardise(*features: Tensor) -> Scaling:
     mean = torch.stack([block.double().sum(dim=0) for block in blocks]).sum(dim=0) / rows
     variance = torch.stack([(block.double() - mean).square().sum(dim=0) for block in blocks]).sum(dim=0) / rows
     std = variance.sqrt()
-    constant = std <= 1e-6 * mean.abs()  # rounding noise of a dimension that never varies
+    constant = std <= 1e-6 * mean.abs()  # a constant dimension: its spread is rounding
     inverse = torch.where(constant, torch.zeros_like(std), 1.0 / std)
     return Scaling(mean.float(), inverse.float())
 
@@ -108,20 +108,20 @@ def fit_heads(
     progress: bool = True,
     checkpoint: Path | str | None = None,
 ) -> Fit:
-    """Train reward heads on the features of P pairs. Same inputs and config, same bits.
+    """Train reward heads on the features of P pairs. Equal inputs and configs give equal bits.
 
     Args:
         chosen, rejected: [P, D] features, any floating dtype, on the device to train on.
-        p_hat: [P] in (0, 1), stage 1's probability that chosen wins; needed by stage "brme", refused by "bt".
-        margin: [P], for stage "bt".
+        p_hat: [P] in (0, 1), stage 1's probability that chosen wins; required in stage "brme", refused in "bt".
+        margin: [P], in stage "bt" alone.
         evaluation: held-out pairs, measured after every epoch.
         aggregation: of the returned head; None: "mean" for stage "bt", "tradeoff:0.4" for "brme".
-        log: where every epoch's numbers go, prefixed with the stage.
-        checkpoint: file that holds the state after every epoch; if it exists, training goes on from it.
+        log: receives every epoch's numbers, prefixed with the stage.
+        checkpoint: file that holds the state after every epoch; if it exists, training resumes from it.
 
     Raises:
         ValueError: for inputs outside the above; for a checkpoint of another config or other data; for a loss that is
-            not finite (the checkpoint of the epoch before stays).
+            not finite (the previous epoch's checkpoint is kept).
     """
     data = PairFeatures(chosen, rejected, p_hat, margin)
     held_out = None if evaluation is None else PairFeatures(*evaluation)
@@ -149,7 +149,7 @@ def fit_heads(
 
 
 class _State(HeadTraining):
-    """Fresh heads on standardised features, and one epoch's work on them."""
+    """Fresh heads on standardised features, trained epoch by epoch."""
 
     def __init__(
         self, data: PairFeatures, config: FitConfig, aggregation: str | Aggregation | None, checkpoint: Path | None
@@ -165,7 +165,7 @@ class _State(HeadTraining):
         )
         spec = aggregation or ("mean" if config.stage == "bt" else "tradeoff:0.4")
         head = EnsembleHead(dim, config.num_heads, aggregation=spec, std_floor=config.std_floor)
-        head.reset_parameters(torch.Generator().manual_seed(config.seed))  # drawn on the CPU: same on every device
+        head.reset_parameters(torch.Generator().manual_seed(config.seed))  # drawn on the CPU: the same on every device
         self.assigned = partition(pairs, config.num_heads, config.seed).to(device)
         identity = {"config": config.model_dump(mode="json"), "pairs": pairs, "data": _digest(data)}
         super().__init__(head.to(device), pairs, config, config.stage, identity, checkpoint)
@@ -217,8 +217,10 @@ def _noise_key(seed: int, step: int, device: torch.device) -> Tensor:
 def pair_metrics(
     out: EnsembleOutput, config: FitConfig, p_hat: Tensor | None = None, margin: Tensor | None = None
 ) -> dict[str, float]:
-    """Numbers of P scored pairs, `out` of 2P rows, chosen first: accuracies of the nominal (least std), mean and worst
-    reward, the stage's loss, the mean std. A tie is wrong. Eq. 8 is averaged over all heads: none saw the pairs.
+    """Measure P scored pairs; `out` has 2P rows, chosen first.
+
+    Returns the accuracies of the nominal (least std), mean and worst reward, where a tie counts as wrong; the stage's
+    loss; and the mean std. Eq. 8 is averaged over all heads, because none was trained on these pairs.
     """
     pairs, heads = out.mean.shape[0] // 2, out.mean.shape[1]
     rewards = {"mean": out.mean.mean(dim=1)}
@@ -273,5 +275,5 @@ def _check_features(chosen: Tensor, rejected: Tensor, what: str, dim: int | None
 
 
 def _digest(data: PairFeatures) -> list[float]:
-    """A few sums that tell this data from other data: enough to refuse a stale checkpoint."""
+    """Sums that tell this data from other data, to refuse the checkpoint of another run."""
     return [float(t.sum(dtype=torch.float64)) for t in data if t is not None]

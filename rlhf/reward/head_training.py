@@ -1,4 +1,4 @@
-"""What the loops over cached features share: epochs of shuffled pairs, the rate's schedule, a checkpoint an epoch."""
+"""The training loop of heads on cached features: shuffled epochs, learning-rate schedule, a checkpoint every epoch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class LoopConfig(Protocol):
-    """What the loop reads of `FitConfig` or `PETConfig`."""
+    """The fields of `FitConfig` and `PETConfig` that the loop uses."""
 
     @property
     def epochs(self) -> int: ...
@@ -38,7 +38,7 @@ class LoopConfig(Protocol):
 
 
 def schedule(step: int, total: int, warmup: float) -> float:
-    """Multiplier of the learning rate at `step` of `total`: linear up over `warmup` of the steps, then linear to 0."""
+    """Factor of the learning rate at `step` of `total`: linear warm-up over a share of the steps, then linear decay."""
     rising = warmup * total
     if step + 1 < rising:
         return (step + 1) / rising
@@ -46,14 +46,14 @@ def schedule(step: int, total: int, warmup: float) -> float:
 
 
 class HeadTraining:
-    """A head under AdamW over P pairs; everything that a checkpoint holds.
+    """Train a head with AdamW on P pairs, and keep the state that a checkpoint holds.
 
     Args:
-        head: on the device of the features; its bias is trained where it requires a gradient, without weight decay.
+        head: on the device of the features; a bias that requires a gradient is trained, without weight decay.
         pairs: P.
-        stage: what errors call the training.
-        identity: JSON of what a checkpoint must have been made from to be gone on with.
-        checkpoint: file that holds the state after every epoch; if it exists, training goes on from it.
+        stage: its name in errors.
+        identity: fingerprint of config and data; only a checkpoint with the same one is resumed from.
+        checkpoint: file that holds the state after every epoch; if it exists, training resumes from it.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class HeadTraining:
         self.optimizer = torch.optim.AdamW([decayed, undecayed], lr=config.lr)
         self.epoch = 0
         self.history: list[dict[str, float]] = []
-        self.before: dict[str, float] = {}  # what was measured before the first epoch, if anything was
+        self.before: dict[str, float] = {}  # measured before the first epoch, if at all
         self.steps_per_epoch = -(-pairs // config.batch_size)
         steps = config.epochs * self.steps_per_epoch
         self.total_steps = steps if config.max_steps is None else min(steps, config.max_steps)
@@ -82,15 +82,15 @@ class HeadTraining:
 
     @property
     def step(self) -> int:
-        """Optimizer steps made."""
+        """Number of optimizer steps taken."""
         return min(self.epoch * self.steps_per_epoch, self.total_steps)
 
     def steps_of(self, epoch: int, gradient: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, float]:
         """One pass over the shuffled pairs.
 
         Args:
-            gradient: (pairs [B] int64, step) -> [m] detached: the loss, then other numbers to report. It leaves the
-                loss's gradient in the head's parameters, whose old ones are gone when it is called.
+            gradient: (pairs [B] int64, step) -> [m] detached: the loss, then other numbers to report. It sets the
+                gradients of the head's parameters, which are None when it is called.
 
         Returns:
             The numbers [steps, m], still on the device: reading them at every step would make a GPU wait; and the last
@@ -127,14 +127,14 @@ class HeadTraining:
             "optimizer": self.optimizer.state_dict(),
         }
         with atomic_file(self.checkpoint) as temporary, temporary.open("wb") as stream:
-            torch.save(state, stream)  # a stream's errors, unlike those of torch's own writer, say why
+            torch.save(state, stream)  # errors of a stream give the reason; those of torch's own writer do not
 
     def _load(self, checkpoint: Path) -> None:
         try:
             with reading_weights(checkpoint):
                 saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
         except ValueError as error:
-            logger.warning("%s: the stage is begun anew", error)
+            logger.warning("%s: the stage starts again", error)
             return
         if saved["identity"] != self._identity:
             theirs, ours = json.loads(saved["identity"]), json.loads(self._identity)

@@ -1,7 +1,7 @@
 """The losses of preference training, as scalars: Bradley-Terry, BRME's eq. 8, and batch-sum regularisation.
 
-Every loss is a mean over pairs, never a sum: the paper leaves it open for eq. 8, and with a mean the gradient's scale,
-and so the learning rate, does not depend on the batch size. Notation of BRME (arXiv 2409.15360): P pairs, K heads;
+Every loss is a mean over pairs. The paper leaves this open for eq. 8; with a mean, the scale of the gradient, and with
+it the learning rate, does not depend on the batch size. Notation of BRME (arXiv 2409.15360): P pairs, K heads;
 scores of 2P responses are stored chosen first (rows 0..P-1), then rejected (rows P..2P-1).
 """
 
@@ -20,7 +20,7 @@ def _require(ok: bool, name: str, expected: str, got: object) -> None:
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
     """BRME eq. 3: mean over pairs of -log sigma(r_chosen - r_rejected - margin). chosen, rejected, margin [P] -> [].
 
-    The margin (HelpSteer2-Preference, arXiv 2410.01257: "margin") asks for a larger gap where annotators were surer.
+    A margin (HelpSteer2-Preference, arXiv 2410.01257) asks for a larger gap where the annotators were more certain.
     """
     _require(chosen.dim() == 1 and chosen.numel() > 0, "chosen", "shape [P] with P > 0", list(chosen.shape))
     _require(rejected.shape == chosen.shape, "rejected", f"shape {list(chosen.shape)}", list(rejected.shape))
@@ -36,14 +36,15 @@ def brme(mean: Tensor, std: Tensor, p_hat: Tensor, head: Tensor, alpha: float, n
 
     Only the head a pair is assigned to sees it (appendix B.2). Without noise, the exact expectation over N(0, 1) noise:
         E l = (mean+ - alpha k)^2 + std+^2 + (mean- + alpha k)^2 + std-^2,
-    the same gradient in expectation with none of the variance. Either way the loss pulls every std towards 0 whatever
-    the residual is: std says how much a region was trained on, not how well it fits, and long training collapses it.
+    which has the same gradient in expectation and no variance. In both forms the loss pulls every std towards 0,
+    whatever the residual: std says how much a region was trained on, not how well it fits, and long training takes it
+    to its floor.
 
     Args:
         mean, std: [2P, K].   p_hat: [P], the frozen stage-1 model's probability that chosen wins.
         head: [P] int64 in [0, K), from `partition`.   alpha: width of the targets, +-alpha / 2.
         noise: [2P, K], a ~ N(0, 1); None for the closed form. The paper prints one letter for both responses of a pair;
-            independent noise has the same expected loss and gradient, because no term couples the two.
+            independent noise has the same expected loss and gradient, because no term has both.
     """
     _require(
         mean.dim() == 2 and mean.shape[0] > 0 and mean.shape[0] % 2 == 0, "mean", "shape [2P, K]", list(mean.shape)
@@ -68,8 +69,8 @@ def brme(mean: Tensor, std: Tensor, p_hat: Tensor, head: Tensor, alpha: float, n
 def bsr(reward_sum: Tensor, num_pairs: int, lam: float) -> Tensor:
     """Batch-sum regularisation (arXiv 2505.07271): lam * B * m^2, m = the mean of the batch's 2B rewards.
 
-    Written on the sum the fused op puts out: lam * B * m^2 = lam / (4B) * reward_sum^2. `reward_sum` [] runs over the
-    chosen and rejected rewards of `num_pairs` = B pairs.
+    With the sum that the fused op returns it is lam / (4B) * reward_sum^2; `reward_sum` [] runs over the chosen and
+    rejected rewards of `num_pairs` = B pairs.
     """
     _require(reward_sum.dim() == 0, "reward_sum", "a scalar", list(reward_sum.shape))
     _require(num_pairs > 0, "num_pairs", "a number above 0", num_pairs)

@@ -1,4 +1,4 @@
-"""The folder and the printed result of `prudent train`."""
+"""Claim the run folder of `prudent train`, and print its result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DROPPED = {
 
 @dataclass(frozen=True)
 class TrainResult:
-    """folder: the run folder. metrics: what train.json holds. finished_before: nothing was left to do."""
+    """folder: the run folder. metrics: the content of train.json. finished_before: the run was finished already."""
 
     folder: Path
     metrics: dict[str, Any]
@@ -41,7 +41,7 @@ class TrainResult:
 
 
 def _truncation_lines(cut: dict[str, Any] | None) -> list[str]:
-    """How many texts were too long, and how many pairs that left without a difference; nothing of none."""
+    """How many texts were too long, and how many pairs are the same after the cut; no line if no text was."""
     if cut is None or not cut["texts"]:
         return []
     lines = [f"{truncated_texts(cut['texts'], cut['of'])} (max_length {cut['max_length']})"]
@@ -51,7 +51,7 @@ def _truncation_lines(cut: dict[str, Any] | None) -> list[str]:
 
 
 def _accuracy_lines(m: dict[str, Any]) -> list[str]:
-    """The table of held-out accuracies, and which of them the pairs are too few to tell from the best."""
+    """The table of held-out accuracies, and which rows the pairs are too few to tell from the best."""
     rows = [["held-out accuracy, %", "", "95 % interval"]]
     rows += [[f"  {name}", *accuracy_cells(found)] for name, found in m["accuracy"].items()]
     lines = aligned(rows).splitlines()
@@ -66,7 +66,7 @@ def _accuracy_lines(m: dict[str, Any]) -> list[str]:
 
 
 def _pet_lines(pet: dict[str, Any]) -> list[str]:
-    """What PET did, and what to beware of."""
+    """The numbers before and after PET, with warnings."""
     before, after = pet["before"], pet["after"]
     rows = [("gap, best of n - reference", "gap"), ("Bradley-Terry loss", "bt"), ("accuracy", "accuracy")]
     asked = count(pet["prompts"], "prompt")
@@ -81,8 +81,9 @@ def _pet_lines(pet: dict[str, Any]) -> list[str]:
         lines.append(f"prompts too long to be sampled for: {pet['prompts_too_long']}")
     if after["gap"] < 0:
         lines.append(
-            "beware: the reference responses now score above the best of the policy's own: the reward tells the two "
-            "sources apart, which lowers the objective without end; pet.hinge=all or pet.reference=sample prevents it"
+            "warning: the reference responses now score above the best of the policy's own, so the reward tells the "
+            "two sources apart, which lowers the objective without end; pet.hinge=all or pet.reference=sample prevents "
+            "this"
         )
     return lines
 

@@ -124,10 +124,10 @@ class Run:
         dtype = "float32" if config.dtype == "auto" and self.mode == "full" else config.dtype
         return self.placed(load_trunk("model", config.model, dtype=dtype, **options))
 
-    def placed(self, model: EnsembleRewardModel) -> EnsembleRewardModel:
-        """The model on the run's device, in eval mode."""
-        model.to(self.device).eval()
-        return model
+    def placed(self, model: Any) -> EnsembleRewardModel:
+        """The reward model on the run's device, in eval mode."""
+        placed: EnsembleRewardModel = model.to(self.device).eval()
+        return placed
 
     def scorer(self, name: str, model: EnsembleRewardModel) -> Scorer:
         """Read texts as the model in the folder `name`: up to `config.max_length`, or to what is saved with it."""

@@ -29,7 +29,7 @@ def check_given(config: TrainConfig, mode: str) -> None:
 
 
 def _check_eos(key: str, name: str, config: TrainConfig) -> EnsembleRewardConfig | None:
-    """The configuration of an EnsembleRewardModel; None for another classifier: loading says what that lacks."""
+    """The configuration of an EnsembleRewardModel; None for another classifier, which is checked when it is loaded."""
     found = _load(key, name, "a reward model's folder or hub name", AutoConfig.from_pretrained)
     if not isinstance(found, EnsembleRewardConfig):
         return None
@@ -43,7 +43,7 @@ def _check_eos(key: str, name: str, config: TrainConfig) -> EnsembleRewardConfig
 def load_stage1(config: TrainConfig) -> EnsembleRewardModel:
     """`config.stage1` as a single-head model whose reward differences are Bradley-Terry logits.
 
-    A calibrated head gives back its own outputs: what Bradley-Terry trained are those, and not their z-scores.
+    Its calibration is removed: Bradley-Terry trained the head's own outputs, not their z-scores.
     """
     model = load_reward("stage1", str(config.stage1), config)
     model.score.reset_calibration()
@@ -51,7 +51,7 @@ def load_stage1(config: TrainConfig) -> EnsembleRewardModel:
 
 
 def load_reward(key: str, name: str, config: TrainConfig) -> EnsembleRewardModel:
-    """A trained reward model, which the config's `key` gave, as it is: heads, aggregation and calibration."""
+    """The trained reward model that the config's `key` names, with its heads, aggregation and calibration, frozen."""
     model = load_reward_model(key, name, dtype=config.dtype, append_eos=config.append_eos)
     if config.max_length is not None:
         model.config.max_score_length = config.max_length

@@ -1,4 +1,4 @@
-"""Preference training of the trunk itself, by LoRA or in full, through transformers.Trainer (and so accelerate)."""
+"""Train a trunk with its reward heads on preference pairs, by LoRA or in full, with transformers.Trainer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     right padded, chosen first; p_hat, margin [P] float32 where given; head [P] int64."""
     sequences = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
     length = max(map(len, sequences))
-    # the padding's id is of no consequence: the model goes by the mask
+    # any id can pad: the model goes by the mask
     ids = torch.tensor([[*s, *[0] * (length - len(s))] for s in sequences])
     mask = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences])
     batch = {"input_ids": ids, "attention_mask": mask, "head": torch.tensor([row["head"] for row in rows])}
@@ -45,11 +45,11 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 class PairTrainer(Trainer):
-    """transformers.Trainer on preference pairs: `compute_loss` is stage 1 or stage 2, the rest is transformers'.
+    """transformers.Trainer with the loss of stage 1 or stage 2 on preference pairs.
 
     Micro-batch means are averaged over accumulation steps and ranks, as Trainer does. `losses.bsr_scope`: "micro"
     squares each micro-batch's reward sum (what the paper's code does); "global" squares the sum over all micro-batches
-    of a step on all ranks, at the price of one more forward pass, without gradient, of each.
+    of a step on all ranks, which takes one more forward pass of each, without gradient.
     """
 
     def __init__(self, *args: Any, losses: FitConfig, run_log: RunLog | None, **kwargs: Any) -> None:
@@ -58,7 +58,7 @@ class PairTrainer(Trainer):
         self.model: Any
         self._norms: Tensor | None = None
         self._micro = 0
-        self._window: Tensor | None = None  # reward sum and pairs of the whole step
+        self._window: Tensor | None = None  # reward sum and number of pairs of the whole step
         self._logged: list[dict[str, float]] = []
         for module in self.model.modules():
             if isinstance(module, EnsembleHead):
@@ -72,7 +72,7 @@ class PairTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The stage's loss on one micro-batch of `collate`."""
+        """The loss of the stage on one micro-batch of `collate`."""
         config, pairs = self.losses, len(inputs["head"])
         out = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         reward = out.mean.mean(dim=1)
@@ -81,7 +81,7 @@ class PairTrainer(Trainer):
         else:
             noise = None
             if config.noise == "sampled":
-                # every micro-batch and rank of a step draws its own
+                # each micro-batch and rank of a step has its own noise
                 ranks = self.args.world_size
                 micro = self.state.global_step * self.args.gradient_accumulation_steps + self._micro
                 draw = micro * ranks + self.args.process_index
@@ -94,8 +94,9 @@ class PairTrainer(Trainer):
     def _bsr(self, reward_sum: Tensor, pairs: int) -> Tensor:
         if self._window is None:
             return bsr(reward_sum, pairs, self.losses.bsr)
-        # S the step's sum, B its pairs: the gradient of lam / (4B) S^2 is lam / (2B) S times that of each micro-batch's
-        # sum. Trainer and the ranks' all-reduce will average, hence shares; the detached half makes the value right.
+        # With S the step's sum and B its pairs, the gradient of lam / (4B) S^2 is lam / (2B) S times the gradient of
+        # each micro-batch's sum. Trainer and the all-reduce average over micro-batches and ranks, so we multiply by
+        # their number. The detached half corrects the value.
         total, count = self._window
         shares = self.current_gradient_accumulation_steps * self.accelerator.num_processes
         coefficient = self.losses.bsr / (2 * count) * total * shares
@@ -103,7 +104,7 @@ class PairTrainer(Trainer):
         return penalty
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of one step; for global BSR their rewards are summed here, before the first backward."""
+        """The micro-batches of one step. Global BSR needs the sum of their rewards before the first backward."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._micro, self._window = 0, None
         if self.losses.bsr and self.losses.bsr_scope == "global" and batches:
@@ -117,7 +118,7 @@ class PairTrainer(Trainer):
         return batches, items
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Trainer's, with the norms of the hidden states logged and a loss that is not finite refused."""
+        """Trainer's; also log the norms of the hidden states, and refuse a loss that is not finite."""
         pairs = len(inputs["head"])
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._micro += 1
@@ -133,7 +134,7 @@ class PairTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, and into the run's log."""
+        """Trainer's; also write to the run's log."""
         if "loss" in logs and self._logged:
             rows, self._logged = self._logged, []
             logs = {**logs, **{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}}
@@ -145,7 +146,7 @@ class PairTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out accuracy of nominal, mean and worst reward, loss and std, over all ranks."""
+        """Measure accuracy, loss and std on the held-out pairs, over all ranks (`pair_metrics`)."""
         self.model.eval()
         parts: list[tuple[Tensor, ...]] = []
         for batch in self.get_eval_dataloader(eval_dataset):
@@ -168,7 +169,7 @@ class PairTrainer(Trainer):
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint in `folder`. Trainer writes trainer_state.json last: without it, it was cut short."""
+    """The newest complete checkpoint in `folder`; one without trainer_state.json, which is written last, is not."""
     whole = []
     for path in folder.glob("checkpoint-*"):
         try:
@@ -179,12 +180,12 @@ def last_checkpoint(folder: Path) -> str | None:
         if cut is None:
             whole.append((step, str(path)))
         else:
-            logger.warning("%s was cut short: its checkpoint is passed over", cut)
+            logger.warning("%s is incomplete: its checkpoint is skipped", cut)
     return max(whole)[1] if whole else None
 
 
 def _is_cut(file: Path) -> bool:
-    """Whether a file of tensors ends too early, which both formats can tell without reading them."""
+    """Whether a file of tensors ends too early; both formats tell without reading the tensors."""
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, "pt"):
@@ -207,8 +208,10 @@ def train_trunk(
     resume: bool = False,
     progress: bool = True,
 ) -> EnsembleRewardModel:
-    """Train trunk and heads on rows of `collate`; checkpoints go to `folder`. LoRA comes back merged into the trunk,
-    and unmerged in `folder`/adapter."""
+    """Train trunk and heads on rows of `collate`, with checkpoints in `folder`.
+
+    In mode lora the LoRA is merged into the returned trunk, and saved unmerged in `folder`/adapter.
+    """
     wrapped: Any = _with_lora(model, config, losses.seed) if mode == "lora" else model
     on_gpu = torch.cuda.is_available()
     options: dict[str, Any] = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
@@ -229,7 +232,7 @@ def train_trunk(
         eval_strategy="steps" if held_out else "no",
         eval_steps=config.save_every,
         save_steps=config.save_every,
-        save_total_limit=2,  # the newest may be cut short by a kill
+        save_total_limit=2,  # a kill can leave the newest incomplete
         logging_steps=1,
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
@@ -237,7 +240,7 @@ def train_trunk(
         disable_tqdm=not progress,
         **options,
     )
-    # with several GPUs in one process Trainer takes DataParallel, which cuts a batch by rows and so parts the pairs
+    # with several GPUs in one process Trainer uses DataParallel, which splits a batch by rows, and so splits pairs
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     trainer = PairTrainer(
@@ -266,7 +269,7 @@ def train_trunk(
 
 
 class _Bar(ProgressCallback):
-    """The progress bar without a printed line at every logged step; the numbers are in the run's log."""
+    """A progress bar that prints no line at logged steps; the numbers are in the run's log."""
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
         """Print nothing."""

@@ -1,4 +1,4 @@
-"""The rewards of the learning study: a single head, a BRME ensemble, and PET on both, from the model's own samples."""
+"""Train the rewards of the learning study on the model's own samples: a single head, an ensemble, and PET on both."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ OPENINGS = tuple(f"One day, {who} {where}" for who in _WHO for where in _WHERE)
 
 
 def prepare(model: str, folder: Path, config: RewardsConfig, seed: int, aggregation: str) -> dict[str, Any]:
-    """Sample, label, train; what a former call has done is not done again.
+    """Sample, label and train; a call that finds the rewards finished returns their numbers.
 
-    Writes into `folder`: samples.jsonl, features/, prompts.txt (what PPO asks), pairs.jsonl, the reward models
+    Writes into `folder`: samples.jsonl, features/, prompts.txt (the prompts of PPO), pairs.jsonl, the reward models
     single/, ensemble/, pet_single/ and pet_ensemble/, and rewards.json (last).
 
     Args:
         aggregation: of the ensemble that PET makes pessimistic.
 
     Returns:
-        gold_reference: mean gold of the model's samples to PPO's prompts; gold_best_of_16: of the best of 16 by gold;
-        accuracy: reward -> share of the held-out prompts' pairs (true labels) it ranks right; counts.
+        gold_reference: mean gold reward of the model's samples for the prompts of PPO; gold_best_of_16: the same for
+        the best of 16 by gold; accuracy: reward -> its accuracy on the held-out prompts' pairs (true labels); counts.
     """
     done = folder / "rewards.json"
     if done.exists():
@@ -103,14 +103,14 @@ def _prompts(config: RewardsConfig) -> list[str]:
     from ..sampling.prompts import read_prompts
 
     prompts = list(OPENINGS) if config.prompts is None else read_prompts(config.prompts, config.held_out_prompts)
-    # held-out ones are the last: spread the openings, whose neighbours share a hero
+    # the last prompts are held out: spread the openings, of which neighbours share a hero
     return prompts if config.prompts is not None else [prompts[(i * 13) % len(prompts)] for i in range(len(prompts))]
 
 
 def _train(
     config: RewardsConfig, pairs: GoldPairs, rollouts: Sequence[Rollout], training: list[int], seed: int, spec: str
 ) -> dict[str, EnsembleHead]:
-    """The four rewards; every head of the first two has mean 0 and std 1 over the training prompts' samples."""
+    """The four rewards; the heads of single and ensemble have mean 0 and std 1 on the training prompts' samples."""
     chosen, rejected = pairs.features(rollouts, True)
     reference = torch.cat([rollouts[i].features for i in training]).float()
     single, ensemble = fit_two_stages(
@@ -137,10 +137,10 @@ def _train(
 
 @torch.no_grad()
 def _as_wide(head: EnsembleHead, start: EnsembleHead, features: Tensor) -> EnsembleHead:
-    """`head`, its reward as widely spread over the reference's samples as its start's.
+    """Scale `head` so that its reward has the same std on `features` as that of `start`.
 
-    PET makes rewards small, and a KL coefficient would mean another price for each. One factor for all heads: how they
-    compare is untouched.
+    PET makes rewards small, and the same KL coefficient would then weigh more. All heads are scaled by one factor,
+    which keeps their relative scale.
     """
     factor = head(features).reward.double().std() / start(features).reward.double().std()
     head.scale.mul_(float(factor))

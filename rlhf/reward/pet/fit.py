@@ -1,11 +1,10 @@
-"""PET on cached features: the loop of `fit.py` from a trained head, with the samples ranked anew at every step.
+"""Train PET on cached features: from a trained head, with the samples ranked again at every step.
 
-The start's calibration stays what it is. Of an ensemble the aggregated reward is made pessimistic, and min, argmin and
-trade-off depend on the scales between heads; so those enter. A single head trains on its own outputs, which are
-Bradley-Terry logits; its shift and scale are put back at the end, so that rewards before and after share one unit.
+The calibration of the start is kept. The aggregated reward of an ensemble is trained on calibrated heads, because min,
+argmin and trade-off depend on the scales between heads. A single head is trained on its own outputs, which are
+Bradley-Terry logits; its shift and scale are restored at the end, so that rewards before and after have one unit.
 
-One reward for a linear head and features makes the objective convex: a max of linear functions, a linear one, and
-Bradley-Terry.
+For a single linear head the objective is convex: a max of linear functions, a linear function, and Bradley-Terry.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from .objective import PETConfig, PETLoss, best_samples, pet_loss, takes_rejecte
 
 __all__ = ["PETFeatures", "PETFit", "fit_pet", "measure_pet"]
 
-_ROWS = 65536  # of samples ranked in one call where all of them are: bounds the fp32 copy
+_ROWS = 65536  # samples scored in one call when all are ranked: bounds the fp32 copy
 
 
 class PETFeatures(NamedTuple):
     """Features of P pairs and of n reference samples for each of X prompts.
 
     chosen, rejected  [P, D]
-    prompt            [P] int64, each pair's row in `samples`; -1: its prompt has none, and only Bradley-Terry reads it
+    prompt            [P] int64, each pair's row in `samples`; -1: no samples, for Bradley-Terry alone
     samples           [X, n, D]
     reference         [X, D], one more sample of each prompt; for `reference: sample`
     margin            [P], of the Bradley-Terry loss
@@ -70,22 +69,22 @@ def fit_pet(
     progress: bool = True,
     checkpoint: Path | str | None = None,
 ) -> PETFit:
-    """Minimise PET's objective over a trained head. Same inputs and config, same bits.
+    """Minimise PET's objective, starting from a trained head. Equal inputs and configs give equal bits.
 
-    x runs over the prompts of the pairs, so that a prompt with more pairs weighs more; every batch of pairs serves both
-    terms.
+    x runs over the prompts of the pairs, so that a prompt with more pairs has more weight; both terms are computed on
+    every batch of pairs.
 
     Args:
         head: the trained start, of K heads; not changed.
         data: on the device to train on; any floating dtype.
-        aggregation: what is made pessimistic; None: the head's own. One head: its mean. Centring is left out.
+        aggregation: the reward made pessimistic; None: the head's own; of one head, its mean. Never centred.
         evaluation: held-out pairs, measured after every epoch; its `samples` may be [0, n, D].
-        log: where every epoch's numbers go, as pet/NAME.
-        checkpoint: file that holds the state after every epoch; if it exists, training goes on from it.
+        log: receives every epoch's numbers, as pet/NAME.
+        checkpoint: file that holds the state after every epoch; if it exists, training resumes from it.
 
     Raises:
         ValueError: for inputs outside the above, a checkpoint of another config, start or data, or a loss that is not
-            finite (the checkpoint of the epoch before stays).
+            finite (the previous epoch's checkpoint is kept).
     """
     _check(head, data, config, "")
     if evaluation is not None:
@@ -142,7 +141,7 @@ def measure_pet(reward: Callable[[Tensor], Tensor], data: PETFeatures, config: P
 
 
 class _State(HeadTraining):
-    """The start's head on standardised features, and one epoch's work on it."""
+    """The start's head on standardised features, trained epoch by epoch."""
 
     def __init__(
         self,
@@ -158,7 +157,7 @@ class _State(HeadTraining):
         given = [data.chosen, data.rejected, data.samples.flatten(0, 1), data.reference]
         self.scaling = standardise(*(rows for rows in given if rows is not None and len(rows)))
         scaled = _scaled(head, self.scaling)
-        if head.num_heads == 1:  # a constant changes no difference: its gradient would be rounding, which Adam blows up
+        if head.num_heads == 1:  # it cancels in every difference: its gradient is rounding, which Adam would amplify
             scaled.bias.requires_grad_(False)
         identity = {
             "config": config.model_dump(mode="json"),
@@ -169,7 +168,7 @@ class _State(HeadTraining):
         super().__init__(scaled, len(data.chosen), config, "pet", identity, checkpoint)
 
     def reward(self, features: Tensor) -> Tensor:
-        """[N, D] raw features -> [N], the reward that is being made pessimistic."""
+        """[N, D] raw features -> [N] rewards, of the aggregation that is made pessimistic."""
         result: Tensor = self.head(self.scaling(features), aggregation=self.spec).reward
         return result
 
@@ -185,7 +184,7 @@ class _State(HeadTraining):
         return torch.stack(numbers).detach()
 
     def loss(self, index: Tensor, step: int) -> PETLoss:
-        """The objective on the pairs `index`: samples ranked without gradient, the winners scored with it."""
+        """The objective on the pairs `index`: samples are ranked without gradient, the best ones scored with it."""
         data, config, pairs = self.data, self.config, len(index)
         prompt = data.prompt[index]
         sampled = prompt >= 0
@@ -209,7 +208,7 @@ class _State(HeadTraining):
 
     @torch.no_grad()
     def folded(self) -> EnsembleHead:
-        """The head for raw features, with the start's calibration; dimensions that never vary keep its weights."""
+        """The head for raw features, with the start's calibration and, in constant dimensions, its weights."""
         varies = self.scaling.inverse > 0
         inverse = self.scaling.inverse.double()
         weight = torch.where(varies, self.head.weight * inverse, self.start.weight.double())

@@ -1,15 +1,15 @@
-"""PET: a reward that best-of-n cannot exploit, and so needs no KL (arXiv 2505.20556).
+"""PET's objective (arXiv 2505.20556): a reward that best-of-n cannot exploit, so that it needs no KL.
 
     r^ = argmin_r  max_{pi in Pi_RS} { V_r(pi) - V_r(pi_ref) }  +  beta * L_D(r)
 
-Pi_RS holds the best-of-n policies of every reward. The best-of-n policy of r itself attains the max, so that the
-problem is one minimisation:
+Pi_RS is the set of best-of-n policies of all rewards. The best-of-n policy of r itself attains the max, which leaves
+one minimisation:
 
     E_x [ E_{y_1..y_n ~ pi_0} max_j r(x, y_j) - E_{y ~ pi_ref} r(x, y) ] + beta * L_D(r)
 
-Its gradient (envelope theorem) is that at the arg-max: every step ranks the n samples without gradient and scores only
-the winner with it. Subtracting V_r(pi_ref) makes the objective blind to r -> r + c(x), which would otherwise have no
-lower bound.
+By the envelope theorem its gradient is the gradient at the arg-max: every step ranks the n samples without gradient and
+scores the best one with it. Subtracting V_r(pi_ref) makes the objective independent of r -> r + c(x), along which it
+would have no lower bound.
 """
 
 from __future__ import annotations

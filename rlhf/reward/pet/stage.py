@@ -1,4 +1,4 @@
-"""The stage `pet` of `prudent train`: sample the reference policy once, then make a trained reward pessimistic."""
+"""Stage pet of `prudent train`: sample the reference policy once, then make a trained reward pessimistic."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ from .objective import PETConfig
 
 
 class References(NamedTuple):
-    """Responses of the reference policy: rollouts, n (or n + 1) each; row: prompt_key -> its number in `rollouts`;
-    skipped: prompts too long for a response. own: whether the rollouts' features are those that the reward reads."""
+    """Responses of the reference policy.
+
+    rollouts: n (or n + 1) responses to each prompt. row: prompt_key -> index in `rollouts`. skipped: number of prompts
+    too long for a response. own: whether the features kept while sampling are those that the reward reads.
+    """
 
     rollouts: list[Rollout]
     row: dict[str, int]
@@ -74,8 +77,10 @@ class PETStage:
         return fit.head, self.summary(references, fit.before, fit.after)
 
     def references(self, scorer: Scorer) -> References:
-        """Sample the policy for the prompts of the training pairs, and for those of the held-out ones, which serve
-        measuring alone. What an earlier start of the run has sampled is read."""
+        """Sample the policy for the prompts of the training pairs, and of the held-out pairs, which are measured alone.
+
+        Samples of an earlier start of the run are read from its folder.
+        """
         run, pet, model, tokenizer = self.run, self.pet, self.policy, self.run.tokenizers["policy"]
         turn = Turn(tokenizer, model)
         room = pet.max_new_tokens + len(turn.closing)
@@ -103,7 +108,7 @@ class PETStage:
         return References(rollouts, {key: row for row, key in enumerate(prompts)}, skipped, own)
 
     def _features(self, scorer: Scorer, references: References) -> Tensor:
-        """[X, S, D] on the CPU: what one fit reads of them goes to the device once."""
+        """[X, S, D] on the CPU; `_data` moves what one fit needs to the device."""
         if references.own:
             return torch.stack([rollout.features for rollout in references.rollouts])
         items = [{"prompt": r.prompt, "response": text} for r in references.rollouts for text in r.responses]
@@ -112,7 +117,7 @@ class PETStage:
         return flat.view(len(references.rollouts), -1, flat.shape[1])
 
     def _data(self, sides: Sides, pairs: list[PreferencePair], features: Tensor, references: References) -> PETFeatures:
-        """Pairs with the samples of their own prompts, renumbered."""
+        """The features of pairs with the samples of their prompts, renumbered from 0."""
         rows = sorted({references.row[p.prompt_key] for p in pairs if p.prompt_key in references.row})
         place = {row: i for i, row in enumerate(rows)}
         prompt = [place[references.row[p.prompt_key]] if p.prompt_key in references.row else -1 for p in pairs]
@@ -123,7 +128,7 @@ class PETStage:
         return PETFeatures(*sides, numbers, own[:, : pet.samples], extra, self.run.margins(pairs))
 
     def summary(self, references: References, before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
-        """What train.json says of the stage."""
+        """The entry of the stage in train.json."""
         pet = self.pet
         return {
             "start": pet.start,
@@ -138,7 +143,7 @@ class PETStage:
 
 
 def _distinct(pairs: Sequence[PreferencePair], limit: int | None, seed: int) -> dict[str, Any]:
-    """prompt_key -> prompt, in the pairs' order; a random `limit` of them if there are more."""
+    """prompt_key -> prompt, in the order of the pairs; if there are more than `limit`, a random choice of them."""
     prompts = {pair.prompt_key: pair.prompt for pair in pairs}
     if limit is None or limit >= len(prompts):
         return prompts
@@ -147,7 +152,7 @@ def _distinct(pairs: Sequence[PreferencePair], limit: int | None, seed: int) -> 
 
 
 def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Refuse a folder of samples that were drawn otherwise."""
+    """Record how the folder's samples are drawn; refuse a folder whose samples were drawn in another way."""
     file = folder / "sampling.json"
     if not file.exists():
         atomic_write_json(file, identity)
@@ -161,7 +166,7 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
 
 
 def _reads_alike(model: Any, turn: Turn, scorer: Scorer, longest: int) -> bool:
-    """Whether the features kept while sampling are what the reward reads: the same trunk, tokens and closing."""
+    """Whether the features kept while sampling are those the reward reads: same trunk, same tokens, same ending."""
     if scorer.max_length is not None and scorer.max_length < longest:
         return False
     probe = {"prompt": "a", "response": "b"}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 pytest.importorskip("vaderSentiment", reason="the gold scorer is an extra: pip install 'prudent[demo]'")
@@ -20,6 +21,7 @@ from prudent.rlhf.demo import demo
 from prudent.rlhf.demo.demo import DemoConfig, run_demo
 from prudent.rlhf.job.config import load_config
 from prudent.rlhf.job.folder import locked_folder
+from prudent.rlhf.reward.train import TrainConfig, run_train
 from prudent.rlhf.sampling import stored as rollout
 from prudent.rlhf.sampling.prompts import read_prompts
 
@@ -40,7 +42,7 @@ def _config(folder: Path, output: Path, **options: Any) -> DemoConfig:
         "dtype": "float32",
         "temperature": 1.0,
         "batch_rows": 24,
-        "ppo": {"steps": 0},  # tests/rlhf/test_demo_ppo.py has them
+        "ppo": {"steps": 0},  # tests/rlhf/demo/test_ppo.py has them
     }
     return DemoConfig(output=output, **{"model": str(folder), "prompts": prompts, **small, **options})
 
@@ -198,7 +200,9 @@ def test_a_mistake_leaves_the_folder_to_the_mended_command(
         run_demo(config.model_copy(update={"preferences": "no_such_either.jsonl"}), progress=False)
 
 
-def test_real_preferences_take_the_place_of_the_gold_scorer(tiny_chat_folder: Path, tmp_path: Path) -> None:
+def test_real_preferences_take_the_place_of_gold_and_give_the_heads_of_prudent_train(
+    tiny_chat_folder: Path, tmp_path: Path
+) -> None:
     draw = torch.Generator().manual_seed(0)
     words = ["good food", "bad soup", "lovely room", "sad film", "great day", "poor hotel", "nice people", "ugly train"]
     lines = []
@@ -217,6 +221,11 @@ def test_real_preferences_take_the_place_of_the_gold_scorer(tiny_chat_folder: Pa
     text = (config.output / "report.html").read_text(encoding="utf-8")
     assert "No gold scorer can judge" in text
     assert "Best-of-n: searching" not in text
+    same = {"eval_fraction": config.eval_fraction, "seed": config.seed, "features": config.output / "features"}
+    train = TrainConfig(model=str(config.model), data=str(file), output=tmp_path / "train", mode="head", **same)
+    run_train(train, progress=False)
+    ours, theirs = (load_file(run.output / "model" / "model.safetensors") for run in (config, train))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if name.startswith("score."))
 
 
 def test_our_prompts_are_a_few_hundred_different_ones() -> None:

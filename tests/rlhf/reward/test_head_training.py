@@ -1,4 +1,4 @@
-"""The checkpoint of a loop over cached features: gone on with where it is whole, begun anew where it is not."""
+"""The checkpoint of head training: resumed from if it is complete, ignored with a warning if it is not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prudent.rlhf.reward.fit import BradleyTerryConfig, fit_heads
 
 
 @pytest.mark.parametrize("cut", [lambda b: b[:-100], lambda b: b[:5], lambda b: b"", lambda b: bytes(len(b))])
-def test_a_checkpoint_that_was_cut_short_is_named_and_its_stage_begun_anew(
+def test_a_checkpoint_that_is_incomplete_is_named_and_its_stage_starts_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, cut: Callable[[bytes], bytes]
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -24,7 +24,7 @@ def test_a_checkpoint_that_was_cut_short_is_named_and_its_stage_begun_anew(
     with caplog.at_level(logging.WARNING):
         again = fit_heads(chosen, rejected, config, checkpoint=file, progress=False)
     assert f"{file}: its weights cannot be read (" in caplog.text
-    assert "the stage is begun anew" in caplog.text
+    assert "the stage starts again" in caplog.text
     assert torch.equal(again.head.weight, whole.head.weight)
     assert len(again.history) == 2
     assert torch.load(file, weights_only=True)["epoch"] == 2

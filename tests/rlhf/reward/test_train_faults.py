@@ -1,4 +1,4 @@
-"""`prudent train` on a disk that is full, in a folder whose files were cut short, beside another process."""
+"""`prudent train` on a full disk, in a folder with incomplete files, and beside another process."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def test_a_checkpoint_with_a_file_that_was_cut_is_passed_over(
     with caplog.at_level(logging.WARNING):
         assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
     if name != "trainer_state.json":  # which the Trainer writes last: without it a kill is the likely reason
-        assert f"{file} was cut short: its checkpoint is passed over" in caplog.text
+        assert f"{file} is incomplete: its checkpoint is skipped" in caplog.text
 
 
 def test_a_write_of_the_trainers_that_fails_is_one_sentence(

@@ -181,7 +181,7 @@ def test_a_gap_below_zero_is_warned_of() -> None:
         "after": {"gap": -1.0},
     }
     metrics = {"train_pairs": 1, "held_out_pairs": 0, "dropped": dict.fromkeys(_DROPPED, 0), "accuracy": {}, "pet": pet}
-    assert "beware: the reference responses now score above" in str(TrainResult(Path("run"), metrics))
+    assert "warning: the reference responses now score above" in str(TrainResult(Path("run"), metrics))
 
 
 def _count_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
