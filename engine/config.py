@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..kernels import STD_FLOOR, Aggregation
+from .families import check_family
 
 POOLINGS = ("last", "first", "pooler")
 
@@ -31,10 +32,13 @@ class EnsembleRewardConfig(PreTrainedConfig):
         max_score_length: tokens of the longest sequence that the heads were trained on; `Scorer` cuts longer ones to it
             unless told otherwise. None: as many as the trunk has positions. (transformers takes `max_length` in a
             configuration for a setting of generation and refuses to save it.)
+        skip_token_id: with pooling `last`, the heads read the last attended token other than this one; None: the last
+            attended token. `from_sequence_classifier` sets it to the padding id that the classifier's own head skips.
         kwargs: `PreTrainedConfig`'s. num_labels is 1 and nothing else: trainers read column 0 of the logits.
 
     Raises:
-        ValueError: for an aggregation, pooling, max_score_length or num_labels outside the above.
+        ValueError: for an aggregation, pooling, max_score_length, skip_token_id or num_labels outside the above, or a
+            trunk whose hidden states of a text change with the batch around it.
     """
 
     model_type = "prudent_ensemble_reward"
@@ -50,6 +54,7 @@ class EnsembleRewardConfig(PreTrainedConfig):
         pooling: str | None = None,
         append_eos: bool | None = None,
         max_score_length: int | None = None,
+        skip_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -60,11 +65,17 @@ class EnsembleRewardConfig(PreTrainedConfig):
                 f"EnsembleRewardConfig: text_config: expected a decoder or an encoder, got {text_config.model_type!r}, "
                 "which is an encoder-decoder"
             )
+        if text_config is not None:
+            check_family(text_config)
         if pooling not in (None, *POOLINGS):
             raise ValueError(f"EnsembleRewardConfig: pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
         if max_score_length is not None and (type(max_score_length) is not int or max_score_length < 1):
             raise ValueError(
                 f"EnsembleRewardConfig: max_score_length: expected a whole number above 0, got {max_score_length!r}"
+            )
+        if skip_token_id is not None and (type(skip_token_id) is not int or skip_token_id < 0):
+            raise ValueError(
+                f"EnsembleRewardConfig: skip_token_id: expected a token id, 0 or above, got {skip_token_id!r}"
             )
         spec = Aggregation.parse(aggregation)
         spec.check_heads(num_heads)
@@ -75,6 +86,7 @@ class EnsembleRewardConfig(PreTrainedConfig):
         self.pooling = pooling or ("first" if encoder else "last")
         self.append_eos = (not encoder) if append_eos is None else append_eos
         self.max_score_length = max_score_length
+        self.skip_token_id = skip_token_id
         kwargs.setdefault("num_labels", 1)  # transformers' own default is 2
         super().__init__(**kwargs)
         # after the parent, which would set the attention and experts implementations of a trunk in use back to None
@@ -103,17 +115,29 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return None
-    return positions - position_offset(config)
+    return positions - (position_offset(config) if config.model_type in _POSITIONS_AFTER_PADDING else 0)
 
 
 def position_offset(config: PreTrainedConfig) -> int:
-    """The position id of the first token: 0, or one past the padding index in the RoBERTa family."""
+    """The position id of the first token: 0 for most trunks, one past the padding index for RoBERTa's descendants."""
     if config.model_type in _POSITIONS_AFTER_PADDING:
-        return int(config.pad_token_id) + 1
-    return 0
+        return padding_id(config) + 1
+    return 2 if config.model_type in _POSITIONS_FROM_TWO else 0
 
 
-# RoBERTa and its descendants keep the rows of the position table up to the padding index for padding
+def padding_id(config: PreTrainedConfig) -> int:
+    """A token id to write where a batch is padded: the trunk's own padding token, or 0 where it has none."""
+    padding = getattr(config, "pad_token_id", None)
+    known = isinstance(padding, int) and 0 <= padding < getattr(config, "vocab_size", 0)
+    return int(padding) if known else 0  # type: ignore[arg-type]
+
+
+# their position tables have rows up to the padding index that no token uses
 _POSITIONS_AFTER_PADDING = frozenset(
-    {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod"}
+    {
+        *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod"),
+        *("ibert", "longformer", "mpnet", "luke", "markuplm", "esm", "lilt", "layoutlmv3"),
+    }
 )
+# their position tables have two rows more than max_position_embeddings says
+_POSITIONS_FROM_TWO = frozenset({"mra", "nystromformer", "yoso"})

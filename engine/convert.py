@@ -1,20 +1,20 @@
-"""Other people's models as trunks and as stage-1 reward models, with every check on the way."""
+"""Take other people's models as trunks, and their one-head classifiers as reward models; check both."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import nn
-from transformers import AutoModel, PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
+from .config import is_encoder
+from .eval_mode import evaluating
+from .families import check_family
+from .head import EnsembleHead
+from .own_code import load_config, refusing_own_code, without_own_code
 from .weights import reading_weights, refuse_missing
-
-if TYPE_CHECKING:
-    pass
-
-# what says where a model is found, and so concerns its configuration too
-_HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 
 
 def load_trunk(source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[str, Any], need_pooler: bool) -> Any:
@@ -28,8 +28,9 @@ def load_trunk(source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[st
             "(of a PEFT model, give `get_base_model()`)"
         )
     else:
-        with reading_weights(source):
-            model, info = AutoModel.from_pretrained(source, output_loading_info=True, **kwargs)
+        check_family(load_config(source, kwargs))
+        with reading_weights(source), refusing_own_code(source):
+            model, info = AutoModel.from_pretrained(source, output_loading_info=True, **without_own_code(kwargs))
         trunk = model.base_model
         # language-model checkpoints of the BERT family come without the pooler, which `first` pooling does not read
         missing = (key for key in info["missing_keys"] if need_pooler or not key.startswith("pooler."))
@@ -40,6 +41,91 @@ def load_trunk(source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[st
             "configuration has none"
         )
     return trunk
+
+
+def model_of_sequence_classifier(
+    cls: Any, source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[str, Any]
+) -> Any:
+    """See `EnsembleRewardModel.from_sequence_classifier`; `cls` is that class."""
+    where = "from_sequence_classifier"
+    append_eos = kwargs.pop("append_eos", None)
+    if isinstance(source, PreTrainedModel):
+        _refuse_options(where, kwargs)
+        original = source
+        _check_labels(original.config)
+    else:
+        _check_labels(load_config(source, kwargs))
+        with reading_weights(source), refusing_own_code(source):
+            original, info = AutoModelForSequenceClassification.from_pretrained(
+                source, output_loading_info=True, **without_own_code(kwargs)
+            )
+        refuse_missing(where, source, info["missing_keys"])
+    trunk: Any = original.base_model
+    linear = _linear_head(original, trunk.config.hidden_size)
+    head = EnsembleHead(trunk.config.hidden_size, 1, aggregation="mean")
+    with torch.no_grad():
+        head.weight[0] = linear.weight[0]
+        head.weight[1] = 0.0
+        head.bias[0] = 0.0 if linear.bias is None else linear.bias[0]
+    pooled = is_encoder(trunk.config) and getattr(trunk, "pooler", None) is not None
+    model = cls.from_trunk(
+        trunk,
+        head=head,
+        pooling="pooler" if pooled else None,
+        append_eos=append_eos,
+        skip_token_id=_padding_token(original),
+    )
+    if model.config.pooling != "last":
+        model.config.skip_token_id = None
+    _check_same_rewards(original, model, linear)
+    return model
+
+
+def _padding_token(original: PreTrainedModel) -> int | None:
+    """The token that a decoder's classification head never reads at the end of a sequence: its padding token.
+
+    transformers' heads take the last id that is not `pad_token_id`, attended or not; without one, the last id.
+    """
+    embeddings: Any = original.get_input_embeddings()
+    padding = getattr(original.config.get_text_config(), "pad_token_id", None)
+    return padding if isinstance(padding, int) and 0 <= padding < embeddings.num_embeddings else None
+
+
+def _check_same_rewards(original: PreTrainedModel, model: Any, linear: nn.Linear) -> None:
+    """Refuse an architecture that does something else between trunk and head: random sequences must score alike."""
+    pairs = []
+    with evaluating(original):
+        for probe in _probes(original):
+            ids = probe[None].to(original.device)
+            mask = torch.ones_like(ids)
+            want = original(input_ids=ids, attention_mask=mask).logits.float().view(())
+            hidden = model.features(ids, mask)
+            got = model.score(hidden).reward.view(())
+            # the original rounds its reward to its own dtype; both add up D products, in fp32 at least
+            terms = (hidden.float().abs() @ linear.weight.float().abs().T).view(())
+            tolerance = 8 * torch.finfo(original.dtype).eps * want.abs() + 1e-5 * terms
+            pairs.append((float(got), float(want), float(tolerance)))
+    if not all(abs(got - want) <= tolerance for got, want, tolerance in pairs):
+        raise ValueError(
+            f"from_sequence_classifier: {type(original).__name__}: expected the reward to be one linear layer on the "
+            f"trunk's hidden state of the first token, or of the last that is not padding, got {[p[0] for p in pairs]} "
+            f"that way where the model says {[p[1] for p in pairs]}"
+        )
+
+
+def _probes(original: PreTrainedModel) -> list[Tensor]:
+    """Random sequences [T]: two plain ones, and one with the padding token inside it and twice at its end."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings: Any = original.get_input_embeddings()
+    allowed = torch.ones(embeddings.num_embeddings)
+    padding = _padding_token(original)
+    if padding is not None:
+        allowed[padding] = 0.0
+    plain, long, padded = (allowed.multinomial(n, replacement=True, generator=generator) for n in (5, 9, 8))
+    if padding is None:
+        return [plain, long]
+    padded[[2, 6, 7]] = padding
+    return [plain, long, padded]
 
 
 def _refuse_options(where: str, kwargs: dict[str, Any]) -> None:

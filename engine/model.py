@@ -15,10 +15,12 @@ from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from ..kernels import Aggregation
-from .config import EnsembleRewardConfig, is_encoder, max_positions, position_offset
-from .convert import _HUB_OPTIONS, _check_labels, _linear_head, _refuse_options, load_trunk
-from .eval_mode import evaluating
+from .config import EnsembleRewardConfig, max_positions, padding_id
+from .convert import load_trunk, model_of_sequence_classifier
+from .families import follows_length, length_classes, reset_frequencies
 from .head import EnsembleHead
+from .own_code import refusing_own_code, without_own_code
+from .pooling import check_mask, pooled_rows, right_padded
 from .weights import reading_weights, refuse_missing
 
 
@@ -41,10 +43,11 @@ class EnsembleRewardOutput(ModelOutput):
 class EnsembleRewardModel(PreTrainedModel):
     """A reward model that knows when it does not know: one trunk (`.model`), K Gaussian heads (`.score`).
 
-    Works wherever a `...ForSequenceClassification` with `num_labels=1` works: `logits` is [B, 1]. The reward is read at
-    the last attended token (`config.pooling`), found from the attention mask and never from the padding token; left and
-    right padding score alike, because positions are counted over attended tokens. The head computes in fp32 with
-    autocast off and stays fp32 in memory and on disk when the trunk is in a half precision.
+    Works wherever a `...ForSequenceClassification` with `num_labels=1` works: `logits` is [B, 1]. The heads read the
+    last attended token (`config.pooling`), which the attention mask tells; of a model that `from_sequence_classifier`
+    made, the last one that is not its padding token, as its own head does (`config.skip_token_id`). A sequence scores
+    alike alone, padded left or right, and beside any others: the trunk sees every batch padded on the right. The head
+    computes in fp32 with autocast off and stays fp32 in memory and on disk when the trunk is in a half precision.
 
     Make one with `from_trunk`, `from_sequence_classifier` or `from_pretrained`. Importing `prudent.engine` registers
     the class with transformers' Auto classes, so that `AutoModelForSequenceClassification.from_pretrained(folder)` and
@@ -73,7 +76,9 @@ class EnsembleRewardModel(PreTrainedModel):
         if config.text_config is None:
             raise ValueError("EnsembleRewardModel: config.text_config: expected the trunk's configuration, got None")
         super().__init__(config)
-        self.model: Any = AutoModel.from_config(config.text_config) if trunk is None else trunk
+        self.model: Any = trunk
+        if trunk is None:
+            self.model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         if config.pooling == "pooler" and getattr(self.model, "pooler", None) is None:
             raise ValueError(
                 f"EnsembleRewardModel: pooling: expected last or first, because {type(self.model).__name__} has no "
@@ -86,8 +91,9 @@ class EnsembleRewardModel(PreTrainedModel):
             # post_init draws weights for every module without this mark, adapters inside a given trunk included
             for module in () if given is None else given.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]
-        # a trunk without them (ALiBi) counts from the mask itself
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        self._padding_id = padding_id(config.text_config)
+        self._follows_length = follows_length(config.text_config)
         self.post_init()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
@@ -107,8 +113,8 @@ class EnsembleRewardModel(PreTrainedModel):
             ValueError: naming the missing tensors, or the folder whose weights cannot be read.
         """
         name = args[0] if args else ""
-        with reading_weights(name):
-            loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        with reading_weights(name), refusing_own_code(name):
+            loaded: Any = super().from_pretrained(*args, output_loading_info=True, **without_own_code(kwargs))
         model, info = loaded
         refuse_missing("EnsembleRewardModel.from_pretrained", name, info["missing_keys"])
         return (model, info) if output_loading_info else model
@@ -125,6 +131,7 @@ class EnsembleRewardModel(PreTrainedModel):
         pooling: str | None = None,
         append_eos: bool | None = None,
         max_score_length: int | None = None,
+        skip_token_id: int | None = None,
         **kwargs: Any,
     ) -> EnsembleRewardModel:
         """Heads on a trunk: a fresh ensemble (K = 5, `tradeoff:0.4`), or a trained one.
@@ -137,8 +144,9 @@ class EnsembleRewardModel(PreTrainedModel):
             aggregation: the head's; None takes `head`'s own, else `tradeoff:0.4`.
             head: a trained `EnsembleHead`, used by reference and moved to the trunk's device.
             std_floor: of a fresh head.
-            pooling, append_eos, max_score_length: see `EnsembleRewardConfig`.
-            kwargs: to `AutoModel.from_pretrained` (dtype, device_map, attn_implementation, ...); with a name only.
+            pooling, append_eos, max_score_length, skip_token_id: see `EnsembleRewardConfig`.
+            kwargs: to `AutoModel.from_pretrained` (dtype, device_map, attn_implementation, ...); trust_remote_code is
+                False unless given; with a name only.
 
         Raises:
             ValueError: for a trunk that is no language model or lacks tensors, or a head that does not fit.
@@ -164,6 +172,7 @@ class EnsembleRewardModel(PreTrainedModel):
             pooling=pooling,
             append_eos=append_eos,
             max_score_length=max_score_length,
+            skip_token_id=skip_token_id,
             # trainers look here for the tokeniser and for the name of the metric
             name_or_path=body.config.name_or_path,
             dtype=body.dtype,
@@ -179,17 +188,21 @@ class EnsembleRewardModel(PreTrainedModel):
         """Anybody's one-head reward model as a stage-1 model: K = 1, aggregation `mean`, the same rewards.
 
         Taken: `num_labels=1` and one linear head, `score` on a decoder's last token or `classifier` on BERT's pooler.
-        The two models' rewards are compared on two short random sequences before anything is returned. The one std is
-        a constant, 0.5 + the floor, and means nothing.
+        A decoder's head reads the last token that is not `config.pad_token_id`; so does this model, which matters where
+        that is the EOS token too. The two models' rewards are compared on short random sequences, with that token in
+        them and at their end, before anything is returned. The one std is a constant, 0.5 + the floor, and means
+        nothing.
 
         Args:
             classifier: folder, hub name, or a `...ForSequenceClassification` instance (its trunk is used by reference).
-            kwargs: `append_eos`, and what `AutoModelForSequenceClassification.from_pretrained` takes.
+            kwargs: `append_eos`, and what `AutoModelForSequenceClassification.from_pretrained` takes;
+                trust_remote_code is False unless given.
 
         Raises:
             ValueError: for another number of labels, another kind of head, missing tensors, or rewards that differ.
         """
-        return model_of_sequence_classifier(cls, classifier, kwargs)
+        model: EnsembleRewardModel = model_of_sequence_classifier(cls, classifier, kwargs)
+        return model
 
     def get_input_embeddings(self) -> Any:
         return self.model.get_input_embeddings()
@@ -215,7 +228,7 @@ class EnsembleRewardModel(PreTrainedModel):
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, T], non-zero where a token is; None: no padding anywhere, whatever the ids are.
-            position_ids: [B, T]; None counts the attended tokens.
+            position_ids: [B, T]; None: the trunk's own, counted over the attended tokens.
             return_dict: False for the tuple (logits, mean, std).
 
         Everything else that trainers pass (use_cache, token_type_ids, labels, ...) is ignored.
@@ -237,16 +250,29 @@ class EnsembleRewardModel(PreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states [B, T, D] and the row of each sequence in them, or pooled states [B, D] and None."""
-        _check_mask(input_ids, attention_mask)
+        check_mask(input_ids, attention_mask)
         limit = max_positions(self.config.text_config)
         if limit is not None and input_ids.shape[1] > limit:
             warnings.warn(
                 f"EnsembleRewardModel: a sequence is longer than the trunk's {limit} positions: its reward says little",
                 stacklevel=3,
             )
+        if attention_mask is None:
+            # an encoder may take its padding token for padding where no mask says otherwise
+            attention_mask = None if self.config.pooling == "last" else torch.ones_like(input_ids)
+        else:
+            input_ids, attention_mask, position_ids = right_padded(
+                input_ids, attention_mask, position_ids, self._padding_id
+            )
+        if self._follows_length and position_ids is None:
+            return self._by_length(input_ids, attention_mask), None
+        return self._pass(input_ids, attention_mask, position_ids)
+
+    def _pass(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One pass of the trunk over right-padded rows; returns as `_hidden` does."""
         options: dict[str, Any] = {}
-        if position_ids is None and attention_mask is not None:
-            position_ids = attended_positions(attention_mask, position_offset(self.config.text_config))
         if position_ids is not None and self._takes_positions:
             options["position_ids"] = position_ids
         if self.config.pooling == "last":
@@ -254,48 +280,27 @@ class EnsembleRewardModel(PreTrainedModel):
         hidden = self.model(
             input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **options
         ).last_hidden_state
-        rows = pooled_rows(input_ids, attention_mask, first=self.config.pooling != "last")
+        first = self.config.pooling != "last"
+        rows = pooled_rows(input_ids, attention_mask, first=first, skipped=self.config.skip_token_id)
         if self.config.pooling != "pooler":
             return hidden, rows
-        # BERT's pooler reads position 0 of what it is given, which left padding would make a padding token
         return self.model.pooler(hidden.flatten(0, 1).index_select(0, rows)[:, None]), None
 
-
-def attended_positions(attention_mask: Tensor, offset: int = 0) -> Tensor:
-    """[B, T] mask -> [B, T] int64: how many attended tokens stand before each one, plus `offset`; of padding, any."""
-    return (attention_mask.ne(0).long().cumsum(dim=1) - 1).clamp_min(0) + offset
-
-
-def pooled_rows(input_ids: Tensor, attention_mask: Tensor | None, first: bool) -> Tensor:
-    """[B] int64: the row, in hidden states flattened to [B * T, D], of each sequence's first or last attended token."""
-    batch, length = input_ids.shape
-    place = torch.arange(length, device=input_ids.device)
-    start = torch.arange(batch, device=input_ids.device) * length
-    if attention_mask is None:
-        return start + (0 if first else length - 1)
-    attended = attention_mask.ne(0)
-    index = torch.where(attended, place, length - 1).amin(1) if first else torch.where(attended, place, 0).amax(1)
-    return start + index
-
-
-def _check_mask(input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"EnsembleRewardModel: input_ids: expected [B, T] with T above 0, got {list(input_ids.shape)}")
-    if attention_mask is None:
-        return
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"EnsembleRewardModel: attention_mask: expected input_ids' shape {list(input_ids.shape)}, "
-            f"got {list(attention_mask.shape)}"
-        )
-    # reading device memory would stall the stream, and a compiler cannot trace the question
-    if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        empty = attention_mask.ne(0).any(1).logical_not()
-        if bool(empty.any()):
-            row = int(empty.int().argmax())
-            raise ValueError(
-                f"EnsembleRewardModel: attention_mask: expected a token in every row, got none in row {row}"
-            )
+    def _by_length(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Pooled states [B, D], with a pass of the trunk for each length class."""
+        batch, width = input_ids.shape
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        lengths = mask.sum(1).tolist() if attention_mask is not None else [width] * batch
+        groups = length_classes(self.config.text_config, lengths)
+        pooled = []
+        for group in groups:
+            longest = max(lengths[row] for row in group)
+            index = torch.tensor(group, device=input_ids.device)
+            reset_frequencies(self.model)
+            hidden, rows = self._pass(input_ids[index, :longest], mask[index, :longest], None)
+            pooled.append(hidden if rows is None else hidden.flatten(0, 1).index_select(0, rows))
+        order = torch.tensor([row for group in groups for row in group], device=input_ids.device)
+        return torch.cat(pooled).index_select(0, order.argsort())
 
 
 def _check_head(head: EnsembleHead, hidden_size: int, num_heads: int | None, std_floor: float | None) -> None:
@@ -311,61 +316,3 @@ def _check_head(head: EnsembleHead, hidden_size: int, num_heads: int | None, std
 AutoConfig.register(EnsembleRewardConfig.model_type, EnsembleRewardConfig, exist_ok=True)
 AutoModel.register(EnsembleRewardConfig, EnsembleRewardModel, exist_ok=True)
 AutoModelForSequenceClassification.register(EnsembleRewardConfig, EnsembleRewardModel, exist_ok=True)
-
-
-def model_of_sequence_classifier(
-    cls: type[EnsembleRewardModel], source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[str, Any]
-) -> EnsembleRewardModel:
-    """See `EnsembleRewardModel.from_sequence_classifier`."""
-    where = "from_sequence_classifier"
-    append_eos = kwargs.pop("append_eos", None)
-    if isinstance(source, PreTrainedModel):
-        _refuse_options(where, kwargs)
-        original = source
-        _check_labels(original.config)
-    else:
-        hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-        _check_labels(AutoConfig.from_pretrained(source, **hub))
-        with reading_weights(source):
-            original, info = AutoModelForSequenceClassification.from_pretrained(
-                source, output_loading_info=True, **kwargs
-            )
-        refuse_missing(where, source, info["missing_keys"])
-    trunk: Any = original.base_model
-    linear = _linear_head(original, trunk.config.hidden_size)
-    head = EnsembleHead(trunk.config.hidden_size, 1, aggregation="mean")
-    with torch.no_grad():
-        head.weight[0] = linear.weight[0]
-        head.weight[1] = 0.0
-        head.bias[0] = 0.0 if linear.bias is None else linear.bias[0]
-    pooled = is_encoder(trunk.config) and getattr(trunk, "pooler", None) is not None
-    model = cls.from_trunk(trunk, head=head, pooling="pooler" if pooled else None, append_eos=append_eos)
-    _check_same_rewards(original, model, linear)
-    return model
-
-
-def _check_same_rewards(original: PreTrainedModel, model: EnsembleRewardModel, linear: nn.Linear) -> None:
-    """Refuse an architecture that does something between trunk and head: two random sequences must score alike."""
-    generator = torch.Generator().manual_seed(0)
-    # the original finds its last token by the padding id, so the probe must not contain it
-    allowed = torch.ones(original.config.vocab_size)
-    padding = getattr(original.config, "pad_token_id", None)
-    if padding is not None:
-        allowed[padding] = 0.0
-    pairs = []
-    with evaluating(original):
-        for length in (5, 9):
-            ids = allowed.multinomial(length, replacement=True, generator=generator)[None].to(original.device)
-            mask = torch.ones_like(ids)
-            want = original(input_ids=ids, attention_mask=mask).logits.float().view(())
-            hidden = model.features(ids, mask)
-            got = model.score(hidden).reward.view(())
-            # the original rounds its reward to its own dtype; both add up D products, in fp32 at least
-            terms = (hidden.float().abs() @ linear.weight.float().abs().T).view(())
-            tolerance = 8 * torch.finfo(original.dtype).eps * want.abs() + 1e-5 * terms
-            pairs.append((float(got), float(want), float(tolerance)))
-    if not all(abs(got - want) <= tolerance for got, want, tolerance in pairs):
-        raise ValueError(
-            f"from_sequence_classifier: {type(original).__name__}: expected the reward to be one linear layer on the "
-            f"trunk's hidden state, got {[p[0] for p in pairs]} that way where the model says {[p[1] for p in pairs]}"
-        )

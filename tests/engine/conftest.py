@@ -58,6 +58,29 @@ def tiny_trunk(tiny_config: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
+@pytest.fixture
+def causal_lm(tiny_config: Callable[..., Any]) -> Any:
+    """A tiny Llama with its language-model head."""
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
+
+
+@pytest.fixture
+def make_classifier(tiny_config: Callable[..., Any]) -> Callable[..., Any]:
+    """family, num_labels, **changes -> a tiny sequence classifier in eval mode."""
+
+    def build(family: str = "llama", num_labels: int = 1, **changes: Any) -> Any:
+        torch.manual_seed(0)
+        config = tiny_config(family, num_labels=num_labels, **changes)
+        model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+        for parameter in model.parameters():  # initial weights are so small that many a wrong reward would look right
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+        return model
+
+    return build
+
+
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., Any]:
     """A tokeniser of single bytes; special tokens as asked."""

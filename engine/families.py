@@ -1,0 +1,78 @@
+"""Find trunks that read a text otherwise beside longer ones: part their batches, or refuse them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+# padding reaches the tokens beside it, in convolutions (convbert, canine), a Fourier transform of the row (fnet),
+# landmarks and hashes of it (nystromformer, yoso), neighbours' embeddings (mobilebert), or positions (cpmant)
+_UNPADDED = frozenset({"canine", "convbert", "cpmant", "fnet", "mobilebert", "nystromformer", "yoso"})
+
+
+def check_family(config: PreTrainedConfig) -> None:
+    """Raise ValueError for a trunk whose hidden states of a text depend on the texts beside or before it."""
+    reason = None
+    if config.model_type == "big_bird" and getattr(config, "attention_type", "") == "block_sparse":
+        reason = (
+            "its block-sparse attention becomes full attention at the first short text; set attention_type to "
+            "original_full in its config.json"
+        )
+    elif config.model_type == "ibert" and getattr(config, "quant_mode", False):
+        reason = "it scales activations by the whole batch; set quant_mode to false in its config.json"
+    if reason is not None:
+        raise ValueError(
+            "EnsembleRewardConfig: text_config: expected a trunk that reads a text alike alone and beside others, "
+            f"got {config.model_type!r}: {reason}"
+        )
+
+
+def follows_length(config: PreTrainedConfig) -> bool:
+    """Whether a trunk reads a row otherwise in a longer batch, so that `length_classes` must part its rows."""
+    return config.model_type in _UNPADDED or any(_scales(rope) for rope in _ropes(config))
+
+
+def length_classes(config: PreTrainedConfig, lengths: Sequence[int]) -> list[list[int]]:
+    """Group the rows that may share a pass of the trunk, such that each is read as it is alone.
+
+    Families that must see no padding: the rows of one length. Rotary frequencies of type longrope: the rows within the
+    original length, and the others. Of type dynamic: the rows within the trained length, and each length beyond it.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, length in enumerate(lengths):
+        key = [length] if config.model_type in _UNPADDED else []
+        for rope in _ropes(config):
+            if rope["rope_type"] == "longrope":
+                original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+                key.append(int(length > original))
+            elif _scales(rope):
+                key.append(max(length, config.max_position_embeddings))
+        groups.setdefault(tuple(key), []).append(row)
+    return list(groups.values())
+
+
+def reset_frequencies(trunk: Any) -> None:
+    """Forget the longest sequence so far: a rope of type dynamic would use its frequencies for shorter ones too."""
+    if not any("dynamic" in rope["rope_type"] for rope in _ropes(trunk.config)):
+        return
+    for module in trunk.modules():
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            prefix = name.removesuffix("max_seq_len_cached")
+            original, current = (getattr(module, prefix + which, None) for which in ("original_inv_freq", "inv_freq"))
+            setattr(module, name, module.original_max_seq_len)
+            if original is not None and current is not None:
+                setattr(module, f"{prefix}inv_freq", original.to(current.device, copy=True))
+
+
+def _scales(rope: dict[str, Any]) -> bool:
+    return "dynamic" in rope["rope_type"] or rope["rope_type"] == "longrope"
+
+
+def _ropes(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
+    """The rotary settings of a configuration: one, or one for each type of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for settings in [rope] if "rope_type" in rope else rope.values():
+        if isinstance(settings, dict) and isinstance(settings.get("rope_type"), str):
+            yield settings

@@ -1,0 +1,65 @@
+"""Bring a padded batch into one form, and find the row of each sequence that the heads read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_mask(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise ValueError for ids that are not [B, T], or a mask of another shape or (on the CPU) with an empty row."""
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"EnsembleRewardModel: input_ids: expected [B, T] with T above 0, got {list(input_ids.shape)}")
+    if attention_mask is None:
+        return
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"EnsembleRewardModel: attention_mask: expected input_ids' shape {list(input_ids.shape)}, "
+            f"got {list(attention_mask.shape)}"
+        )
+    # reading device memory would stall the stream, and a compiler cannot trace the question
+    if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        empty = attention_mask.ne(0).any(1).logical_not()
+        if bool(empty.any()):
+            row = int(empty.int().argmax())
+            raise ValueError(
+                f"EnsembleRewardModel: attention_mask: expected a token in every row, got none in row {row}"
+            )
+
+
+def right_padded(
+    input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None, padding_id: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Move each row's attended tokens to its front and write `padding_id` behind them; all arguments [B, T].
+
+    In this form every trunk counts positions by its own rule as it does for the row alone: from 0, from behind its
+    padding index, by the mask, or not at all. Recurrent trunks have read no padding before a token that counts.
+    """
+    attended = attention_mask.ne(0)
+    order = attended.logical_not().to(torch.int8).argsort(dim=1, stable=True)
+    attended = attended.gather(1, order)
+    ids = input_ids.gather(1, order).masked_fill(attended.logical_not(), padding_id)
+    if position_ids is not None:
+        position_ids = position_ids.expand_as(order).gather(1, order)
+    return ids, attended.to(torch.int64), position_ids
+
+
+def pooled_rows(input_ids: Tensor, attention_mask: Tensor | None, *, first: bool, skipped: int | None) -> Tensor:
+    """The row of each sequence that the heads read, in hidden states flattened to [B * T, D]: [B] int64.
+
+    Args:
+        input_ids: [B, T], padded on the right.
+        attention_mask: [B, T]; None: no padding.
+        first: the first attended token, instead of the last.
+        skipped: the last token must be another than this one; of a row that holds no other, the first counts.
+    """
+    batch, length = input_ids.shape
+    start = torch.arange(batch, device=input_ids.device) * length
+    if first:
+        return start
+    if attention_mask is None and skipped is None:
+        return start + (length - 1)
+    counts = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.ne(0)
+    if skipped is not None:
+        counts = counts & input_ids.ne(skipped)
+    return start + torch.where(counts, torch.arange(length, device=input_ids.device), 0).amax(1)
