@@ -195,7 +195,12 @@ def main() -> None:
     for model_name in args.model:
         source = str(embedded_model()) if model_name == "smollm2" else model_name
         model = EnsembleRewardModel.from_trunk(source, dtype=getattr(torch, args.dtype))
-        scorer = Scorer(model, AutoTokenizer.from_pretrained(source), max_length=args.max_length, progress=False)
+        scorer = Scorer(
+            model,
+            AutoTokenizer.from_pretrained(source, trust_remote_code=False),
+            max_length=args.max_length,
+            progress=False,
+        )
         for data in args.data:
             pairs = load_pairs(data).pairs
             folder = args.cache / Path(model_name).name / Path(data).stem

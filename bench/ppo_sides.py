@@ -63,7 +63,7 @@ def load(sides: Sides) -> Any:
 
     dtype = getattr(torch, sides.dtype)
     if sides.model:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(sides.model, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(sides.model, dtype=dtype, trust_remote_code=False)
         return copy.deepcopy(loaded).to(sides.device)
     torch.manual_seed(0)
     with torch.device(sides.device):
@@ -158,7 +158,11 @@ def trl(sides: Sides) -> list[float]:
     from trl.experimental.ppo import PPOConfig, PPOTrainer  # type: ignore[import-not-found, unused-ignore]
 
     policy = load(sides)
-    config = AutoConfig.from_pretrained(sides.model) if sides.model else copy.deepcopy(policy.config)
+    config = (
+        AutoConfig.from_pretrained(sides.model, trust_remote_code=False)
+        if sides.model
+        else copy.deepcopy(policy.config)
+    )
     config.num_labels, config.pad_token_id = 1, 0
 
     def judge() -> Any:

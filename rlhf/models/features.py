@@ -26,7 +26,7 @@ def model_fingerprint(model: nn.Module) -> str:
     """16 hex digits that tell a trunk's weights from others': name, shape, dtype and a sample of every tensor.
 
     An even sample, because a fine-tuned trunk differs in every matrix, and an 8B trunk takes a minute to hash whole.
-    The reward head is left out: features do not depend on it.
+    The reward head is left out: features do not depend on it; where the heads read is in it.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -36,8 +36,11 @@ def model_fingerprint(model: nn.Module) -> str:
         sample = flat[:: max(1, flat.numel() // _SAMPLE)].cpu().contiguous()
         digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
-    pooling = getattr(model.config, "pooling", "")
-    return hashlib.sha256(digest.digest() + str(pooling).encode()).hexdigest()[:16]
+    config: Any = model.config  # says which hidden state is read
+    reading = str(getattr(config, "pooling", ""))
+    if getattr(config, "skip_token_id", None) is not None:
+        reading += f" before {config.skip_token_id}"
+    return hashlib.sha256(digest.digest() + reading.encode()).hexdigest()[:16]
 
 
 class FeatureStore:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...engine.own_code import refusing_own_code
 from ..job.files import refuse_mistyped
 
 _LLAMA = {"model_type": "llama", "max_position_embeddings": 8192, "rope_theta": 500000.0, "vocab_size": 128256}
@@ -52,7 +53,8 @@ def model_config(name: str, key: str = "model") -> Any:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     refuse_mistyped(key, name)
     try:
-        return AutoConfig.from_pretrained(name)
+        with refusing_own_code(name):
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(

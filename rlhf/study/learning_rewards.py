@@ -64,8 +64,8 @@ def prepare(model: str, folder: Path, config: RewardsConfig, seed: int, aggregat
         return dict(json.loads(done.read_text(encoding="utf-8")))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    trunk: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    trunk: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     prompts = _prompts(config)
     every = config.samples_per_prompt + config.pet.samples + 1
     sampling = Sampling(config.max_new_tokens, 1.0, trunk.get_input_embeddings().num_embeddings, 1.0)

@@ -1,4 +1,4 @@
-"""Models that a config names: what is none, or cannot be read, is one sentence with the key and the name."""
+"""Rewards, language models and tokenisers that a config names: what they are, and one sentence for what is none."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prudent.engine import EnsembleRewardModel
 from prudent.rlhf.job import files
 from prudent.rlhf.job.files import refuse_mistyped
 from prudent.rlhf.models.loading import (
     load_language_model,
+    load_reward,
+    load_reward_config,
     load_reward_model,
     load_scorer,
     load_tokenizer,
     load_trunk,
     model_folder,
+    says_append_eos,
 )
 
 
@@ -41,6 +44,20 @@ def run(tiny_chat_folder: Path, tmp_path: Path) -> Path:
     (tmp_path / "run" / "adapter").mkdir()
     (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")
     return tmp_path / "run"
+
+
+@pytest.fixture
+def classifier(tiny_chat_folder: Path, tmp_path: Path) -> Path:
+    """A one-head classifier of another trainer on plain texts, whose padding token is its EOS token."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_chat_folder, num_labels=1)
+    model.config.pad_token_id = model.config.eos_token_id
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(tmp_path / "classifier")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_folder)
+    tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, None
+    tokenizer.save_pretrained(tmp_path / "classifier")
+    return tmp_path / "classifier"
 
 
 def _cut(name: str) -> Callable[[Path], None]:
@@ -93,6 +110,80 @@ def test_a_run_folder_stands_for_the_model_in_it(run: Path) -> None:
     assert model_folder(run) == str(run / "model")
     assert model_folder(run / "model") == str(run / "model")
     assert load_scorer(str(run), 64, None, False).model.config.num_heads == 2
+
+
+def test_a_reward_is_loaded_with_what_it_turned_out_to_be_and_its_tokeniser_once(run: Path, classifier: Path) -> None:
+    found, other = load_reward("model", str(run)), load_reward("model", str(classifier))
+    assert (found.kind, other.kind) == ("ensemble", "classifier")
+    assert (found.source, found.model.config.num_heads) == (str(run / "model"), 2)
+    assert found.tokenizer is found.tokenizer
+    assert found.scorer().model is found.model
+
+
+@torch.no_grad()
+def test_a_classifier_whose_padding_is_eos_scores_as_it_does_itself_alone_and_in_company(classifier: Path) -> None:
+    own = AutoModelForSequenceClassification.from_pretrained(classifier)
+    tokenizer = AutoTokenizer.from_pretrained(classifier)
+    texts = ["my day was great", "the food", "the film was very very boring and bad and long"]
+    want = []
+    for text in texts:
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])  # as its trainer fed it
+        want.append(own(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item())
+    scorer = load_scorer(str(classifier), 4096, None, False)
+    assert scorer.encode(texts[0])[-1] == tokenizer.eos_token_id
+    assert scorer.score(texts).reward == pytest.approx(want, abs=1e-5)
+    assert [scorer.score([text]).reward[0] for text in texts] == pytest.approx(want, abs=1e-5)
+    scorer.model.save_pretrained(classifier.parent / "saved")
+    tokenizer.save_pretrained(classifier.parent / "saved")
+    saved = load_scorer(str(classifier.parent / "saved"), 4096, None, False)
+    assert saved.score(texts).reward == pytest.approx(want, abs=1e-5)
+
+
+@torch.no_grad()
+def test_the_same_where_a_chat_template_ends_in_that_token(classifier: Path, tiny_chat_folder: Path) -> None:
+    own = AutoModelForSequenceClassification.from_pretrained(classifier)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_folder)  # its template ends a turn with the EOS token
+    tokenizer.save_pretrained(classifier)
+    chats = [
+        [{"role": "user", "content": "the food ?"}, {"role": "assistant", "content": said}] for said in ("bad", "so so")
+    ]
+    want = []
+    for chat in chats:
+        ids = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")["input_ids"]
+        assert ids[0, -1] == own.config.pad_token_id
+        want.append(own(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item())
+    assert load_scorer(str(classifier), 4096, None, False).score(chats).reward == pytest.approx(want, abs=1e-5)
+
+
+def test_append_eos_is_said_of_a_classifier_and_known_of_an_ensemble(run: Path, classifier: Path) -> None:
+    scorer = load_scorer(str(classifier), 64, None, False, append_eos=False)
+    assert scorer.encode("my day") == load_scorer(str(classifier), 64, None, False).encode("my day")[:-1]
+    load_reward("model", str(run), append_eos=True)
+    with pytest.raises(
+        ValueError, match=r"append_eos: expected True, as model .*/run/model was trained with, or nothing"
+    ):
+        load_reward("model", str(run), append_eos=False)
+    assert (says_append_eos("model", str(run)), says_append_eos("model", str(classifier))) == (True, False)
+
+
+@pytest.mark.parametrize("load", [load_reward, load_trunk, load_language_model, load_tokenizer, load_reward_config])
+def test_a_folder_with_code_of_its_own_is_refused_without_a_question(
+    lm: Path, load: Callable[[str, str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object) -> str:
+        pytest.fail("a question was asked")
+
+    monkeypatch.setattr("builtins.input", asked)
+    config = json.loads((lm / "config.json").read_text())
+    named = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M", "AutoTokenizer": [None, "code.T"]}
+    (lm / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": named}))
+    settings = json.loads((lm / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": named}
+    (lm / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        ValueError, match=f"model: {re.escape(str(lm))}: needs code of its own .*, which prudent does not"
+    ):
+        load("model", str(lm))
 
 
 def test_an_adapter_or_a_run_folder_where_a_model_is_expected_leads_to_the_model(run: Path) -> None:
