@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..kernels import STD_FLOOR, Aggregation
-from .families import check_family
+from .families import check_family, switch_length
 
 POOLINGS = ("last", "first", "pooler")
 
@@ -116,6 +116,14 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     if not isinstance(positions, int) or positions < 1:
         return None
     return positions - (position_offset(config) if config.model_type in _POSITIONS_AFTER_PADDING else 0)
+
+
+def longest_in_company(config: PreTrainedConfig) -> int | None:
+    """The longest sequence that a trunk may read in one pass with shorter ones, each as it reads it alone.
+
+    `max_positions`, or less where the rotary frequencies of every row change with the longest (longrope).
+    """
+    return min((n for n in (max_positions(config), switch_length(config)) if n is not None), default=None)
 
 
 def position_offset(config: PreTrainedConfig) -> int:

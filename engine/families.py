@@ -34,6 +34,12 @@ def follows_length(config: PreTrainedConfig) -> bool:
     return config.model_type in _UNPADDED or any(_scales(rope) for rope in _ropes(config))
 
 
+def switch_length(config: PreTrainedConfig) -> int | None:
+    """The longest row whose rotary frequencies are those of every shorter one; None: they never change."""
+    switches = [_switch(config, rope) for rope in _ropes(config) if _scales(rope)]
+    return min(switches, default=None)
+
+
 def length_classes(config: PreTrainedConfig, lengths: Sequence[int]) -> list[list[int]]:
     """Group the rows that may share a pass of the trunk, such that each is read as it is alone.
 
@@ -44,11 +50,9 @@ def length_classes(config: PreTrainedConfig, lengths: Sequence[int]) -> list[lis
     for row, length in enumerate(lengths):
         key = [length] if config.model_type in _UNPADDED else []
         for rope in _ropes(config):
-            if rope["rope_type"] == "longrope":
-                original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-                key.append(int(length > original))
-            elif _scales(rope):
-                key.append(max(length, config.max_position_embeddings))
+            if _scales(rope):
+                beyond = length > _switch(config, rope)
+                key.append(length if beyond and rope["rope_type"] != "longrope" else int(beyond))
         groups.setdefault(tuple(key), []).append(row)
     return list(groups.values())
 
@@ -68,6 +72,11 @@ def reset_frequencies(trunk: Any) -> None:
 
 def _scales(rope: dict[str, Any]) -> bool:
     return "dynamic" in rope["rope_type"] or rope["rope_type"] == "longrope"
+
+
+def _switch(config: PreTrainedConfig, rope: dict[str, Any]) -> int:
+    longest = int(config.max_position_embeddings)
+    return int(rope.get("original_max_position_embeddings") or longest) if rope["rope_type"] == "longrope" else longest
 
 
 def _ropes(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from ...engine.config import max_positions
+from ...engine.config import longest_in_company
 from ..data.pairs import FILES, opened, read_rows
 from ..data.rows import RowError, Text, prompt_of_row
 from .config import RolloutConfig
@@ -46,7 +46,7 @@ def longest_prompt(config: RolloutConfig, model_config: Any, turn: Turn) -> int 
     Raises:
         ValueError: if the model's positions hold no prompt beside `max_new_tokens`.
     """
-    positions = max_positions(model_config)
+    positions = longest_in_company(model_config)
     if positions is None:
         return config.max_prompt_tokens
     room = positions - config.max_new_tokens - len(turn.closing)

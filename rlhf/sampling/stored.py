@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ...engine.config import max_positions
+from ...engine.config import longest_in_company
 from ...engine.weights import reading_weights
 from ..data.rows import Text
 from ..job.files import atomic_file, repaired_json_lines, writing
@@ -106,7 +106,7 @@ def sample(
 
 
 def _check_length(model: Any, requests: Sequence[Request], prompts: Sequence[list[int]], room: int) -> None:
-    limit = max_positions(model.config)
+    limit = longest_in_company(model.config)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     if limit is not None and len(prompts[longest]) + room > limit:
         raise ValueError(

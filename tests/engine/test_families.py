@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from prudent.engine import EnsembleRewardConfig, EnsembleRewardModel, Scorer
-from prudent.engine.config import max_positions, position_offset
+from prudent.engine.config import longest_in_company, max_positions, position_offset
 from prudent.engine.families import length_classes
 
 PAD, VOCAB = 1, 96
@@ -215,6 +215,8 @@ def test_rows_share_a_pass_only_on_one_side_of_the_switch() -> None:
     lengths = [60, 70, 64, 70, 80]
     assert length_classes(long_trunk("dynamic")[0].config, lengths) == [[0, 2], [1, 3], [4]]
     assert length_classes(long_trunk("longrope")[0].config, [20, 30, 24, 25]) == [[0, 2], [1, 3]]
+    assert [longest_in_company(long_trunk(rope)[0].config) for rope in ("dynamic", "longrope")] == [64, 24]
+    assert longest_in_company(small_config("roberta")) == 62
     assert length_classes(small_config("fnet"), [3, 4, 3]) == [[0, 2], [1]]
 
 

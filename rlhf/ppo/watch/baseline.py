@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any, NamedTuple
 
-from ....engine.config import max_positions
+from ....engine.config import longest_in_company
 from ...data.pairs import load_pairs
 from ...sampling.prompts import Prompt
 from ...sampling.turn import Turn
@@ -33,7 +33,7 @@ def preference_texts(source: str, turn: Turn, model_config: Any, count: int, see
     """
     pairs = load_pairs(source).pairs
     pairs = random.Random(f"preference data/{seed}").sample(pairs, min(PAIRS, len(pairs)))
-    limit = max_positions(model_config)
+    limit = longest_in_company(model_config)
     prompts: list[Prompt] = []
     rows: list[tuple[list[int], list[int], int]] = []
     for pair in pairs:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ....engine import EnsembleHead, EnsembleRewardModel, Scorer
-from ....engine.config import max_positions
+from ....engine.config import longest_in_company
 from ...data.pairs import PreferencePair
 from ...job.files import atomic_write_json, read_json
 from ...models.features import compute_features, model_fingerprint
@@ -84,7 +84,7 @@ class PETStage:
         run, pet, model, tokenizer = self.run, self.pet, self.policy, self.run.tokenizers["policy"]
         turn = Turn(tokenizer, model)
         room = pet.max_new_tokens + len(turn.closing)
-        limit = max_positions(model.config)
+        limit = longest_in_company(model.config)
         prompts, skipped = {}, 0
         for pairs in (run.train, run.held_out):
             chosen = _distinct(pairs, pet.prompts, pet.seed)
