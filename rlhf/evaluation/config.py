@@ -23,6 +23,10 @@ class ScoreConfig(JobConfig):
     max_length: int | None = Field(
         default=None, ge=1, description="Tokens kept, from the end, of a longer text; null: the model's limit."
     )
+    append_eos: bool | None = Field(
+        default=None,
+        description="Whether a classifier trained elsewhere read EOS after plain texts; null: yes for decoders.",
+    )
     skip_bad_rows: bool = Field(
         default=False, description="Write broken rows with a null reward and an error instead of stopping at the first."
     )
@@ -58,6 +62,10 @@ class EvalConfig(JobConfig):
         default=2.0,
         gt=0,
         description="Smallest score difference of two responses that make a pair, if data has scores.",
+    )
+    append_eos: bool | None = Field(
+        default=None,
+        description="Whether a classifier trained elsewhere read EOS after plain texts; null: yes for decoders.",
     )
     skip_bad_rows: bool = Field(
         default=False, description="Count broken rows and continue instead of stopping at the first."

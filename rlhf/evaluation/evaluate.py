@@ -16,7 +16,7 @@ from ...kernels import aggregate
 from ..data.pairs import PreferencePair, load_pairs, split_by_prompt
 from ..job.files import atomic_write_json
 from ..models.features import compute_features, model_fingerprint
-from ..models.loading import load_scorer
+from ..models.loading import load_scorer, says_append_eos
 from ..report.style import require_matplotlib
 from ..report.words import plain_text, truncated_texts
 from .config import EvalConfig
@@ -59,7 +59,7 @@ def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
     pairs, counts = _load(config, "data", progress)
     if config.eval_fraction:
         pairs = split_by_prompt(pairs, config.eval_fraction, config.split_seed)[1]
-    scorer = load_scorer(config.model, config.batch_tokens, config.max_length, progress)
+    scorer = _scorer(config, "model", progress)
     head: EnsembleHead = scorer.model.score
     spec = (spec or head.aggregation).with_centre("none")
     spec.check_heads(head.num_heads)
@@ -111,6 +111,15 @@ def _load(config: EvalConfig, key: str, progress: bool) -> tuple[list[Preference
     )
 
 
+def _scorer(config: EvalConfig, key: str, progress: bool) -> Scorer:
+    """The scorer of the model that `key` names; `append_eos` is for those of two models that do not say it."""
+    name, append_eos = str(getattr(config, key)), config.append_eos
+    if config.compare is not None and says_append_eos(key, name):
+        other = {"model": ("compare", config.compare), "compare": ("model", config.model)}[key]
+        append_eos = append_eos if says_append_eos(*other) else None
+    return load_scorer(name, config.batch_tokens, config.max_length, progress, key=key, append_eos=append_eos)
+
+
 def _features(
     scorer: Scorer, pairs: Sequence[PreferencePair], config: EvalConfig, progress: bool
 ) -> tuple[tuple[Tensor, Tensor], int]:
@@ -145,7 +154,7 @@ def _compared(
     progress: bool,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Name -> the other model's own reward of both sides [P]; heads on the same trunk read the features at hand."""
-    other = load_scorer(str(config.compare), config.batch_tokens, config.max_length, progress, key="compare")
+    other = _scorer(config, "compare", progress)
     same_reading = other.model.config.append_eos == scorer.model.config.append_eos
     if not same_reading or model_fingerprint(other.model) != model_fingerprint(scorer.model):
         features, _ = _features(other, pairs, config, progress)

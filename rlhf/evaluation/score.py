@@ -97,7 +97,7 @@ def run_score(
         found = "expected a file, got a folder" if Path(config.data).is_dir() else "no such file"
         raise ValueError(f"data: {config.data}: {found}")
     kept, kept_bytes = _kept(config, resume, overwrite)
-    scorer = load_scorer(config.model, config.batch_tokens, config.max_length, progress)
+    scorer = load_scorer(config.model, config.batch_tokens, config.max_length, progress, append_eos=config.append_eos)
     spec = (spec or scorer.model.score.aggregation).with_centre("none")
     spec.check_heads(scorer.model.score.num_heads)
     result = ScoreResult(config.output, rows=kept, kept=kept)

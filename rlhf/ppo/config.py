@@ -72,6 +72,10 @@ class RewardConfig(JobConfig):
     )
     clip: float | None = Field(default=None, gt=0, description="Bound on the absolute reward; null: none.")
     timeout: float = Field(default=60.0, gt=0, description="Seconds to wait for an answer of an http reward.")
+    append_eos: bool | None = Field(
+        default=None,
+        description="Whether a classifier trained elsewhere (kind model) read EOS after texts; null: yes for decoders.",
+    )
 
     @field_validator("aggregation")
     @classmethod

@@ -192,13 +192,9 @@ class Run:
 
 def with_head(model: EnsembleRewardModel, head: EnsembleHead, trunk: Any = None) -> EnsembleRewardModel:
     """`head` on the model's trunk, or on `trunk`, reading texts as the model does."""
-    return EnsembleRewardModel.from_trunk(
-        model.model if trunk is None else trunk,
-        head=head,
-        pooling=model.config.pooling,
-        append_eos=model.config.append_eos,
-        max_score_length=model.config.max_score_length,
-    )
+    reading = ("pooling", "append_eos", "max_score_length", "skip_token_id")
+    options = {name: getattr(model.config, name) for name in reading}
+    return EnsembleRewardModel.from_trunk(model.model if trunk is None else trunk, head=head, **options)
 
 
 def pair_name(pair: PreferencePair, index: int) -> str:

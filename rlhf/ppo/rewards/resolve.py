@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ....engine import EnsembleHead, EnsembleRewardConfig, Scorer
+from ....engine.own_code import refusing_own_code
 from ....engine.text import ItemEncoder
 from ...job.files import refuse_mistyped
 from ...models.adapter import appends_eos, is_reward_adapter, load_head
 from ...models.causal_lm import causal_lm
-from ...models.loading import load_reward_model, load_tokenizer, model_folder
+from ...models.loading import LoadedReward, load_reward, load_tokenizer, model_folder
 from ..config import Kind, RewardConfig, kind_by_name
 from ..policy.policy import RewardOnTrunk
 
@@ -54,8 +55,17 @@ def resolve_reward(config: RewardConfig, policy: Any, device: torch.device | str
 
     Raises:
         ValueError: for a source that is of none of the kinds, or not of the one asked for; for heads that cannot be
-            read, or that do not read the last token of a shared trunk.
+            read, or that do not read the last token of a shared trunk; for append_eos with another kind than model.
     """
+    found = _resolved(config, policy, device)
+    if config.append_eos is not None and found.kind != "model":
+        raise ValueError(
+            f"reward.append_eos: expected nothing with kind {found.kind}, only with kind model, got {config.append_eos}"
+        )
+    return found
+
+
+def _resolved(config: RewardConfig, policy: Any, device: torch.device | str) -> Resolved:
     source, kind = config.source, kind_by_name(config)
     if kind in ("callable", "http"):
         return Resolved(kind)
@@ -71,19 +81,19 @@ def resolve_reward(config: RewardConfig, policy: Any, device: torch.device | str
     if kind == "model":
         return Resolved("model", scorer=_scorer(config, _load(config), device))
     trunk = causal_lm(policy).base_model
-    model, difference = None, _other_shape(_config(model_folder(source)), trunk.config)
+    loaded, difference = None, _other_shape(_config(model_folder(source)), trunk.config)
     if difference is None:
-        model = _load(config)
-        differs = _first_difference(model.model.state_dict(), trunk.state_dict())
+        loaded = _load(config)
+        differs = _first_difference(loaded.model.model.state_dict(), trunk.state_dict())
         if differs is None:
-            return Resolved("shared", RewardOnTrunk(_aggregated(model.score, config.aggregation)))
+            return Resolved("shared", RewardOnTrunk(_aggregated(loaded.model.score, config.aggregation)))
         difference = f"whose trunk has another {differs} than the policy"
     if kind == "shared":
         raise ValueError(
             f"reward.source: expected an EnsembleRewardModel on the policy's own trunk with kind shared, got {source}, "
             f"{difference}; reward.kind=model takes it, with a trunk of its own"
         )
-    return Resolved("model", scorer=_scorer(config, _load(config) if model is None else model, device))
+    return Resolved("model", scorer=_scorer(config, _load(config) if loaded is None else loaded, device))
 
 
 def check_reading(source: str | Path, tokenizer: Any, policy: Any) -> None:
@@ -149,7 +159,8 @@ def _aggregated(head: EnsembleHead, aggregation: str) -> EnsembleHead:
 def _config(source: str) -> Any:
     refuse_mistyped("reward.source", source)
     try:
-        return AutoConfig.from_pretrained(source)
+        with refusing_own_code(source):
+            return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -158,15 +169,15 @@ def _config(source: str) -> Any:
         ) from None
 
 
-def _load(config: RewardConfig) -> Any:
-    return load_reward_model("reward.source", model_folder(config.source))
+def _load(config: RewardConfig) -> LoadedReward:
+    return load_reward("reward.source", config.source, append_eos=config.append_eos)
 
 
-def _scorer(config: RewardConfig, model: Any, device: torch.device | str) -> Scorer:
+def _scorer(config: RewardConfig, loaded: LoadedReward, device: torch.device | str) -> Scorer:
     """A loaded reward model on `device`, with the config's aggregation and its own tokeniser."""
-    tokenizer = load_tokenizer("reward.source", model_folder(config.source))
-    _aggregated(model.score, config.aggregation)
-    return Scorer(model.to(device).requires_grad_(False), tokenizer, batch_tokens=_BATCH_TOKENS, progress=False)
+    _aggregated(loaded.model.score, config.aggregation)
+    model: Any = loaded.model.requires_grad_(False)
+    return Scorer(model.to(device), loaded.tokenizer, batch_tokens=_BATCH_TOKENS, progress=False)
 
 
 def _other_shape(reward: Any, policy: Any) -> str | None:
@@ -175,6 +186,8 @@ def _other_shape(reward: Any, policy: Any) -> str | None:
         return "which is no EnsembleRewardModel"
     if reward.pooling != "last":
         return f"whose pooling is {reward.pooling}, not last"
+    if reward.skip_token_id is not None:
+        return f"whose heads skip the token {reward.skip_token_id} at the end, as the policy's do not"
     for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
         theirs, ours = getattr(reward.text_config, name, None), getattr(policy, name, None)
         if theirs != ours:

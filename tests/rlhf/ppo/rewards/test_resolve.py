@@ -165,6 +165,25 @@ def test_a_reward_that_is_not_read_at_the_last_token_is_a_model_of_its_own(
         load_shared_head(source, policy)
 
 
+def test_heads_that_skip_a_token_at_the_end_are_a_model_of_their_own(
+    policy: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    source = _save(tmp_path, policy, tokenizer, skip_token_id=3)
+    assert resolve_kind(RewardConfig(source=str(source)), policy) == "model"
+    with pytest.raises(ValueError, match="whose heads skip the token 3 at the end, as the policy's do not"):
+        load_shared_head(source, policy)
+
+
+def test_append_eos_is_for_a_model_of_its_own_alone(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
+    source = _save(tmp_path, policy, tokenizer)
+    with pytest.raises(
+        ValueError, match="append_eos: expected nothing with kind shared, only with kind model, got True"
+    ):
+        resolve_kind(RewardConfig(source=str(source), append_eos=True), policy)
+    with pytest.raises(ValueError, match="expected nothing with kind callable"):
+        resolve_kind(RewardConfig(source="vader", append_eos=False), policy)
+
+
 def test_a_sequence_classifier_is_a_model(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
     _save_classifier(tmp_path, policy, tokenizer)
     assert resolve_kind(RewardConfig(source=str(tmp_path)), policy) == "model"
@@ -275,6 +294,7 @@ def test_a_sequence_classifier_has_one_head_whose_mean_is_the_reward(
     rewards = source(samples)
     assert (source.num_heads, rewards.nominal, rewards.worst) == (1, None, None)
     torch.testing.assert_close(rewards.reward, rewards.mean[:, 0])
+    assert _open_model(tmp_path, tokenizer, prompts, append_eos=False)._scorer.model.config.append_eos is False
 
 
 def test_a_reward_that_is_not_finite_is_nan_and_spoils_no_other(
