@@ -1,4 +1,4 @@
-"""Features to reward: the head, the Hugging Face model, the scorer, calibration. Names handed on, nothing defined."""
+"""From features to rewards: the head, the Hugging Face model, the scorer and calibration. Only imports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration of an ensemble reward model: one trunk, K heads, and how a sequence becomes one hidden state."""
+"""Configure an ensemble reward model: its trunk, its heads, and which hidden state stands for a sequence."""
 
 from __future__ import annotations
 

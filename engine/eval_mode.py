@@ -1,4 +1,4 @@
-"""Eval mode for the length of a block, whatever the modules were in before."""
+"""Put a model in eval mode for a block, then restore the mode of each module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; afterwards every module is in the mode it was in, which need not be one for all.
+    """Eval mode and no gradients; afterwards every module is in the mode it had, which may differ between modules.
 
     Not inference_mode: tensors that the trunk caches in it could not take part in autograd later.
     """

@@ -1,4 +1,4 @@
-"""K Gaussian reward heads on one trunk's hidden states: the module that owns the fused op's weights and calibration."""
+"""`EnsembleHead`: K Gaussian reward heads on hidden states, with their weights and calibration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class EnsembleHead(nn.Module):
     - d std / d s > 0, so the argument of the paper's appendix B.1 (the loss of eq. 8 pulls every std down) holds for s;
     - it is linear for large s and exponential only for small s: an outlying hidden state gives a large std, where exp
       gives inf;
-    - eq. 8 pulls every std towards 0 for ever: the floor keeps apart from rounding what is compared and divided by.
+    - eq. 8 pulls every std towards 0 for ever: the floor keeps stds, which are compared and divided by, above rounding.
 
     Initialisation (`reset_parameters`): mean rows N(0, 1/(D+1)) and bias 0 (BSR, arXiv 2505.07271, 3.1); std rows
     N(0, 0.01/(D+1)) and the bias that gives std = 0.5 + std_floor where the features are 0. Every row is drawn on its
@@ -167,7 +167,7 @@ class EnsembleHead(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EnsembleHead:
-        """Every cast and move of a module comes through here: moves are obeyed, half precisions are not."""
+        """Apply moves and casts (torch calls this for all of them), but stay fp32 when cast to a half precision."""
 
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)

@@ -1,4 +1,4 @@
-"""`EnsembleRewardModel`: a Hugging Face trunk and an `EnsembleHead`, in the shape that trainers take as it is."""
+"""`EnsembleRewardModel`: a Hugging Face trunk with an `EnsembleHead`, which trainers take as a sequence classifier."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class EnsembleRewardOutput(ModelOutput):
 
 
 class EnsembleRewardModel(PreTrainedModel):
-    """A reward model that knows when it does not know: one trunk (`.model`), K Gaussian heads (`.score`).
+    """A reward model with uncertainty: one trunk (`.model`) and K Gaussian heads (`.score`).
 
     Works wherever a `...ForSequenceClassification` with `num_labels=1` works: `logits` is [B, 1]. The heads read the
     last attended token (`config.pooling`), which the attention mask tells; of a model that `from_sequence_classifier`

@@ -1,4 +1,4 @@
-"""`Scorer`: texts, chats or token ids in; rewards, means and stds out, the same whatever company an item came in."""
+"""Score texts, chats or token ids: rewards, means and stds that do not depend on the other items."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Scores:
     """N items scored by K heads, in the order they came.
 
     reward, nominal, worst  lists of N floats; None where the model gave a number that is not finite
-    mean, std               [N, K] fp32 on the CPU, calibrated, as the model gave them, not finite numbers included
+    mean, std               [N, K] fp32 on the CPU, calibrated; numbers that are not finite stay in
     num_nonfinite           how many items have None
     num_truncated           how many items were longer than max_length and lost their beginning
     """
@@ -41,7 +41,7 @@ class Scores:
 
 
 class Scorer:
-    """Scores whatever people have, on the model's own device, in its own eval mode and without gradients.
+    """Score texts, chats or token ids on the model's own device, in eval mode and without gradients.
 
     An item is one of
     - a text: the whole sequence, prompt and response, tokenised with the tokeniser's special tokens;
@@ -56,9 +56,9 @@ class Scorer:
     alone.
 
     Sequences are sorted by length and scored in micro-batches of at most `batch_tokens` padded tokens (a longer one
-    alone). Equal sequences are scored once. The micro-batches depend on which sequences are asked for and not on their
-    order, so an item's score is bit for bit the same in a shuffled list; in another list it is the same up to the
-    trunk's rounding.
+    alone). Equal sequences are scored once. The micro-batches depend on the set of sequences and not on their order, so
+    an item's score is bit for bit the same in a shuffled list; in another list it is the same up to the trunk's
+    rounding.
 
     Args:
         model: `EnsembleRewardModel`, or one wrapped by peft.
@@ -226,7 +226,7 @@ def micro_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[slice]:
 
 
 def _right_padded(batch: list[bytes]) -> tuple[Tensor, Tensor]:
-    """ids and mask [B, T] int64. Padding repeats id 0: the mask alone says what is a token, so any id will do."""
+    """ids and mask [B, T] int64. Padding is id 0, but any id would do: the mask alone tells what is a token."""
     arrays = [np.frombuffer(ids, dtype=_TOKEN) for ids in batch]
     input_ids = np.zeros((len(batch), max(map(len, arrays))), dtype=np.int64)
     mask = np.zeros_like(input_ids)

@@ -1,4 +1,4 @@
-"""The reward as an adapter: what `prudent train` with mode lora keeps beside the merged model, for a policy's trunk.
+"""Save and load a reward as a LoRA with heads, to be added to a policy's trunk; `prudent train` with mode lora does.
 
 A folder holds a LoRA in peft's format, named as in the causal language model (so that PeftModel.from_pretrained loads
 it on that), the heads (head.safetensors, head.json) and the tokeniser.
@@ -27,7 +27,7 @@ _ROOT = "base_model.model."  # peft's, before every name in the model it wraps
 
 @contextmanager
 def peft_hushed() -> Iterator[None]:
-    """peft 0.21 asks transformers 5.23 by a name that it gives up: nothing for whoever trains a LoRA to mend."""
+    """Silence a deprecation that peft 0.21 causes in transformers 5.23 and that its users cannot mend."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield
@@ -36,14 +36,14 @@ def peft_hushed() -> Iterator[None]:
 def save_lora(
     model: Any, adapter: str, folder: Path, *, base: str | None = None, trunk_prefix: tuple[str, str] | None = None
 ) -> None:
-    """One LoRA of a PeftModel, as `PeftModel.from_pretrained` reads it.
+    """Save one LoRA of a PeftModel in the form that `PeftModel.from_pretrained` reads.
 
     Args:
         model: the PeftModel.
-        adapter: its name there; the saved one has none.
-        folder: is there already.
-        base: what the configuration calls the model underneath; None keeps what peft found.
-        trunk_prefix: (name of the trunk in the wrapped model, name to save it under) where these differ.
+        adapter: the LoRA's name in the model; the saved one has none.
+        folder: an existing folder.
+        base: the base model's name in the saved configuration; None keeps the one that peft found.
+        trunk_prefix: (name of the trunk in the wrapped model, name to save it under), if they differ.
     """
     from peft import get_peft_model_state_dict
 
@@ -93,7 +93,7 @@ def appends_eos(folder: Path | str) -> bool:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """What head.json says; ValueError where it does not say it all."""
+    """The settings in head.json; ValueError if one is missing."""
     settings = read_json(folder / "head.json")
     missing = [name for name in _SETTINGS if name not in settings]
     if missing:

@@ -1,4 +1,4 @@
-"""What sampling and PPO ask of a causal language model of transformers."""
+"""Look inside a causal language model: the model under its adapters, and logits from hidden states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def causal_lm(model: Any) -> Any:
 
 
 def logit_scale(config: Any) -> float:
-    """The factor on a causal language model's logits, as transformers' configurations have it; 1 for most."""
+    """The factor on a causal language model's logits, by whatever name its configuration has it; 1 for most."""
     scale = 1.0
     for name, divides in (("logit_scale", False), ("lm_head_multiplier", False), ("logits_scaling", True)):
         value = getattr(config, name, None)
@@ -38,5 +38,5 @@ def next_logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether there are numbers to compare: not on the meta device, nor under FakeTensorMode."""
+    """Whether a tensor holds numbers, which one on the meta device or under FakeTensorMode does not."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))

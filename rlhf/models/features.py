@@ -1,4 +1,4 @@
-"""Features of a frozen trunk, computed once per distinct text and kept as safetensors shards."""
+"""Compute features of a frozen trunk once per distinct text, and cache them as safetensors shards."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tqdm import tqdm
 from ...engine import Scorer
 from ..job.files import atomic_file
 
-_SHARD_TOKENS = 16384  # what a kill can cost: 8 s of SmolLM2-135M on two cores, less on anything that suits the model
+_SHARD_TOKENS = 16384  # lost if the job is killed: at most 8 s of SmolLM2-135M on two cores
 _SAMPLE = 4096  # elements of each tensor that enter the fingerprint
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """16 hex digits that tell a trunk's weights from others': name, shape, dtype and a sample of every tensor.
+    """Fingerprint a trunk in 16 hex digits: name, shape, dtype and a sample of every tensor, and which token is read.
 
-    An even sample, because a fine-tuned trunk differs in every matrix, and an 8B trunk takes a minute to hash whole.
-    The reward head is left out: features do not depend on it; where the heads read is in it.
+    A sample will do, because a fine-tuned trunk differs in every matrix; an 8B trunk takes a minute to hash whole. The
+    reward head is left out, because features do not depend on it.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

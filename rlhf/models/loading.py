@@ -59,7 +59,7 @@ def load_reward(key: str, name: str, *, dtype: str = "auto", append_eos: bool | 
             classifier, which does not say; an ensemble says, and another value is refused.
 
     Raises:
-        ValueError: in one sentence, for whatever is no reward model, cannot be read, or has code of its own.
+        ValueError: in one sentence, for another kind of model, files that cannot be read, or code of its own.
     """
     source = model_folder(name)
     found = load_reward_config(key, source)
@@ -122,13 +122,13 @@ def load_language_model(key: str, name: str, dtype: Any = "auto") -> Any:
     """A causal language model on the CPU, which the config's `key` gave.
 
     Raises:
-        ValueError: in one sentence, for what is none, lacks tensors, or cannot be read.
+        ValueError: in one sentence, for another kind of model, missing tensors, or files that cannot be read.
     """
     _refuse_other_kinds(key, name)
     load, wanted = AutoModelForCausalLM.from_pretrained, "a causal language model's folder or hub name"
     model, info = _load(key, name, wanted, load, dtype=dtype, output_loading_info=True)
     refuse_missing(key, name, info["missing_keys"])
-    if getattr(model, "peft_config", None):  # transformers put it on; as one LoRA among the loop's it would be off
+    if getattr(model, "peft_config", None):  # transformers added the LoRA; the loop would switch it off with its own
         raise ValueError(
             f"{key}: expected a whole causal language model, got {name}, a LoRA: merge it into its base first "
             "(peft: PeftModel.from_pretrained(base, folder).merge_and_unload())"
@@ -162,7 +162,7 @@ def load_tokenizer(key: str, name: str) -> Any:
             return AutoTokenizer.from_pretrained(name, **options)
         except (OSError, ImportError):
             raise
-        except Exception as error:  # a bare one, in the library below, for a file that is not what it reads
+        except Exception as error:  # tokenizers raises a bare Exception for a file it cannot parse
             if "trust_remote_code" in str(error):
                 raise
             missing = "instantiate the backend tokenizer" in str(error)
@@ -179,7 +179,7 @@ def model_folder(name: Path | str) -> str:
 
 
 def _load(key: str, name: str, wanted: str, load: Callable[..., Any], **options: Any) -> Any:
-    """`load(name)`, whose errors become one sentence with the key, the name and what it is instead of `wanted`.
+    """Call `load(name)`; turn its errors into one sentence with the key, the name and what it is instead of `wanted`.
 
     Code beside the weights is never run: transformers would ask on standard output and read the answer from standard
     input.
@@ -190,8 +190,8 @@ def _load(key: str, name: str, wanted: str, load: Callable[..., Any], **options:
             return load(name, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         reason = shorten(str(error), 400)  # transformers lists every family that it knows, 3000 characters of them
-        ours = reason.removeprefix(f"{name}: ")  # whole sentences of the engine, behind the folder or the function
-        if reason.startswith(("from_trunk: ", "from_sequence_classifier: ", "EnsembleRewardModel")):
+        ours = reason.removeprefix(f"{name}: ")  # the engine's own sentence, after the folder or the function
+        if reason.startswith(("from_trunk: ", "from_sequence_classifier: ", "EnsembleReward")):
             ours = reason.partition(": ")[2]
         if ours != reason:
             raise ValueError(f"{key}: {name}: {ours}") from error

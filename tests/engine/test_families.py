@@ -139,6 +139,8 @@ def faults(trunk: Any) -> Iterator[str]:
         for left in (False, True):
             if differ(model.features(*beside(ids[:1], tokens(1, length, 1), left))[:1], own[:1]):
                 yield f"padded {'left' if left else 'right'} to {length}"
+    if differ(model.features(ids, ones), own):
+        yield "after longer texts"
     longest = max_positions(trunk.config)
     if longest is not None and longest <= 128:
         try:

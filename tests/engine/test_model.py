@@ -318,6 +318,7 @@ def test_config_goes_through_json_unchanged(tiny_config, tmp_path):
         ({"aggregation": "tradeof:0.4"}, "kind: expected one of"),
         ({"aggregation": "head:5"}, "head below 5"),
         ({"max_score_length": 0}, "max_score_length: expected a whole number above 0, got 0"),
+        ({"skip_token_id": -1}, "skip_token_id: expected a token id, 0 or above, got -1"),
         ({"max_score_length": "128"}, "max_score_length: expected a whole number above 0, got '128'"),
         ({"text_config": transformers.T5Config()}, "got 't5', which is an encoder-decoder"),
     ],
