@@ -1,10 +1,10 @@
-"""Every launch the package ships, compiled ahead of time for GPUs that this machine need not have.
+"""Compile every Triton launch of the package ahead of time, for GPUs that this machine need not have.
 
     prudent bench --aot [--target sm_90 ...] [--op ensemble_reward ...] [--full] [--markdown | --write-readme]
 
-What is compiled is what the launchers launch: each op's `shipped.py` has `shipped(target, full)`, whose calls are
-recorded, and the recorded arguments become the signature, specialised as Triton's own launcher would. From the machine
-code come registers, stack, shared memory, the widest load and the matrix instruction, held to the budget below.
+Each op's `shipped.py` has `shipped(target, full)`. Its calls are recorded, and the recorded arguments become the
+signature, specialised as by Triton's own launcher. From the machine code come registers, stack, shared memory, the
+widest load and the matrix instruction; the budget below limits them.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ..kernels.launch import Launch, recording
 from ..rlhf.report.words import aligned
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
-# bytes of spilled registers a thread: ptxas may spill a word or two to reach its next step of occupancy
+# bytes of spilled registers a thread: ptxas may spill a word or two to fit one more program
 STACK_BUDGET = 8
-# all of a gfx942 program's, and three programs on an sm_90 multiprocessor
+# bytes a program: all that a gfx942 program can have; three such programs fit an sm_90 multiprocessor
 SHARED_BUDGET = 64 * 1024
-# of a kernel's widest load, in bytes a thread: a warp then reads 256 contiguous bytes or more at a time
+# least bytes a thread of a kernel's widest load: a warp then reads 256 contiguous bytes or more at a time
 LOAD_BUDGET = 8
-# (op, kernel) that may load less at a time, and why; 4 bytes a thread are still 128 contiguous ones a warp
+# (op, kernel) that may load less at a time, and why; with 4 bytes a thread a warp still reads 128 contiguous bytes
 NARROW = {
     (
         "advantages",
@@ -70,7 +70,7 @@ _MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|wmma\.mma|v_mf
 
 
 class Entry(NamedTuple):
-    """A launch to compile, and the labels of the shipped cases that ask for exactly this one."""
+    """A launch to compile, and the labels of the shipped cases that make exactly this launch."""
 
     op: str
     target: str
@@ -79,7 +79,7 @@ class Entry(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What the machine code of one entry uses. Bytes a thread: `stack`, `widest_load`; `shared` a program.
+    """What one entry's machine code uses. `stack` and `widest_load` in bytes a thread, `shared` in bytes a program.
 
     `stack`: local memory, where spilled registers go (the kernels have no arrays or calls that would be there too).
     `programs`: how many fit a multiprocessor by registers, shared memory and warps (0: not estimated). `matrix`: the
@@ -95,7 +95,7 @@ class Compiled(NamedTuple):
     programs: int
 
     def over_budget(self) -> list[str]:
-        """What breaks the budget, a phrase each; empty inside it."""
+        """A phrase for each number outside the budget."""
         over = []
         if self.stack > STACK_BUDGET:
             over.append(f"{self.stack} bytes of stack (spilled registers), {STACK_BUDGET} allowed")
@@ -109,12 +109,12 @@ class Compiled(NamedTuple):
 
 
 def kernel_name(entry: Entry) -> str:
-    """As the tables print it."""
+    """The kernel's name in the tables."""
     return str(entry.launch.kernel.__name__).removesuffix("_kernel")
 
 
 def narrow_reason(entry: Entry) -> str:
-    """Why the entry's kernel may load less than LOAD_BUDGET bytes at a time; "" where it may not."""
+    """Why the entry's kernel may load less than LOAD_BUDGET bytes at a time; "" if it may not."""
     return NARROW.get((entry.op, kernel_name(entry)), "")
 
 
@@ -124,7 +124,7 @@ def ops() -> list[str]:
 
 
 def entries(op: str, target: str, full: bool) -> list[Entry]:
-    """The op's shipped launches for `target`, those alike but for their label joined."""
+    """The op's shipped launches for `target`; launches that differ only in their label are one entry."""
     cases = importlib.import_module(f"...kernels.{op}.shipped", __name__)
     found: dict[tuple[Any, ...], tuple[list[str], Launch]] = {}
     for label, run in cases.shipped(target, full):
@@ -211,7 +211,7 @@ def _amd(text: str, name: str) -> int:
 
 
 def _resources(binary: bytes) -> dict[str, int]:
-    """REG and STACK, as the cuobjdump of Triton's package prints them. Spills are in STACK; LOCAL is 0 even then."""
+    """REG and STACK as printed by the cuobjdump in Triton's package. STACK includes spills; LOCAL does not."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -289,7 +289,7 @@ BEGIN, END = "<!-- aot:begin -->", "<!-- aot:end -->"
 
 
 def common(found: Sequence[Entry]) -> list[int]:
-    """Places in `found` of what a README shows: each kernel, for each target, in the first case that launches it."""
+    """Indices in `found` of the entries that a README shows: for each kernel and target the first case."""
     first: dict[tuple[str, str], int] = {}
     for i, entry in enumerate(found):
         first.setdefault((entry.launch.kernel.__name__, entry.target), i)
@@ -298,8 +298,8 @@ def common(found: Sequence[Entry]) -> list[int]:
 
 
 def readme_block(op: str, rows: Sequence[Compiled]) -> str:
-    """The marked block of the op's README from `rows`, the launches of its short table for every target: each kernel's
-    common case, and the worst of all."""
+    """The marked block of the op's README. `rows` are the launches of its short table for every target; the block shows
+    each kernel's common case and the worst of all."""
     shown = [rows[i] for i in common([row.entry for row in rows])]
     spilling, most = sum(row.stack > 0 for row in rows), max(row.stack for row in rows)
     worst = (
@@ -320,7 +320,7 @@ def readme_block(op: str, rows: Sequence[Compiled]) -> str:
 
 
 def remarks(rows: Iterable[Compiled]) -> list[str]:
-    """What a reader of the table would ask about, a sentence each."""
+    """Sentences that explain narrow loads and matrix instructions in the table."""
     rows = list(rows)
     said = [
         f"Loads of less than {LOAD_BUDGET} bytes are allowed in `{name}`: {reason}."
@@ -336,7 +336,7 @@ def remarks(rows: Iterable[Compiled]) -> list[str]:
 
 
 def write_readme(op: str, rows: Sequence[Compiled]) -> Path:
-    """Put the block between its markers in the op's README. ValueError where it has no markers."""
+    """Put the block between its markers in the op's README. ValueError if it has no markers."""
     path = KERNELS / op / "README.md"
     text = path.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:

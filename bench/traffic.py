@@ -1,11 +1,11 @@
-"""The bytes that the Triton kernels ask for, counted from the kernels themselves, against the floor.
+"""Count the bytes that the Triton kernels read and write, and compare them with the least possible.
 
     prudent bench --traffic [--op ensemble_reward ...] [--json]
 
-The kernels run under Triton's interpreter on small shapes, in a process of its own, and every load and store is counted
-by the argument it falls in: the bytes asked for, and the distinct ones. What has a row for each row of the call must
-come from and go to device memory; asked for once it is at its floor, whatever the shape. What all rows share (a weight)
-is asked for again by each block of rows, and is small enough to come from cache.
+The kernels run under Triton's interpreter on small shapes, in a child process. Every load and store is counted for the
+argument whose memory it touches: all bytes, and the distinct ones. Per-row tensors must cross device memory; reading or
+writing each once is the minimum, called the floor here. A tensor that all rows share (a weight) is read again by each
+block of rows, and is small enough to come from cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .traffic_count import Report
 
 
 def table(reports: Sequence[Report]) -> str:
-    """One block a call: its launches' tensors, then bytes a row against the floor."""
+    """One block per call: the tensors of its launches, then bytes a row beside the floor."""
     lines = []
     for report in reports:
         lines.append(f"{report.op}, {report.mode}")
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table. Where the interpreter is not on, a child process has it: triton decides when it is imported."""
+    """Print the table. The interpreter must be on when triton is imported, so without it start a child process."""
     given = parser().parse_args(argv)
     if importlib.util.find_spec("triton") is None:
         raise ImportError("bench --traffic: triton is needed: pip install 'prudent[test]'")

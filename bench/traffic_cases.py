@@ -1,4 +1,4 @@
-"""The calls that bench/traffic.py counts, small enough for the interpreter. `CASES`: (op, mode) -> a counted Report."""
+"""The calls that bench/traffic.py counts, small enough for the interpreter. `CASES`: how to count each."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ..kernels.preference_step import triton as preference  # type: ignore[attr-
 from ..kernels.preference_step.contract import Inputs as PreferenceInputs
 from .traffic_count import Report, counting
 
-ROWS, STORED, DIM, HEADS = 48, 80, 256, 5  # no two alike, so that a size tells what it counts
+ROWS, STORED, DIM, HEADS = 48, 80, 256, 5  # all different, so that a size tells its dimension
 TOKENS, VOCABULARY = 100, 500
 
 
 def _report(op: str, mode: str, call: Callable[[], Any], inputs: Sequence[Any], rows: tuple[int, ...]) -> Report:
-    """Count `call`, which returns its outputs. The floor is the tensors with rows among `inputs` and outputs, once."""
+    """Count `call`, which returns its outputs. The floor is each tensor with rows of `inputs` and outputs, once."""
     with counting() as accesses:
         outputs = call()
     once = [t for t in (*inputs, *outputs) if isinstance(t, Tensor) and any(size in rows for size in t.shape)]
@@ -65,7 +65,7 @@ def _ensemble_backward(op: str, mode: str) -> Report:
 
 
 def _preference(op: str, mode: str) -> Report:
-    """Rows are those of both responses of each pair."""
+    """A pair has two rows, one for each response."""
     g = torch.Generator().manual_seed(0)
     brme, pairs = mode.startswith("brme"), ROWS // 2
     inputs = PreferenceInputs(
@@ -94,7 +94,7 @@ def _advantages(op: str, mode: str) -> Report:
 
 
 def _logprob(op: str, mode: str) -> Report:
-    """The matrix products are the vendor's and are not counted: the floor is of the tiles of logits that they leave."""
+    """The vendor's matrix products are not counted: the floor is that of the tiles of logits, which they write."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(ROWS, DIM, generator=g), torch.randn(VOCABULARY, DIM, generator=g)
     inputs = LogprobInputs(hidden, weight, torch.randint(VOCABULARY, (ROWS,), generator=g), 1.0, None, None)
@@ -106,7 +106,7 @@ def _logprob(op: str, mode: str) -> Report:
 
     def call() -> list[Tensor]:
         logprob.backward(grads, inputs, None, entropy, lse, LogprobNeeds(hidden=True, weight=True))
-        return [logits]  # the derivative, where the logits were
+        return [logits]  # the derivative overwrites the logits
 
     return _report(op, mode, call, [logits, inputs.target, entropy, lse, *grads], (ROWS,))
 

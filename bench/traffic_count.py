@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# of the interpreter's builder: place of the pointers among the arguments, of the mask, and whether it reads and writes
+# methods of the interpreter's builder: which argument has the pointers, which the mask, does it read, does it write
 _COUNTED: dict[str, tuple[int, int | None, bool, bool]] = {
     "create_masked_load": (0, 1, True, False),
     "create_masked_store": (0, 2, False, True),
@@ -21,7 +21,7 @@ _COUNTED: dict[str, tuple[int, int | None, bool, bool]] = {
 
 @dataclass
 class Access:
-    """Bytes of one argument of one launch that were asked for, and the distinct ones among them."""
+    """Bytes that one launch read from and wrote to one argument: all of them, and the distinct ones."""
 
     kernel: str
     tensor: str
@@ -58,7 +58,7 @@ class _Region:
 
 @contextlib.contextmanager
 def counting() -> Iterator[list[Access]]:
-    """Inside the block every interpreted launch is counted: the list gets one Access for each tensor it was given."""
+    """Inside the block, count every interpreted launch: the list gets one Access for each of its tensors."""
     from triton.runtime import interpreter
 
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -109,9 +109,10 @@ def counting() -> Iterator[list[Access]]:
 
 @dataclass
 class Report:
-    """One call of an op. `rows`: the sizes that mark a tensor as having rows (rows of the call, rows stored).
+    """The accesses of one call of an op. A tensor has rows if one of its sizes is in `rows` (rows of the call, rows
+    stored).
 
-    floor: bytes a row of the call's row tensors, each input read and each output written once.
+    floor: bytes a row, if each input that has rows is read once and each output that has rows is written once.
     """
 
     op: str
@@ -124,11 +125,11 @@ class Report:
         return any(size in self.rows for size in access.shape)
 
     def asked(self) -> float:
-        """Bytes a row that the kernels read and write, of every tensor with rows, scratch included."""
+        """Bytes a row that the kernels read and write, over all tensors with rows, scratch included."""
         return sum(a.read + a.written for a in self.accesses if self.has_rows(a)) / self.rows[0]
 
     def distinct(self) -> float:
-        """The same, what one launch asks for repeatedly counted once: what remains where the repeats hit the cache."""
+        """The same without repeats inside a launch: the traffic if repeats hit the cache."""
         return sum(a.distinct_read + a.distinct_written for a in self.accesses if self.has_rows(a)) / self.rows[0]
 
     def of(self, tensor: str) -> list[Access]:

@@ -1,8 +1,8 @@
 """Ops: tensors in, tensors out. Nothing here knows of models, text or training."""
 
 if __name__ == "kernels":
-    # `python -m` and `python -c` in a checkout put its root on sys.path, and transformers imports a package of this
-    # name if it finds one, to see its version. Loaded twice, the ops would be registered twice, which torch refuses.
+    # `python -m` and `python -c` put the checkout's root on sys.path. There transformers finds and imports this folder
+    # as the package `kernels`. Loading the ops a second time would register them twice, which torch refuses.
     import sys
     from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""The counters in which the programs of a launch count their arrivals, so that the last one can finish the work."""
+"""Arrival counters: a launch's programs count themselves, so that the last one can finish the work."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-COUNTERS = 320  # in a row; 1280 bytes, so every row has the 16-byte alignment that a kernel was compiled for
-ROWS = 64
+COUNTERS = 320  # in a row: 1280 bytes, so that every row has the 16-byte alignment that kernels are compiled for
+ROWS = 64  # allocated at once
 
 _free: dict[torch.device, list[Tensor]] = {}
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
@@ -17,8 +17,8 @@ _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 def arrivals(device: torch.device, count: int = 1) -> Tensor:
     """At least `count` (at most COUNTERS) int32 zeros on `device`; the kernel that counts in them leaves them zero.
 
-    A stream has one row for all its calls: its kernels run one after another. A captured graph may be replayed beside
-    its stream's eager calls, so each call in it takes a row for good.
+    All eager calls on a stream share one row, because a stream's kernels run one after another. A captured graph may be
+    replayed beside eager calls, so each captured call keeps a row of its own.
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
@@ -27,16 +27,16 @@ def arrivals(device: torch.device, count: int = 1) -> Tensor:
 
 
 def _row(device: torch.device, stream: int | None) -> Tensor:
-    """The stream's row, or (None: a call that is being captured) a new one."""
+    """The row of `stream`; a new one if `stream` is None, that is, during capture."""
     if stream is not None and (device, stream) in _of_stream:
         return _of_stream[device, stream]
-    if device not in _free and stream is not None:  # memory is not asked for in a capture
+    if device not in _free and stream is not None:  # allocate nothing during capture
         with ThreadPoolExecutor(1) as thread:
-            # torch.compile's cudagraphs send what the calling thread allocates to the graph's pool, also before the
-            # capture; memory from there that outlives the call would be handed out again
+            # With torch.compile's CUDA graphs the calling thread allocates from the graph's pool, even before capture.
+            # That memory is reused after the call, so another thread allocates the rows.
             _free[device] = thread.submit(_zero_rows, device).result()
     if not _free.get(device):
-        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)  # in a graph: zeroed by each replay
+        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)  # part of the graph: each replay zeroes it
     row = _free[device].pop()
     if stream is not None:
         _of_stream[device, stream] = row
@@ -46,5 +46,5 @@ def _row(device: torch.device, stream: int | None) -> Tensor:
 def _zero_rows(device: torch.device) -> list[Tensor]:
     rows = torch.zeros(ROWS, COUNTERS, dtype=torch.int32, device=device)
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # other streams are going to read them
+        torch.cuda.current_stream(device).synchronize()  # other streams will read them
     return list(rows)

@@ -1,4 +1,4 @@
-"""How every Triton kernel of the package is launched, and how tests and tools see what would be launched."""
+"""Launch Triton kernels, or record the launches for tests and tools."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Config(NamedTuple):
-    """One kernel's tile and launch shape. `block_rows`, `block_dim`: what the kernel's own table says they are."""
+    """One kernel's tile and launch shape. The op's configs.py says what `block_rows` and `block_dim` count."""
 
     block_rows: int
     block_dim: int
@@ -19,7 +19,7 @@ class Config(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A launch as it was asked for: the kernel, the grid, and the arguments by name, constexprs included."""
+    """One requested launch: the kernel, the grid, and the arguments by name, constexprs included."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -31,8 +31,9 @@ _recorders: list[list[Launch]] = []
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.device, **arguments: Any) -> None:
-    """Run `kernel` on `device` over `grid`. fp fusion is stated because Triton's default changes between versions, and
-    with it the last bits.
+    """Run `kernel` on `device` over `grid`.
+
+    `enable_fp_fusion` is passed because Triton's default differs between versions, and with it the last bits.
     """
     if _recorders:
         _recorders[-1].append(Launch(kernel, grid, config, arguments))
@@ -44,7 +45,7 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.dev
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Inside the block no kernel runs: the list gets every launch, to compile ahead of time. Outputs stay unwritten."""
+    """Inside the block, append launches to the list instead of running them. The kernels' outputs stay unwritten."""
     launches: list[Launch] = []
     _recorders.append(launches)
     try:

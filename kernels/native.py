@@ -1,4 +1,4 @@
-"""The native CPU library `_C.so`: found, loaded once, and which of its instruction sets runs."""
+"""Load the native CPU library `_C.so`, and choose the instruction set that it runs on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_C.so"
-VERSION = 2  # of the library's ops: csrc/ensemble_reward.cpp's `version()`
-ISAS = ("generic", "avx2", "avx512", "avx512_bf16")  # from the plainest to the fastest: csrc/isa.h's order
+VERSION = 2  # of the library's ops; must equal `version()` in csrc/ensemble_reward.cpp
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16")  # slowest first, in the order of csrc/isa.h
 
 _BUILD = (
     "Build it with `pip install --no-build-isolation -e .` in a checkout (it needs a C++17 compiler, CMake and ninja), "
@@ -25,7 +25,10 @@ _forced: list[int] = []
 
 @lru_cache(maxsize=1)
 def load() -> bool:
-    """True once the ops are in `torch.ops.prudent_native`. Without: one warning, or none with PRUDENT_NATIVE=0."""
+    """Load the library once. True if its ops are in `torch.ops.prudent_native`; if not, warn once.
+
+    With PRUDENT_NATIVE=0 the library is not loaded and there is no warning.
+    """
     if os.environ.get("PRUDENT_NATIVE") == "0":
         return False
     reason = "is not built"
@@ -46,13 +49,13 @@ def load() -> bool:
 
 
 def _version() -> int:
-    """The loaded library's; 1 of those built before it was asked."""
+    """The loaded library's version; libraries older than the op `version` count as 1."""
     op: Any = getattr(torch.ops.prudent_native, "version", None)
     return 1 if op is None else int(op())
 
 
 def supported_isas() -> tuple[str, ...]:
-    """The instruction sets that both this machine and the library have, plainest first; () without the library."""
+    """The instruction sets that both this machine and the library have, slowest first; () without the library."""
     if not load():
         return ()
     bits = torch.ops.prudent_native.supported_isas()
@@ -62,7 +65,7 @@ def supported_isas() -> tuple[str, ...]:
 def isa() -> str:
     """The instruction set that the CPU kernels run on: PRUDENT_CPU_ISA, else the fastest supported.
 
-    Raises ValueError if PRUDENT_CPU_ISA names one unknown or not supported here, RuntimeError without the library.
+    Raises ValueError if PRUDENT_CPU_ISA names an unknown or unsupported one, RuntimeError without the library.
     """
     return ISAS[isa_index()]
 

@@ -1,8 +1,8 @@
-"""Optional choice of a kernel's tile by timing: PRUDENT_AUTOTUNE=1. Without it the static tables serve every call.
+"""Choose a kernel's tile by timing, if PRUDENT_AUTOTUNE=1. Without it every call takes the tile of the static table.
 
 A choice is timed once for each (kernel, bucket of shapes, device, versions), then read from
-$PRUDENT_CACHE/tuning.json (~/.cache/prudent by default). It changes how work is cut, never what is computed; but the
-order of sums follows the tile, so with tuning on the last bits may differ between machines, and between two caches.
+$PRUDENT_CACHE/tuning.json (~/.cache/prudent by default). A tile changes only how the work is divided, but with it the
+order of sums: with tuning on, the last bits of a result may differ between machines and between caches.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def choose(
     run: Callable[[Config], object],
     device: torch.device,
 ) -> Config:
-    """The fastest of `candidates` and the table's own, or the table's where tuning is off or cannot be done now.
+    """The fastest of `table_config` and `candidates`; `table_config` if tuning is off or impossible now.
 
-    `key` names the kernel and its bucket of shapes; never put a sequence length in it, or each length is timed anew.
+    `key` names the kernel and its bucket of shapes. It must not hold a sequence length, or each length is timed again.
     `run` launches the kernel on `device` with a config, any number of times, into outputs that the real launch
     overwrites.
     """
     if os.environ.get("PRUDENT_AUTOTUNE") != "1" or not _can_time(device):
         return table_config
-    with torch.cuda.device(device):  # whose clock and name are asked for; the caller's may be another
+    with torch.cuda.device(device):  # time and name this device, which may not be the current one
         return _fastest(table_config, candidates, key, run)
 
 
@@ -61,12 +61,12 @@ def _fastest(
 
 
 def cache_file() -> Path:
-    """Where choices are kept between processes."""
+    """The file that keeps choices between processes."""
     return Path(os.environ.get("PRUDENT_CACHE") or Path.home() / ".cache" / "prudent") / "tuning.json"
 
 
 def _can_time(device: torch.device) -> bool:
-    """A captured graph takes no timings: what is launched would be recorded into it."""
+    """False during graph capture, which would record the launches instead of timing them."""
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
@@ -88,24 +88,24 @@ def _milliseconds(run: Callable[[Config], object], config: Config) -> float:
 
 
 def _read() -> dict[str, Any]:
-    """What the cache holds; nothing, with a warning, where it cannot be read."""
+    """The cache's table; empty if there is none, and with a warning if it cannot be read."""
     path = cache_file()
     try:
         found = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
-        warnings.warn(f"tuning: {path}: expected a JSON table, got {error}; it is written anew", stacklevel=3)
+        warnings.warn(f"tuning: {path}: expected a JSON table, got {error}; it will be overwritten", stacklevel=3)
         return {}
     if not isinstance(found, dict):
-        warnings.warn(f"tuning: {path}: expected a JSON table, got a {type(found).__name__}; it is written anew",
+        warnings.warn(f"tuning: {path}: expected a JSON table, got a {type(found).__name__}; it will be overwritten",
                       stacklevel=3)  # fmt: skip
         return {}
     return found
 
 
 def _write(name: str, config: Config) -> None:
-    """Add one choice. Written beside and moved over, so that a reader sees the old table or the new one, never half."""
+    """Add one choice. The file is replaced as a whole, so that readers see the old table or the new one."""
     path = cache_file()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a broken table was reported when it was read
@@ -116,5 +116,5 @@ def _write(name: str, config: Config) -> None:
             json.dump(table, file, indent=1, sort_keys=True)
         os.replace(file.name, path)
     except OSError as error:
-        warnings.warn(f"tuning: {path}: expected to write the choice there, got {error}; it lasts for this process",
-                      stacklevel=3)  # fmt: skip
+        warnings.warn(f"tuning: {path}: expected to write the tuned tile there, got {error}; "
+                      "it is kept for this process only", stacklevel=3)  # fmt: skip

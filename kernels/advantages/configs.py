@@ -1,6 +1,7 @@
 """The static table of `advantages`' Triton kernels: how many tokens a program holds at a time.
 
-Bucketed, so that a batch padded to another length finds its kernel compiled; nothing depends on the architecture.
+Lengths fall into buckets, so that a batch padded to another length does not compile another kernel. The table is the
+same for every architecture.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 
 from ..launch import Config
 
-SWEEP = 256  # sequences that the last program totals at a time: two fp64 sums a thread
+SWEEP = 256  # sequences that the last program adds up at a time: two fp64 sums a thread
 
 # block_dim = tokens a program holds, block_rows = 1: a program is a sequence. Longer rows are looped over with a carry.
 # 4 tokens a thread: with 8, gfx942 spills scalar registers, and fp64 does so already with 4.

@@ -1,8 +1,8 @@
-"""What crosses between the public op and its executions, the trainers' conventions, and every refusal, in one place.
+"""Inputs, outputs and argument checks of `advantages`, and the trainers' conventions.
 
-`Inputs` is the schema of the registered op in order; each backend offers
+The fields of `Inputs` are the registered op's schema, in order. Each backend offers
     forward(inputs) -> (advantage [B, T], returns [B, T], reward [B, T], dropped [B] bool, stats [6])
-and is never given an empty batch.
+and is never called with an empty batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 HOLES = ("skip", "zero")
 SCORE_AT = ("last", "after")
 WHITEN = ("none", "centre", "sample", "population")
-VARIANCE_EPS = 1e-8  # in all three trainers: added to the variance (sample), or its least value (population)
+VARIANCE_EPS = 1e-8  # as in all three trainers: added to the variance (sample), or its lower bound (population)
 
 checks = Checks("advantages", "mask")
 require = checks.require
@@ -30,8 +30,8 @@ class AdvantageStats(NamedTuple):
     """Scalars [] over the tokens that count: unmasked, in a sequence that was not dropped.
 
     tokens, sequences  how many count
-    dropped            sequences left out because something in them was not finite
-    mean, std          of the advantages before whitening; std as the whitening takes it, 0 below two tokens
+    dropped            sequences left out because one of their advantages was not finite
+    mean, std          of the advantages before whitening; std with the whitening's ddof, 0 below two tokens
     kl                 mean of the KL estimate over tokens, clipped as in the reward
     """
 
@@ -49,7 +49,7 @@ class AdvantageOutput(NamedTuple):
     advantage  [B, T]  whitened if asked; 0 at masked tokens
     returns    [B, T]  advantage before whitening + value: the critic's target; 0 at masked tokens
     reward     [B, T]  the shaped reward, score - kl_coef * KL; 0 at masked tokens
-    dropped    [B]     bool, sequences in which something was not finite: all zeros above, and out of the statistics
+    dropped    [B]     bool, sequences with an advantage that is not finite: zeros above, not in the statistics
     stats              AdvantageStats
 
     With score_at="after" the step after a sequence's last token has a reward and a return too.
@@ -63,7 +63,7 @@ class AdvantageOutput(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Arguments of `prudent::advantages`, in schema order. `kl_clip` inf = not clipped."""
+    """Arguments of `prudent::advantages`, in schema order. A `kl_clip` of infinity does not clip."""
 
     score: Tensor
     logprob: Tensor | None
@@ -92,7 +92,7 @@ class Inputs(NamedTuple):
 
     @property
     def effective_lam(self) -> float:
-        """Without a critic there is nothing to bootstrap from: GAE at lam = 1 and values of 0 is the reward-to-go."""
+        """1 without a critic: GAE with lam = 1 and values of 0 is the discounted reward-to-go."""
         return 1.0 if self.value is None else self.lam
 
 
@@ -101,7 +101,7 @@ def advantage_convention(trainer: str, kl_estimator: str = "k1") -> dict[str, An
 
     Read in TRL 1.12.0 (PPOTrainer), OpenRLHF 0.11.2 (compute_approx_kl, compute_reward, get_advantages_and_returns) and
     verl 0.9.1 (kl_penalty, compute_gae_advantage_return). Raises ValueError for another trainer, or for an estimator
-    that it has not.
+    that the trainer does not have.
     """
     known: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "trl": (("k1", "k3"), {"kl_clip": None, "holes": "zero", "score_at": "after", "whiten": "sample"}),
@@ -130,7 +130,7 @@ def _require_name(value: str, argument: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_inputs(inputs: Inputs) -> None:
-    """Refuse every shape, dtype, device and option outside the contract. Reads no values, so it serves fakes too."""
+    """Raise ValueError for a wrong shape, dtype, device or option. Reads no values, so it serves fake tensors too."""
     mask, score = inputs.mask, inputs.score
     require(mask.dim() == 2, "mask", "shape [B, T]", list(mask.shape))
     require(mask.dtype == torch.bool, "mask", "dtype bool", mask.dtype)

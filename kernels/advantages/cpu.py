@@ -1,4 +1,4 @@
-"""`advantages` on the native CPU library: the contract's inputs unpacked into one call of C++ (csrc/advantages.cpp)."""
+"""`advantages` on the native CPU library: one call of csrc/advantages.cpp."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .contract import KL_ESTIMATORS, VARIANCE_EPS, WHITEN, Inputs, Outputs
 
 
 def available() -> bool:
-    """True if the native library is there, loaded by the first call; `native.load` says what happens without."""
+    """True if the native library could be loaded; see `native.load`."""
     return native.load()
 
 
@@ -30,7 +30,7 @@ class NativeOptions(NamedTuple):
 
 
 def forward(inputs: Inputs) -> Outputs:
-    """(advantage, returns, reward [B, T], dropped [B], stats [6]); rows over threads, the recurrence in fp64."""
+    """(advantage, returns, reward [B, T], dropped [B], stats [6]). Threads share the rows; recurrence in fp64."""
     decay = inputs.gamma * inputs.effective_lam
     options = NativeOptions(
         gamma=inputs.gamma,

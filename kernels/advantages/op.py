@@ -1,7 +1,7 @@
 """The public `advantages` and its registration as `prudent::advantages`.
 
 Under torch.compile and torch.export the registered op is called (schema, fake); a plain eager call goes straight to the
-backend. Advantages are data for the policy loss, so no gradient flows through them by either road.
+backend. Advantages are data for the policy loss, so neither path lets a gradient through.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _library.define(
 
 
 def _backend(inputs: Inputs) -> Any:
-    """The module that executes this call: imported when first needed, so that `import prudent` stays light."""
+    """The module that executes this call, imported when first needed: `import prudent` must not import triton."""
     if inputs.mask.is_cuda:
         from . import triton  # type: ignore[attr-defined]
 
@@ -50,7 +50,7 @@ def _run(inputs: Inputs) -> Outputs:
 
 
 def _new(inputs: Inputs, make: Any) -> Outputs:
-    """The outputs' shapes and dtypes, made by torch.empty or torch.zeros."""
+    """The outputs, allocated by `make`: torch.empty or torch.zeros."""
     (batch, length), device, dtype = inputs.mask.shape, inputs.mask.device, inputs.output_dtype
     tokens = (make((batch, length), dtype=dtype, device=device) for _ in range(3))
     return *tokens, make(batch, dtype=torch.bool, device=device), make(6, dtype=dtype, device=device)  # type: ignore[return-value]
@@ -109,7 +109,7 @@ def advantages(
         value: [B, T] the critic's values before each token; None: no critic, lam is not read, and the advantage is the
             discounted reward-to-go.
         mask: [B, T] bool or integer (not 0 = a token that counts). Padding on either side and holes (the tokens of a
-            tool between two turns) may be masked; whatever stands there, NaN too, is not read into any result.
+            tool between two turns) may be masked; values at masked tokens, even NaN, affect no result.
         gamma, lam: in [0, 1].
         kl_coef: >= 0, the price of KL in the reward.
         kl_estimator: "k1" d, "k2" d^2 / 2, "k3" e^-d - 1 + d, "abs" |d|, with d = logprob - ref_logprob.
@@ -120,16 +120,16 @@ def advantages(
             enough; that step then has a value, a reward and a return, but no KL and no advantage.
         whiten: "sample" (A - mean) / sqrt(var + 1e-8), var with ddof 1; "population" (A - mean) / sqrt(max(var, 1e-8)),
             ddof 0; "centre" A - mean; "none".
-        `advantage_convention("trl" | "openrlhf" | "verl")` gives the last five as that trainer has them.
+
+    `advantage_convention("trl" | "openrlhf" | "verl")` returns the last five as that trainer sets them.
 
     Returns:
-        AdvantageOutput(advantage, returns, reward [B, T], dropped [B], stats), fp32 (fp64 if an input is). Nothing here
-        carries a gradient, whatever the inputs do. A sequence in which something is not finite is dropped: all its
-        outputs are 0, `dropped` says so, and it is in no statistic. One with no unmasked token is all 0 and does not
-        count.
+        AdvantageOutput(advantage, returns, reward [B, T], dropped [B], stats), fp32 (fp64 if an input is), without
+        gradients. A sequence with an advantage that is not finite is dropped: all its outputs are 0, `dropped` marks
+        it, and no statistic includes it. A sequence with no unmasked token is all 0 and does not count.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came, before anything is computed.
+        ValueError: an argument is wrong; raised before anything is computed.
     """
     checks.tensor(mask, "mask")
     integer = not (mask.dtype.is_floating_point or mask.dtype.is_complex)

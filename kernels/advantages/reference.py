@@ -1,7 +1,7 @@
-"""`advantages` in plain torch as the formulas read: the oracle, and the CPU's execution when nothing is built.
+"""`advantages` in plain torch, written like the formulas: the oracle, and the CPU's execution without the library.
 
-The loop over time is over the whole batch. It carries the next value and the next advantage apart, as the trainers
-write it; the other executions fold both into one affine recurrence.
+The loop over time handles the whole batch at once. It carries the next value and the next advantage separately, as the
+trainers do; the other executions fold both into one affine recurrence.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def kl_estimate(logprob: Tensor, ref_logprob: Tensor, estimator: str, clip: floa
     elif estimator == "abs":
         d = d.abs()
     elif estimator == "k3":
-        # past 50 the exponential alone is the sum in fp64 too, and infinity stays infinity instead of inf - inf
+        # past 50 the exponential alone is the sum, even in fp64; the clamp keeps infinity from becoming inf - inf
         d = torch.expm1(-d) - (-d).clamp(max=50)
     return d.clamp(-clip, clip)
 
@@ -32,7 +32,7 @@ def kl_estimate(logprob: Tensor, ref_logprob: Tensor, estimator: str, clip: floa
 def forward(inputs: Inputs) -> Outputs:
     """(advantage, returns, reward [B, T], dropped [B], stats [6]), computed in the output's dtype.
 
-    Statistics and whitening are taken in fp64, as the other executions take them: squares of 1e20 overflow fp32.
+    Statistics and whitening are in fp64, as in the other executions: the square of 1e20 overflows fp32.
     """
     mask, dtype = inputs.mask, inputs.output_dtype
     zero = torch.zeros((), dtype=dtype, device=mask.device)

@@ -1,8 +1,8 @@
-"""`advantages` on CUDA and ROCm: two launches, a program a sequence each.
+"""Launch `advantages` on CUDA and ROCm: one kernel for rewards, advantages and statistics, one for whitening.
 
-The first writes everything but the whitening, and its last program the statistics; the second whitens. It is a launch
-of its own because every sequence waits for the statistics of all, and one program rewriting B T numbers would take
-longer than the launch. CPU tensors run where Triton's interpreter is on.
+The first has one program per sequence, and its last program writes the statistics. Whitening is a second launch because
+every sequence needs the statistics of all, and one program rewriting B T numbers would take longer than a launch. CPU
+tensors work only under Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .triton_kernels import advantage_kernel, whiten_kernel
 
 
 def _rows(name: str, stride: str, tensor: Tensor | None) -> dict[str, Any]:
-    """A tensor with its row stride, its last dimension contiguous; a [B] score is [B, 1]."""
+    """A tensor, its last dimension made contiguous, and its row stride, under these argument names."""
     if tensor is None:
         return {name: None, stride: 0}
     if tensor.dim() == 2 and tensor.stride(1) != 1:

@@ -1,12 +1,13 @@
-"""Triton kernels of `advantages`: one program a sequence, then one a sequence and chunk that whitens.
+"""Triton kernels of `advantages`: one program per sequence, then one per chunk of a sequence that whitens.
 
 The recurrence is affine. With C_t = gamma V_t + gamma lam A_t, what the step before t receives,
 
     C_t = decay C_next + decay r_t + (gamma - decay) V_t  at a step, C_t = hole C_next at none      decay = gamma lam
     returns_t = r_t + C_next        A_t = returns_t - V_t
 
-so one reversed associative scan of the pairs (factor, term) gives every C, and a gather hands each lane its right
-neighbour's. BLOCK tokens at a time from the right, C carried over. ACC is fp32, or fp64 if an input is.
+so one reversed associative scan of the pairs (factor, term) gives every C, and a gather gives each lane the C of its
+right neighbour. A program takes BLOCK tokens at a time from the right and carries C over. ACC is fp32, or fp64 if an
+input is.
 """
 # mypy: ignore-errors
 
@@ -16,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def after(factor, term, next_factor, next_term):
-    """x -> factor x + term, then x -> next_factor x + next_term."""
+    """The composition of two affine maps: x -> factor x + term, then x -> next_factor x + next_term."""
     return factor * next_factor, next_factor * term + next_term
 
 
@@ -41,7 +42,7 @@ def kl_estimate(d, clip, ESTIMATOR: tl.constexpr):
         for i in tl.static_range(10, 2, -1):
             series = 1.0 + x * series * (1.0 / i)
         small = 0.5 * x * x * series
-        # past 50 the exponential alone is the sum in fp64 too, and infinity stays infinity instead of inf - inf
+        # past 50 the exponential alone is the sum, even in fp64; the minimum keeps infinity from becoming inf - inf
         large = (tl.exp(x) - 1.0) - tl.minimum(x, 50.0)
         kl = tl.where(tl.abs(x) < 0.125, small, large)
     return tl.where(kl > clip, clip, tl.where(kl < -clip, -clip, kl))
@@ -53,7 +54,7 @@ def shaped(
     kl_coef, kl_clip, row, t, score_step, length,
     ESTIMATOR: tl.constexpr, PER_TOKEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """At tokens t of a sequence: reward, value (0 where no step), KL (0 where masked), is unmasked, is a step."""
+    """For tokens t of a sequence: reward, value (0 outside steps), KL (0 where masked), is unmasked, is a step."""
     token = tl.load(mask + row * mask_stride + t, mask=t < length, other=0) != 0
     step = token | (t == score_step)
     if PER_TOKEN:
@@ -133,8 +134,8 @@ def advantage_kernel(
     ESTIMATOR: tl.constexpr, PER_TOKEN: tl.constexpr, AFTER: tl.constexpr, DDOF: tl.constexpr,
     BLOCK: tl.constexpr, SWEEP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Program b: sequence b whole, and its count, mean, squares about the mean, KL and dropped; the last to arrive adds
-    up the batch.
+    """Program b handles sequence b and its share of the statistics: count, mean, squares about the mean, KL, dropped.
+    The last program to arrive adds them up over the batch.
 
     advantage (not yet whitened), returns, reward [B, T] and stats [6], all ACC; dropped [B] as bytes. partials [5, B]
     ACC is scratch; counter [1] int32 is 0 before and after, so a CUDA graph replays it.
@@ -193,7 +194,7 @@ def advantage_kernel(
         bad += tl.sum((token & ~(tl.abs(a) < float("inf"))).to(tl.int32), axis=0)
 
     if bad > 0:
-        tl.debug_barrier()  # another thread may have stored what this one overwrites
+        tl.debug_barrier()  # this thread overwrites values that other threads stored
         for start in range(0, length, BLOCK):
             t = start + lane
             nothing = tl.zeros((BLOCK,), ACC)
@@ -211,8 +212,8 @@ def advantage_kernel(
     tl.store(partials + 3 * batch + row, kl_sum)
     tl.store(partials + 4 * batch + row, (bad > 0).to(ACC))
 
-    # Every store above is visible to whoever reads `counter` after this program's add: barrier, then release at gpu
-    # scope. The reads in `total` bypass L1 (.cg), which may hold older lines.
+    # Barrier, then release at gpu scope: a program that reads `counter` after this add sees every store above. The
+    # reads in `total` bypass L1 (.cg), which may hold older lines.
     tl.debug_barrier()
     arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
     if arrived == batch - 1:
@@ -225,7 +226,7 @@ def whiten_kernel(
     advantage, mask, mask_stride, dropped, stats, length, eps: tl.float64,
     WHITEN: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, c): chunk c of sequence b's advantages, whitened in place where unmasked and not dropped."""
+    """Program (b, c) whitens chunk c of sequence b in place, where it is unmasked and not dropped."""
     row = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     whole = length * (1 - tl.load(dropped + row).to(tl.int32))  # 0 of a dropped sequence's tokens

@@ -1,4 +1,4 @@
-// prudent_native::advantages: KL-shaped rewards, GAE and masked whitening; the formulas are ../advantages/reference.py's.
+// prudent_native::advantages: KL-shaped rewards, GAE and masked whitening. ../advantages/reference.py has the formulas.
 // A thread takes whole sequences. Recurrence and statistics are in fp64 and each sequence's statistics are added in
 // order, so no result depends on the number of threads.
 #include <torch/csrc/stable/library.h>
@@ -36,7 +36,7 @@ struct Options {
   double eps;
 };
 
-// Sum of squares about the mean, and what else a sequence adds to the batch's statistics.
+// What a sequence adds to the batch's statistics; squares are about the sequence's mean.
 struct Partial {
   double tokens = 0, mean = 0, squares = 0, kl = 0;
 };
@@ -86,7 +86,7 @@ template <class R>
 R kl_estimate(R d, int64_t estimator) {
   if (estimator == kK2) return d * d / 2;
   if (estimator == kAbs) return std::abs(d);
-  // past 50 the exponential alone is the sum in fp64 too, and infinity stays infinity instead of inf - inf
+  // past 50 the exponential alone is the sum, even in fp64; the minimum keeps infinity from becoming inf - inf
   if (estimator == kK3) return std::expm1(-d) - (-d > R(50) ? R(50) : -d);
   return d;
 }
@@ -113,7 +113,7 @@ class Sequences {
   }
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run() {
-    // about 10 us of tokens: less is not worth waking a thread
+    // about 10 us of work: less is not worth waking a thread
     const int64_t grain = std::max<int64_t>(1, 4096 / length_);
     parallel_for(0, batch_, grain, [&](int64_t begin, int64_t end) {
       std::vector<R> scratch(4 * length_);
@@ -195,7 +195,8 @@ class Sequences {
   }
 
   // reward [begin, end) = score - kl_coef KL on the steps; other [2 length] is scratch.
-  void shape(int64_t row, int64_t begin, int64_t end, int64_t score_step, const uint8_t* mask, R* kl, R* other, R* reward) {
+  void shape(int64_t row, int64_t begin, int64_t end, int64_t score_step, const uint8_t* mask, R* kl, R* other,
+             R* reward) {
     if (score_each_) {
       score_.read(row, begin, end, other);
       for (int64_t t = begin; t < end; ++t) reward[t] = mask[t] || t == score_step ? other[t] : R(0);

@@ -1,4 +1,4 @@
-// The op's arguments out of LibTorch's stable tensors into plain pointers, and what forward and backward share.
+// Turn the op's stable tensors into plain pointers; shared by forward and backward.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -45,7 +45,7 @@ int64_t size_of(Type type);
 
 Tensor new_floats(std::vector<int64_t> shape);
 
-// Refuses whatever is outside the contract, in few words: contract.py finds the many.
+// Refuses arguments outside the contract, in few words: contract.py then names the argument.
 class Call {
  public:
   explicit Call(const Arguments& a);
@@ -80,7 +80,7 @@ class Call {
   std::vector<Tensor> owned_;
 };
 
-// What a thread needs for kRows rows beside their features.
+// A thread's memory for kRows rows, beside their features.
 struct Scratch {
   explicit Scratch(const Call& call);
   Lanes lanes{};

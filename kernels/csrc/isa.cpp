@@ -4,7 +4,7 @@ namespace prudent {
 
 const Isa* isa_at(int64_t index) {
 #ifdef PRUDENT_X86
-  // an AVX2 machine without F16C was never made; the compiler's name for it is too new to ask for
+  // every AVX2 machine has F16C; __builtin_cpu_supports knows that name only in new compilers
   static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

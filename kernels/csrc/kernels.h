@@ -1,6 +1,6 @@
-// What crosses between the op (ensemble_reward.cpp) and the loops compiled once per instruction set (kernels_*.h).
-// Plain data and function pointers: the units built with wider instructions include nothing of the standard library,
-// because an inline function of theirs could be the copy that the linker keeps for everybody.
+// The interface between the ops (*.cpp) and the loops that are compiled once per instruction set (kernels_*.h).
+// It is plain data and function pointers. The units built with wider instructions include nothing of the standard
+// library, because the linker might keep their copy of an inline function for all units.
 #pragma once
 
 #include <stdint.h>
@@ -22,7 +22,7 @@ constexpr int64_t kMaxWidth = 16; // floats in the widest vector
 
 inline constexpr int64_t padded(int64_t dim) { return (dim + kSlab - 1) / kSlab * kSlab; }
 
-// The head's weight as the caller has it, and the norm weight it is multiplied with.
+// The head's weight in the caller's layout, and the norm weight that multiplies it.
 struct Source {
   const void* data;    // [columns, dim]
   int64_t row_stride;  // in elements

@@ -80,7 +80,7 @@ void gradients(const Weights& w, const GradientBlock& g) {
   const int64_t columns = w.source.columns, dim = w.source.dim;
   const int64_t tiles = (columns + 4) / 5, size = columns / tiles, wider = columns % tiles;
   const bool read = g.shrink != nullptr || g.partial != nullptr;
-  // what is not read is walked along dx, which is as wide
+  // without a read of x, iterate along dx, which has the same width
   const void* const* rows = read ? g.x : const_cast<const void* const*>(g.dx);
   for_stretches<T>(rows, g.rows, dim, columns, read, [&](const T* const* x, int64_t d, int64_t length) {
     if (g.need_dx) {
@@ -154,7 +154,7 @@ constexpr bool kDots = true;
 constexpr bool kDots = false;
 #endif
 
-// Each unit's one symbol.
+// The only symbol of each unit.
 #define PRUDENT_ISA(symbol, name)                                           \
   const Isa symbol = {name,                                                 \
                       kDots,                                                \

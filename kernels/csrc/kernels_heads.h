@@ -122,7 +122,7 @@ inline V soft_minimum(const Options& o, const Lanes& b, Part part) {
   return -c * ((logarithm(total) + shift) - logarithm(all(float(o.heads))));
 }
 
-// How many of the lowest heads `cvar` averages: spec.py's ceil(q K), forgiving one rounding error of the product.
+// How many of the lowest heads `cvar` averages: spec.py's ceil(q K), with a tolerance for the product's rounding.
 inline int64_t tail_of(const Options& o) {
   const int64_t tail = int64_t(__builtin_ceil(o.coefficient * double(o.heads) - 1e-9));
   return tail < 1 ? 1 : tail;
@@ -172,7 +172,7 @@ inline V reward_of(const Options& o, const Lanes& b, Part part) {
   order_weights(o, b, part);
   V total{};
   for (int64_t k = 0; k < o.heads; ++k) {
-    // an infinite head without weight takes no part; a NaN spoils the row even so
+    // leave out heads of weight 0, because 0 * inf is NaN; but a NaN head makes the row NaN
     const V value = part(b.values, k), weight = part(b.to_values, k);
     total += select((weight == 0.0f) & ~is_nan(value), V{}, value * weight);
   }
@@ -205,7 +205,7 @@ inline void reward_gradient(const Options& o, const Lanes& b, Part part) {
     const V mean = average(part, b.values, heads), spread = root(variance(part, b.values, heads, mean));
     for (int64_t k = 0; k < heads; ++k) {
       const V gap = part(b.values, k) - mean;
-      // where all heads agree the std has a kink: subgradient 0 leaves them equal
+      // the std has a kink where all heads agree; the subgradient 0 leaves them equal
       const V slope = o.kind == kUwo ? 2.0f * gap / n : select(spread == 0.0f, V{}, gap / (n * spread));
       part.set(b.to_values, k, 1.0f / n - c * slope);
     }

@@ -61,8 +61,7 @@ void pack(const Weights& w, int64_t slab_begin, int64_t slab_end) {
 }
 
 // Calls body(x, first, length) over stretches of features whose weights stay in the first-level cache; the last,
-// partial slab is copied out and padded with zeros, so that no loop below knows of tails. Without `read`, x is only
-// walked.
+// partial slab is copied and padded with zeros, so that no loop below needs a tail. Without `read`, x is not read.
 template <class T, class Body>
 inline void for_stretches(const void* const* x, int rows, int64_t dim, int64_t columns, bool read,
                           const Body& body) {
@@ -117,7 +116,7 @@ struct Dot {
 };
 #endif
 
-// Asked for ahead: a row's next kilobyte, or the whole next block where both fit the second-level cache.
+// Prefetch a row's next kilobyte, or the whole next block if both fit the second-level cache.
 constexpr int64_t kAheadBytes = 1024, kBlockBytes = 256 << 10;
 
 // sums: [R][columns + 1][W], the square first

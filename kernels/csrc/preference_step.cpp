@@ -30,7 +30,7 @@ struct Step {
   int64_t isa;
 };
 
-// What a chunk of pairs adds to the numbers that are not features: sums over its pairs or rows.
+// The scalar sums of a chunk of pairs, over its pairs or rows.
 struct Sums {
   double loss = 0, reward = 0, square = 0, std = 0, correct = 0;
   double mean_bias = 0, raw_bias = 0, shared_bias = 0;  // of d loss / d z: the own head's two, and all heads' means
@@ -110,7 +110,7 @@ class Run {
 
   int64_t row(int64_t n) const { return rows_ ? rows_[n] : n; }
 
-  // By head, in a head in the order of the batch; and each head's pairs cut into chunks by their number alone.
+  // Sort the pairs by head, stably, and cut each head's pairs into chunks; the cut depends on their number alone.
   void sort_pairs() {
     std::vector<int64_t> start(groups_ + 1);
     for (int64_t i = 0; i < pairs_; ++i) {
@@ -148,7 +148,7 @@ class Run {
     isa_.pack(one, 0, padded(dim_) / kSlab);
   }
 
-  // Each group's columns: the head's mean, its raw std, the mean of heads; those of them that the loss needs.
+  // Each group's columns, as far as the loss needs them: the head's mean, its raw std, the mean of heads.
   void pack() {
     const int64_t wide = padded(dim_), needed = s_.brme ? 2 * heads_ : heads_;
     std::vector<float> plain(needed * wide), reward, source(columns_ * wide);
@@ -216,7 +216,7 @@ class Run {
   void bradley_terry(int64_t i, const float* z, float* out, Sums& sums) const {
     const float chosen = z[0] + reward_bias_, rejected = z[1] + reward_bias_;
     const float x = (margin_ ? margin_[i] : 0.0f) - (chosen - rejected);
-    // softplus, the identity from 20 on as in torch, where its slope is 1
+    // as in torch, softplus is the identity above 20, so its slope is 1 there
     const float slope = x > 20.0f ? 1.0f : 1.0f / (1.0f + std::exp(-x));
     sums.loss += x > 20.0f ? x : std::log1p(std::exp(x));
     sums.correct += chosen > rejected;
@@ -275,7 +275,7 @@ class Run {
     float* sum = static_cast<float*>(sums.mutable_data_ptr());
     float* out = static_cast<float*>(result.mutable_data_ptr());
     const int64_t slabs = padded(dim_) / kSlab;
-    // per direction and chunk a read, per head a write
+    // a read for each direction and chunk, a write for each head
     const int64_t work = kSlab * (directions_ * int64_t(chunks_.size()) + 2 * heads_);
     parallel_for(0, slabs, std::max<int64_t>(1, (1 << 17) / work), [&](int64_t begin, int64_t end) {
       for (int64_t g = 0; g < groups_; ++g) {
@@ -353,7 +353,7 @@ class Run {
   const int64_t columns_, shared_, directions_;  // shared_: the first direction that all heads share
   std::vector<float> bias_, packed_;
   float reward_bias_;
-  std::vector<int64_t> order_, first_chunk_;  // order_ empty: as they come
+  std::vector<int64_t> order_, first_chunk_;  // order_ empty: unsorted
   std::vector<Chunk> chunks_;
   std::vector<Weights> weights_;
   std::vector<Sums> sums_;

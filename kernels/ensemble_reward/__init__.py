@@ -1,4 +1,4 @@
-"""The op everything stands on: hidden states to a pessimistic reward. Maths, contract and limits: README.md here."""
+"""Hidden states to a pessimistic reward in one op. Maths, contract and limits: README.md here."""
 
 from .contract import EnsembleOutput
 from .op import STD_FLOOR, ensemble_reward

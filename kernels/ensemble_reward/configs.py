@@ -1,19 +1,19 @@
 """The static table of `ensemble_reward`'s Triton kernels: tiles by shape, dtype and architecture, each with its reason.
 
-Never keyed on timing (but for PRUDENT_AUTOTUNE=1) or on a sequence length, so that equal calls on equal devices have
-equal bits. `assume` stands in for a device where the launches are compiled ahead of time (shipped.py).
+A tile never depends on timing (except with PRUDENT_AUTOTUNE=1) or on a sequence length, so that equal calls on equal
+devices have equal bits. `assume` replaces the device where launches are compiled ahead of time (shipped.py).
 
-What the table is after. The features' bytes are the whole cost: 2K = 10 products of D = 4096 bf16 values are 10 FLOP a
-byte, and a GPU of this decade wants 200 before arithmetic counts. So the measure of a tile is bytes in flight: by
-Little's law a multiprocessor must have bandwidth x latency / multiprocessors on the way, which is 4.8 TB/s x 0.8 us /
-132 = 29 KB on an H200 (8 TB/s: 43 KB of a B200's 148; 2 TB/s: 15 KB of an A100's 108). A program has (num_stages - 1)
-tiles of block_rows x block_dim features in flight; how many programs fit a multiprocessor follows from the registers
-and shared memory of the machine code (`prudent bench --aot`). The bandwidths are the data sheets': nothing here was
+How the tiles are chosen. Reading the features is the whole cost: 2K = 10 products of D = 4096 bf16 values are 10 FLOP a
+byte, and arithmetic limits a current GPU only from about 200. So a tile is judged by its bytes in flight: by Little's
+law each multiprocessor needs bandwidth x latency / multiprocessors of them, which is 4.8 TB/s x 0.8 us / 132 = 29 KB on
+an H200 (8 TB/s and 148 multiprocessors: 43 KB on a B200; 2 TB/s and 108: 15 KB on an A100). A program has (num_stages -
+1) tiles of block_rows x block_dim features in flight; how many programs fit a multiprocessor follows from the registers
+and shared memory of the machine code (`prudent bench --aot`). The bandwidths are from data sheets: nothing here was
 timed on a GPU.
 
-The second traffic is the weight: every row block reads all of [2K, D] again from L2, in fp32 2K D 4 bytes beside its
+The weight is the second traffic: every row block reads all of [2K, D] again from L2, in fp32 2K D 4 bytes beside its
 block_rows D 2 of features. With K = 5 that is 20 / block_rows of the features: 1.25 at 16 rows, 0.31 at 64, 0.16 at 128
-(half of it from a bf16 weight). Hence large blocks as soon as there are rows enough, and D split where there are not.
+(half of that for a bf16 weight). So blocks are large where there are enough rows, and D is split where there are not.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from ..launch import Config
 
 MAX_HEADS = 64  # beyond, a program's tiles spill registers; such calls run the reference on the device
 
-# The last program alone centres what no program can earlier. Each of its sweeps costs one trip to L2 whatever its
-# width, so it is as wide as does not raise the kernel's registers: 32 values a thread of 128.
+# The last program centres what no program can centre earlier. Each of its sweeps takes one L2 latency whatever its
+# width, so it is as wide as it can be without raising the kernel's registers: 32 values for each of 128 threads.
 SWEEP = 4096
 
 # Centring by label in the forward compares N rows with every label up to the largest, on one multiprocessor: a million
@@ -38,24 +38,24 @@ SWEEP = 4096
 # do not.
 MAX_LABELLED_ROWS = 1024
 
-# D is split in parts of at least this many columns (4 tiles of 64: what a program can have in flight at once), ...
+# D is split into parts of at least this many columns: 4 tiles of 64, which a program can have in flight at once.
 SPLIT_COLUMNS = 256
-# ... at most this many, because one program adds the parts (their loads are unrolled: two registers a part, and eight
-# or more of the wide tiles that take 8 warps), ...
+# The most parts, because one program adds them. Its loads are unrolled: two registers a part, and eight or more with
+# the wide tiles of 8 warps, which may have only the second number of parts.
 MAX_SPLITS, MAX_WIDE_SPLITS = 16, 4
-# ... and only while there are no more row blocks than multiprocessors, so that is how many arrival counters there are
+# D is split only while there are no more row blocks than multiprocessors; each such block has an arrival counter.
 MAX_SPLIT_BLOCKS = 304
 
-# The weight's gradient is at most so many partial sums of [2K, D]: at D = 4096 and K = 5 10 MB, written and read once,
-# beside the gigabyte of 65536 rows read and written.
+# The most partial sums [2K, D] of the weight's gradient: at D = 4096 and K = 5 they are 10 MB, written and read once,
+# beside the gigabyte that 65536 rows read and write.
 MAX_SHARES = 64
 
 
 class Platform(NamedTuple):
-    """What `tl.dot` may be asked for, and how many programs there is room for.
+    """What the tiles depend on: the precisions of `tl.dot`, and the number of multiprocessors.
 
-    `fp32_dot`: the precision of fp32 operands whose storage was 16-bit. `multiprocessors`: of the usual part of the
-    architecture, not of the device, so that two parts of one architecture give equal bits.
+    `fp32_dot`: the precision for fp32 operands that come from 16-bit storage. `multiprocessors`: of the usual device of
+    the architecture and not of this one, so that two devices of one architecture give equal bits.
     """
 
     name: str
@@ -76,7 +76,7 @@ _assumed: list[str] = []
 
 @contextlib.contextmanager
 def assume(target: str) -> Iterator[None]:
-    """Inside the block every device is taken for `target`, one of sm_80, sm_90, sm_100, gfx942."""
+    """Inside the block, treat every device as `target`: sm_80, sm_90, sm_100 or gfx942."""
     if target not in _TARGETS:
         raise ValueError(f"assume: target: expected one of {', '.join(_TARGETS)}, got {target!r}")
     _assumed.append(target)
@@ -87,7 +87,7 @@ def assume(target: str) -> Iterator[None]:
 
 
 def platform(device: torch.device) -> Platform:
-    """NVIDIA below sm_80 has neither bf16 nor tf32 matrix instructions; a CPU is the interpreter, which is exact."""
+    """The platform of `device`. NVIDIA below sm_80 has no bf16 or tf32 matrix products; a CPU is the interpreter."""
     return _TARGETS[_assumed[-1]] if _assumed else _platform_of(device)
 
 
@@ -104,7 +104,7 @@ def _platform_of(device: torch.device) -> Platform:
 
 
 class Row(NamedTuple):
-    """The tile, block_rows of N by block_dim of D, that serves calls of at most `rows` scored rows."""
+    """The tile, block_rows of N by block_dim of D, for calls of at most `rows` scored rows."""
 
     rows: float
     config: Config
@@ -117,7 +117,7 @@ _BF16, _FP16, _FP32, _FP64 = torch.bfloat16, torch.float16, torch.float32, torch
 _FORWARD: dict[tuple[torch.dtype, int], tuple[Row, ...]] = {
     (_BF16, 16): (
         # 256 last tokens of 4096: 16 blocks x 16 parts = 256 programs, each with its whole 8 KB (4 tiles) on the way at
-        # once. That is all there is, 2 MB, and half of what 132 multiprocessors could have in flight: latency is left.
+        # once. In all that is 2 MB, half of what 132 multiprocessors could have in flight: latency remains.
         Row(1024, Config(16, 64, 4, 5)),
         # 24 KB a program, on sm_90 4 of them a multiprocessor (125 registers by Triton 3.9; 3 by 3.6's 139): two to
         # three times Little's law; weight traffic 0.31 of the features. With fewer row blocks than multiprocessors D is
@@ -150,8 +150,8 @@ _FORWARD: dict[tuple[torch.dtype, int], tuple[Row, ...]] = {
     (_FP64, 128): (Row(_ANY, Config(16, 16, 8, 2)),),
 }
 
-# The outer products of the backward: block_dim columns stay with a program, with the weight and the sum of its gradient
-# in registers, while block_rows at a time pass by.
+# The outer products of the backward: a program keeps the weight of block_dim columns and the sum of its gradient in
+# registers, and reads block_rows rows at a time.
 _OUTER: dict[tuple[torch.dtype, int], Config] = {
     # 256 contiguous bytes a row; 108 registers: 4 programs a multiprocessor, 3 tiles of 4 KB each: 48 KB in flight.
     # 32 rows a tile take 174 registers: 2 programs, 32 KB
@@ -174,7 +174,7 @@ _OUTER: dict[tuple[torch.dtype, int], Config] = {
     (_FP64, 128): Config(16, 16, 8, 2),
 }
 
-# By label, one program a group: 1024 members at a time.
+# Centring by label, one program per group: 1024 members at a time.
 CENTRE = Config(1, 1024, 4, 1)
 
 
@@ -189,10 +189,10 @@ def forward_config(num_rows: int, columns: int, dtype: torch.dtype, target: str)
 
 
 def _compilable(config: Config, target: str) -> Config:
-    """`config`, or what a Triton below 3.8 can compile in its place.
+    """`config`, or a smaller one that Triton below 3.8 can compile.
 
-    On sm_100 a product of 64 rows or more lies in tensor memory, where the layout pass of 3.6.0 and 3.7.1 fails on
-    ours; on gfx942 the pipeliner of 3.5.1 and 3.6.0 fails at 4 stages.
+    On sm_100 a product of 64 rows or more lies in tensor memory, where the layout pass of 3.6.0 and 3.7.1 fails on this
+    kernel; on gfx942 the pipeliner of 3.5.1 and 3.6.0 fails at 4 stages.
     """
     if target == "sm_100" and config.block_rows > 32 and _triton_version() < (3, 8):
         return config._replace(block_rows=32, num_warps=4)
@@ -211,19 +211,19 @@ def _triton_version() -> tuple[int, int]:
 
 @cache
 def forward_candidates(columns: int, dtype: torch.dtype, target: str) -> tuple[Config, ...]:
-    """What PRUDENT_AUTOTUNE=1 chooses among: the tiles of every number of rows, at as many stages and at fewer."""
+    """The candidates of PRUDENT_AUTOTUNE=1: the tiles of every row bucket, with their stages and with fewer."""
     tiles = dict.fromkeys(_compilable(row.config, target) for row in _FORWARD[dtype, columns])
     return tuple(tile._replace(num_stages=stages) for tile in tiles for stages in range(2, tile.num_stages + 1))
 
 
 def bucket(num_rows: int, columns: int, d: int, dtype: torch.dtype) -> tuple[str, ...]:
-    """What PRUDENT_AUTOTUNE=1 files a choice under: the table's bucket of rows, and what a model never changes."""
+    """The key of a choice of PRUDENT_AUTOTUNE=1: the table's bucket of rows, and the shapes that a model fixes."""
     rows = next(row.rows for row in _FORWARD[dtype, columns] if num_rows <= row.rows)
     return f"rows<={rows}", f"columns={columns}", f"D={d}", str(dtype)
 
 
 def splits(programs: int, d: int, config: Config, device: torch.device) -> tuple[int, int]:
-    """Into how many parts D is split for each of `programs` row blocks, and a part's blocks of columns.
+    """How many parts D is split into, for each of `programs` row blocks, and the blocks of columns in a part.
 
     The largest power of two that makes at most two programs a multiprocessor, each with SPLIT_COLUMNS or more.
     """
@@ -236,7 +236,7 @@ def splits(programs: int, d: int, config: Config, device: torch.device) -> tuple
 
 
 def sweep(num_rows: int) -> int:
-    """Elements of one step of the last program's centring: a power of two, from 1024, SWEEP at most."""
+    """How many elements the last program centres at a time: a power of two between 1024 and SWEEP."""
     return int(min(SWEEP, max(1024, 1 << (num_rows - 1).bit_length())))
 
 
@@ -247,14 +247,14 @@ def outer_config(columns: int, dtype: torch.dtype) -> Config:
 
 @cache
 def outer_candidates(columns: int, dtype: torch.dtype) -> tuple[Config, ...]:
-    """What PRUDENT_AUTOTUNE=1 chooses among: the table's tile and half its columns, at as many stages and at fewer."""
+    """The candidates of PRUDENT_AUTOTUNE=1: the table's tile and half its columns, with its stages and with fewer."""
     tile = _OUTER[dtype, columns]
     widths = sorted({tile.block_dim, max(16, tile.block_dim // 2)})
     return tuple(tile._replace(block_dim=w, num_stages=s) for w in widths for s in range(2, tile.num_stages + 1))
 
 
 def row_shares(num_rows: int, d: int, config: Config, device: torch.device) -> tuple[int, int]:
-    """Row blocks in a share of the rows, and how many shares: four programs a multiprocessor in all, one wave."""
+    """Row blocks in a share of the rows, and the number of shares: four programs a multiprocessor, one wave."""
     blocks = -(-num_rows // config.block_rows)
     wanted = max(1, min(MAX_SHARES, 4 * platform(device).multiprocessors // -(-d // config.block_dim)))
     each = -(-blocks // wanted)
@@ -262,10 +262,10 @@ def row_shares(num_rows: int, d: int, config: Config, device: torch.device) -> t
 
 
 def gradient_config(columns: int) -> Config:
-    """Of the kernels on [N, 2K]: 1024 values a program, 8 a thread (2048 of the widest, by as many more threads)."""
+    """The tile of the kernels on [N, 2K]: 1024 values a program, 8 a thread (the widest: 2048, twice the threads)."""
     return Config(max(16, 1024 // columns), 0, 8 if columns == 128 else 4, 1)
 
 
 def weight_config(columns: int) -> Config:
-    """Of the sum of the weight's partials: narrow tiles, to have many programs (128 at D = 4096) for few megabytes."""
+    """The tile for the sum of the weight's partials: narrow, to have many programs (128 at D = 4096)."""
     return Config(0, max(16, 512 // columns), 4, 1)

@@ -1,13 +1,13 @@
-"""What crosses between the public op and its executions, and every refusal, in one place.
+"""Inputs, outputs and argument checks of `ensemble_reward`.
 
-`Inputs` is the schema of the registered op in order; each backend offers
+The fields of `Inputs` are the registered op's schema, in order. Each backend offers
     forward(inputs, keep) -> (reward [N], mean [N, K], std [N, K], reward_sum [], saved)
     backward(grads, inputs, saved, needs) -> (grad_hidden, grad_weight, grad_bias, grad_norm_weight)
-with grads = gradients of the four outputs (None = zero) and needs = four bools; what is not needed is None.
+with grads = OutputGrads and needs = Needs; a gradient that is not needed is None.
 
-`saved` [N, 2K + 1] is what the backward takes from the forward: the products after the norm and before the bias, and
-rstd in the last column (1 without a norm). It is 4 (2K + 1) bytes a row beside the 2 D of the features, and spares the
-backward a whole pass over them. [0, 2K + 1] unless `keep`.
+`saved` [N, 2K + 1] is what the forward keeps for the backward: the products after the norm and before the bias, and
+rstd in the last column (1 without a norm). It takes 4 (2K + 1) bytes a row, beside the 2 D of the features, and saves
+the backward a whole pass over them. Without `keep` it is empty, [0, 2K + 1].
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class EnsembleOutput(NamedTuple):
     reward      [N]     aggregated, centred if asked
     mean        [N, K]  the heads' means, calibrated
     std         [N, K]  the heads' standard deviations, > 0, calibrated
-    reward_sum  []      sum of the aggregated rewards before centring (what BSR squares)
+    reward_sum  []      sum of the aggregated rewards before centring; batch-sum regularisation squares it
     """
 
     reward: Tensor
@@ -110,7 +110,7 @@ class Inputs(NamedTuple):
 
 
 def check_inputs(inputs: Inputs) -> None:
-    """Refuse every shape, dtype, device and option outside the contract. Reads no values, so it serves fakes too."""
+    """Raise ValueError for a wrong shape, dtype, device or option. Reads no values, so it serves fake tensors too."""
     hidden, weight = inputs.hidden, inputs.weight
     for name, value in (("hidden", hidden), ("weight", weight)):
         checks.tensor(value, name)
@@ -175,7 +175,7 @@ def _check_options(inputs: Inputs, heads: int) -> None:
 
 
 def check_values(inputs: Inputs) -> None:
-    """Refuse indices, labels and scales out of range: on CPU; elsewhere with PRUDENT_DEBUG=1 (it stalls the stream)."""
+    """Raise ValueError for indices, labels and scales out of range, if `values_are_read`."""
     if not values_are_read(inputs.hidden):
         return
 

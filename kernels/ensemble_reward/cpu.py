@@ -1,4 +1,4 @@
-"""`ensemble_reward` on the native CPU library: the contract's inputs unpacked into one call of C++ (csrc/)."""
+"""`ensemble_reward` on the native CPU library: one call of csrc/ensemble_reward.cpp each way."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .spec import CENTRES, KINDS, NOMINALS, Aggregation
 
 
 def available() -> bool:
-    """True if the native library is there, loaded by the first call; `native.load` says what happens without."""
+    """True if the native library could be loaded; see `native.load`."""
     return native.load()
 
 
@@ -44,9 +44,11 @@ def native_spec(aggregation: str) -> NativeSpec:
 
 
 def _arguments(inputs: Inputs) -> tuple[Any, ...]:
-    """What forward and backward both take, in the order of their schemas: `Inputs` but its last field, the spec, `isa`.
+    """The arguments that forward and backward share: `Inputs` without its last field, the aggregation; then the
+    aggregation as numbers, and the instruction set.
 
-    By position: keywords cost a quarter more host time a call. tests/kernels/test_native_build.py compares the names.
+    They are passed by position because keywords take a quarter more host time per call. test_native_build.py compares
+    their order with the schemas.
     """
     return *inputs[:-1], *native_spec(inputs.aggregation), native.isa_index()
 

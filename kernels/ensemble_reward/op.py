@@ -1,8 +1,8 @@
 """The public `ensemble_reward` and its registration as `prudent::ensemble_reward`.
 
-Two roads, one arithmetic. Under torch.compile and torch.export the registered op is called (schema, fake, autograd). A
-plain eager call goes straight to the backend, with gradients through a `torch.autograd.Function`: a library op's Python
-autograd registration costs more host time a call than a small batch takes to score.
+Under torch.compile and torch.export the registered op is called (schema, fake, autograd). A plain eager call goes
+straight to the same backend, with gradients through a `torch.autograd.Function`: the registered op's autograd in Python
+costs more host time per call than scoring a small batch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _library.define(
 
 
 def _backend(inputs: Inputs) -> Any:
-    """The module that executes this call: imported when first needed, so that `import prudent` stays light."""
+    """The module that executes this call, imported when first needed: `import prudent` must not import triton."""
     if inputs.hidden.is_cuda:
         from . import triton  # type: ignore[attr-defined]
 
@@ -63,7 +63,9 @@ def _forward(*arguments: Any) -> Outputs:
 
 
 def _run(inputs: Inputs, keep: bool) -> Outputs:
-    """Refused in words, or computed. C++ checks all it is given, in less time than Python: words only if it refuses."""
+    """Check the arguments and run the backend. C++ checks faster than Python, so there the Python checks run only after
+    C++ has refused, to say which argument is wrong.
+    """
     backend = _backend(inputs)
     if backend is cpu:
         try:
@@ -71,7 +73,7 @@ def _run(inputs: Inputs, keep: bool) -> Outputs:
         except RuntimeError:
             check_inputs(inputs)
             check_values(inputs)
-            raise  # not for the arguments
+            raise  # the arguments are right: another error
     check_inputs(inputs)
     check_values(inputs)
     result: Outputs = backend.forward(inputs, keep)
@@ -163,7 +165,7 @@ torch.library.register_autograd(
 
 
 class _EagerEnsembleReward(torch.autograd.Function):
-    """The registered op's autograd without its registration cost; same backend, same saved tensors."""
+    """The registered op's autograd, with the same backend and saved tensors but less host time per call."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Outputs:
@@ -182,7 +184,7 @@ def _flattened(hidden: Tensor) -> Tensor:
     checks.tensor(hidden, "hidden")
     if hidden.shape[-1] == 0:
         refuse("hidden", "a last dimension above 0", list(hidden.shape))
-    checks.last_dimension(hidden, "hidden")  # before flattening, which would hide it behind a copy
+    checks.last_dimension(hidden, "hidden")  # before flattening, which would copy the tensor
     return hidden.reshape(-1, hidden.shape[-1])
 
 
@@ -222,7 +224,7 @@ def ensemble_reward(
         rows: [N] int64, which rows of hidden.view(-1, D) to score; None scores every row. May repeat.
         norm_weight: [D], the trunk's final RMSNorm folded in; then `hidden` is the un-normalised state.
         norm_eps: the RMSNorm's epsilon.
-        seed: [1] int64 on hidden's device; None: no sampling, the means stand for the samples.
+        seed: [1] int64 on hidden's device; None: no sampling, the aggregation takes the means.
         shift, scale: [K] float32, fixed per-head calibration; scale > 0.
         std_ref: [K] float32 > 0, each head's own typical std; needed by `nominal=relative_std`.
         group: [N] int64 labels in [0, N), or a group size (consecutive rows); with centre="group".
@@ -235,7 +237,7 @@ def ensemble_reward(
         hidden, weight, bias and norm_weight, once differentiable.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came, before anything is computed.
+        ValueError: an argument is wrong; raised before anything is computed.
     """
     if not isinstance(hidden, Tensor) or hidden.dim() < 1:
         got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
@@ -253,7 +255,7 @@ def ensemble_reward(
         if group <= 0:
             refuse("group", "a size above 0", group)
         group_size = group
-    # a string goes through unparsed: the compiler need not trace the parser
+    # pass a string on unparsed, so that torch.compile need not trace the parser
     text = aggregation if isinstance(aggregation, str) and centre is None else _spec_text(aggregation, centre)
     inputs = Inputs(
         hidden=hidden, weight=weight.contiguous(), bias=bias, rows=rows, norm_weight=norm_weight, seed=seed,

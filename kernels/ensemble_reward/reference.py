@@ -1,7 +1,7 @@
-"""`ensemble_reward` in plain torch: the oracle of the other executions, and the CPU's where nothing native is built.
+"""`ensemble_reward` in plain torch: the oracle of the other executions, and the CPU's execution without the library.
 
-Written to be checked against the formulas in README.md line by line, not to be fast. fp32 arithmetic, or fp64 when
-`hidden` is fp64. The backward is explicit rather than autograd's, because a registered op runs below autograd.
+It follows the formulas in README.md line by line and is not meant to be fast. Arithmetic is in fp32, or fp64 when
+`hidden` is fp64. The backward is written out, because a registered op runs below autograd.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def philox_normal(seed: Tensor, num_rows: int, num_heads: int, dtype: torch.dtyp
 
 
 class Heads(NamedTuple):
-    """Everything between the features and the reward, for N rows; kept for the backward's formulas."""
+    """The values between the features and the reward, for N rows; the backward's formulas use them."""
 
     x: Tensor  # [N, D] gathered rows
     rstd: Tensor | None  # [N, 1] of the RMSNorm; None without one
@@ -62,7 +62,7 @@ class Heads(NamedTuple):
     mean: Tensor  # [N, K] calibrated
     std: Tensor  # [N, K] calibrated
     noise: Tensor | None  # [N, K]
-    values: Tensor  # [N, K] what the aggregation sees: samples or means
+    values: Tensor  # [N, K] the aggregation's input: samples or means
 
 
 def heads(inputs: Inputs) -> Heads:
@@ -122,7 +122,7 @@ def aggregate(mean: Tensor, std: Tensor, values: Tensor, spec: Aggregation, std_
         spread = variance.sqrt() if spec.kind == "lcb" else variance
         return values.mean(dim=1) - spec.coefficient * spread
     weight = _order_weights(values, spec)
-    # an infinite head without weight takes no part, where 0 * inf would be NaN; a NaN spoils the row even so
+    # leave out heads of weight 0, because 0 * inf is NaN; but a NaN head makes the row NaN
     taken = (weight != 0) | values.isnan()
     return torch.where(taken, values * weight, torch.zeros_like(values)).sum(dim=1)
 
@@ -143,7 +143,7 @@ def _order_weights(values: Tensor, spec: Aggregation) -> Tensor:
         by_rank[{"min": 0, "max": k - 1, "head": int(spec.coefficient)}[spec.kind]] = 1.0
     if spec.kind in ("mean", "head"):
         return by_rank.expand_as(values)
-    # A stable sort gives ties to the lowest index; max wants the lowest index too, so it does not go by rank.
+    # a stable sort puts the lowest index first on a tie, which is wrong for max: there the lowest index must win
     if spec.kind == "max":
         return F.one_hot(values.argmax(dim=1), k).to(values.dtype)
     order = values.sort(dim=1, stable=True).indices
@@ -151,7 +151,7 @@ def _order_weights(values: Tensor, spec: Aggregation) -> Tensor:
 
 
 def cvar_tail(q: float, num_heads: int) -> int:
-    """How many of the lowest heads `cvar:q` averages: ceil(q * K), forgiving one rounding error of the product."""
+    """How many of the lowest heads `cvar:q` averages: ceil(q * K), with a tolerance for the product's rounding."""
     return max(1, math.ceil(q * num_heads - 1e-9))
 
 
@@ -173,7 +173,7 @@ def aggregate_gradient(h: Heads, spec: Aggregation, std_ref: Tensor | None) -> t
         if spec.kind == "uwo":
             return to_mean, 1.0 / k - 2.0 * spec.coefficient * gap / k
         spread = gap.square().mean(dim=1, keepdim=True).sqrt()
-        # where all heads agree the std has a kink; its subgradient 0 is the one that leaves heads equal
+        # the std has a kink where all heads agree; the subgradient 0 leaves them equal
         slope = torch.where(spread == 0, torch.zeros_like(gap), gap / (k * spread))
         return to_mean, 1.0 / k - spec.coefficient * slope
     return to_mean, _order_weights(values, spec)
@@ -194,7 +194,7 @@ def group_mean(values: Tensor, inputs: Inputs) -> Tensor:
 
 
 def add_rows(out: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """out with values[n] added to out[rows[n]], in an order that is the same in every run.
+    """out with values[n] added to out[rows[n]], in the same order in every run.
 
     index_add_ is serial on a CPU and by atomics on CUDA, where index_put_ sorts the rows and adds each run in order.
     """
@@ -215,7 +215,7 @@ def forward(inputs: Inputs, keep: bool = False) -> Outputs:
 def backward(grads: OutputGrads, inputs: Inputs, saved: Tensor, needs: Needs) -> Grads:
     """Gradients of hidden, weight, bias and norm_weight from those of the four outputs.
 
-    As the oracle it does not rely on `saved` but computes all of it again.
+    The oracle does not rely on `saved`: it computes everything again.
     """
     need_hidden, need_weight, need_bias, need_norm = needs
     h = heads(inputs)

@@ -1,8 +1,7 @@
-"""The aggregation spec: how K Gaussian heads become one reward, written as one short string.
+"""The aggregation of K Gaussian heads into one reward, written as a short string.
 
-`tradeoff:0.4`, `lcb:1`, `uwo:0.5,source=mean`, `tradeoff:0.4,nominal=relative_std,centre=group`: a config file, a
-command line flag, an HTTP query and a model card all say it alike. It lives beside the op, not in the engine, because
-the op itself takes it; `prudent.engine` hands the same name on.
+Examples: `tradeoff:0.4`, `lcb:1`, `uwo:0.5,source=mean`, `tradeoff:0.4,nominal=relative_std,centre=group`. Config
+files, command line flags and model cards use the same string.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from functools import lru_cache
 
 import torch
 
-# The order is the integer that crosses into C++ and Triton: append, never reorder.
+# C++ gets the position in these tuples (csrc/kernels.h): append, never reorder.
 KINDS = ("tradeoff", "nominal", "mean", "min", "max", "median", "lcb", "uwo", "softmin", "cvar", "head")
 NOMINALS = ("least_std", "relative_std", "mean", "head")
 SOURCES = ("sample", "mean")
 CENTRES = ("none", "batch", "group")
 
-# kind -> (name of its number, lowest, highest, is the lowest excluded, what it is)
+# kind -> (name of its number, lowest, highest, is the lowest excluded, what the number means)
 _COEFFICIENT = {
     "tradeoff": ("lambda", 0.0, 1.0, False, "1 = the nominal head alone, 0 = the worst head alone"),
     "lcb": ("c", 0.0, math.inf, False, "mean - c * std over heads"),
@@ -82,7 +81,7 @@ class Aggregation:
             return text
         if not isinstance(text, str):
             raise ValueError(f"aggregation: expected a string such as 'tradeoff:0.4', got {type(text).__name__}")
-        # Dynamo traces through a cached function with a warning; once per trace the cache has nothing to save anyway
+        # dynamo warns about a cached function, and a trace parses the string only once
         return _parse(text) if torch.compiler.is_compiling() else _parse_cached(text)
 
     def with_centre(self, centre: str | None) -> Aggregation:
@@ -95,7 +94,7 @@ class Aggregation:
         return int(self.nominal[5:]) if self.nominal.startswith("head:") else 0
 
     def check_heads(self, num_heads: int) -> None:
-        """Raise ValueError if the spec names a head that a model of `num_heads` heads has not."""
+        """Raise ValueError if the spec names a head that a model of `num_heads` heads does not have."""
         named = [int(self.coefficient)] if self.kind == "head" else []
         if self.kind in _WITH_NOMINAL and self.nominal.startswith("head:"):
             named.append(self.nominal_head)

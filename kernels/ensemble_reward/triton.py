@@ -1,9 +1,9 @@
-"""`ensemble_reward` on CUDA and ROCm: how the kernels of triton_forward.py and triton_backward.py are launched.
+"""Launch `ensemble_reward` on CUDA and ROCm: the kernels of triton_forward.py and triton_backward.py.
 
-Forward: one launch (centring by label takes a second one beyond MAX_LABELLED_ROWS). Backward: the product's gradient
-from what the forward saved, both outer products from one read of hidden, the sum of the weight's partials; with `rows`,
-one more that combines repeated rows. configs.py says which tiles. CPU tensors run where Triton's interpreter is on
-(TRITON_INTERPRET=1 before triton is imported): that is how the tests reach this code without a GPU.
+Forward: one launch; centring by label takes a second one beyond MAX_LABELLED_ROWS. Backward: three launches, for the
+product's gradient from what the forward saved, for both outer products from one read of hidden, and for the sum of the
+weight's partials; with `rows` a fourth combines repeated rows. configs.py has the tiles. CPU tensors work only under
+Triton's interpreter (TRITON_INTERPRET=1 before triton is imported), which the tests use.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .triton_forward import centre_kernel, forward_kernel
 
 
 def _common(inputs: Inputs) -> dict[str, Any]:
-    """Every argument that more than one kernel takes; each launcher picks its kernel's."""
+    """The arguments that several kernels take; each launcher selects those of its kernel."""
     spec, num_heads, hidden = inputs.spec, inputs.num_heads, inputs.hidden
     target = configs.platform(hidden.device)
     head_or_count = spec.nominal_head
@@ -57,7 +57,7 @@ def _common(inputs: Inputs) -> dict[str, Any]:
         "ACC": tl.float64 if hidden.dtype == torch.float64 else tl.float32,
         "HALVES": halves,
         "EXACT": halves and inputs.weight.dtype == torch.bfloat16 and inputs.norm_weight is None,
-        # fp32 operands: exactly for fp32 or fp64 hidden, in three tf32 products for 16-bit
+        # of fp32 operands: exact products for fp32 and fp64 hidden, three tf32 products for 16-bit hidden
         "PRECISION": target.fp32_dot if hidden.element_size() == 2 else "ieee",
         "UPCAST": triton.knobs.runtime.interpret,
     }
@@ -120,7 +120,7 @@ def _launch_forward(inputs: Inputs, common: dict[str, Any], outputs: Outputs, co
 
 
 def _centring(inputs: Inputs, config: Config) -> dict[str, Any]:
-    """How the forward centres: in each row block, by the last program, or (many labelled rows) in a later launch."""
+    """Where the forward centres: in each row block, in the last program, or (many labelled rows) in a later launch."""
     n, size, centre, labels = inputs.num_rows, inputs.group_size, inputs.spec.centre, None
     span, sweep = 1, configs.sweep(n)
     if centre == "group" and inputs.group is not None:
@@ -204,9 +204,9 @@ def _product_gradient(
 
 
 def _centred(d_reward: Tensor | None, inputs: Inputs) -> tuple[Tensor | None, Tensor | None, int]:
-    """The reward's gradient, what the kernel is to take from it (one average for each `size` rows), and `size`.
+    """The reward's gradient, its average over each `size` rows, which the kernel subtracts, and `size`.
 
-    By label it comes back centred, with no averages left to take.
+    With labels the gradient is centred already, and there are no averages.
     """
     n, dtype = inputs.num_rows, inputs.output_dtype
     if d_reward is None or inputs.spec.centre == "none":
@@ -253,7 +253,10 @@ def _outer_products(
 
 
 def _combined(scaled: Tensor, along: Tensor | None, common: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What the scored places add to each stored row, rows ascending: scaled, along, and each row once (else -1)."""
+    """Add up `scaled` and `along` over the positions that score the same row.
+
+    Returns the sums in the order of the sorted rows, and the rows: each once, -1 at its repeats.
+    """
     config = configs.gradient_config(common["BN"])
     sorted_rows, order = torch.sort(common["rows"], stable=True)
     out = torch.empty_like(scaled), None if along is None else torch.empty_like(along), torch.empty_like(sorted_rows)
@@ -268,7 +271,7 @@ def _combined(scaled: Tensor, along: Tensor | None, common: dict[str, Any]) -> t
 def _weight_gradient(
     partials: Tensor, inputs: Inputs, common: dict[str, Any], need_weight: bool, need_norm: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Sums the partials in ascending order, and unfolds the norm's weight from the head's."""
+    """Add the partials in ascending order, and separate the gradients of the head's and the norm's weight."""
     weight = torch.empty_like(common["weight"]) if need_weight else None
     norm = torch.empty_like(common["norm_weight"]) if need_norm and inputs.norm_weight is not None else None
     config = configs.weight_config(common["BN"])

@@ -1,5 +1,5 @@
-"""Triton kernels of the backward: from what the forward saved to the product's gradient, then both outer products from
-one read of the hidden states.
+"""Triton kernels of the backward: the product's gradient from what the forward saved, then both outer products from one
+read of the hidden states.
 """
 # mypy: ignore-errors
 
@@ -28,8 +28,8 @@ def product_gradient_kernel(
     M: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """scaled [N, BN] = dL/dproduct * rstd; along [N] = rstd^2 / D * sum_n dL/dproduct_n product_n; bias_partials
-    [programs, 2K] = the rows' dL/dproduct summed. All ACC. `averages` [N / size]: what centring takes from each group's
-    `grad_reward`; None: it comes centred.
+    [programs, 2K] = the rows' dL/dproduct summed. All ACC. `averages` [N / size] are subtracted from each group's
+    `grad_reward`; None where that is centred already or needs no centring.
     """
     KP: tl.constexpr = BN // 2
     program = tl.program_id(0)
@@ -75,7 +75,7 @@ def product_gradient_kernel(
         by = tl.load(scale + heads, mask=heads < K, other=1.0).to(ACC)[None, :]
         d_mean, d_std = d_mean / by, d_std / by
     d_raw = d_std / (1.0 + tl.exp(-raw))
-    # padding must be exact zeros: it takes part in the products that follow
+    # padding must be exact zeros, because it enters the products that follow
     d_z = tl.reshape(tl.join(tl.where(real, d_mean, 0.0), tl.where(real, d_raw, 0.0)), (M, BN))
 
     if scaled is not None:
@@ -93,10 +93,10 @@ def combine_kernel(
     scaled, along, sorted_rows, order, scaled_out, along_out, targets,
     num_rows, M: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the repeats of a row contribute, before the products, which are linear in it.
+    """Add the contributions of a row's repeats before the products, which are linear in them.
 
-    Place p of the sorted rows: scaled_out [N, BN], along_out [N] and targets [N] hold the sums and the row itself where
-    p opens a run of equal rows, zeros and -1 elsewhere. Each run is added by one program in ascending order.
+    At the first position of a run of equal rows, scaled_out [N, BN] and along_out [N] hold the sums and targets [N] the
+    row; elsewhere they hold zeros and -1. One program adds each run in ascending order.
     """
     column = tl.arange(0, BN)
     position, _, inside = positions(tl.program_id(0), num_rows, None, M)
@@ -130,8 +130,8 @@ def outer_kernel(
     """Program (c, s): columns c BD .. of D and the s-th share of the rows, `blocks_each` blocks of M.
 
     grad_hidden [R, D] (any float dtype) = scaled @ W' - x along, at the row that x was read from; weight_partials
-    [shares, 2K, D] ACC = scaled^T @ x over the share's rows, in ascending order. A negative entry of `rows` is no row.
-    HALVES: bf16 x, and fp32 operands as two bf16 halves each, exact to 2^-16 of each product.
+    [shares, 2K, D] ACC = scaled^T @ x over the share's rows, in ascending order. A negative entry of `rows` is skipped.
+    HALVES: x is bf16, and fp32 operands are two bf16 halves each, exact to 2^-16 of each product.
     """
     columns = tl.program_id(0) * BD + tl.arange(0, BD)
     share = tl.program_id(1)
@@ -179,13 +179,13 @@ def weight_gradient_kernel(
     weight, norm_weight, weight_partials, grad_weight, grad_norm_weight, shares, d,
     K: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The partials of the folded weight, added in ascending order, to dW = dW' g and dg = sum_n dW'_n W_n."""
+    """Add the partials of dW' in ascending order, and from the sum make dW = dW' g and dg = sum_n dW'_n W_n."""
     columns = tl.program_id(0) * BD + tl.arange(0, BD)
     source, real = column_rows(K, BN)
     at = (source.to(tl.int64) * d)[:, None] + columns[None, :]
     here = real[:, None] & (columns < d)[None, :]
     folded = tl.zeros((BN, BD), ACC)
-    for share in tl.range(0, shares, loop_unroll_factor=8):  # eight loads on the way at a time
+    for share in tl.range(0, shares, loop_unroll_factor=8):  # eight loads in flight
         offset = tl.cast(share, tl.int64) * (2 * K) * d
         folded += tl.load(weight_partials + offset + at, mask=here, other=0.0)
     if grad_norm_weight is not None:

@@ -1,6 +1,6 @@
 """Triton kernels of the forward: one launch from hidden states to centred rewards.
 
-The group centring of many labels is a kernel of its own, which the backward uses too.
+Centring many rows by label has a kernel of its own, which the backward uses too.
 """
 # mypy: ignore-errors
 
@@ -9,8 +9,9 @@ import triton.language as tl
 
 from .triton_math import aggregate, column_rows, noise, positions, product, scaled_product, split_heads
 
-# A hand-over between programs: plain stores, a barrier, an add with release at gpu scope; whoever finds by the count
-# that it is last has acquired them all, and reads past its L1 (.cg), which may hold older lines.
+# How programs hand results to the last one: plain stores, a barrier, then an atomic add with acquire and release at gpu
+# scope. The program whose add completes the count sees all stores; it reads past its L1 (.cg), which may hold older
+# lines.
 
 
 @triton.jit(do_not_specialize=["num_rows", "blocks_each", "size", "head_or_count"])
@@ -27,9 +28,9 @@ def forward_kernel(
 
     reward [N], mean_out and std_out [N, K], reward_sum [], saved [N, 2K + 1] or None, all ACC. Scratch in ACC: shares
     (SPLITS [programs M, BN], then SPLITS [programs M]), partials [programs], table [SWEEP] for centring by label.
-    counters [1 + programs] int32 are 0 before and after, so a CUDA graph replays it. Of the programs of a row block the
-    last to arrive adds their shares in ascending order and does what follows the product; of those the last adds the
-    reward sums in ascending order and centres. Who is last changes no bit.
+    counters [1 + programs] int32 are 0 before and after, so a CUDA graph can be replayed. The last program of a row
+    block adds the block's shares in ascending order and does what follows the product; the last row block adds the
+    reward sums in ascending order and centres. The order of arrival changes no bit.
     """
     block = tl.program_id(0)
     n, row, inside = positions(block, num_rows, rows, M)
@@ -143,7 +144,7 @@ def finish_rows(
 
 @triton.jit
 def centre_batch(reward, average, num_rows, SWEEP: tl.constexpr):
-    """reward [N] less `average`, in place, by one program, which the latency of a sweep bounds: so sweeps are wide."""
+    """Subtract `average` from reward [N] in place. One program does it, so its sweeps are wide, to hide latency."""
     lane = tl.arange(0, SWEEP)
     for start in range(0, num_rows, SWEEP):
         index = tl.cast(start, tl.int64) + lane
@@ -153,7 +154,7 @@ def centre_batch(reward, average, num_rows, SWEEP: tl.constexpr):
 
 @triton.jit
 def centre_by_size(reward, num_rows, size, SPAN: tl.constexpr, SWEEP: tl.constexpr, ACC: tl.constexpr):
-    """reward [N] less its mean over each `size` consecutive rows, in place, SWEEP // SPAN groups at a time.
+    """Subtract from reward [N] its mean over each `size` consecutive rows, in place, SWEEP // SPAN groups at a time.
 
     SPAN: `size` padded to a power of two, at most SWEEP, beyond which a group takes several steps.
     """
@@ -176,8 +177,10 @@ def centre_by_size(reward, num_rows, size, SPAN: tl.constexpr, SWEEP: tl.constex
 
 @triton.jit
 def centre_by_label(reward, labels, table, num_rows, SWEEP: tl.constexpr, ACC: tl.constexpr):
-    """reward [N <= SWEEP] less the mean of its label, in place. All rewards and labels are held, and compared with 8
-    labels at a time up to the largest: N (largest + 1) comparisons, so N is small (configs.MAX_LABELLED_ROWS).
+    """Subtract from reward [N <= SWEEP] the mean of its label, in place.
+
+    Registers hold all rewards and labels, which are compared with 8 labels at a time up to the largest: N (largest + 1)
+    comparisons, so N must be small (configs.MAX_LABELLED_ROWS).
     """
     lane = tl.arange(0, SWEEP)
     inside = lane < num_rows

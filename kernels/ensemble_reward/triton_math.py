@@ -1,13 +1,13 @@
 """Triton device code that the forward and the backward of `ensemble_reward` share: product, heads, aggregation.
 
-Shapes in comments: M = rows of a program, KP = heads padded to a power of two >= 8, BN = 2 KP columns (>= 16, so that
-`tl.dot` takes them), BD = a block of D. Column 2k of a product is head k's mean and column 2k + 1 its raw std: one
-`tl.split` parts them where they lie, in registers. ACC is fp32, or fp64 for fp64 hidden states.
+Shapes in comments: M = rows of a program, KP = heads padded to a power of two >= 8, BN = 2 KP columns (at least 16, the
+least that `tl.dot` takes), BD = a block of D. Column 2k of a product is head k's mean and column 2k + 1 its raw std, so
+that one `tl.split` separates them in registers. ACC is fp32, or fp64 for fp64 hidden states.
 
-Rules kept here, each for a measured reason: a bf16 value is cast to ACC right after its load (the interpreter computes
-on bf16 bit patterns, silently wrong); every masked load names its `other` (the interpreter reads 0 where a GPU reads
-anything); no libdevice call (the interpreter has none); scalars arrive as fp64 and are rounded to ACC here, so that the
-fp64 path sees the exact options. A constexpr `if` with a `return` does not end a function: the rest is compiled too.
+Rules of this code, each for an observed reason. Cast a bf16 value to ACC right after its load: the interpreter computes
+on bf16 bit patterns, silently wrong. Give every masked load an `other`: the interpreter reads 0 where a GPU reads
+anything. Call no libdevice function: the interpreter has none. Scalars arrive as fp64 and are rounded to ACC here, so
+that the fp64 path gets the exact options. A `return` in a constexpr `if` does not end a function: the rest is compiled.
 """
 # mypy: ignore-errors
 
@@ -30,7 +30,7 @@ def vector(pointer, index, inside, other: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def column_rows(K: tl.constexpr, BN: tl.constexpr):
-    """[BN] the row of `weight` behind each column, and whether there is one."""
+    """[BN] the row of `weight` for each column, and whether the column is a real one (not padding)."""
     column = tl.arange(0, BN)
     return (column % 2) * K + column // 2, column // 2 < K
 
@@ -48,7 +48,7 @@ def positions(block, num_rows, rows, M: tl.constexpr):
 
 @triton.jit
 def folded_weight(weight, norm_weight, columns, d, K: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
-    """[BD, BN] norm_weight * weight, in ACC; 0 in padding. Every row block reads it again, so it is to stay in L2."""
+    """[BD, BN] norm_weight * weight, in ACC; 0 in padding. evict_last: every row block reads it again, from L2."""
     source, real = column_rows(K, BN)
     at = weight + (source.to(tl.int64) * d)[None, :] + columns[:, None]
     tile = tl.load(at, mask=(columns < d)[:, None] & real[None, :], other=0.0, eviction_policy="evict_last").to(ACC)
@@ -59,7 +59,7 @@ def folded_weight(weight, norm_weight, columns, d, K: tl.constexpr, BN: tl.const
 
 @triton.jit
 def halves(value, UPCAST: tl.constexpr):
-    """fp32 as two bf16, hi + lo to 2^-17. UPCAST: as fp32 again, since the interpreter multiplies bf16 bit patterns."""
+    """Split fp32 into two bf16: hi + lo to 2^-17. UPCAST: return them as fp32, for the interpreter."""
     hi = value.to(tl.bfloat16)
     lo = (value - hi.to(tl.float32)).to(tl.bfloat16)
     if UPCAST:
@@ -69,7 +69,7 @@ def halves(value, UPCAST: tl.constexpr):
 
 @triton.jit
 def operand(x, UPCAST: tl.constexpr):
-    """A bf16 tile as `tl.dot` takes it: as it is, or as fp32 under the interpreter."""
+    """A bf16 tile for `tl.dot`; UPCAST: as fp32, because the interpreter multiplies bf16 bit patterns."""
     return x.to(tl.float32) if UPCAST else x
 
 
@@ -81,8 +81,8 @@ def product(
 ):  # fmt: skip
     """[M, BN] x @ (norm_weight * weight).T and [M] sum of x^2 (zeros without a norm) over columns first .. end - 1.
 
-    One read of x, which nothing reads again soon: evict_first. HALVES: bf16 x, and the folded weight as two bf16
-    halves; EXACT: that weight is bf16 itself, so its low half would be 0 and is left out.
+    x is read once (evict_first). HALVES: x is bf16, and the folded weight is split into two bf16 halves; EXACT: that
+    weight is bf16 itself, so its low half is 0 and is left out.
     """
     acc = tl.zeros((M, BN), ACC)
     squares = tl.zeros((M,), ACC)
@@ -134,7 +134,7 @@ def uniform(word, ACC: tl.constexpr):
 def cos_turns(u, ACC: tl.constexpr):
     """cos(2 pi u) for u in (0, 1): folded without rounding to sin(x), |x| <= pi / 2, and summed as its series.
 
-    tl.cos keeps a table in local memory, and registers beside it, for arguments that never come here.
+    tl.cos would take local memory and registers for large arguments, which do not occur here.
     """
     x = (tl.abs(u - 0.5) - 0.25) * 6.283185307179586
     square = x * x
@@ -181,7 +181,7 @@ def over_heads(values, heads, K: tl.constexpr):
 
 @triton.jit
 def least(values, heads, K: tl.constexpr, KP: tl.constexpr):
-    """[M, KP] marks the least value of each row as torch.argmin finds it: a NaN wins, a tie goes to the lowest head."""
+    """[M, KP] marks the least value of each row, as torch.argmin: a NaN wins, a tie goes to the lowest head."""
     real = (heads < K)[None, :]
     nan = (values != values) & real
     low = tl.min(tl.where(real & (values == values), values, float("inf")), axis=1)
@@ -195,7 +195,7 @@ def least(values, heads, K: tl.constexpr, KP: tl.constexpr):
 def nominal_weights(
     std, std_ref, fixed_head, heads, K: tl.constexpr, KP: tl.constexpr, NOMINAL: tl.constexpr, ACC: tl.constexpr
 ):
-    """[M, KP] with nominal = sum_k weight_k mean_k: the head of least std (BRME 5.1), or what NOMINAL puts there."""
+    """[M, KP] weights of the nominal reward, sum_k weight_k mean_k: 1 at the head of least std, or as NOMINAL says."""
     if NOMINAL == "mean":
         weights = tl.zeros_like(std) + 1.0 / K
     elif NOMINAL == "head":
@@ -273,7 +273,7 @@ def aggregate(
         reward = middle - lam * spread
     else:
         weights = order_weights(values=values, head_or_count=head_or_count, heads=heads, K=K, KP=KP, KIND=KIND, ACC=ACC)
-        # an infinite head without weight takes no part, where 0 * inf would be NaN; a NaN spoils the row even so
+        # leave out heads of weight 0, because 0 * inf is NaN; but a NaN head makes the row NaN
         taken = (weights != 0.0) | (values != values)
         reward = over_heads(tl.where(taken, values * weights, 0.0), heads, K)
     return reward
@@ -305,7 +305,7 @@ def aggregate_gradient(
             to_value = 1.0 / K - 2.0 * lam * gap / K
         else:
             spread = tl.sqrt(over_heads(gap * gap, heads, K) / K)[:, None]
-            # where all heads agree the std has a kink; its subgradient 0 is the one that leaves heads equal
+            # the std has a kink where all heads agree; the subgradient 0 leaves them equal
             slope = tl.where(spread == 0.0, 0.0, gap / tl.where(spread == 0.0, 1.0, K * spread))
             to_value = 1.0 / K - lam * slope
     else:

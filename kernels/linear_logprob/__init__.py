@@ -1,4 +1,4 @@
-"""Log-probabilities, entropies and lse of targets from hidden states, without the logits. Maths: README.md here."""
+"""Hidden states to log-probabilities, entropies and log-sum-exps, without storing the logits. Maths: README.md here."""
 
 from .contract import LogprobOutput
 from .op import linear_logprob

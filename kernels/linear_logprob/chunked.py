@@ -1,8 +1,8 @@
-"""`linear_logprob` tile by tile: the loops that every device shares, and the execution with torch's own operations.
+"""`linear_logprob` tile by tile: the loops that all devices share, and the execution with torch's own operations.
 
-Outer loop over chunks of rows, inner loop over chunks of the vocabulary. A chunk of rows keeps four running numbers a
-row forward, and its hidden gradient backward; no tensor has T x V elements. What is done to a tile of logits is in
-torch_tiles.py and triton.py.
+The outer loop is over chunks of rows, the inner loop over chunks of the vocabulary. The forward keeps four running
+numbers a row, the backward the hidden gradient of a chunk of rows; no tensor has T x V elements. torch_tiles.py and
+triton.py compute on a tile of logits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .torch_tiles import TorchTiles
 
 
 class _Call:
-    """One forward or backward: its tiles, its scratch, and its rows wherever they lie in `hidden`."""
+    """One forward or backward: its tiles, its scratch memory, and its rows in `hidden`."""
 
     def __init__(self, inputs: Inputs, rows: Tensor | None, tiles: type[Any]) -> None:
         hidden, weight = inputs.hidden, inputs.weight
@@ -34,7 +34,7 @@ class _Call:
         self.count = inputs.target.numel() if rows is None else rows.shape[0]
         self.plan: Plan = plan(self.count, self.dim, self.vocabulary, self.operand, self.accumulator, tiles.device_kind)
         self.flat: Tensor | None = None
-        with contextlib.suppress(RuntimeError):  # leading dimensions that do not merge are gathered chunk by chunk
+        with contextlib.suppress(RuntimeError):  # leading dimensions that do not merge: gather chunk by chunk
             self.flat = hidden.view(-1, self.dim)
         flat_target = inputs.target.reshape(-1).contiguous()  # a view of one dimension keeps its stride
         self.target = flat_target if rows is None else flat_target[rows]
@@ -44,7 +44,7 @@ class _Call:
             yield start, min(self.count, start + self.plan.rows)
 
     def weight_chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first column, the weight's rows [columns, D] as operands)."""
+        """Yield (first vocabulary entry, the weight's rows [columns, D] as operands)."""
         for start in range(0, self.vocabulary, self.plan.columns):
             part = self.inputs.weight[start : start + self.plan.columns]
             if part.dtype != self.operand:
@@ -52,7 +52,7 @@ class _Call:
             yield start, part
 
     def hidden_chunk(self, start: int, end: int) -> Tensor:
-        """[end - start, D] operands."""
+        """The hidden states of rows start .. end - 1 as operands [end - start, D]."""
         hidden, positions = self.inputs.hidden, None if self.rows is None else self.rows[start:end]
         if self.flat is None:
             if positions is None:
@@ -68,26 +68,26 @@ class _Call:
         return part
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """The raw logits [rows, columns] of a tile, in scratch."""
+        """The raw logits [rows, columns] of a tile, in scratch memory."""
         tile = self.work("tile", (hidden.shape[0], weight.shape[0]), self.accumulator)
         product(hidden, weight.T, tile, False, self.work)
         return tile
 
     def spread(self, values: Tensor) -> Tensor:
-        """[count] -> target's shape, 0 at ignored positions."""
+        """Values [count] in target's shape, 0 at ignored positions."""
         shape = self.inputs.target.shape
         if self.rows is None:
             return values.view(shape)
         return values.new_zeros(self.inputs.target.numel()).index_copy_(0, self.rows, values).view(shape)
 
     def gathered(self, values: Tensor) -> Tensor:
-        """target's shape -> [count], contiguous, in the accumulator's type."""
+        """Values of target's shape as [count], contiguous, in the accumulator's dtype."""
         flat = values.reshape(-1) if self.rows is None else values.reshape(-1)[self.rows]
         return flat.to(self.accumulator).contiguous()
 
 
 def _coordinates(positions: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
-    """Row-major positions as an index of each dimension. torch.unravel_index copies the shape to the device."""
+    """Row-major positions as an index into each dimension. (torch.unravel_index would copy the shape to the device.)"""
     found = []
     for size in reversed(shape):
         found.append(positions % size)
@@ -96,7 +96,7 @@ def _coordinates(positions: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def _without_autocast(device: torch.device) -> Any:
-    """Autocast would cast the products' operands behind our back."""
+    """A context that disables autocast, which would cast the products' operands."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -126,7 +126,7 @@ def run_backward(
     needs: Needs,
     tiles: type[Any],
 ) -> Grads:
-    """(grad_hidden, grad_weight) through `tiles.gradient`: each tile's logits once more, then up to two products."""
+    """(grad_hidden, grad_weight) through `tiles.gradient`: recompute each tile's logits, then up to two products."""
     need_hidden, need_weight = needs
     call = _Call(inputs, rows, tiles)
     new_hidden = inputs.hidden.new_empty if rows is None and call.count else inputs.hidden.new_zeros
@@ -135,7 +135,7 @@ def run_backward(
     grad_weight = new_weight(inputs.weight.shape) if need_weight else None
     if not any(needs) or call.count == 0:
         return grad_hidden, grad_weight
-    # the temperature divides what flows back into the capped logits, so it is taken off the outer gradients once
+    # the temperature divides every gradient of the capped logits, so divide the outer gradients by it once
     outer = tuple(None if g is None else call.gathered(g) / inputs.temperature for g in grads)
     saved = call.gathered(entropy), call.gathered(lse)
     with _without_autocast(inputs.hidden.device):
@@ -158,7 +158,7 @@ def run_backward(
 
 
 def _hidden_accumulator(call: _Call, grad_hidden: Tensor | None, start: int, end: int) -> Tensor | None:
-    """Where the rows' hidden gradient adds up: in place if the result has the accumulator's type, else in scratch."""
+    """Where the rows' hidden gradient is summed: in the result if it has the accumulator's dtype, else in scratch."""
     if grad_hidden is None:
         return None
     if call.rows is None and grad_hidden.dtype == call.accumulator:
@@ -172,7 +172,7 @@ def _store_hidden(call: _Call, total: Tensor, grad_hidden: Tensor, start: int, e
         if flat.dtype != total.dtype:
             flat[start:end].copy_(total)
         return
-    if flat.dtype != total.dtype:  # the gathered rows are read no more
+    if flat.dtype != total.dtype:  # the gathered rows are not read again
         total = call.work("rows", total.shape, flat.dtype).copy_(total)
     flat.index_copy_(0, call.rows[start:end], total)
 

@@ -1,7 +1,7 @@
-"""How large the chunks of `linear_logprob` are, computed from shapes against static budgets, and the Triton table.
+"""Chunk sizes of `linear_logprob`, computed from shapes and static budgets, and the tile of its Triton kernels.
 
-Never timed and never keyed on a sequence length in a kernel's signature, so equal calls on equal devices have equal
-bits. README.md derives the numbers.
+Sizes never depend on timing, and no kernel is compiled for a sequence length, so equal calls on equal devices have
+equal bits. README.md derives the numbers.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch
 from ..launch import Config
 
 MIB = 1 << 20
-# A chunk of rows holds its hidden gradient in the accumulator's type and its gathered hidden states in the operand's:
-# 4096 rows of 4096 16-bit features.
+# A chunk of rows holds its hidden gradient in the accumulator's dtype and its gathered hidden states in the operand's:
+# the budget is 4096 rows of 4096 16-bit features.
 ROW_BYTES = 96 * MIB
-# Each row chunk after the first rounds a 16-bit weight's gradient once more, so they are as large as ROW_BYTES lets
-# them be, up to where a tile of 32 MiB has fewer than 2048 columns.
+# Each row chunk after the first rounds a 16-bit weight's gradient once more, so chunks are as large as ROW_BYTES
+# allows, up to the size at which a tile of 32 MiB has 2048 columns.
 MAX_ROWS = 4096
-# A tile of logits. GPU: stays in an L2 cache of 40 MiB or more between the product that writes it and the kernel that
-# reads it. CPU: with its temporaries inside a few cores' share of the last cache.
+# A tile of logits. GPU: it fits an L2 cache of 40 MiB or more, between the product that writes it and the kernel that
+# reads it. CPU: with its temporaries it fits a few cores' share of the last-level cache.
 TILE_BYTES = {"gpu": 32 * MIB, "cpu": 4 * MIB}
-# The hidden gradient's accumulator is read and written once a tile, 8 bytes for 2 * columns operations an element: a
-# GPU of 200 operations to the byte waits for memory below 800 columns.
+# Each tile reads and writes the hidden gradient's accumulator, 8 bytes for 2 * columns operations an element: below 800
+# columns, a GPU of 200 operations to the byte waits for memory.
 MIN_COLUMNS = {"gpu": 1024, "cpu": 512}
-# A row of a tile in 512 threads' registers, 16 fp32 or 8 fp64 values each; 16 fp64 values spill on sm_100.
+# A row of a tile lies in the registers of 512 threads, 16 fp32 or 8 fp64 values each; 16 fp64 values spill on sm_100.
 MAX_ROW_BYTES = 32 * 1024
 
 
@@ -58,9 +58,11 @@ WIDTHS = (1024, 2048, 4096, 8192)
 
 
 def tile_config(columns: int) -> Config:
-    """Of both Triton kernels, for a tile of up to 8192 columns: a program holds one row, 8 values a thread, 16 in the
-    widest (two or four 16-byte loads in flight). No loop, so no stages. A narrower tile, as the vocabulary's last one
-    may be, takes the least width and is masked, rather than one more compiled kernel.
+    """The launch shape of both Triton kernels, for a tile of up to 8192 columns.
+
+    A program holds one row, 8 values a thread, 16 in the widest (two or four 16-byte loads in flight). There is no
+    loop, so no stages. A narrower tile, like the vocabulary's last one, takes the least width and a mask, so that no
+    further kernel is compiled.
     """
     block = next(width for width in WIDTHS if columns <= width)
     return Config(1, block, min(16, block // 256), 1)

@@ -1,10 +1,10 @@
-"""What crosses between the public op and its executions, and every refusal, in one place.
+"""Inputs, outputs and argument checks of `linear_logprob`.
 
-`Inputs` is the schema of the registered op in order. `rows` [R] int64 are the positions of the flattened target that
-are not ignored, None where all of them count; each backend offers
+The fields of `Inputs` are the registered op's schema, in order. `rows` [R] int64 are the positions of the flattened
+target that are not ignored, or None if all of them count. Each backend offers
     forward(inputs, rows) -> (logprob, entropy, lse), each of target's shape
     backward(grads, inputs, rows, entropy, lse, needs) -> (grad_hidden, grad_weight)
-with grads = gradients of the three outputs (None = zero) and needs = two bools; what is not needed is None.
+with grads = OutputGrads and needs = Needs; a gradient that is not needed is None.
 """
 
 from __future__ import annotations
@@ -77,17 +77,17 @@ class Inputs(NamedTuple):
 
     @property
     def accumulator(self) -> torch.dtype:
-        """Of the outputs, the statistics and every sum."""
+        """The dtype of the outputs, the statistics and every sum."""
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
 
     @property
     def operand(self) -> torch.dtype:
-        """What the products multiply: the storage dtype where hidden and weight share it, else the accumulator's."""
+        """The dtype of the products' operands: hidden's and weight's if they are the same, else the accumulator's."""
         return self.hidden.dtype if self.hidden.dtype == self.weight.dtype else self.accumulator
 
 
 def check_inputs(inputs: Inputs) -> None:
-    """Refuse every shape, dtype, device and option outside the contract. Reads no values, so it serves fakes too."""
+    """Raise ValueError for a wrong shape, dtype, device or option. Reads no values, so it serves fake tensors too."""
     hidden, weight, target = inputs.tensors
     for name in ("hidden", "weight"):
         value = getattr(inputs, name)
@@ -131,7 +131,7 @@ def _check_options(inputs: Inputs) -> None:
 
 
 def check_values(inputs: Inputs) -> None:
-    """Refuse targets that are no token: on CPU; elsewhere with PRUDENT_DEBUG=1 (it makes the host wait)."""
+    """Raise ValueError for a target that is not a token, if `values_are_read`."""
     target = inputs.target
     if not values_are_read(target):
         return
@@ -145,7 +145,7 @@ def check_values(inputs: Inputs) -> None:
 
 
 def kept_rows(target: Tensor, ignore_index: int | None) -> Tensor | None:
-    """Positions of the flattened target that count, None for all. Their number is read, so a GPU's host waits once."""
+    """Positions of the flattened target that count, None for all. On a GPU the host waits for their number."""
     if ignore_index is None:
         return None
     rows = torch.nonzero(target.reshape(-1) != ignore_index).squeeze(1)

@@ -1,8 +1,8 @@
 """The public `linear_logprob` and its registration as `prudent::linear_logprob`.
 
 Under torch.compile and torch.export the registered op is called (schema, fake, autograd). A plain eager call goes
-straight to the backend, with gradients through a `torch.autograd.Function`, and looks for ignored targets once for
-both directions, where the registered pair has to look in each.
+straight to the backend, with gradients through a `torch.autograd.Function`, and searches for ignored targets once; the
+registered forward and backward each search.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _library.define(
 
 
 def _backend(inputs: Inputs) -> Any:
-    """The module that executes this call: imported when first needed, so that `import prudent` stays light."""
+    """The module that executes this call, imported when first needed: `import prudent` must not import triton."""
     if inputs.hidden.is_cuda:
         from . import triton  # type: ignore[attr-defined]
 
@@ -113,7 +113,7 @@ torch.library.register_autograd(
 
 
 class _EagerLinearLogprob(torch.autograd.Function):
-    """The registered op's autograd without its registration cost and without its second search for ignored targets."""
+    """The registered op's autograd with less host time per call and without a second search for ignored targets."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Outputs:
@@ -157,19 +157,20 @@ def linear_logprob(
         target: [...] int64, in [0, V) or ignore_index.
         temperature: > 0; divides the capped logits.
         softcap: > 0 or None, Gemma 2's final logit cap (arXiv 2408.00118, section 2).
-        ignore_index: targets that do not count: their outputs and gradients are 0, and their rows are dropped before
-            the product, for which a GPU's host waits once. None: every target counts, and nothing waits.
+        ignore_index: the value of targets that do not count: their outputs and gradients are 0, and their rows are
+            dropped before the product; on a GPU the host waits once for their number. None: every target counts, and
+            the host does not wait.
 
     Returns:
         LogprobOutput(logprob, entropy, lse), each of target's shape, in nats; fp32 (fp64 from fp64). Gradients of all
         three flow to hidden and weight, once differentiable.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came, before anything is computed. Targets are
-            checked on a CPU, elsewhere with PRUDENT_DEBUG=1; unchecked, one outside [0, V) has logprob NaN.
+        ValueError: an argument is wrong; raised before anything is computed. Targets are checked on a CPU, elsewhere
+            with PRUDENT_DEBUG=1; unchecked, one outside [0, V) has logprob NaN.
     """
     inputs = Inputs(hidden, weight, target, temperature=temperature, softcap=softcap, ignore_index=ignore_index)
-    meta = isinstance(hidden, Tensor) and hidden.is_meta  # shapes alone: what the registered fake gives
+    meta = isinstance(hidden, Tensor) and hidden.is_meta  # has no values: the registered fake gives the shapes
     if meta or not is_plain(inputs.tensors):
         return LogprobOutput(*torch.ops.prudent.linear_logprob(*inputs))
     differentiable = (t for t in (hidden, weight) if isinstance(t, Tensor))

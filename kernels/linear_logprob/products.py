@@ -18,7 +18,7 @@ class Workspace:
         self._pieces: dict[str, Tensor] = {}
 
     def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Contiguous, with whatever was in it."""
+        """A contiguous, uninitialised tensor; the next call with the same name may reuse its memory."""
         needed = math.prod(shape)
         piece = self._pieces.pop(name, None)
         if piece is None or piece.numel() < needed:
@@ -33,8 +33,8 @@ def _fast_bf16_on_cpu() -> bool:
 
 
 def operand_dtype(storage: torch.dtype, accumulator: torch.dtype, device: torch.device) -> torch.dtype:
-    """What is multiplied. A CPU has no product of 16-bit operands into fp32; two bf16 products stand for it where the
-    machine has the instructions, fp32 operands elsewhere and for fp16.
+    """The dtype of a product's operands. On a CPU no product takes 16-bit operands to an fp32 result: bf16 takes two
+    bf16 products if the machine has the instructions; otherwise, and for fp16, the operands are cast to fp32.
     """
     if device.type == "cuda" or storage == accumulator:
         return storage
@@ -65,10 +65,11 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool, work: Workspace) -> No
 
 
 def _in_two_products(a: Tensor, b: Tensor, out: Tensor, add: bool, work: Workspace) -> None:
-    """bf16 operands, fp32 out: the product rounded to bf16, and what the rounding dropped (the second product starts
-    from minus the first, inside one fp32 sum). Exact to 2^-17 of the product.
+    """bf16 operands, fp32 out: add the product rounded to bf16 and its rounding error, exact to 2^-17 of the product.
+
+    The second product gives the rounding error, because its fp32 sum starts from minus the first.
     """
-    wide = work("wide", out.shape, out.dtype)  # torch's mixed-type addition would allocate one each time
+    wide = work("wide", out.shape, out.dtype)  # torch's mixed-dtype addition would allocate it each time
     high = torch.mm(a, b, out=work("high", out.shape, a.dtype))
     low = torch.addmm(high, a, b, beta=-1, out=work("low", out.shape, a.dtype))
     if add:

@@ -19,7 +19,7 @@ def _logits(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
 
 
 def _target(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Targets [T, 1], 0 in place of ignored ones, and which count [T]."""
+    """Targets [T, 1], with 0 for ignored ones, and a mask [T] of those that count."""
     target = inputs.target.reshape(-1)
     counts = torch.ones_like(target, dtype=torch.bool)
     if inputs.ignore_index is not None:
@@ -28,7 +28,7 @@ def _target(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def forward(inputs: Inputs, rows: Tensor | None = None) -> Outputs:
-    """(logprob, entropy, lse), each of target's shape. `rows` is found again from the target."""
+    """(logprob, entropy, lse), each of target's shape. The mask comes from the target, not from `rows`."""
     logits, _ = _logits(inputs)
     target, counts = _target(inputs)
     logprobs = torch.log_softmax(logits, dim=1)
@@ -41,7 +41,7 @@ def forward(inputs: Inputs, rows: Tensor | None = None) -> Outputs:
 def backward(
     grads: OutputGrads, inputs: Inputs, rows: Tensor | None, entropy: Tensor, lse: Tensor, needs: Needs
 ) -> Grads:
-    """(grad_hidden, grad_weight) by the explicit formula; nothing of the forward is reused."""
+    """(grad_hidden, grad_weight) by the explicit formula; recomputes the forward."""
     need_hidden, need_weight = needs
     logits, tanh = _logits(inputs)
     target, counts = _target(inputs)

@@ -1,4 +1,4 @@
-"""What is done to a tile of logits, in torch: few passes, in place, while the tile is in the cache."""
+"""Statistics and gradient of a tile of logits in torch: few passes, in place, while the tile is in the cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .products import Workspace
 
 
 class TorchTiles:
-    """The tiles of one call. triton.py has the same two methods as kernels."""
+    """The operations on the tiles of one call. TritonTiles in triton.py has the same two methods."""
 
     device_kind = "cpu"
 
@@ -19,10 +19,10 @@ class TorchTiles:
         self._temperature, self._softcap = inputs.temperature, inputs.softcap
 
     def statistics(self, tile: Tensor, target: Tensor, column: int, state: Tensor, found: tuple[Tensor, ...]) -> None:
-        """Take a tile of raw logits, which it overwrites, into `state` [4, rows]; write `found` after the last tile.
+        """Add a tile of raw logits to `state` [4, rows], and write `found` after the last one. Overwrites the tile.
 
-        State: greatest logit m, sum of exp(x - m), sum of exp(x - m) (x - m), the target's logit. The third is taken
-        relative to m, so that the entropy of a peaked distribution is no difference of large numbers.
+        State: greatest logit m, sum of exp(x - m), sum of exp(x - m) (x - m), the target's logit. The third is relative
+        to m, so that the entropy of a peaked distribution is not a difference of large numbers.
         """
         greatest, total, weighted, chosen = state
         self._cap_and_temper(tile)
@@ -31,7 +31,7 @@ class TorchTiles:
             greatest.copy_(top)
             total.zero_()
             weighted.zero_()
-            chosen.fill_(float("nan"))  # stays where the target is no token, which nobody checks on a GPU
+            chosen.fill_(float("nan"))  # remains if the target is not a token
         here, index = _target_in_tile(target, column, tile.shape[1])
         torch.where(here, tile.gather(1, index).squeeze(1), chosen, out=chosen)
         new = torch.maximum(greatest, top)
@@ -93,6 +93,6 @@ class TorchTiles:
 
 
 def _target_in_tile(target: Tensor, column: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Which rows have their target in this tile [rows], and where [rows, 1] (anywhere for the others)."""
+    """Which rows have their target in this tile [rows], and its column [rows, 1] (any column for the others)."""
     here = target - column
     return (here >= 0) & (here < columns), here.clamp(0, columns - 1)[:, None]

@@ -1,8 +1,8 @@
-"""`linear_logprob` on CUDA and ROCm: the vendor's matrix products, and two Triton kernels over their tiles.
+"""Run `linear_logprob` on CUDA and ROCm: the vendor's matrix products, and two Triton kernels over their tiles.
 
-The products run at the hardware's rate in the vendor's library, with fp32 results from 16-bit operands; what is left is
-one read of a tile forward, one read and one write of it backward. CPU tensors run where Triton's interpreter is on:
-that is how the tests reach this code without a GPU.
+The vendor's library multiplies at the hardware's rate, with fp32 results from 16-bit operands. The kernels read a tile
+once in the forward, and read and write it once in the backward. CPU tensors work only under Triton's interpreter, which
+the tests use.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .triton_kernels import gradient_kernel, statistics_kernel
 
 
 class TritonTiles:
-    """torch_tiles.py's two methods as a kernel each. The derivative overwrites the tile: no second one is held."""
+    """The two methods of TorchTiles as Triton kernels. The derivative overwrites the tile, to save memory."""
 
     device_kind = "gpu"
 
@@ -35,7 +35,7 @@ class TritonTiles:
         }
 
     def statistics(self, tile: Tensor, target: Tensor, column: int, state: Tensor, found: tuple[Tensor, ...]) -> None:
-        """Take a contiguous tile of raw logits into `state` [4, rows]; the last one writes `found` instead."""
+        """Add a contiguous tile of raw logits to `state` [4, rows]; the last tile writes `found` instead."""
         rows, columns = tile.shape
         config = tile_config(columns)
         launch(
@@ -71,12 +71,12 @@ class TritonTiles:
 
 
 def forward(inputs: Inputs, rows: Tensor | None) -> Outputs:
-    """(logprob, entropy, lse), each of target's shape: a product and a launch a tile."""
+    """(logprob, entropy, lse), each of target's shape: a product and a launch per tile."""
     return run_forward(inputs, rows, TritonTiles)
 
 
 def backward(
     grads: OutputGrads, inputs: Inputs, rows: Tensor | None, entropy: Tensor, lse: Tensor, needs: Needs
 ) -> Grads:
-    """Gradients of hidden and weight (None where not needed): up to three products and a launch a tile."""
+    """Gradients of hidden and weight (None where not needed): up to three products and a launch per tile."""
     return run_backward(grads, inputs, rows, entropy, lse, needs, TritonTiles)

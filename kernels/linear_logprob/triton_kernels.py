@@ -1,4 +1,4 @@
-"""Triton kernels over a tile of logits: its online statistics, its derivative in place of it. A program is a row."""
+"""Triton kernels over a tile of logits: online statistics, and the derivative in place. One program per row."""
 # mypy: ignore-errors
 
 import triton
@@ -36,8 +36,8 @@ def statistics_kernel(
     inverse_temperature: tl.float64, softcap: tl.float64,
     FIRST: tl.constexpr, LAST: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Tile [rows, columns] of raw logits from vocabulary entry `column` on, into `state` [4, rows]: greatest logit m,
-    sum exp(x - m), sum exp(x - m) (x - m), the target's logit. The last tile writes the outputs instead.
+    """Add a tile [rows, columns] of raw logits, from vocabulary entry `column` on, to `state` [4, rows]: greatest logit
+    m, sum exp(x - m), sum exp(x - m) (x - m), the target's logit. The last tile writes the outputs instead.
     """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
@@ -51,7 +51,7 @@ def statistics_kernel(
     wanted = tl.load(target + row) - column
     chosen = tl.sum(tl.where(lane == wanted, x, 0.0), axis=0)
     here = (wanted >= 0) & (wanted < columns)
-    if FIRST:  # NaN stays where the target is no token, which nobody checks on a GPU
+    if FIRST:  # NaN remains if the target is not a token, which is unchecked on a GPU
         chosen = tl.where(here, chosen, float("nan"))
     else:
         old = tl.load(state + row)
@@ -81,8 +81,8 @@ def gradient_kernel(
     inverse_temperature: tl.float64, softcap: tl.float64,
     SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The loss's derivative by a tile of raw logits, in the storage type, over the start of each row of the tile
-    itself: `slope` is the same memory. The d_ vectors carry the temperature's part already.
+    """The loss's derivative by a tile of raw logits, in the storage dtype. `slope` is the tile's own memory: each row
+    is written over the start of the tile's row. The d_ vectors are divided by the temperature already.
     """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)

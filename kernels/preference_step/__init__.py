@@ -1,4 +1,4 @@
-"""One training step of the reward head on cached features: loss and gradients from one read. README.md: the maths."""
+"""Loss and gradients of a reward head on cached features, from one read of them. Maths: README.md here."""
 
 from .contract import StepOutput
 from .op import preference_step

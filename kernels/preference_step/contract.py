@@ -1,6 +1,6 @@
-"""What crosses between `preference_step` and its executions, and every refusal, in one place.
+"""Inputs, outputs and argument checks of `preference_step`.
 
-`Inputs` is the schema of the registered op in order; each backend offers
+The fields of `Inputs` are the registered op's schema, in order. Each backend offers
     step(inputs) -> (loss [], dweight [2K, D], dbias [2K], accuracy [], std [])
 with loss, accuracy and std in `output_dtype` and the gradients in the dtypes of weight and bias. std is 0 for "bt".
 """
@@ -22,7 +22,7 @@ require = checks.require
 
 
 class StepOutput(NamedTuple):
-    """What `preference_step` returns. fp32, or fp64 when `features` is fp64; no part carries a gradient.
+    """What `preference_step` returns, without gradients. fp32, or fp64 when `features` is fp64.
 
     loss      []       mean over pairs, with the penalties
     dweight   [2K, D]  d loss / d weight, in weight's dtype
@@ -39,7 +39,7 @@ class StepOutput(NamedTuple):
     std: Tensor | None
 
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of a backend
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of a backend's step
 
 
 class Inputs(NamedTuple):
@@ -83,7 +83,7 @@ class Inputs(NamedTuple):
 
 
 def check_inputs(inputs: Inputs) -> None:
-    """Refuse every shape, dtype, device and option outside the contract. Reads no values, so it serves fakes too."""
+    """Raise ValueError for a wrong shape, dtype, device or option. Reads no values, so it serves fake tensors too."""
     for name, tensor in zip(Inputs._fields, inputs.tensors, strict=False):
         checks.tensor(tensor, name, optional=name not in ("features", "weight", "bias"))
     _check_matrices(inputs)
@@ -143,7 +143,7 @@ def _check_loss(inputs: Inputs) -> None:
 
 
 def check_values(inputs: Inputs) -> None:
-    """Refuse indices and probabilities out of range: on CPU; elsewhere with PRUDENT_DEBUG=1 (it stalls the stream)."""
+    """Raise ValueError for indices and probabilities out of range, if `values_are_read`."""
     if not values_are_read(inputs.features):
         return
     checks.indices(inputs.rows, "rows", inputs.features.shape[0], "rows of features")

@@ -1,4 +1,4 @@
-"""`preference_step` on the native CPU library: the contract's inputs unpacked into one call of C++ (csrc/)."""
+"""`preference_step` on the native CPU library: one call of csrc/preference_step.cpp."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .contract import Inputs, Outputs
 
 
 def available() -> bool:
-    """True if the native library is there, loaded by the first call; `native.load` says what happens without."""
+    """True if the native library could be loaded; see `native.load`."""
     return native.load()
 
 

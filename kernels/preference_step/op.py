@@ -1,6 +1,7 @@
-"""The public `preference_step` and its registration as `prudent::preference_step`, which has no derivative: it is one.
+"""The public `preference_step` and its registration as `prudent::preference_step`.
 
-Two roads, one arithmetic: a plain eager call goes straight to the backend, everything else through the registered op.
+The op returns gradients and is not differentiable itself. A plain eager call goes straight to the backend, every other
+call through the registered op.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _library.define(
 
 
 def _backend(inputs: Inputs) -> Any:
-    """The module that executes this call: imported when first needed, so that `import prudent` stays light."""
+    """The module that executes this call, imported when first needed: `import prudent` must not import triton."""
     if inputs.features.is_cuda:
         from . import triton  # type: ignore[attr-defined]
 
@@ -112,7 +113,7 @@ def preference_step(
         StepOutput(loss, dweight, dbias, accuracy, std).
 
     Raises:
-        ValueError: naming the argument, what was expected and what came, before anything is computed.
+        ValueError: an argument is wrong; raised before anything is computed.
     """
     for name, number in zip(NUMBERS, (alpha, bsr, centre, std_floor), strict=True):
         checks.not_negative(number, name)

@@ -1,7 +1,7 @@
 """`preference_step` in plain torch with its gradient written out: the oracle of the other executions.
 
-Written to be checked against the formulas in README.md line by line, not to be fast: every column of every head is
-computed, and the coefficients of all of them are one matrix. fp32 arithmetic, or fp64 when `features` is fp64.
+It follows the formulas in README.md line by line and is not meant to be fast: it computes every column of every head,
+and one matrix holds the coefficients of all of them. Arithmetic is in fp32, or fp64 when `features` is fp64.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _bradley_terry(reward: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
     difference = reward[:pairs] - reward[pairs:]
     if inputs.margin is not None:
         difference = difference - inputs.margin.to(reward.dtype)
-    # softplus is the identity from 20 on in torch, so its slope is 1 there
+    # torch's softplus is the identity above 20, so its slope is 1 there
     slope = torch.where(-difference > 20, torch.ones_like(difference), torch.sigmoid(-difference)) / pairs
     return F.softplus(-difference).mean(), torch.cat([-slope, slope])
 

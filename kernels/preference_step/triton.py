@@ -1,7 +1,8 @@
-"""`preference_step` on CUDA and ROCm: how the kernels of triton_kernels.py are launched.
+"""Launch `preference_step` on CUDA and ROCm: the kernels of triton_kernels.py.
 
-Two launches, three with eq. 8, whose pairs are sorted by head first. Shares come from the shapes alone, so equal calls
-have equal bits. CPU tensors run where Triton's interpreter is on: that is how the tests reach this code without a GPU.
+There are two launches, and for eq. 8 a sort of the pairs by head before them. How the pairs are shared among programs
+depends on shapes alone, so equal calls have equal bits. CPU tensors work only under Triton's interpreter, which the
+tests use.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ def step(inputs: Inputs, lanes: int = LANES) -> Outputs:
 
 
 def _by_head(inputs: Inputs) -> dict[str, Tensor | None]:
-    """order [P], the pairs sorted by head and in a head as they came; starts [K + 1], where each head's begin; and rows
-    [2P] in that order.
+    """order [P], the pairs in a stable sort by head; starts [K + 1], where each head's pairs begin; rows [2P] in that
+    order.
     """
     assert inputs.head_id is not None
     ids, order = torch.sort(inputs.head_id, stable=True)
@@ -89,7 +90,7 @@ def _by_head(inputs: Inputs) -> dict[str, Tensor | None]:
 
 
 def _reward_weight(inputs: Inputs) -> Tensor | None:
-    """[D]: the mean of the heads' mean rows, of which the reward is one product; None where no reward is needed."""
+    """[D]: the mean of the heads' mean rows, whose product with x is the reward; None if no reward is needed."""
     if inputs.loss == "brme" and not (inputs.bsr or inputs.centre):
         return None
     if inputs.num_heads == 1:

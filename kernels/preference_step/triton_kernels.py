@@ -1,9 +1,9 @@
 """Triton device code of `preference_step`: pairs to partial gradients in one read, and the sum of the partials.
 
 A program holds whole rows in registers: M = 2 MP of them, DP = D padded to a power of two. Row 2j of a block is pair
-j's chosen response and row 2j + 1 the rejected one, so that one `tl.split` parts them. G directions of the gradient are
-vectors [DP] in registers; nothing [2K, D] is ever held. The rules of ensemble_reward/triton_math.py are kept: features
-are cast to ACC (fp32, or fp64 for fp64 features) before any arithmetic, and every masked load names its `other`.
+j's chosen response and row 2j + 1 the rejected one, so that one `tl.split` separates them. G directions of the gradient
+are vectors [DP] in registers; no program holds [2K, D]. The rules of ensemble_reward/triton_math.py apply: features are
+cast to ACC (fp32, or fp64 for fp64 features) before any arithmetic, and every masked load has an `other`.
 """
 # mypy: ignore-errors
 
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..ensemble_reward.triton_math import noise, scalar, softplus, vector
 
-# a program's line in `sums`, 8 numbers: sums over its pairs or rows
+# the 8 numbers of a program's line in `sums`: sums over its pairs or rows
 LOSS = tl.constexpr(0)
 REWARD = tl.constexpr(1)
 SQUARE = tl.constexpr(2)
@@ -50,7 +50,7 @@ def mean_bias(bias, K: tl.constexpr, KP: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def add_rows(coefficient, x):
-    """[DP]: the rows of x [M, DP], each times its coefficient [M], added."""
+    """[DP]: the sum of the rows of x [M, DP], each times its coefficient [M]."""
     return tl.sum(coefficient[:, None] * x, axis=0)
 
 
@@ -63,10 +63,11 @@ def step_kernel(
 ):  # fmt: skip
     """Program (s, h): the s-th share of head h's pairs (of all pairs for Bradley-Terry, h = 0).
 
-    `order` [P] int64 are the pairs sorted by head and `starts` [K + 1] where each head's begin; none for Bradley-Terry.
-    `rows` [2P] are in that order too, so that a block's features wait for one index and not for two.
-    partials [heads, shares, G, D] ACC = sum of coefficient * x for the directions: eq. 8's mean and raw std; then what
-    all heads' means share, Bradley-Terry and centring; then 1, whose coefficient is known when all rewards are.
+    `order` [P] int64 are the pairs sorted by head and `starts` [K + 1] where each head's begin; None for Bradley-Terry.
+    `rows` [2P] are in the same order, so that a block's features wait for one index and not for two.
+    partials [heads, shares, G, D] ACC = sums of coefficient * x, one for each direction: eq. 8's mean and raw std; then
+    the one that all heads' means share (Bradley-Terry, centring); then, for batch-sum regularisation, the plain sum of
+    x, whose coefficient is known only when all rewards are.
     """
     G: tl.constexpr = (2 if BRME else 0) + (1 if CENTRE or not BRME else 0) + (1 if BSR else 0)
     PENALTY: tl.constexpr = CENTRE or BSR
@@ -144,7 +145,7 @@ def step_kernel(
                     position = start + tl.arange(0, MP)
                     behind += tl.load(margin + position, mask=position < end, other=0.0).to(ACC)
                 loss += tl.sum(tl.where(exists != 0.0, softplus(behind), 0.0), axis=0)
-                # softplus is the identity from 20 on, as torch's: its slope is 1 there
+                # as in torch, softplus is the identity above 20, so its slope is 1 there
                 slope = per_pair * tl.where(behind > 20.0, 1.0, 1.0 / (1.0 + tl.exp(-behind)))
                 to_chosen -= slope
                 to_rejected += slope
@@ -182,7 +183,7 @@ def step_kernel(
 
 @triton.jit
 def add_lines(sums, first, count, which: tl.constexpr, SB: tl.constexpr, ACC: tl.constexpr):
-    """Number `which` of `count` programs from `first` on, added in a fixed order."""
+    """The sum of number `which` over `count` programs from `first` on, in a fixed order."""
     lane = tl.arange(0, SB)
     total = tl.zeros((SB,), ACC)
     for start in range(0, count, SB):
@@ -196,7 +197,7 @@ def add_partials(
     partials, first, count, which: tl.constexpr, G: tl.constexpr, columns, d, SB: tl.constexpr, BD: tl.constexpr,
     STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """[BD]: direction `which` of `count` programs from `first` on, added in a fixed order, SB of them at a time."""
+    """[BD]: the sum of direction `which` over `count` programs from `first` on, in a fixed order, SB at a time."""
     lane = tl.arange(0, SB)
     total = tl.zeros((SB, BD), ACC)
     for start in tl.range(0, count, SB, num_stages=STAGES):
@@ -214,7 +215,7 @@ def finish_kernel(
 ):  # fmt: skip
     """Program (c, h): columns c BD .. of head h's two rows of dweight (of every head's for Bradley-Terry, h = 0).
 
-    The programs of column block 0 write dbias too, and the first of them the loss and its by-products.
+    The programs of column block 0 also write dbias, and the first of them the loss, the accuracy and the std.
     """
     G: tl.constexpr = (2 if BRME else 0) + (1 if CENTRE or not BRME else 0) + (1 if BSR else 0)
     block, head = tl.program_id(0), tl.program_id(1)

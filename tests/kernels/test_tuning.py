@@ -131,7 +131,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_memory_of_it(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PRUDENT_CACHE", str(tmp_path / "file" / "below"))
-    with pytest.warns(UserWarning, match="it lasts for this process"):
+    with pytest.warns(UserWarning, match="it is kept for this process only"):
         assert choose() == OTHER
     with warnings.catch_warnings():
         warnings.simplefilter("error")
