@@ -45,8 +45,8 @@ NARROW = {
 
 
 class Target(NamedTuple):
-    """A GPU to compile for. Per multiprocessor: `shared` bytes, `warps` and `registers` (0: not estimated for AMD,
-    whose accumulation registers make the count ambiguous)."""
+    """A GPU to compile for. Per multiprocessor: `shared` bytes, `warps` and `registers` (0 for AMD, where accumulation
+    registers make the count ambiguous). `warp`: threads of a warp."""
 
     backend: str
     arch: int | str

@@ -1,4 +1,4 @@
-"""Count the bytes that Triton kernels ask for, per argument, under Triton's interpreter."""
+"""Count the bytes that Triton kernels read and write, per argument, under Triton's interpreter."""
 
 from __future__ import annotations
 

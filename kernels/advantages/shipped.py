@@ -1,6 +1,6 @@
 """Every Triton launch of `advantages` that the table in configs.py can choose, on tensors without data.
 
-`bench/aot.py` records the launches and compiles them ahead of time.
+bench/aot.py records these launches and compiles them ahead of time.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from .contract import Inputs
 
 
 def shipped(target: str, full: bool = True) -> Iterable[tuple[str, Callable[[], None]]]:
-    """(label, run) for every configuration that `target` can be given: `run`, under `recording()`, launches the op on
-    tensors without data. Not `full`: fp32 alone.
+    """Yield (label, run) for every configuration that `target` can get; without `full` for fp32 only.
+
+    `run` launches the op on tensors without data, to be called under `recording()`.
     """
-    del target  # every one gets the same
+    del target  # the table is the same for every target
     for length in (512, 4096):
         yield f"fp32-T{length}", _run(torch.float32, length, "k3", "after", True)
     if full:

@@ -1,6 +1,6 @@
 """Every Triton launch of `ensemble_reward` that the table in configs.py can choose, on tensors without data.
 
-`bench/aot.py` records the launches and compiles them ahead of time.
+bench/aot.py records these launches and compiles them ahead of time.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def shipped(target: str, full: bool = True) -> Iterable[tuple[str, Callable[[], None]]]:
-    """(label, run) for every configuration that `target` can be given: `run`, under `recording()`, launches a forward
-    and a backward on tensors without data. Not `full`: bf16 with 5 heads, and one case of each other dtype and width.
+    """Yield (label, run) for every configuration that `target` can get; without `full` for bf16 with 5 heads, and for
+    one case of each other dtype and width.
+
+    `run` launches a forward and a backward on tensors without data, to be called under `recording()`.
     """
     for dtype, heads, rows in itertools.product(_DTYPES, _HEADS, _ROWS):
         short = (dtype == torch.bfloat16 and (heads == _HEADS[0] or rows == _ROWS[0])) or (heads, rows) == (5, 256)

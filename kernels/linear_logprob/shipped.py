@@ -1,6 +1,6 @@
 """Every Triton launch of `linear_logprob` that the table in configs.py can choose, on tensors without data.
 
-`bench/aot.py` records the launches and compiles them ahead of time.
+bench/aot.py records these launches and compiles them ahead of time.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def shipped(target: str, full: bool = True) -> Iterable[tuple[str, Callable[[], None]]]:
-    """(label, run) for the configurations of the table: `run`, under `recording()`, launches the kernels of a first, a
-    middle and a last tile on tensors without data. The table is the same for every `target`. Not `full`: the width of
-    a full row chunk in each dtype, and bf16's widest.
+    """Yield (label, run) for every configuration, which is the same for every `target`; without `full` for the width of
+    a full row chunk in each dtype, and for bf16's widest.
+
+    `run` launches the kernels of a first, a middle and a last tile on tensors without data, to be called under
+    `recording()`.
     """
     for dtype, columns, softcap in itertools.product(_DTYPES, WIDTHS, (None, 30.0)):
         short = softcap is None and (columns == 2048 or (dtype, columns) == (torch.bfloat16, 8192))

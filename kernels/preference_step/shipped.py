@@ -1,6 +1,6 @@
 """Every Triton launch of `preference_step` that the table in configs.py can choose, on tensors without data.
 
-`bench/aot.py` records the launches and compiles them ahead of time.
+bench/aot.py records these launches and compiles them ahead of time.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def shipped(target: str, full: bool = True) -> Iterable[tuple[str, Callable[[], None]]]:
-    """(label, run) for every configuration that `target` can be given: `run`, under `recording()`, launches a step of
-    512 gathered pairs and 5 heads on tensors without data. Not `full`: bf16 and fp32 at D = 4096 and 576.
+    """Yield (label, run) for every configuration that `target` can get; without `full` for bf16 and fp32 at D = 4096
+    and 576.
+
+    `run` launches a step of 512 gathered pairs and 5 heads on tensors without data, to be called under `recording()`.
     """
     lanes = 64 if target.startswith("gfx") else 32
     for dtype, dim, name in itertools.product(_DTYPES, _DIMS, _OPTIONS):

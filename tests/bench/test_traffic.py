@@ -1,4 +1,4 @@
-"""The kernels' own loads and stores against the floor: what a call asks of memory, a row."""
+"""The bytes a row that the kernels load and store, against the least possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which counters a call gets. Where they lie and whether a graph replays is tested on a GPU: */triton_cases.py."""
+"""Which counters a call gets. Tests of their alignment and of graph replay need a GPU: */triton*_cases.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The native library: how it fails to build, what it links to, how it is chosen and what happens without it."""
+"""The native library: failed builds, linked symbols, schemas, choice of instruction set, and running without it."""
 
 from __future__ import annotations
 

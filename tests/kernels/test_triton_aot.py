@@ -1,8 +1,8 @@
-"""Every shipped Triton configuration compiles, spills two words a thread at most and fits, for GPUs not at hand.
+"""Every shipped Triton configuration compiles, fits, and spills at most two words a thread, for GPUs not at hand.
 
-bench/aot.py compiles what the launchers launch. Here each op's common launches are compiled for every target, and a
-quarter of its short table's others, for one target each; PRUDENT_TEST_AOT=all compiles every configuration for every
-target and holds the READMEs' tables to it (minutes).
+Each op's common launches are compiled for every target, and a quarter of the others in its short table for one target
+each. PRUDENT_TEST_AOT=all compiles every configuration for every target and compares the READMEs' tables with the
+result (minutes).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PRUDENT_AUTOTUNE=1: what is timed, when, and what happens to the file of choices. The timer is a fake: no GPU."""
+"""PRUDENT_AUTOTUNE=1: what is timed and when, and the file of choices. The timer is a fake, so no GPU is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch for the advantage tests: the kinds of mask that trainers meet, and NaN where nothing is read."""
+"""Batches for the advantage tests: the kinds of mask that trainers use, and NaN at masked tokens."""
 
 from __future__ import annotations
 

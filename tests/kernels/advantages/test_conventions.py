@@ -1,7 +1,7 @@
-"""The trainers' formulas, written down again from their sources a token at a time, against the op in fp64.
+"""The trainers' formulas, written again from their sources token by token, against the op in fp64.
 
-Each stands under the library, version and function it was read in. They are compared where the trainer's own losses
-read them: at the tokens of its mask.
+A comment above each formula names its library, version and function. Results are compared at the unmasked tokens, which
+are those that the trainer's losses read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The C++ execution against the fp64 reference. What must not depend on something is compared bit for bit."""
+"""The C++ execution against the fp64 reference, and equal bits whatever the threads, memory and layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Triton execution of `advantages` must do: run by test_triton.py in a process of its own.
+"""Cases for the Triton execution of `advantages`; test_triton.py runs them in a child process.
 
 By hand: `TRITON_INTERPRET=1 pytest tests/kernels/advantages/triton_cases.py`, or without the variable on a GPU.
 """

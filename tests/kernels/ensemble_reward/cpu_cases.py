@@ -1,4 +1,4 @@
-"""Inputs for the native library's tests, and what its results are held to: the reference in fp64, and plain torch."""
+"""Inputs for the native library's tests, and what its results are compared with: fp64 reference and plain torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The C++ execution on every instruction set of this machine, held against the fp64 reference.
+"""The C++ execution on every instruction set of this machine, compared with the fp64 reference.
 
-The rule for accuracy: our error against fp64 is at most what the plain low-precision composition makes (norm and linear
-layer in torch, in the storage type), and a small tolerance. What must not depend on something is compared bit for bit.
+The rule for accuracy: our error against fp64 is at most that of the plain low-precision composition (norm and linear
+layer in torch, in the storage type), plus a small tolerance. Results that must not depend on threads, memory or layout
+are compared bit for bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The oracle itself, held against closed forms, published test vectors and a loop that anyone can read."""
+"""The oracle itself, compared with closed forms, published test vectors and a plain loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The aggregation string: one spelling everywhere, and a sentence for everything outside it."""
+"""The aggregation string: parsed and printed alike, and every wrong string refused in one sentence."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How the Triton execution launches: how often, what each launch reads, what it leaves behind, the same bits each time.
+"""Cases for the Triton launches of `ensemble_reward`: their number, what they read, counters, and equal bits each time.
 
-Run by tests/kernels/test_triton.py like the cases beside it, under the interpreter and on a GPU. Every test runs with
+test_triton.py runs them in a child process, under the interpreter and on a GPU. Every test runs with
 uninitialised memory full of NaN, so an output or scratch value that is not written shows.
 """
 

@@ -1,4 +1,4 @@
-"""Calls of `linear_logprob`, what they should give, and what people write without it."""
+"""Inputs for the tests of `linear_logprob`, the expected results, and the unfused composition."""
 
 from __future__ import annotations
 

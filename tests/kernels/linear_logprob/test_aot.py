@@ -1,4 +1,4 @@
-"""What the machine code must hold beyond the budgets that ../test_triton_aot.py checks for every op."""
+"""A property of the machine code beyond the budgets that ../test_triton_aot.py checks for every op."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call allocates beside its results, as torch's allocator counts it; and the plan that bounds it."""
+"""What a call allocates beside its results, as counted by torch's allocator, and the plan that bounds it."""
 
 from __future__ import annotations
 

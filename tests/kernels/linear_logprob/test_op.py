@@ -1,4 +1,4 @@
-"""The public op: the same by every road, deterministic, and every wrong input refused by name."""
+"""The public op: equal results eager, registered and compiled, deterministic, and wrong input refused by name."""
 
 from __future__ import annotations
 

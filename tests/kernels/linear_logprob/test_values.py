@@ -1,4 +1,4 @@
-"""What the op computes on this machine, values and gradients, against fp64 and against what people write."""
+"""The op's values and gradients on this machine, against fp64 and against the unfused composition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs for the tests of `preference_step`, and the composed form that every execution is held against."""
+"""Inputs for the tests of `preference_step`, and the composed form that every execution is compared with."""
 
 from __future__ import annotations
 

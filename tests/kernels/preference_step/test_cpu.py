@@ -1,7 +1,7 @@
-"""The C++ execution on every instruction set of this machine, held against the composed form.
+"""The C++ execution on every instruction set of this machine, compared with the composed form.
 
-Our error against fp64 is at most that of the plain low-precision computation; what must not depend on something is
-compared bit for bit.
+Our error against fp64 is at most that of the plain low-precision computation. Results that must not depend on threads,
+memory or layout are compared bit for bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the Triton execution must do: run by test_triton.py in a process of its own, under the interpreter and on a GPU.
+"""Cases for the Triton execution of `preference_step`; test_triton.py runs them in a child process.
 
 By hand: `TRITON_INTERPRET=1 pytest tests/kernels/preference_step/triton_cases.py` (no GPU), or without the variable on
 a GPU. Every test runs with uninitialised memory full of NaN.
