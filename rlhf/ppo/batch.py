@@ -113,8 +113,8 @@ def token_batch(
         if not prompt or not response:
             part = "response" if prompt else "prompt"
             raise ValueError(f"samples: expected at least one token in every {part}, got none in that of row {index}")
-        said = response[:-1] if samples.stopped[index] or not closing else response
-        sequences.append([*prompt, *said, *closing])
+        read = response[:-1] if samples.stopped[index] or not closing else response
+        sequences.append([*prompt, *read, *closing])
         targets.append(response)
     lengths = torch.tensor([len(ids) for ids in sequences])
     counts = torch.tensor([len(ids) for ids in targets])

@@ -280,7 +280,7 @@ class PPOConfig(JobConfig):
     def micro_tokens(self) -> int:
         """`update.micro_tokens` as a number; ValueError for auto, which `memory.resolve_micro_tokens` resolves."""
         if self.update.micro_tokens == "auto":
-            raise ValueError("update.micro_tokens: expected a number, got auto, which nobody has resolved")
+            raise ValueError("update.micro_tokens: expected a number, got auto, which is to be resolved first")
         return self.update.micro_tokens
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 Estimator = Literal["k1", "k2", "k3", "abs"]
 
 LOG_RATIO_BOUND = 20.0  # of log pi / pi_old, as in verl: exp of more may overflow, and 0 * inf is a NaN gradient
-CHI2_KNEE = 10.0  # where e^l goes on as a straight line, as in the code of arXiv 2403.03185
+CHI2_KNEE = 10.0  # beyond it e^l is continued as a straight line, as in the code of arXiv 2403.03185
 CHI2_FLOOR = 1e-4  # least value under the square root, whose slope is infinite at 0 (same code)
 
 
@@ -88,7 +88,7 @@ def chi2_estimate(log_ratio: Tensor) -> Tensor:
     """[B] terms whose mean estimates chi^2(pi || pi_ref) = E_pi[pi / pi_ref - 1] (arXiv 2403.03185, and its code).
 
     l [B] is a whole sequence's log ratio. The term is (e^l - 1) + (e^-l - 1): the second part has mean 0 under pi and
-    makes each term 2 cosh(l) - 2 >= 0. Both exponentials go on as straight lines beyond |l| = 10.
+    makes each term 2 cosh(l) - 2 >= 0. Both exponentials continue as straight lines beyond |l| = 10.
 
     Its gradient through log pi, on samples of pi, is E (e^l - e^-l) grad log pi = grad chi^2(pi || pi_ref) / 2 +
     grad KL(pi_ref || pi): both pull towards the reference, but it is not the gradient of chi^2 alone, which would be

@@ -1,4 +1,4 @@
-"""Best-of-n of several reward models on the same samples: what each picks, and what the gold scorer says of it."""
+"""Compare best-of-n of several reward models on the same samples: their picks, and the picks' gold scores."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ class BestOf:
 
 
 def prepare(config: PPOConfig, progress: bool) -> Source:
-    """The policy's model, prompts and gold scorer, loaded. ValueError for what PPO would refuse of them too.
+    """Load the policy's model, prompts and gold scorer. ValueError for what PPO would refuse of them too.
 
-    The model waits on the CPU: the reward is trained first, and the device's memory is that one's until then.
+    The model stays on the CPU until it samples: training the reward, which comes first, needs the device's memory.
     """
     tokenizer = load_tokenizer("model", config.model)
     own = "bfloat16" if torch.cuda.is_available() else "float32"  # what PPO samples in, whatever it trains
@@ -77,7 +77,7 @@ def prepare(config: PPOConfig, progress: bool) -> Source:
     prompt_order(len(prompts), 0, config.rollout.prompts_per_step, config.seed)  # refuses too few
     used = prompts[: config.best_of_prompts]
     gold = None if config.gold is None else open_gold(config.gold, Texts(tokenizer, used))
-    if gold is not None:  # somebody's code: what is wrong with it is said now, of a prompt taken for its own response
+    if gold is not None:  # a user's code: try it now, on a prompt taken for its own response
         gold(Samples([used[0].ids], [used[0].ids], [False], [0]))
     return Source(model, tokenizer, turn, used, gold)
 
@@ -139,7 +139,7 @@ def _scored(name: Path | str, rollouts: list[Rollout], folder: Path, device: tor
 
 
 def _gold(source: Source, rollouts: list[Rollout]) -> Tensor:
-    """[P, n]; a response that the gold scorer fails on takes the lowest reward of all, and is so never picked by it."""
+    """[P, n] gold scores; a response that the scorer fails on gets the lowest of all, so that it is never its pick."""
     prompts, responses, index = [], [], []
     for row, (prompt, drawn) in enumerate(zip(source.prompts, rollouts, strict=True)):
         for text in drawn.responses:

@@ -32,7 +32,7 @@ from .watch.monitor import require_trackers
 
 __all__ = ["PPOConfig", "RecipeResult", "run_recipe"]
 
-# keys that nothing but the last step reads: they may be mended as long as that has not begun
+# keys that only the last step reads: a resumed run may change them until that step has started
 _OF_PPO = (
     "policy",
     "update",
@@ -87,7 +87,7 @@ def run_recipe(config: PPOConfig, *, resume: bool = False, progress: bool = True
 
 
 def refuse_early(config: PPOConfig) -> None:
-    """Say before the reward is trained what a later step would refuse hours later; `config` as `resolved`."""
+    """Raise now what a later step would refuse hours from now; `config` as `resolved`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reward, ppo = reward_config(config), ppo_config(config)
     refuse_unread(ppo, device)
@@ -98,7 +98,7 @@ def refuse_early(config: PPOConfig) -> None:
 
 
 def _heads(start: str) -> int:
-    """Of the reward that PET starts from, and so of the one it makes."""
+    """K of the reward that PET starts from, and so of the one it makes."""
     if start in ("bt", "brme"):
         return 1 if start == "bt" else BRMEConfig().num_heads
     found = load_reward_config("pet.start", start)
@@ -114,7 +114,7 @@ def _three_steps(config: PPOConfig, progress: bool) -> RecipeResult:
     from . import loop
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = prepare(config, progress)  # what is wrong with prompts or gold is said before the work
+    source = prepare(config, progress)  # refuses bad prompts and gold scorers before the work
     _say(progress, "[1/3] reward model and PET")
     trained = run_train(reward_config(config), resume=True, progress=progress)
     _say(progress, "[2/3] best of n")
@@ -173,7 +173,7 @@ def ppo_config(config: PPOConfig) -> PPOConfig:
 
 
 def _rewards(config: PPOConfig) -> dict[str, Path | str]:
-    """What picks among n: name -> reward model. What PET started from first, the pessimistic reward last."""
+    """name -> reward model whose best of n is compared: PET's start first, the pessimistic reward last."""
     folder, start = config.output / "reward", config.pet.start
     before: dict[str, Path | str] = {"single head": folder / "stage1"} if start in ("bt", "brme") else {"start": start}
     if start == "brme":

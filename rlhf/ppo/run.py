@@ -43,7 +43,7 @@ SHOWN = (  # metrics of the first and the last step in ppo.json and the command'
 
 @dataclass
 class Run:
-    """The parts of a run, set up, and what it does besides learning: texts, checkpoints, the end."""
+    """The parts of a run, and what it does besides learning: sample texts, checkpoints, its end."""
 
     config: PPOConfig  # as resolved by `set_up`
     policy: Policy

@@ -15,7 +15,7 @@ from ..batch import Samples
 from .answers import rewards_of
 from .sources import Rewards, Texts
 
-# TRL's names beside ours, in the singular too
+# ours and TRL's names for the two arguments, in the singular too
 _MEANING = {
     **dict.fromkeys(("prompts", "prompt"), "prompts"),
     **dict.fromkeys(("responses", "response", "completions", "completion"), "responses"),
@@ -53,7 +53,7 @@ class CallableReward:
 
     def __call__(self, samples: Samples) -> Rewards:
         """The rewards of all samples, in their order."""
-        values = {"prompts": self._texts.asked(samples), "responses": self._texts.said(samples)}
+        values = {"prompts": self._texts.prompts_of(samples), "responses": self._texts.responses_of(samples)}
         args = [values[meaning] for meaning in self._arguments.by_position]
         kwargs = {name: values[meaning] for name, meaning in self._arguments.by_name.items()}
         try:

@@ -39,7 +39,7 @@ class ModelReward:
         A response that was cut off is closed like a complete one, as heads on the policy's trunk read it: another last
         token would be another reward. What being cut off costs is `reward.missing_eos_penalty`.
         """
-        rows = zip(self._texts.asked(samples), self._texts.said(samples), strict=True)
+        rows = zip(self._texts.prompts_of(samples), self._texts.responses_of(samples), strict=True)
         scores = self._scorer.score([{"prompt": p, "response": r} for p, r in rows])
         several = self.num_heads != 1
         return Rewards(

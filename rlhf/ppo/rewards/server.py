@@ -57,7 +57,11 @@ class HTTPReward:
     def __call__(self, samples: Samples) -> Rewards:
         """The rewards of all samples, in their order."""
         texts = self._texts
-        body = {"prompts": texts.asked(samples), "responses": texts.said(samples), "query": texts.whole(samples)}
+        body = {
+            "prompts": texts.prompts_of(samples),
+            "responses": texts.responses_of(samples),
+            "query": texts.whole_of(samples),
+        }
         raw = self._post(json.dumps(body).encode())
         try:
             answer = json.loads(raw)

@@ -47,16 +47,16 @@ class Texts:
     def __init__(self, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
         self.tokenizer, self.prompts = tokenizer, prompts
 
-    def asked(self, samples: Samples) -> list[Text]:
+    def prompts_of(self, samples: Samples) -> list[Text]:
         """The prompts as they were given: texts or messages."""
         return [self.prompts[index].item for index in samples.prompt_index]
 
-    def said(self, samples: Samples) -> list[str]:
+    def responses_of(self, samples: Samples) -> list[str]:
         """The responses without stop token and other special tokens."""
         rows = zip(samples.prompts, samples.responses, samples.stopped, strict=True)
         return [response_text(self.tokenizer, p, r[:-1] if stopped else r) for p, r, stopped in rows]
 
-    def whole(self, samples: Samples) -> list[str]:
+    def whole_of(self, samples: Samples) -> list[str]:
         """Prompt and response in the policy's own template, special tokens included."""
         rows = zip(samples.prompts, samples.responses, strict=True)
         return [str(self.tokenizer.decode(p + r, skip_special_tokens=False)) for p, r in rows]
@@ -73,4 +73,4 @@ class VaderReward:
 
     def __call__(self, samples: Samples) -> Rewards:
         """See `RewardSource`."""
-        return Rewards(torch.tensor(self._gold(self._texts.said(samples)), dtype=torch.float32))
+        return Rewards(torch.tensor(self._gold(self._texts.responses_of(samples)), dtype=torch.float32))
