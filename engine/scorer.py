@@ -48,8 +48,14 @@ class Scorer:
     - a list of token ids: taken as they are;
     - a list of messages {"role", "content"}, or {"messages": [...]}: through the tokeniser's chat template;
     - {"prompt", "response"}, each a text or a list of messages: with a chat template, texts become a user and an
-      assistant message; without one, two texts are joined as they are.
-    A mapping may say "complete": False of a response that was cut off: its turn or text is then left open.
+      assistant message; without one, two texts are joined as they are. A prompt may also be {"messages", "tools"}, or
+      {"system", "text"}: a system and a user message, or without a template two texts with a blank line between.
+    A mapping may say "complete": False of a response that was cut off: its turn or text is then left open. It may have
+    "tools" for the chat template.
+
+    Messages may have tool calls and reasoning (reasoning_content, thinking or reasoning). A chat template that leaves
+    out tools, tool calls or the last message's reasoning is refused, as is one that raises. Templates that write
+    today's date always get 26 July 2024, so that a text has the same reward on every day.
 
     How a sequence ends: a plain text gets the tokeniser's EOS token if the model's `config.append_eos` says so (and the
     item is complete, and the tokeniser has not put it there); a chat template ends its own turns; token ids are left
@@ -71,7 +77,7 @@ class Scorer:
 
     Raises:
         ValueError: for sizes that make no sense; from every method, for an item of another form, an empty one, or
-            messages without a chat template, naming the item by its index.
+            messages without a chat template or that it refuses, naming the item by its index.
     """
 
     def __init__(

@@ -1,13 +1,41 @@
-"""What people want scored, as token ids: texts, chats, prompt and response, with one explicit ending policy."""
+"""Encode what is to be scored as token ids: texts, chats, prompts with responses, and how each of them ends."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
+from textwrap import shorten
 from typing import Any, TypeAlias
 
 Message: TypeAlias = Mapping[str, Any]
 Item: TypeAlias = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
+
+REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # of a message; templates read the first two
+
+# The date that chat templates get as today's, so that a text has the same tokens on every day: 26 July 2024, which
+# Llama's templates write where they are told no date.
+_DATE = {
+    "%Y": "2024", "%y": "24", "%m": "07", "%-m": "7", "%B": "July", "%b": "Jul", "%F": "2024-07-26", "%j": "208",
+    "%d": "26", "%-d": "26", "%e": "26", "%A": "Friday", "%a": "Fri", "%Z": "", "%z": "",
+    "%H": "00", "%I": "12", "%M": "00", "%S": "00", "%p": "AM",
+}  # fmt: skip
+# a macro, because transformers passes no functions to templates; the newline is removed again (trim_blocks)
+_STRFTIME_NOW = "{% macro strftime_now(format) %}{{ format" + "".join(
+    f" | replace('{directive}', '{value}')" for directive, value in _DATE.items()
+) + " }}{% endmacro %}\n"  # fmt: skip
+
+
+class ItemError(ValueError):
+    """An item cannot be encoded. `reason` says why without the item's name, for callers that know file and line."""
+
+    def __init__(self, reason: str, name: str = "item") -> None:
+        super().__init__(f"Scorer: {name}: {reason}")
+        self.reason = reason
 
 
 class ItemEncoder:
@@ -21,55 +49,67 @@ class ItemEncoder:
         self._kept = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
 
     def encode(self, item: Item, name: str = "item") -> tuple[list[int], bool]:
-        """(token ids, whether the item was too long and lost its beginning)."""
-        ids = self._ids(item, name)
-        if not ids:
-            raise ValueError(f"Scorer: {name}: expected text or token ids, got an empty one")
-        low, high = min(ids), max(ids)
-        if low < 0 or high >= self.vocab_size:
-            raise ValueError(
-                f"Scorer: {name}: expected token ids in [0, {self.vocab_size}) (the trunk's vocabulary), "
-                f"got {low if low < 0 else high}"
-            )
+        """(token ids, whether the item was too long and lost its beginning). Raises ItemError, with `name`."""
+        try:
+            ids = self._ids(item)
+            self._check(ids)
+        except ItemError as error:
+            raise ItemError(error.reason, name) from error.__cause__
         if self.max_length is None or len(ids) <= self.max_length:
             return ids, False
         # the end carries the response; an opening BOS or CLS is what the trunk knows sequences to start with
         opening = ids[:1] if ids[0] in self._kept and self.max_length > 1 else []
         return opening + ids[len(ids) - self.max_length + len(opening) :], True
 
-    def _ids(self, item: Item, name: str) -> list[int]:
+    def _check(self, ids: list[int]) -> None:
+        if not ids:
+            raise ItemError("expected text or token ids, got an empty one")
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= self.vocab_size:
+            raise ItemError(
+                f"expected token ids in [0, {self.vocab_size}) (the trunk's vocabulary), got {low if low < 0 else high}"
+            )
+
+    def _ids(self, item: Item) -> list[int]:
         if isinstance(item, str):
-            return self._plain(item, True, name)
+            return self._plain(item, True)
         if isinstance(item, Mapping):
-            return self._mapping(item, name)
+            return self._mapping(item)
         if isinstance(item, Sequence) and all(isinstance(i, Integral) and not isinstance(i, bool) for i in item):
             return [int(i) for i in item]  # type: ignore[arg-type]
         if isinstance(item, Sequence) and all(isinstance(m, Mapping) for m in item):
-            return self._chat(_messages(item, name), True, name)
-        raise ValueError(
-            f"Scorer: {name}: expected a text, token ids, messages, or a mapping with prompt and response or messages, "
+            return self._chat(messages_of(item), None, True)
+        raise ItemError(
+            "expected a text, token ids, messages, or a mapping with prompt and response or messages, "
             f"got {type(item).__name__}"
         )
 
-    def _mapping(self, item: Mapping[str, Any], name: str) -> list[int]:
+    def _mapping(self, item: Mapping[str, Any]) -> list[int]:
         complete = item.get("complete", True)
         if not isinstance(complete, bool):
-            raise ValueError(f"Scorer: {name}: complete: expected true or false, got {complete!r}")
+            raise ItemError(f"complete: expected true or false, got {complete!r}")
+        tools = item.get("tools")
         if "messages" in item:
-            return self._chat(_messages(item["messages"], name), complete, name)
+            return self._chat(messages_of(item["messages"]), tools, complete)
         if "prompt" not in item or "response" not in item:
             keys = ", ".join(map(str, item)) or "none"
-            raise ValueError(f"Scorer: {name}: expected the keys prompt and response, or messages, got {keys}")
+            raise ItemError(f"expected the keys prompt and response, or messages, got {keys}")
         prompt, response = item["prompt"], item["response"]
-        if isinstance(prompt, str) and isinstance(response, str) and not self.tokenizer.chat_template:
-            return self._plain(prompt + response, complete, name)
-        turns = _turns(prompt, "user", f"{name}: prompt") + _turns(response, "assistant", f"{name}: response")
-        return self._chat(turns, complete, name)
+        system: list[Message] = []
+        if isinstance(prompt, Mapping) and "messages" in prompt:
+            prompt, tools = prompt["messages"], prompt.get("tools", tools)
+        elif isinstance(prompt, Mapping):
+            system, prompt = _turns(prompt.get("system"), "system", "system"), prompt.get("text")
+        if isinstance(prompt, str) and isinstance(response, str) and not tools and not self.tokenizer.chat_template:
+            opening = "".join(f"{message['content']}\n\n" for message in system)
+            return self._plain(opening + prompt + response, complete)
+        turns = [*system, *_turns(prompt, "user", "prompt"), *_turns(response, "assistant", "response")]
+        return self._chat(turns, tools, complete)
 
-    def _plain(self, text: str, complete: bool, name: str) -> list[int]:
+    def _plain(self, text: str, complete: bool) -> list[int]:
         if text == "":
-            raise ValueError(f"Scorer: {name}: expected some text, got an empty string, which has no token to score")
-        ids = list(self.tokenizer(text)["input_ids"])
+            raise ItemError("expected some text, got an empty string, which has no token to score")
+        ids = self._tokens(text)
         if self.append_eos and complete:
             eos = self.tokenizer.eos_token_id
             if eos is None:
@@ -80,35 +120,166 @@ class ItemEncoder:
                 ids.append(eos)
         return ids
 
-    def _chat(self, messages: list[Message], complete: bool, name: str) -> list[int]:
+    def _tokens(self, text: str, **options: Any) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ItemError(f"expected text, got half of a surrogate pair, {text[error.start]!a}") from None
+        try:
+            return list(self.tokenizer(text, **options)["input_ids"])
+        except Exception as error:  # a tokeniser may be anybody's code
+            raise ItemError(f"the tokeniser cannot read it: {_sentence(error)}") from error
+
+    def _chat(self, messages: list[Message], tools: Any, complete: bool) -> list[int]:
         if not self.tokenizer.chat_template:
-            raise ValueError(
-                f"Scorer: {name}: expected plain text, because the tokeniser has no chat template, got messages: "
-                "give plain texts, or a model whose tokeniser has a chat template"
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages)) or "none"
+            raise ItemError(
+                "expected plain text, because the tokeniser has no chat template, got "
+                f"{'tools' if tools else 'messages'} (roles: {roles}): give plain texts, or a model whose tokeniser "
+                "has a chat template"
             )
         if not messages:
-            raise ValueError(f"Scorer: {name}: expected at least one message, got none")
-        if complete:
-            options = {}
-        elif messages[-1]["content"]:
+            raise ItemError("expected at least one message, got none")
+        last = messages[-1]
+        options: dict[str, bool] = {}
+        if not complete and last.get("content"):
             options = {"continue_final_message": True}
-        else:  # nothing to continue: the turn is opened and no more
+        elif not complete and any(last.get(key) for key in ("tool_calls", *REASONING)):
+            raise ItemError("complete: expected true, because the last message has no content to go on with, got false")
+        elif not complete:  # nothing to continue: the turn is opened and no more
             messages, options = messages[:-1], {"add_generation_prompt": True}
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # the template writes its own
+        text = self._rendered(messages, _tools_of(tools), options)
+        return self._tokens(text, add_special_tokens=False)  # the template writes its own
+
+    def _rendered(self, messages: list[Message], tools: list[Any] | None, options: dict[str, bool]) -> str:
+        """The chat template's text. ItemError if it fails, or leaves out tools, tool calls or the last reasoning."""
+
+        def render(messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
+            template = self.tokenizer.get_chat_template(None, tools)
+            given = {"chat_template": _STRFTIME_NOW + template} if "strftime_now" in template else {}
+            return str(self.tokenizer.apply_chat_template(messages, tools, tokenize=False, **given, **options))
+
+        spelling, text = _first_that_works(lambda spelled: render(spelled, tools), _spellings(messages))
+        for what, fewer, fewer_tools in _without_each(spelling, tools):
+            try:
+                left_out = render(fewer, fewer_tools) == text
+            except Exception:  # the template reads what is not there
+                left_out = False
+            if left_out:
+                raise ItemError(f"expected a chat template that writes {what}, got one that leaves it out")
+        return text
+
+
+def messages_of(value: Any) -> list[Message]:
+    """The messages in `value`, without the keys whose value is None. Raises ItemError.
+
+    A message has a role and a content, both texts; the content may be missing beside tool calls or reasoning.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ItemError(f"expected messages (role, content), got {type(value).__name__}")
+    messages: list[Message] = []
+    for message in value:
+        found = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
+        calls = found.get("tool_calls")
+        absent = "" if calls or any(found.get(key) for key in REASONING) else None
+        if not isinstance(found.get("role"), str) or not isinstance(found.get("content", absent), str):
+            raise ItemError(f"expected messages with a role and a content that are texts, got {message!r:.80}")
+        if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
+            raise ItemError(f"tool_calls: expected a list of objects, got {calls!r:.80}")
+        messages.append(found)
+    return messages
 
 
 def _turns(value: Any, role: str, name: str) -> list[Message]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, name)
+    """A text as one message of `role`, or the messages in `value`."""
+    try:
+        return [{"role": role, "content": value}] if isinstance(value, str) else messages_of(value)
+    except ItemError as error:
+        raise ItemError(f"{name}: {error.reason}") from None
 
 
-def _messages(value: Any, name: str) -> list[Message]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(f"Scorer: {name}: expected messages (role, content), got {type(value).__name__}")
-    for message in value:
-        fine = isinstance(message, Mapping) and isinstance(message.get("role"), str)
-        if not fine or not isinstance(message.get("content"), str):
-            raise ValueError(
-                f"Scorer: {name}: expected messages with a role and a content that are texts, got {message!r}"
-            )
-    return list(value)
+def _tools_of(tools: Any) -> list[Any] | None:
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise ItemError(f"tools: expected a list of objects, got {tools!r:.80}")
+    return tools or None
+
+
+def _first_that_works(
+    render: Callable[[list[dict[str, Any]]], str], spellings: Iterator[list[dict[str, Any]]]
+) -> tuple[list[dict[str, Any]], str]:
+    first: Exception | None = None
+    for spelling in spellings:
+        try:
+            return spelling, render(spelling)
+        except Exception as error:  # a template may raise anything
+            first = first or error
+    assert first is not None
+    raise ItemError(f"the chat template refuses it: {_sentence(first)}") from first
+
+
+def _spellings(messages: list[Message]) -> Iterator[list[dict[str, Any]]]:
+    """The same messages in the forms that chat templates expect; most templates take the first.
+
+    The arguments of a tool call are an object, or else JSON text; a missing content stays missing, or else is "".
+    """
+    spelled = [_spelled(message) for message in messages]
+    yield spelled
+    called = any("tool_calls" in message for message in spelled)
+    as_text = [{**m, "tool_calls": [_with_arguments(c, _dumped) for c in m["tool_calls"]]} if "tool_calls" in m else m
+               for m in spelled]  # fmt: skip
+    if called:
+        yield as_text
+    if any("content" not in message for message in spelled):
+        yield [{"content": "", **message} for message in spelled]
+        yield [{"content": "", **message} for message in as_text]
+
+
+def _spelled(message: Message) -> dict[str, Any]:
+    spelled = dict(message)
+    if not spelled.get("tool_calls"):
+        spelled.pop("tool_calls", None)
+    else:
+        spelled["tool_calls"] = [_with_arguments(call, _loaded) for call in spelled["tool_calls"]]
+    reasoning = next((spelled[key] for key in REASONING if spelled.get(key)), None)
+    return spelled if reasoning is None else {"reasoning_content": reasoning, "thinking": reasoning, **spelled}
+
+
+def _with_arguments(call: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    changed = dict(call)
+    if isinstance(call.get("function"), Mapping):
+        changed["function"] = _with_arguments(call["function"], change)
+    if "arguments" in call:
+        changed["arguments"] = change(call["arguments"])
+    return changed
+
+
+def _loaded(arguments: Any) -> Any:
+    try:
+        found = json.loads(arguments)
+    except (TypeError, ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
+
+
+def _dumped(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _without_each(
+    messages: list[dict[str, Any]], tools: list[Any] | None
+) -> Iterator[tuple[str, list[dict[str, Any]], list[Any] | None]]:
+    """(name, messages, tools) without each of the parts that a template may leave out in silence."""
+    if tools:
+        yield "tools", messages, None
+    if any("tool_calls" in message for message in messages):
+        yield "tool calls", [{"content": "", **_leave_out(message, "tool_calls")} for message in messages], tools
+    if messages and any(messages[-1].get(key) for key in REASONING):  # templates drop earlier turns' on purpose
+        yield "reasoning", [*messages[:-1], _leave_out(messages[-1], *REASONING)], tools
+
+
+def _leave_out(message: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key not in keys}
+
+
+def _sentence(error: Exception) -> str:
+    return shorten(str(error), 200) or type(error).__name__

@@ -324,8 +324,8 @@ def _batch(scorer, texts):
         ({"prompt": "a", "response": "b", "complete": 1}, "item 1: complete: expected true or false, got 1"),
         (
             CHAT,
-            "item 1: expected plain text, because the tokeniser has no chat template, got messages: give plain texts, "
-            "or a model whose tokeniser has a chat template",
+            r"item 1: expected plain text, because the tokeniser has no chat template, got messages \(roles: user, "
+            r"assistant\): give plain texts, or a model whose tokeniser has a chat template",
         ),
         ({"prompt": CHAT, "response": "b"}, "item 1: expected plain text, because the tokeniser has no chat template"),
         ({"messages": "Why?"}, "item 1: expected messages .role, content., got str"),
