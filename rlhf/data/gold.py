@@ -1,4 +1,4 @@
-"""Gold scorers: the definition of truth in an experiment, never a stand-in for people."""
+"""Gold scorers: deterministic judges that define the truth of an experiment."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class GoldScorer(Protocol):
-    """A deterministic judge of responses. `name` and `meaning` go into the report."""
+    """A deterministic judge of responses; the report shows `name` and `meaning`."""
 
     name: str
     meaning: str

@@ -1,33 +1,34 @@
-"""Preference data in the formats people have, as one list of pairs: read, checked, counted, split by prompt."""
+"""Preference pairs in the formats people have, as one list: read, check, count, split by prompt."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from ..job.files import refuse_mistyped
-from .rows import ARRAY, RowError, Text, pairs_of_row
+from ...engine.text import ItemEncoder, ItemError
+from ..job.log import say_once
+from .reading import read_rows
+from .rows import Prompt, RowError, Text, pairs_of_row, unread_of_pairs
 
-FILES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+Encode = Callable[[Any, str], Any]  # (item, its name in errors), as `Scorer.encode`; raises ItemError
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One prompt, the response preferred and the one rejected; each a text or a list of {"role", "content"} messages.
+    """One prompt with the preferred and the rejected response, each a text or a list of messages.
 
-    Two texts join as they are: prompt + response is the whole sequence. `margin`: how much the annotator preferred it
-    (Bradley-Terry's margin). Scores: per-response annotations, on whatever scale they came. `where`: file and
-    line, for messages; no part of what the pair is.
+    A prompt may also be {"messages", "tools"} or {"system", "text"}. Two texts join as they are: prompt + response is
+    the whole sequence. `margin`: how much the annotator preferred the chosen response (Bradley-Terry's margin). Scores:
+    annotations of each response, on their own scale. `where`: file and line, for errors; it is not compared.
     """
 
-    prompt: Text
+    prompt: Prompt
     chosen: Text
     rejected: Text
     margin: float | None = None
@@ -47,10 +48,13 @@ class PreferencePair:
 
 
 class PairData(NamedTuple):
-    """pairs, and counts of rows, pairs, prompts, bad_rows, duplicates, equal (responses), below_gap."""
+    """pairs, and counts of rows, pairs, prompts, bad_rows, duplicates, equal (responses), below_gap.
+
+    counts["unread_columns"] lists the columns that look like content and that no pair holds.
+    """
 
     pairs: list[PreferencePair]
-    counts: dict[str, int]
+    counts: dict[str, Any]
 
 
 def load_pairs(
@@ -68,21 +72,25 @@ def load_pairs(
     - prompt, chosen, rejected: texts, or lists of messages;
     - chosen, rejected: the prompt is what both begin with (whole messages; of texts, up to the last "Assistant:" turn
       that both have, as in HH-RLHF, else up to the last blank of the shared prefix);
-    - prompt (or instruction), and responses (or completions): a list of texts or {"response": ...} with scores, or with
-      a parallel list `scores`: UltraFeedback. Every two responses whose scores differ by `min_score_gap` make a pair.
+    - prompt, and responses (or completions): a list of texts or {"response": ...} with scores, or with a parallel list
+      `scores`: UltraFeedback. Every two responses whose scores differ by `min_score_gap` make a pair.
+    `columns` lists the columns that together are the prompt: system, history, instruction, input and others, tools.
     Beside the first two: margin (or strength), source, and score_chosen and score_rejected, where a pair whose scores
     differ by less than `min_score_gap` is dropped (BRME 5.2: "greater than or equal to 2").
+    A column that looks like content and that nothing reads is named on stderr.
 
     Args:
-        file_or_name: a file that ends in .jsonl, .json (JSON lines too) or .parquet, or a dataset name, with ":SPLIT"
-            behind it where the split is not `train`.
+        file_or_name: a file that ends in .jsonl, .json (JSON lines too) or .parquet; a folder of
+            `Dataset.save_to_disk` or `DatasetDict.save_to_disk`; or a data set's name. ":SPLIT" behind a folder or name
+            takes another split than `train`.
         min_score_gap: > 0, on the scores' own scale.
         skip_bad_rows: count broken rows and go on, instead of refusing the file.
         limit: stop after this many rows.
-        key: what errors call the source.
+        key: the config key that errors name.
 
     Returns:
-        PairData. Exact duplicates and pairs with two equal responses are counted and dropped.
+        PairData. Exact duplicates (margin and scores included) and pairs with two equal responses are counted and
+        dropped.
 
     Raises:
         ValueError: naming key, file and line, for a broken row; for a file that is missing, empty or without a usable
@@ -91,7 +99,9 @@ def load_pairs(
     if not min_score_gap > 0:
         raise ValueError(f"min_score_gap: expected a number above 0, got {min_score_gap}")
     name = str(file_or_name)
-    counts = dict.fromkeys(("rows", "pairs", "prompts", "bad_rows", "duplicates", "equal", "below_gap"), 0)
+    numbers = ("rows", "pairs", "prompts", "bad_rows", "duplicates", "equal", "below_gap")
+    counts: dict[str, Any] = dict.fromkeys(numbers, 0)
+    unread: dict[str, None] = {}
     pairs: list[PreferencePair] = []
     seen: set[str] = set()
     for where, row in tqdm(read_rows(key, name), desc="reading pairs", unit="row", delay=1, disable=not progress):
@@ -99,9 +109,8 @@ def load_pairs(
             break
         counts["rows"] += 1
         try:
-            if isinstance(row, RowError):
-                raise row
             found, below = pairs_of_row(row, min_score_gap)
+            unread |= dict.fromkeys(unread_of_pairs(row))
         except RowError as error:
             if not skip_bad_rows:
                 raise ValueError(f"{key}: {where}: {error}") from None
@@ -111,7 +120,8 @@ def load_pairs(
         for fields in found:
             pair = PreferencePair(**fields, where=where)
             responses = _key(pair.chosen), _key(pair.rejected)
-            whole = json.dumps([pair.prompt_key, *responses])
+            numbers_of_pair = pair.margin, pair.chosen_score, pair.rejected_score
+            whole = json.dumps([pair.prompt_key, *responses, *numbers_of_pair])
             if responses[0] == responses[1]:
                 counts["equal"] += 1
             elif whole in seen:
@@ -128,7 +138,86 @@ def load_pairs(
         )
     counts["pairs"] = len(pairs)
     counts["prompts"] = len({pair.prompt_key for pair in pairs})
+    counts["unread_columns"] = name_unread(key, name, unread)
     return PairData(pairs, counts)
+
+
+def name_unread(key: str, name: str, columns: Iterable[str]) -> list[str]:
+    """Say once on stderr which columns look like content and are not read; returns them."""
+    found = list(columns)
+    if found:
+        say_once(f"{key}: {name}: not read, although it looks like content: {', '.join(found)}")
+    return found
+
+
+def text_reader(tokenizer: Any) -> Encode:
+    """An encoder that finds out whether `tokenizer` can read an item, before any model is loaded."""
+    return ItemEncoder(tokenizer, append_eos=False, max_length=None, vocab_size=1 << 62).encode
+
+
+def readable_pairs(
+    parts: Sequence[Sequence[PreferencePair]],
+    encoders: Sequence[Encode],
+    counts: dict[str, Any],
+    *,
+    prompt_encoders: Sequence[Encode] = (),
+    skip_bad_rows: bool = False,
+    progress: bool = False,
+    key: str = "data",
+) -> list[list[PreferencePair]]:
+    """The pairs of each part that every encoder reads: its chat template and tokeniser refuse neither side.
+
+    Where another job has to find the same held-out prompts, split first: the split then depends on the data alone.
+
+    Args:
+        encoders: read both sides.
+        prompt_encoders: read the prompt up to where the response begins, as a policy does.
+        counts: of `load_pairs`; bad_rows, pairs and prompts are corrected by what is left out.
+        skip_bad_rows: leave pairs out instead of raising at the first.
+        key: the config key that errors name.
+
+    Raises:
+        ValueError: naming key, file and line, for the first pair that cannot be read; without `skip_bad_rows` for any,
+            with it if the first part has none that can.
+    """
+    bad: dict[str, str] = {}  # where -> why
+
+    def is_readable(pair: PreferencePair) -> bool:
+        chosen, rejected = pair.items()
+        opened = {"prompt": pair.prompt, "response": "", "complete": False}
+        for part, item in (("chosen", chosen), ("rejected", rejected), ("prompt", opened)):
+            for encode in prompt_encoders if part == "prompt" else encoders:
+                try:
+                    encode(item, part)
+                except ItemError as error:
+                    reason = f"{pair.where or 'a pair'}, {part}: {error.reason}"
+                    if not skip_bad_rows:
+                        raise ValueError(f"{key}: {reason}") from error
+                    bad.setdefault(pair.where, reason)
+                    return False
+        return True
+
+    options: dict[str, Any] = {"desc": "checking texts", "unit": "pair", "delay": 1, "disable": not progress}
+    kept = [[pair for pair in tqdm(part, **options) if is_readable(pair)] for part in parts]
+    counts["bad_rows"] += len(bad)
+    before, after = ([pair for part in some for pair in part] for some in (parts, kept))
+    counts["pairs"] -= len(before) - len(after)
+    counts["prompts"] -= len({pair.prompt_key for pair in before}) - len({pair.prompt_key for pair in after})
+    if parts[0] and not kept[0]:
+        reason = next(iter(bad.values()))
+        raise ValueError(f"{key}: expected a pair that the tokeniser can read, got none; the first is {reason}")
+    return kept
+
+
+def both_sides(pairs: Sequence[PreferencePair]) -> list[dict[str, Any]]:
+    """Every chosen sequence, then every rejected one, as `Scorer` takes them."""
+    both = [pair.items() for pair in pairs]
+    return [chosen for chosen, _ in both] + [rejected for _, rejected in both]
+
+
+def names_of_sides(pairs: Sequence[PreferencePair]) -> list[str]:
+    """What errors call the items of `both_sides`: file, line and side."""
+    return [f"{pair.where or f'pair {i}'}, {side}" for side in ("chosen", "rejected") for i, pair in enumerate(pairs)]
 
 
 def split_by_prompt(
@@ -136,8 +225,8 @@ def split_by_prompt(
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """(train, held out): `fraction` of the prompts, at least one, are held out with all their pairs; 0 holds out none.
 
-    By prompt, because pairs of one prompt share its text and often a response: held out by row they were half known.
-    Which prompts are held out depends on the set of prompts and the seed, not on the order of rows.
+    Pairs of one prompt share its text and often a response, so a split by row would hold out texts that training has
+    seen. Which prompts are held out depends on the set of prompts and the seed, not on the order of rows.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"eval_fraction: expected a number in [0, 1), got {fraction}")
@@ -152,89 +241,5 @@ def split_by_prompt(
     return train, [pair for pair in pairs if pair.prompt_key in held]
 
 
-def _key(text: Text) -> str:
+def _key(text: Prompt) -> str:
     return text if isinstance(text, str) else json.dumps(text, sort_keys=True)
-
-
-def read_rows(key: str, name: str, endings: Collection[str] = tuple(FILES)) -> Iterator[tuple[str, Any]]:
-    """(where, row) of a file or dataset (as `load_pairs` names them); a line that is no JSON comes as its RowError.
-
-    key: what errors call the source.   endings: of all files that may be given for it.
-    """
-    path = Path(name)
-    kind = FILES.get(path.suffix.lower())
-    if path.is_file():
-        if kind is None:
-            raise ValueError(
-                f"{key}: {name}: expected a file that ends in {', '.join(endings)}, got {path.suffix or 'no ending'}"
-            )
-        return _jsonl_rows(key, path) if kind == "jsonl" else _parquet_rows(key, path)
-    if kind is not None:
-        raise ValueError(f"{key}: {name}: {'expected a file, got a folder' if path.is_dir() else 'no such file'}")
-    refuse_mistyped(key, name.partition(":")[0])
-    return _dataset_rows(key, name)
-
-
-def _jsonl_rows(key: str, path: Path) -> Iterator[tuple[str, Any]]:
-    with opened(key, path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}, line {number}", _value_of_line(line)
-
-
-@contextmanager
-def opened(key: str, path: Path) -> Iterator[IO[bytes]]:
-    """A file of data, for reading. ValueError, with `key`, where that is not allowed."""
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise ValueError(f"{key}: {path}: cannot be read ({error.strerror})") from None
-    with file:
-        yield file
-
-
-def _value_of_line(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig").rstrip("\r\n"))  # Windows' tools begin a file with a mark
-    except UnicodeDecodeError as error:
-        return RowError(f"expected UTF-8, got {error.reason} at byte {error.start}")
-    except json.JSONDecodeError as error:
-        if line.lstrip().startswith(b"["):  # over several lines
-            return RowError(ARRAY)
-        return RowError(f"expected one JSON object a line, got {error.msg}: column {error.colno}")
-    except ValueError as error:
-        return RowError(f"expected one JSON object a line, got {error}")
-
-
-def _parquet_rows(key: str, path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        from pyarrow import parquet  # type: ignore[import-untyped]
-    except ImportError:
-        raise ImportError("Parquet files need pyarrow: pip install 'prudent[train]'") from None
-    try:
-        file = parquet.ParquetFile(path)
-    except Exception as error:  # pyarrow has one exception class per cause
-        raise ValueError(f"{key}: {path}: expected a Parquet file, got {error}") from None
-    number = 0
-    for batch in file.iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}, row {number}", row
-
-
-def _dataset_rows(key: str, name: str) -> Iterator[tuple[str, Any]]:
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError("Hugging Face datasets need their library: pip install 'prudent[train]'") from None
-    repository, _, split = name.partition(":")
-    split = split or "train"
-    try:
-        rows = datasets.load_dataset(repository, split=split)
-    except Exception as error:  # offline, unknown name, unknown split, broken file: a class each, the text says which
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{key}: {name}: neither a file nor a dataset that loads with split {split!r}: {reason}"
-        ) from None
-    for number, row in enumerate(rows, 1):
-        yield f"{name}, row {number}", row

@@ -1,36 +1,39 @@
-"""One row of somebody's preference data -> pairs. The formats are listed at `load_pairs`."""
+"""Turn one row of preference data into pairs, a prompt, or items to score. `load_pairs` lists the formats of pairs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from itertools import permutations
-from typing import Any, TypeAlias
+from typing import Any
 
-Text: TypeAlias = str | list[dict[str, str]]
+from ...engine.text import REASONING
+from .columns import (
+    ARRAY,
+    PROMPT_COLUMNS,
+    Messages,
+    Prompt,
+    PromptColumns,
+    RowError,
+    Text,
+    first,
+    object_of_row,
+    prompt_columns,
+    refuse_lost,
+    text_of,
+    unread_columns,
+)
 
-_PROMPT = ("prompt", "instruction", "question")
+__all__ = ["ARRAY", "Prompt", "RowError", "Text", "items_of_row", "object_of_row", "pairs_of_row", "prompt_of_row",
+           "unread_of_items", "unread_of_pairs", "unread_of_prompt"]  # fmt: skip
+
+SIDES = ("chosen", "rejected")
 _RESPONSES = ("responses", "completions")
 _RESPONSE = ("response", "content", "text", "completion")
 _SCORE = ("score", "fine-grained_score", "overall_score", "rating")  # UltraFeedback's overall_score has known errors
 _MARGIN = ("margin", "strength")
 _SCORE_CHOSEN = ("score_chosen", "chosen_score")
 _SCORE_REJECTED = ("score_rejected", "rejected_score")
-
-ARRAY = "expected JSON lines, one object a line, got an array: write each of its objects on a line of its own"
-
-
-class RowError(ValueError):
-    """What is wrong with a row; the reader adds where it is."""
-
-
-def object_of_row(row: Any) -> Mapping[str, Any]:
-    """`row`, if it is an object. Raises RowError."""
-    if isinstance(row, Mapping):
-        return row
-    if isinstance(row, list):
-        raise RowError(ARRAY)
-    raise RowError(f"expected an object with fields, got {'null' if row is None else type(row).__name__}")
 
 
 def pairs_of_row(row: Any, min_score_gap: float) -> tuple[list[dict[str, Any]], int]:
@@ -39,7 +42,7 @@ def pairs_of_row(row: Any, min_score_gap: float) -> tuple[list[dict[str, Any]], 
     source = row.get("source")
     if source is not None and not isinstance(source, str):
         raise RowError(f"source: expected a string, got {type(source).__name__}")
-    if row.get("chosen") is not None and row.get("rejected") is not None:
+    if _is_pair(row):
         fields = _given_pair(row)
         gap = None
         if fields["chosen_score"] is not None and fields["rejected_score"] is not None:
@@ -47,50 +50,94 @@ def pairs_of_row(row: Any, min_score_gap: float) -> tuple[list[dict[str, Any]], 
         if gap is not None and gap < min_score_gap:
             return [], 1
         return [{**fields, "source": source}], 0
-    if _first(row, _RESPONSES) is not None:
+    if first(row, _RESPONSES) is not None:
         pairs, below = _scored_pairs(row, min_score_gap)
         return [{**fields, "source": source} for fields in pairs], below
-    for name in ("chosen", "rejected") if row.keys() >= {"chosen", "rejected"} else ():
+    for name in SIDES if row.keys() >= set(SIDES) else ():
         if row[name] is None:
             raise RowError(f"expected chosen and rejected, but {name} is null")
     found = ", ".join(map(str, row)) or "none"
     raise RowError(f"expected the fields chosen and rejected, or prompt and responses with scores, got {found}")
 
 
-def prompt_of_row(row: Any) -> Text:
-    """The prompt a row states, or the one that its pair of responses shares. Raises RowError."""
+def prompt_of_row(row: Any) -> Prompt:
+    """The prompt in a row's columns, or the one that its pair of responses shares. Raises RowError."""
     row = object_of_row(row)
-    given = _first(row, _PROMPT)
-    if given is not None:
-        return _text(given, "prompt")
-    if row.get("chosen") is not None and row.get("rejected") is not None:
-        shared: Text = _given_pair(row)["prompt"]
+    columns = prompt_columns(row)
+    if columns.text is not None:
+        return columns.prompt(columns.text)
+    if _is_pair(row):
+        shared: Prompt = _given_pair(row)["prompt"]
         return shared
-    null = next((name for name in _PROMPT if name in row), None)
-    if null is not None:
+    null = next((name for name in PROMPT_COLUMNS if name in row), None)
+    if null is not None and row[null] is None:
         raise RowError(f"{null}: expected a text or a list of messages, got null")
     raise RowError(f"expected the field prompt, got {', '.join(map(str, row)) or 'none'}")
 
 
+def items_of_row(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What `Scorer` reads of a row: one item, or the chosen and the rejected of a pair. Raises RowError."""
+    if _is_pair(row):
+        fields = _given_pair(row)
+        return [{"prompt": fields["prompt"], "response": fields[side]} for side in SIDES]
+    columns = prompt_columns(row)
+    options = {"complete": row["complete"]} if "complete" in row else {}
+    if row.get("messages") is not None:
+        messages = row["messages"]
+        if messages != []:  # the encoder says what is wrong with no messages
+            messages = text_of(messages, "messages")
+        if isinstance(messages, str):
+            raise RowError("messages: expected messages (role, content), got str")
+        refuse_lost(row, messages)
+        prompt = columns.prompt(messages)
+        return [{**(prompt if isinstance(prompt, dict) else {"messages": prompt}), **options}]
+    if columns.text is None or row.get("response") is None:
+        found = ", ".join(row) or "none"
+        raise RowError(f"expected the fields prompt and response, messages, or chosen and rejected, got {found}")
+    response = text_of(row["response"], "response")
+    return [{"prompt": columns.prompt(columns.text), "response": response, **options}]
+
+
+def unread_of_pairs(row: Mapping[str, Any]) -> list[str]:
+    """The columns that look like content and that no pair of the row holds."""
+    return unread_columns(row, (*PROMPT_COLUMNS, *(SIDES if _is_pair(row) else _RESPONSES)))
+
+
+def unread_of_prompt(row: Mapping[str, Any]) -> list[str]:
+    """The columns that look like content and that are neither in the row's prompt nor a response to it."""
+    responses = (*SIDES, *_RESPONSES, *_RESPONSE)
+    known = PROMPT_COLUMNS if prompt_columns(row).text is not None else (*PROMPT_COLUMNS, *SIDES)
+    return unread_columns(row, known, responses)
+
+
+def unread_of_items(row: Mapping[str, Any]) -> list[str]:
+    """The columns that look like content and that `prudent score` does not read of the row."""
+    read = SIDES if _is_pair(row) else ("messages",) if row.get("messages") is not None else ("response",)
+    return unread_columns(row, (*PROMPT_COLUMNS, *read))
+
+
+def _is_pair(row: Mapping[str, Any]) -> bool:
+    return all(row.get(side) is not None for side in SIDES)
+
+
 def _given_pair(row: Mapping[str, Any]) -> dict[str, Any]:
-    chosen, rejected = (_text(row[name], name) for name in ("chosen", "rejected"))
+    chosen, rejected = (text_of(row[side], side) for side in SIDES)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise RowError("expected chosen and rejected both as texts or both as messages, got one of each")
-    given = _first(row, _PROMPT)
-    prompt: Text | None = None if given is None else _text(given, "prompt")
+    columns = prompt_columns(row)
+    text = columns.text
     if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt is None:
-            prompt, chosen, rejected = split_texts(chosen, rejected)
-        elif not isinstance(prompt, str):
-            chosen, rejected = _assistant(chosen), _assistant(rejected)
+        if text is None:
+            text, chosen, rejected = split_texts(chosen, rejected)
     else:
         assert isinstance(chosen, list)
         assert isinstance(rejected, list)
-        prompt, chosen, rejected = _split_messages(prompt, chosen, rejected)
+        text, chosen, rejected = _split_messages(row, columns, chosen, rejected)
+    prompt = columns.prompt(text)
     return {
         "prompt": prompt,
-        "chosen": chosen,
-        "rejected": rejected,
+        "chosen": _response(prompt, chosen),
+        "rejected": _response(prompt, rejected),
         "margin": _number(row, _MARGIN),
         "chosen_score": _number(row, _SCORE_CHOSEN),
         "rejected_score": _number(row, _SCORE_REJECTED),
@@ -112,8 +159,9 @@ def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def _split_messages(
-    prompt: Text | None, chosen: list[dict[str, str]], rejected: list[dict[str, str]]
-) -> tuple[Text, Text, Text]:
+    row: Mapping[str, Any], columns: PromptColumns, chosen: Messages, rejected: Messages
+) -> tuple[Text, Messages, Messages]:
+    prompt = columns.text
     shared = 0
     for a, b in zip(chosen, rejected, strict=False):
         if a != b:
@@ -126,6 +174,7 @@ def _split_messages(
         prompt = chosen[:shared]
         if not prompt:
             raise RowError("expected a prompt, or chosen and rejected that begin with the same messages, got neither")
+        refuse_lost(row, prompt)
     elif isinstance(prompt, str):
         prompt, shared = [{"role": "user", "content": prompt}], 0
     else:
@@ -136,11 +185,11 @@ def _split_messages(
 
 
 def _scored_pairs(row: Mapping[str, Any], min_score_gap: float) -> tuple[list[dict[str, Any]], int]:
-    given = _first(row, _PROMPT)
-    if given is None:
+    columns = prompt_columns(row)
+    if columns.text is None:
         raise RowError(f"expected a prompt beside the responses, got {', '.join(map(str, row))}")
-    prompt = _text(given, "prompt")
-    responses = _first(row, _RESPONSES)
+    prompt = columns.prompt(columns.text)
+    responses = first(row, _RESPONSES)
     if not isinstance(responses, Sequence) or isinstance(responses, str):
         raise RowError(f"responses: expected a list, got {type(responses).__name__}")
     scores = row.get("scores")
@@ -148,14 +197,11 @@ def _scored_pairs(row: Mapping[str, Any], min_score_gap: float) -> tuple[list[di
         raise RowError(f"scores: expected a list of {len(responses)} numbers, one per response")
     scored = []
     for i, response in enumerate(responses):
-        entry = {"response": response} if isinstance(response, str) else response
-        if not isinstance(entry, Mapping) or _first(entry, _RESPONSE) is None:
-            raise RowError(f"responses: expected texts or objects with a field response, got one without at {i}")
-        text = _text(_first(entry, _RESPONSE), f"responses[{i}]")
-        score = _number(entry, _SCORE) if scores is None else _number({"score": scores[i]}, _SCORE)
+        text = _scored_response(response, i)
+        score = _number(response if scores is None else {"score": scores[i]}, _SCORE)
         if score is None:
             raise RowError(f"responses: expected a score with each response, got none at {i}")
-        scored.append((_assistant(text) if isinstance(text, str) and isinstance(prompt, list) else text, score))
+        scored.append((_response(prompt, text), score))
     pairs, below = [], 0
     for (better, high), (worse, low) in permutations(scored, 2):
         if high - low >= min_score_gap:
@@ -167,35 +213,31 @@ def _scored_pairs(row: Mapping[str, Any], min_score_gap: float) -> tuple[list[di
     return pairs, below
 
 
-def _assistant(text: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text}]
+def _scored_response(response: Any, i: int) -> Text:
+    """A response with a score: a text, an object with a field for it, or the keys of a message."""
+    if isinstance(response, str):
+        return response
+    if isinstance(response, Mapping):
+        text = first(response, _RESPONSE)
+        if any(response.get(key) for key in ("tool_calls", *REASONING)):
+            return text_of([{"role": "assistant", "content": text, **response}], f"responses[{i}]")
+        if text is not None:
+            return text_of(text, f"responses[{i}]")
+    raise RowError(f"responses: expected texts or objects with a field response, got one without at {i}")
 
 
-def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    """The first of `names` that the row has a value for; Parquet and `datasets` write None for an absent field."""
-    return next((row[name] for name in names if row.get(name) is not None), None)
+def _response(prompt: Prompt, response: Text) -> Text:
+    """A response in the form of its prompt: an assistant's message unless the prompt is a text."""
+    if isinstance(prompt, str) or "text" in prompt or not isinstance(response, str):
+        return response
+    return [{"role": "assistant", "content": response}]
 
 
-def _number(row: Mapping[str, Any], names: tuple[str, ...]) -> float | None:
-    value = _first(row, names)
+def _number(row: Any, names: tuple[str, ...]) -> float | None:
+    value = first(row, names) if isinstance(row, Mapping) else None
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         name = next(name for name in names if row.get(name) is not None)
         raise RowError(f"{name}: expected a finite number, got {value!r}")
     return float(value)
-
-
-def _text(value: Any, name: str) -> Text:
-    """A text, or messages reduced to role and content."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, Sequence) or not value:
-        raise RowError(f"{name}: expected a text or a list of messages, got {type(value).__name__}")
-    messages = []
-    for message in value:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise RowError(f"{name}: expected messages with a role and a content that are texts, got {message!r:.80}")
-        messages.append({"role": role, "content": content})
-    return messages

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from ...engine import Aggregation, EnsembleHead, Scorer
 from ...kernels import aggregate
-from ..data.pairs import PreferencePair, load_pairs, split_by_prompt
+from ..data.pairs import (
+    PairData,
+    PreferencePair,
+    both_sides,
+    load_pairs,
+    names_of_sides,
+    readable_pairs,
+    split_by_prompt,
+)
 from ..job.files import atomic_write_json
 from ..models.features import compute_features, model_fingerprint
 from ..models.loading import load_scorer, says_append_eos
@@ -26,6 +34,7 @@ from .scored_pairs import SINGLE, Pairs, Side, finite_pairs, pairs_of
 
 __all__ = ["EvalConfig", "EvalResult", "evaluate_heads", "run_eval"]
 
+_PICTURES = ("accuracy", "margin", "coverage", "reliability", "head_correlation", "scoring", "std")
 _BLOCK_ROWS = 8192  # of features on the device at once
 
 
@@ -47,7 +56,8 @@ class EvalResult:
 def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
     """Score the pairs of `config.data` with `config.model` and write the evaluation to the folder `config.output`.
 
-    Pairs with a reward that is not finite are left out and counted.
+    Pairs with a reward that is not finite are left out and counted. With skip_bad_rows so are rows that the chat
+    template or the tokeniser of the model, or of `compare`, cannot read.
 
     Raises:
         ValueError: for data, an aggregation or a model that cannot be used.
@@ -56,19 +66,23 @@ def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
     spec = None if config.aggregation is None else Aggregation.parse(config.aggregation)
     if config.pictures:
         require_matplotlib()
-    pairs, counts = _load(config, "data", progress)
+    data = _load(config, "data", progress)
+    foreign_data = None if config.foreign is None else _load(config, "foreign", progress)
+    pairs = data.pairs
     if config.eval_fraction:
         pairs = split_by_prompt(pairs, config.eval_fraction, config.split_seed)[1]
-    scorer = _scorer(config, "model", progress)
+    scorers = [_scorer(config, key, progress) for key in ("model", "compare") if getattr(config, key) is not None]
+    scorer = scorers[0]
     head: EnsembleHead = scorer.model.score
     spec = (spec or head.aggregation).with_centre("none")
     spec.check_heads(head.num_heads)
+    pairs = _readable(config, "data", pairs, data.counts, scorers, progress)
     features, truncated = _features(scorer, pairs, config, progress)
     chosen, rejected = _outputs(head, features)
-    compare = {} if config.compare is None else _compared(config, scorer, features, pairs, progress)
+    compare = _compared(config, scorers, features, pairs, progress)
     foreign = None
-    if config.foreign is not None:
-        others, _ = _load(config, "foreign", progress)
+    if foreign_data is not None:
+        others = _readable(config, "foreign", foreign_data.pairs, foreign_data.counts, scorers[:1], progress)
         foreign = _outputs(head, _features(scorer, others, config, progress)[0])
     std_ref = head.std_ref.detach().cpu()
     sources = [pair.source for pair in pairs] if len({pair.source for pair in pairs}) > 1 else None
@@ -87,7 +101,7 @@ def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
         seed=config.seed,
     )
     cut = {"texts": truncated, "of": 2 * len(pairs), "max_length": scorer.max_length}
-    metrics = {"config": config.model_dump(mode="json"), "data": counts, "truncated": cut, **evaluation}
+    metrics = {"config": config.model_dump(mode="json"), "data": data.counts, "truncated": cut, **evaluation}
     atomic_write_json(config.output / "eval.json", metrics)
     pictures = []
     if config.pictures:
@@ -97,10 +111,12 @@ def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
         labels = None if sources is None else source_labels(sources, finite)
         foreign_drawn = _foreign_pairs(foreign, spec, std_ref)
         pictures = draw(config.output, metrics, drawn, others_drawn, foreign_drawn, labels)
+    for path in {config.output / f"{name}.png" for name in _PICTURES} - set(pictures):
+        path.unlink(missing_ok=True)  # of an earlier evaluation
     return EvalResult(config.output, metrics, pictures)
 
 
-def _load(config: EvalConfig, key: str, progress: bool) -> tuple[list[PreferencePair], dict[str, int]]:
+def _load(config: EvalConfig, key: str, progress: bool) -> PairData:
     return load_pairs(
         getattr(config, key),
         key=key,
@@ -120,18 +136,37 @@ def _scorer(config: EvalConfig, key: str, progress: bool) -> Scorer:
     return load_scorer(name, config.batch_tokens, config.max_length, progress, key=key, append_eos=append_eos)
 
 
+def _readable(
+    config: EvalConfig,
+    key: str,
+    pairs: Sequence[PreferencePair],
+    counts: dict[str, Any],
+    scorers: Sequence[Scorer],
+    progress: bool,
+) -> list[PreferencePair]:
+    (kept,) = readable_pairs(
+        [pairs],
+        [scorer.encode for scorer in scorers],
+        counts,
+        skip_bad_rows=config.skip_bad_rows,
+        progress=progress,
+        key=key,
+    )
+    return kept
+
+
 def _features(
     scorer: Scorer, pairs: Sequence[PreferencePair], config: EvalConfig, progress: bool
 ) -> tuple[tuple[Tensor, Tensor], int]:
     """Hidden states of the chosen and of the rejected responses, [P, D] each, on the CPU in the trunk's dtype; and how
     many of the 2P texts lost their beginning."""
-    both = [pair.items() for pair in pairs]
-    items = [chosen for chosen, _ in both] + [rejected for _, rejected in both]
+    items = both_sides(pairs)
     if config.features is None:
-        read = [scorer.encode_truncating(item, f"item {i}") for i, item in enumerate(items)]
+        names = names_of_sides(pairs)
+        read = [scorer.encode_truncating(item, name) for item, name in zip(items, names, strict=True)]
         features, truncated = scorer.features([ids for ids, _ in read]), sum(cut for _, cut in read)
     else:
-        found = compute_features(scorer, items, config.features, progress)
+        found = compute_features(scorer, items, config.features, progress, names_of_sides(pairs))
         features, truncated = found.features, int(found.truncated.sum())
     return (features[: len(pairs)], features[len(pairs) :]), truncated
 
@@ -148,15 +183,18 @@ def _outputs(head: EnsembleHead, features: tuple[Tensor, Tensor]) -> tuple[Side,
 
 def _compared(
     config: EvalConfig,
-    scorer: Scorer,
+    scorers: Sequence[Scorer],
     features: tuple[Tensor, Tensor],
     pairs: Sequence[PreferencePair],
     progress: bool,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name -> the other model's own reward of both sides [P]; heads on the same trunk read the features at hand."""
-    other = _scorer(config, "compare", progress)
-    same_reading = other.model.config.append_eos == scorer.model.config.append_eos
-    if not same_reading or model_fingerprint(other.model) != model_fingerprint(scorer.model):
+    """Name -> the compared model's own reward of both sides [P]; if its trunk is the same, from the same features."""
+    if len(scorers) == 1:
+        return {}
+    scorer, other = scorers
+    same_trunk = model_fingerprint(other.model) == model_fingerprint(scorer.model)
+    # another tokeniser, template, append_eos or max_score_length reads other tokens
+    if not same_trunk or any(other.encode(item) != scorer.encode(item) for item in both_sides(pairs)):
         features, _ = _features(other, pairs, config, progress)
     head: EnsembleHead = other.model.score
     spec = head.aggregation.with_centre("none")

@@ -1,7 +1,8 @@
-"""`prudent score`: JSON lines in, the same lines with rewards out; streaming, in order, resumable to the same bytes."""
+"""Run `prudent score`: add rewards to every line of a JSON-lines file, in order, resumable to the same bytes."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -17,21 +18,24 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from ...engine import Aggregation, Scorer, Scores
-from ..data.pairs import PreferencePair, opened
-from ..data.rows import ARRAY, RowError, object_of_row, pairs_of_row
+from ...engine.text import ItemError
+from ..data.pairs import name_unread
+from ..data.reading import opened, value_of_line
+from ..data.rows import RowError, items_of_row, object_of_row, unread_of_items
 from ..job.files import atomic_write_json, read_json, writing
+from ..models.features import model_fingerprint
 from ..models.loading import load_scorer
 from .config import ScoreConfig
 
 CHUNK_ROWS = 256  # rows read, scored and written at a time: the memory a file takes, and the most a kill costs
 _SIDES = ("chosen", "rejected")
-_PAIR_FIELDS = ("prompt", "instruction", "question", *_SIDES)
 _FIELDS = ("reward", "nominal", "worst", "mean", "std")
+_OUTPUT = (*_FIELDS, "scores", "error")  # fields that a row of the input may not have: they would pass for results
 
 
 @dataclass
 class ScoreResult:
-    """output: the file; rows: its lines; kept: those of an earlier run. The other counts are of this run's rows."""
+    """output: the file; rows: its lines; kept: the lines of an earlier run. The other counts are of this run's rows."""
 
     output: str
     rows: int = 0
@@ -55,13 +59,19 @@ class ScoreResult:
 
 @dataclass
 class _Row:
-    """A line of input: the object it holds, the items to score (two of a pair), or what is wrong with it."""
+    """A line of input: its object, the items to score (two of a pair), or the error that the line has."""
 
     where: str
     size: int  # bytes
     value: dict[str, Any]
-    items: list[Mapping[str, Any]]
+    items: list[dict[str, Any]]
     error: str | None = None
+    unread: tuple[str, ...] = ()  # columns that look like content and that no item holds
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The fields that go into the output as they came."""
+        return {key: value for key, value in self.value.items() if key not in _OUTPUT}
 
 
 def run_score(
@@ -69,26 +79,28 @@ def run_score(
 ) -> ScoreResult:
     """Score every row of a JSON-lines file.
 
-    A row is {"prompt", "response"} (texts or messages), {"messages"}, or a pair {"chosen", "rejected"}, with or without
-    a prompt, read as `load_pairs` reads it. The output has one line a row, in order (blank lines are no rows): the
-    row's own fields, and beside them
-        reward, nominal, worst   floats; null where not finite
+    A row is a prompt with a `response` (texts or messages), {"messages"}, or a pair {"chosen", "rejected"}, with or
+    without a prompt. Prompts and pairs are read as `load_pairs` reads them, from the same columns. The output has one
+    line a row, in order (blank lines are no rows): the row's own fields, and beside them
+        reward, nominal, worst   floats; null if not finite
         mean, std                lists of K floats
-    or, for a pair, `scores`: {"chosen": the five, "rejected": the five}. Rewards are calibrated and not sampled.
+    or, for a pair, `scores`: {"chosen": the five, "rejected": the five}. Rewards are calibrated and not sampled. A row
+    that has one of these fields already, or `error`, is a broken row: an old score could pass for a new one.
+    A broken row that is skipped has its own fields, a null `reward` and the `error`.
 
     Rows are scored in chunks of 256, so the memory does not grow with the file. Beside the output lies
     `<output>.config.json`, which says how it was made.
 
     Args:
         config: see `ScoreConfig`.
-        resume: go on with an output that was cut short. Whole chunks are kept, the rest is scored again, so the file
-            becomes the same, byte for byte, as one written in one go.
+        resume: continue an output that was cut short. Whole chunks are kept, the rest is scored again, so the file
+            becomes the same, byte for byte, as one written in one run.
         overwrite: replace an output that exists.
         progress: show a progress bar on stderr.
 
     Raises:
         ValueError: for a broken row, naming file and line (unless skip_bad_rows); for an aggregation or model that
-            cannot be used; for an output that exists, or that was made otherwise than the resumed one.
+            cannot be used; for an output that exists, or for one to resume that another model or config has made.
     """
     spec = None if config.aggregation is None else Aggregation.parse(config.aggregation)
     if spec is not None and spec.centre != "none":
@@ -98,6 +110,8 @@ def run_score(
         raise ValueError(f"data: {config.data}: {found}")
     kept, kept_bytes = _kept(config, resume, overwrite)
     scorer = load_scorer(config.model, config.batch_tokens, config.max_length, progress, append_eos=config.append_eos)
+    made = _made_by(config, scorer)
+    _refuse_another_model(config, kept, made)
     spec = (spec or scorer.model.score.aggregation).with_centre("none")
     spec.check_heads(scorer.model.score.num_heads)
     result = ScoreResult(config.output, rows=kept, kept=kept)
@@ -105,12 +119,15 @@ def run_score(
     with writing(config.output), ExitStack() as stack:  # closing the file writes too
         rows = _read_rows(stack.enter_context(_source(config.data)), config.data)
         done = _skip(rows, kept, config)
-        _begin(config, kept_bytes)  # nothing that was there is touched before data, model and output are known to fit
+        _begin(config, kept_bytes, made)  # an existing output is not touched before data and model are known to fit
         target = stack.enter_context(_target(config.output))
         stack.enter_context(_quiet())
         options: dict[str, Any] = {"unit": "B", "unit_scale": True, "delay": 1, "disable": not progress}
         bar = stack.enter_context(tqdm(desc="scoring rows", total=total, initial=done, **options))
+        unread: set[str] = set()
         while chunk := list(islice(rows, CHUNK_ROWS)):
+            new = dict.fromkeys(name for row in chunk for name in row.unread if name not in unread)
+            unread.update(name_unread("data", config.data, new))
             target.write(b"".join(_score(chunk, scorer, spec, config, result)))
             target.flush()
             result.rows += len(chunk)
@@ -122,13 +139,28 @@ def _record(config: ScoreConfig) -> Path:
     return Path(f"{config.output}.config.json")
 
 
-def _made_by(config: ScoreConfig) -> dict[str, Any]:
-    """What a continuation must share with the run it continues; how much memory a batch takes may change."""
-    return config.model_dump(mode="json", exclude={"output", "batch_tokens"})
+def _made_by(config: ScoreConfig, scorer: Scorer | None = None) -> dict[str, Any]:
+    """What a resumed run must share with the run that it continues. batch_tokens may change."""
+    made = config.model_dump(mode="json", exclude={"output", "batch_tokens"})
+    return made if scorer is None else {**made, "weights": _weights(scorer)}
+
+
+def _weights(scorer: Scorer) -> str:
+    """What tells the model from another one that has been saved under its name."""
+    digest = hashlib.sha256(model_fingerprint(scorer.model).encode())
+    for name, tensor in sorted(scorer.model.score.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _refuse_another_model(config: ScoreConfig, kept: int, made: Mapping[str, Any]) -> None:
+    before = read_json(_record(config)) if kept else made
+    if before.get("weights") != made["weights"]:
+        raise ValueError(f"output: {config.output} cannot be resumed: the model {config.model} has changed since")
 
 
 def _kept(config: ScoreConfig, resume: bool, overwrite: bool) -> tuple[int, int]:
-    """Check the output against the flags; returns how many of its rows are kept, and their bytes. Changes nothing."""
+    """Check the output against the flags; returns how many of its rows are kept, and their bytes. Writes nothing."""
     if resume and overwrite:
         raise ValueError("score: expected resume or overwrite, got both")
     if resume and "-" in (config.data, config.output):
@@ -139,7 +171,7 @@ def _kept(config: ScoreConfig, resume: bool, overwrite: bool) -> tuple[int, int]
     if output.is_dir():
         raise ValueError(f"output: expected a file, got {output}, a folder")
     if output.stat().st_size == 0:
-        return 0, 0  # of a run that was refused at its first rows: a mended command may have the file
+        return 0, 0  # a run that was refused at its first rows has left it
     if config.data != "-" and output.samefile(config.data):
         raise ValueError(f"output: expected another file than the data, got {output}")
     if overwrite:
@@ -164,19 +196,19 @@ def _kept(config: ScoreConfig, resume: bool, overwrite: bool) -> tuple[int, int]
     return kept, end
 
 
-def _begin(config: ScoreConfig, kept_bytes: int) -> None:
-    """Make the output what is kept of it, and record how it is made."""
+def _begin(config: ScoreConfig, kept_bytes: int, made: Mapping[str, Any]) -> None:
+    """Cut the output to the bytes that are kept, and record how it is made."""
     if config.output == "-":
         return
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("ab") as file:
         file.truncate(kept_bytes)
-    atomic_write_json(_record(config), _made_by(config))
+    atomic_write_json(_record(config), dict(made))
 
 
 def _skip(rows: Iterator[_Row], kept: int, config: ScoreConfig) -> int:
-    """Pass over the rows whose lines are kept; returns their bytes. The last line must be of the last row."""
+    """Skip the rows whose lines are kept; returns their bytes. The last kept line must belong to the last of them."""
     size = 0
     row = None
     for row in islice(rows, kept):
@@ -188,7 +220,7 @@ def _skip(rows: Iterator[_Row], kept: int, config: ScoreConfig) -> int:
             written = json.loads(line)
         except ValueError:
             written = None
-        if not isinstance(written, dict) or any(written.get(key) != value for key, value in row.value.items()):
+        if not isinstance(written, dict) or any(written.get(key) != value for key, value in row.own.items()):
             raise ValueError(
                 f"output: {config.output} cannot be resumed: line {kept} is not of {row.where}; has a file changed?"
             )
@@ -196,45 +228,24 @@ def _skip(rows: Iterator[_Row], kept: int, config: ScoreConfig) -> int:
 
 
 def _read_rows(file: Iterable[bytes], name: str) -> Iterator[_Row]:
-    """The lines that are not blank; one that is no row comes with its error."""
+    """The lines that are not blank; a broken line comes with its error."""
     for number, line in enumerate(file, 1):
         if line.strip():
             row = _Row(f"{name}, line {number}", len(line), {}, [])
             try:
-                value = json.loads(line, parse_constant=_no_constant)
-                if b"\\ud" in line.lower():
-                    json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
-                row.value = dict(object_of_row(value))
-                row.items = _items(row.value)
+                row.value = dict(object_of_row(value_of_line(line, _no_constant)))
+                taken = [key for key in _OUTPUT if key in row.value]
+                if taken:
+                    raise RowError(f"the row has a field {taken[0]!r} already, which would be lost: rename it first")
+                row.items = items_of_row(row.value)
+                row.unread = tuple(unread_of_items(row.value))
             except RowError as error:
                 row.error = str(error)
-            except ValueError as error:
-                several = line.lstrip().startswith(b"[")
-                row.error = ARRAY if several else f"expected one JSON object a line, in UTF-8, got {error}"
             yield row
 
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name}, which JSON does not have")
-
-
-def _items(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What of a row is scored; RowError if that cannot be told."""
-    if all(row.get(side) is not None for side in _SIDES):
-        taken = ["scores"] if "scores" in row else []
-        given = {key: row[key] for key in _PAIR_FIELDS if key in row}
-        ((fields,), _) = pairs_of_row(given, min_score_gap=1.0)  # without scores no pair is below any gap
-        items: list[Mapping[str, Any]] = list(PreferencePair(**fields).items())
-    else:
-        taken = [key for key in _FIELDS if key in row]
-        names = ("messages",) if "messages" in row else ("prompt", "response")
-        if any(name not in row for name in names):
-            found = ", ".join(row) or "none"
-            raise RowError(f"expected the fields prompt and response, messages, or chosen and rejected, got {found}")
-        items = [{key: row[key] for key in (*names, "complete") if key in row}]
-    if taken:
-        raise RowError(f"the row has a field {taken[0]!r} already, which would be lost: rename it first")
-    return items
 
 
 def _score(
@@ -244,7 +255,7 @@ def _score(
     _refuse(rows, config)
     try:
         scores = scorer.score([item for row in rows for item in row.items], aggregation=spec)
-    except ValueError:
+    except ItemError:
         for row in rows:
             _try_encoding(row, scorer)
         _refuse(rows, config)
@@ -263,12 +274,12 @@ def _refuse(rows: Iterable[_Row], config: ScoreConfig) -> None:
 
 
 def _try_encoding(row: _Row, scorer: Scorer) -> None:
-    """Find out whether this is the row that the scorer cannot read."""
+    """Make this a broken row if the scorer cannot read it."""
     try:
         for item in row.items:
             scorer.encode(item)
-    except ValueError as error:
-        row.error, row.items = str(error).removeprefix("Scorer: item: "), []
+    except ItemError as error:
+        row.error, row.items = error.reason, []
 
 
 def _by_item(scores: Scores) -> Iterator[dict[str, Any]]:
@@ -281,16 +292,16 @@ def _by_item(scores: Scores) -> Iterator[dict[str, Any]]:
 
 
 def _number(value: float | None) -> float | None:
-    """Nine significant digits, which tell any two fp32 numbers apart; None for what is not finite."""
+    """Nine significant digits, which tell any two fp32 numbers apart; None if not finite."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.9g}")
 
 
 def _line(row: _Row, found: list[dict[str, Any]]) -> bytes:
     if row.error is not None:
-        return _encoded({"reward": None, **row.value, "error": row.error})
+        return _encoded({**row.own, "reward": None, "error": row.error})
     if len(found) == 2:
-        return _encoded({**row.value, "scores": dict(zip(_SIDES, found, strict=True))})
-    return _encoded({**row.value, **found[0]})
+        return _encoded({**row.own, "scores": dict(zip(_SIDES, found, strict=True))})
+    return _encoded({**row.own, **found[0]})
 
 
 def _encoded(row: Mapping[str, Any]) -> bytes:
@@ -307,7 +318,7 @@ def _target(name: str) -> AbstractContextManager[IO[bytes]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The scorer warns once a call, which here is once a chunk; the result has the counts."""
+    """Silence the scorer's warnings, which would come once a chunk; the result has the counts."""
     logger = logging.getLogger(Scorer.__module__)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Preference pairs as K heads see them: which rewards they give, and which signals of uncertainty."""
+"""Rewards and signals of uncertainty that K heads give for preference pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNTRAINED = "one head: Bradley-Terry does not train its std"
 
 
 class HeadOutput(Protocol):
-    """What a head says of N responses: `EnsembleOutput` and `Scores` both are."""
+    """The mean and std of K heads for N responses; `EnsembleOutput` and `Scores` are examples."""
 
     @property
     def mean(self) -> Tensor: ...  # [N, K]
@@ -33,7 +33,7 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Both sides of P finite pairs in fp64, and how their heads become one reward."""
+    """The heads' outputs on both sides of P pairs in fp64, all finite, and how the heads become one reward."""
 
     chosen: Side
     rejected: Side
@@ -67,14 +67,14 @@ class Pairs:
         return result
 
     def nominal_std(self, side: Side) -> Tensor:
-        """[N]: the std of the head that is nominal (with nominal=mean: the mean of the heads' stds)."""
+        """[N]: the std of the nominal head (with nominal=mean: the mean of the heads' stds)."""
         return nominal_reward(side.std, side.std, self.spec, self.std_ref)
 
     def unsureness(self, margin: Tensor) -> dict[str, Tensor]:
-        """Signals [P] of a pair that may be ranked wrong, larger = less sure. margin [P]: of the scorer in question.
+        """Signals [P] that a pair is ranked wrong; larger means less sure. margin [P]: the scorer's.
 
-        std: predicted, of the difference of the two nominal rewards; disagreement: population std over heads of their
-        margins; small margin: minus the margin's size. One head has no std here: Bradley-Terry does not train it.
+        std: predicted std of the difference of the two nominal rewards; disagreement: population std of the heads'
+        margins; small margin: minus the margin's size. One head has no std, which Bradley-Terry does not train.
         """
         std = (self.nominal_std(self.chosen).square() + self.nominal_std(self.rejected).square()).sqrt()
         spread = (self.chosen.mean - self.rejected.mean).std(dim=1, correction=0)
@@ -86,7 +86,7 @@ class Pairs:
     def foreignness(self) -> dict[str, Tensor]:
         """Signals of foreign data: std and disagreement of each response [2P], small margin of each pair [P].
 
-        One head has no std here: Bradley-Terry does not train it.
+        One head has no std, which Bradley-Terry does not train.
         """
         both = self.both
         name, chosen = next(iter(self.scorers(self.chosen, heads=False).items()))
@@ -104,7 +104,7 @@ def finite_pairs(
     std_ref: Tensor | None,
     compare: Mapping[str, tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """[P] bool: which pairs are finite on both sides for every scorer."""
+    """[P] bool: which pairs have finite rewards on both sides from every scorer."""
     shape = chosen.mean.shape
     if chosen.mean.dim() != 2 or any(t.shape != shape for t in (chosen.std, rejected.mean, rejected.std)):
         got = [list(t.shape) for t in (chosen.mean, chosen.std, rejected.mean, rejected.std)]
@@ -128,7 +128,7 @@ def finite_pairs(
 def pairs_of(
     chosen: HeadOutput, rejected: HeadOutput, rows: Tensor, spec: Aggregation, std_ref: Tensor | None
 ) -> Pairs:
-    """The pairs `rows` [P] bool of two outputs."""
+    """The pairs that `rows` [P] bool selects."""
     sides = [
         Side(s.mean.detach().double().cpu()[rows], s.std.detach().double().cpu()[rows]) for s in (chosen, rejected)
     ]

@@ -14,12 +14,14 @@ def count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def plain_text(text: str | Sequence[Mapping[str, Any]]) -> str:
+def plain_text(text: str | Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> str:
     """A text as it is, messages as the lines of their contents; tool calls are written as JSON."""
     if isinstance(text, str):
         return text
+    if isinstance(text, Mapping) and "text" in text:
+        return f"{text['system']}\n\n{text['text']}"
     parts = []
-    for message in text:
+    for message in text["messages"] if isinstance(text, Mapping) else text:
         parts += [message["content"]] if message.get("content") else []
         parts += [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ()]
     return "\n".join(parts)

@@ -1,18 +1,23 @@
-"""What the policy is asked: read, tokenised, checked once, and in which order."""
+"""Read, tokenise and check the prompts of a policy, and order them."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from ...engine.config import longest_in_company
-from ..data.pairs import FILES, opened, read_rows
-from ..data.rows import RowError, Text, prompt_of_row
+from ...engine.text import ItemError
+from ..data import rows
+from ..data.pairs import Encode, name_unread, text_reader
+from ..data.reading import FILES, opened, read_rows
+from ..data.rows import RowError, prompt_of_row, unread_of_prompt
+from ..job.log import say_once
+from ..models.loading import load_tokenizer, model_folder
 from .config import RolloutConfig
 from .turn import Turn
 
@@ -20,7 +25,7 @@ _PROMPTS = Path(__file__).with_name("prompts.txt")
 
 
 def read_prompts(file: Path | None, held_out: int) -> list[str]:
-    """The prompts of a file, one a line; blank lines and repetitions left out. ValueError if too few remain."""
+    """The different prompts of a text file, one a line, without blank lines. ValueError if too few remain."""
     try:
         lines = (file or _PROMPTS).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -34,14 +39,14 @@ def read_prompts(file: Path | None, held_out: int) -> list[str]:
 
 
 class Prompt(NamedTuple):
-    """item: the text, or the messages {"role", "content"}; ids: its tokens up to where the response begins."""
+    """item: see `data.columns.Prompt`; ids: its tokens up to where the response begins."""
 
-    item: Text
+    item: rows.Prompt
     ids: list[int]
 
 
 def longest_prompt(config: RolloutConfig, model_config: Any, turn: Turn) -> int | None:
-    """How many tokens a prompt may have, so that a response and its closing fit the model; None: any number.
+    """How many tokens a prompt may have so that a response and its closing fit the model; None: any number.
 
     Raises:
         ValueError: if the model's positions hold no prompt beside `max_new_tokens`.
@@ -59,49 +64,81 @@ def longest_prompt(config: RolloutConfig, model_config: Any, turn: Turn) -> int 
 
 
 def load_prompts(
-    source: str | Path, turn: Turn, max_tokens: int | None = None, *, progress: bool = False
+    source: str | Path,
+    turn: Turn,
+    max_tokens: int | None = None,
+    *,
+    readers: Sequence[Encode] = (),
+    skip_bad_rows: bool = False,
+    progress: bool = False,
 ) -> list[Prompt]:
-    """The prompts of a file or dataset, in its order, each once.
+    """The prompts of a file or data set, in its order, each once.
 
     Args:
         source: a .txt file, one prompt a line (blank lines are none); or what `load_pairs` reads (.jsonl, .json,
-            .parquet, a dataset's name), where a row states its `prompt` (or instruction, question) as a text or as
-            messages, or is a preference pair, whose prompt is taken.
+            .parquet, a data set), where a row states its prompt in the columns that `data.columns` lists, or is a
+            preference pair, whose prompt is taken. A column that looks like content and is not read is named on stderr.
         turn: the policy's tokeniser and template.
-        max_tokens: longer prompts are refused, for a prompt without its beginning is another; see `longest_prompt`.
-        progress: show a progress bar on stderr where it takes more than a second.
+        max_tokens: longer prompts are refused, because a prompt without its beginning is another; see
+            `longest_prompt`.
+        readers: encoders of other models that read the prompts; see `reward_readers`.
+        skip_bad_rows: leave out rows that are broken, too long, or refused by the chat template or the tokeniser; say
+            on stderr how many. False: refuse the first.
+        progress: show a progress bar on stderr if it takes more than a second.
 
     Raises:
-        ValueError: naming file and line, for a broken row, an empty prompt, one too long, or messages where the
-            tokeniser has no chat template; for a source without a prompt.
+        ValueError: naming file and line, for a row that cannot be used; for a source without a usable prompt.
     """
     prompts: list[Prompt] = []
     seen: set[str] = set()
-    name = str(source)
+    unread: dict[str, None] = {}
+    name, bad = str(source), 0
     for where, row in tqdm(_items(name), desc="reading prompts", unit="prompt", delay=1, disable=not progress):
         try:
-            if isinstance(row, RowError):
-                raise row
-            item = row if isinstance(row, str) else prompt_of_row(row)
-            if not item or (isinstance(item, str) and not item.strip()):
-                raise RowError("expected a prompt with some text, got an empty one")
+            item = _item(row)
+            if not isinstance(row, str):
+                unread |= dict.fromkeys(unread_of_prompt(row))
             key = json.dumps(item, sort_keys=True)
             if key in seen:
                 continue
             seen.add(key)
-            ids = turn.prompt(item)
-        except ValueError as error:  # the encoder's reasons too
-            raise ValueError(f"prompts: {where}: {str(error).removeprefix('Scorer: item: ')}") from None
-        if max_tokens is not None and len(ids) > max_tokens:
-            shown = item if isinstance(item, str) else item[-1]["content"]
-            raise ValueError(
-                f"prompts: {where}: expected at most {max_tokens} tokens, so that a response fits behind, "
-                f"got {len(ids)}: {shown[:60]!r}"
-            )
-        prompts.append(Prompt(item, ids))
+            for encode in readers:
+                encode({"prompt": item, "response": "a"}, "prompt")
+            prompts.append(_tokenised(item, turn, max_tokens))
+        except (RowError, ItemError) as error:
+            if not skip_bad_rows:
+                reason = error.reason if isinstance(error, ItemError) else error
+                raise ValueError(f"prompts: {where}: {reason}") from error
+            bad += 1
+    name_unread("prompts", name, unread)
+    if bad:
+        say_once(f"prompts: {name}: {bad} bad row{'s' * (bad != 1)} skipped")
     if not prompts:
-        raise ValueError(f"prompts: {name}: expected at least one prompt, got none")
+        raise ValueError(f"prompts: {name}: expected at least one prompt, got none ({bad} bad rows)")
     return prompts
+
+
+def _item(row: Any) -> rows.Prompt:
+    item = row if isinstance(row, str) else prompt_of_row(row)
+    if not item or (isinstance(item, str) and not item.strip()):
+        raise RowError("expected a prompt with some text, got an empty one")
+    return item
+
+
+def _tokenised(item: rows.Prompt, turn: Turn, max_tokens: int | None) -> Prompt:
+    ids = turn.prompt(item)
+    if max_tokens is not None and len(ids) > max_tokens:
+        last: Any = (item.get("text") or item["messages"]) if isinstance(item, dict) else item
+        shown = last if isinstance(last, str) else str(last[-1].get("content", ""))
+        raise RowError(
+            f"expected at most {max_tokens} tokens, so that a response fits behind, got {len(ids)}: {shown[:60]!r}"
+        )
+    return Prompt(item, ids)
+
+
+def reward_readers(key: str, source: str | None) -> list[Encode]:
+    """The encoder that finds out whether the reward model `source` can read a prompt; none without a reward model."""
+    return [] if source is None else [text_reader(load_tokenizer(key, model_folder(source)))]
 
 
 def _items(name: str) -> Iterator[tuple[str, Any]]:
@@ -113,7 +150,7 @@ def _items(name: str) -> Iterator[tuple[str, Any]]:
     with opened("prompts", path) as file:
         content = file.read()
     try:
-        text = content.decode("utf-8-sig")  # Windows' tools begin a file with a mark
+        text = content.decode("utf-8-sig")  # tools on Windows begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts: {name}: expected UTF-8, got {error.reason} at byte {error.start}") from None
     for number, line in enumerate(text.split("\n"), 1):
@@ -124,9 +161,9 @@ def _items(name: str) -> Iterator[tuple[str, Any]]:
 def prompt_order(count: int, step: int, per_step: int, seed: int) -> list[int]:
     """The numbers of the `per_step` prompts of step `step` (from 0), all different.
 
-    Every epoch is a shuffle of its own of all `count` prompts, cut into whole steps; the fewer than `per_step` prompts
-    that are left over at its end sit that epoch out. A step's prompts follow from these four numbers alone, so that a
-    resumed run needs no memory of the order.
+    Each epoch shuffles all `count` prompts and cuts them into whole steps; the fewer than `per_step` prompts left over
+    at its end are not used in that epoch. The result depends on these four numbers alone, so a resumed run needs no
+    record of the order.
 
     Raises:
         ValueError: for fewer prompts than a step takes.

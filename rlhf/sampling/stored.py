@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ...engine.config import longest_in_company
 from ...engine.weights import reading_weights
-from ..data.rows import Text
+from ..data.rows import Prompt
 from ..job.files import atomic_file, repaired_json_lines, writing
 from .shared_prefix import Sampled, sample_batch
 from .tokens import Sampling, keyed_uniforms
@@ -28,16 +28,16 @@ from .turn import Turn
 
 
 class Request(NamedTuple):
-    """One prompt, a text or messages, and how many responses it gets."""
+    """One prompt (see `data.columns.Prompt`) and how many responses it gets."""
 
-    prompt: Text
+    prompt: Prompt
     samples: int
 
 
 class Rollout(NamedTuple):
     """The responses to one prompt: texts, whether each ended by itself, and features [S, D] in the trunk's dtype."""
 
-    prompt: Text
+    prompt: Prompt
     responses: list[str]
     stopped: list[bool]
     features: Tensor

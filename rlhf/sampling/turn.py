@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...engine.text import ItemEncoder
-from ..data.rows import Text
+from ..data.rows import Prompt, Text
 
 
 class Turn:
@@ -29,17 +29,15 @@ class Turn:
     def _ids(self, item: dict[str, Any]) -> list[int]:
         return self._encoder.encode(item)[0]
 
-    def prompt(self, item: Text) -> list[int]:
+    def prompt(self, item: Prompt) -> list[int]:
         """The ids up to where the response begins; messages need a tokeniser with a chat template."""
-        # messages take a message: two texts alone may be joined without a template
-        response: Text = "" if isinstance(item, str) else [{"role": "assistant", "content": ""}]
-        return self._ids({"prompt": item, "response": response, "complete": False})
+        return self._ids({"prompt": item, "response": "", "complete": False})
 
     def text(self, prompt: list[int], response: list[int]) -> str:
         """A response's text; see `response_text`."""
         return response_text(self._encoder.tokenizer, prompt, response)
 
-    def whole(self, item: Text, response: Text) -> list[int]:
+    def whole(self, item: Prompt, response: Text) -> list[int]:
         """The ids of a prompt and its complete response, closed."""
         return self._ids({"prompt": item, "response": response, "complete": True})
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...data.gold import VaderGold
-from ...data.rows import Text
+from ...data.rows import Prompt as PromptItem
 from ...sampling.prompts import Prompt
 from ...sampling.turn import response_text
 from ..batch import Samples
@@ -47,8 +47,8 @@ class Texts:
     def __init__(self, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
         self.tokenizer, self.prompts = tokenizer, prompts
 
-    def prompts_of(self, samples: Samples) -> list[Text]:
-        """The prompts as they were given: texts or messages."""
+    def prompts_of(self, samples: Samples) -> list[PromptItem]:
+        """The prompts as they were given: texts, messages, {"messages", "tools"} or {"system", "text"}."""
         return [self.prompts[index].item for index in samples.prompt_index]
 
     def responses_of(self, samples: Samples) -> list[str]:

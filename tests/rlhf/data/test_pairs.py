@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from prudent.rlhf.data.pairs import PairData, PreferencePair, load_pairs, split_by_prompt
+from prudent.engine.text import ItemError
+from prudent.rlhf.data.pairs import PairData, PreferencePair, load_pairs, readable_pairs, split_by_prompt
 
 
 def _write(path: Path, rows: list[Any]) -> Path:
@@ -41,6 +42,7 @@ def test_prompt_chosen_rejected(tmp_path: Path) -> None:
         "duplicates": 0,
         "equal": 0,
         "below_gap": 0,
+        "unread_columns": [],
     }
 
 
@@ -149,6 +151,111 @@ def test_duplicates_and_equal_pairs_are_counted_and_dropped(tmp_path: Path) -> N
     assert (data.counts["duplicates"], data.counts["equal"], data.counts["rows"]) == (1, 3, 6)
 
 
+def _call(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": {}}}
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_responses_that_differ_in_their_tool_calls_or_reasoning_are_no_equal_responses(
+    tmp_path: Path, content: str | None
+) -> None:
+    sides = [{"role": "assistant", "content": content, "tool_calls": [_call(name)]} for name in ("look", "delete")]
+    thought = [{**_assistant("a"), "thinking": text} for text in ("well", "badly")]
+    scored = [{**_assistant("a"), "tool_calls": [_call("look")], "score": 5}, {"response": "b", "score": 1}]
+    data = _load(
+        tmp_path,
+        {"prompt": [_user("q")], "chosen": sides[:1], "rejected": sides[1:]},
+        {"prompt": [_user("q")], "chosen": thought[:1], "rejected": thought[1:]},
+        {"prompt": [_user("q")], "responses": scored},
+    )
+    assert (data.counts["equal"], data.counts["bad_rows"], len(data.pairs)) == (0, 0, 3)
+    kept = {key: value for key, value in sides[0].items() if value is not None}
+    assert [pair.chosen for pair in data.pairs] == [
+        [kept],
+        thought[:1],
+        [{**_assistant("a"), "tool_calls": [_call("look")]}],
+    ]
+
+
+def test_what_only_tells_messages_apart_is_no_part_of_a_conversation(tmp_path: Path) -> None:
+    chats = [[{**_user("q"), "id": side}, {**_assistant("a"), "id": side}] for side in ("1", "2")]
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    assert _load(tmp_path, row, {"chosen": chats[0], "rejected": chats[1]}).counts["equal"] == 1
+
+
+def test_tools_and_the_system_prompt_go_into_the_prompt_of_each_format(tmp_path: Path) -> None:
+    tools, system = [{"type": "function", "function": {"name": "look"}}], {"role": "system", "content": "s"}
+    prompts = [
+        _load(tmp_path, {**row, "system": "s", "tools": tools}).pairs[0].prompt
+        for row in (
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            {"chosen": [_user("q"), _assistant("a")], "rejected": [_user("q"), _assistant("b")]},
+            {"prompt": "q", "responses": ["a", "b"], "scores": [5, 1]},
+            {"chosen": [system, _user("q"), _assistant("a")], "rejected": [system, _user("q"), _assistant("b")]},
+        )
+    ]
+    assert prompts == [{"messages": [system, _user("q")], "tools": tools}] * 4
+
+
+def test_one_instruction_with_two_inputs_is_two_prompts(tmp_path: Path) -> None:
+    rows = [{"instruction": "Add.", "input": text, "chosen": "a", "rejected": "b"} for text in ("1 and 1", "2 and 2")]
+    data = _load(tmp_path, *rows)
+    assert data.counts["prompts"] == 2
+    train, held_out = split_by_prompt(data.pairs, 0.5, 0)
+    assert {train[0].prompt, held_out[0].prompt} == {"Add.\n\n1 and 1", "Add.\n\n2 and 2"}
+
+
+def test_a_prompt_that_the_conversations_lack_is_refused(tmp_path: Path) -> None:
+    chats = {"chosen": [_user("q"), _assistant("a")], "rejected": [_user("q"), _assistant("b")]}
+    with pytest.raises(
+        ValueError, match="line 1: prompt: expected a text that the messages hold, got one that would be"
+    ):
+        _load(tmp_path, {"prompt": "Be brief.", **chats})
+
+
+def test_a_column_that_looks_like_content_and_is_not_read_is_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "rationale": "a is kinder than b"}
+    chats = {"chosen": [_user("q"), _assistant("a b c")], "rejected": [_user("q"), _assistant("b")]}
+    data = _load(tmp_path, row, {**row, "prompt": "q"}, {**chats, "messages": chats["chosen"]})
+    assert data.counts["unread_columns"] == ["rationale"]
+    said = f"data: {tmp_path / 'data.jsonl'}: not read, although it looks like content: rationale\n"
+    assert capsys.readouterr().err == said
+
+
+def test_the_same_responses_with_another_margin_are_no_duplicates_so_that_no_order_decides(tmp_path: Path) -> None:
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    data = _load(tmp_path, {**row, "margin": 1}, {**row, "margin": 2}, {**row, "margin": 1})
+    assert ([pair.margin for pair in data.pairs], data.counts["duplicates"]) == ([1.0, 2.0], 1)
+
+
+def _refusing(word: str) -> Any:
+    def encode(item: Any, name: str) -> None:
+        if word in json.dumps(item):
+            raise ItemError(f"no {word} here", name)
+
+    return encode
+
+
+def test_pairs_that_an_encoder_cannot_read_are_refused_by_line_or_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": p, "chosen": c, "rejected": "b"} for p, c in (("p", "a"), ("q", "bad"), ("r", "c"), ("s", "d"))]
+    data = _load(tmp_path, *rows)
+    parts, file = (data.pairs[:3], data.pairs[3:]), tmp_path / "data.jsonl"
+    with pytest.raises(ValueError, match=re.escape(f"foreign: {file}, line 2, chosen: no bad here")):
+        readable_pairs(parts, [_refusing("bad")], dict(data.counts), key="foreign")
+    with pytest.raises(ValueError, match=re.escape(f"data: {file}, line 3, prompt: no r here")):
+        readable_pairs(([data.pairs[2]],), [], dict(data.counts), prompt_encoders=[_refusing("r")])
+    counts = dict(data.counts)
+    kept = readable_pairs(parts, [_refusing("bad")], counts, skip_bad_rows=True)
+    assert [[pair.prompt for pair in part] for part in kept] == [["p", "r"], ["s"]]
+    assert (counts["pairs"], counts["prompts"], counts["bad_rows"]) == (3, 3, 1)
+    with pytest.raises(
+        ValueError, match=r"data: expected a pair that the tokeniser can read, got none; the first is .*line 1"
+    ):
+        readable_pairs(parts, [_refusing("b")], dict(data.counts), skip_bad_rows=True)
+
+
 _GOOD = json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"})
 
 
@@ -173,6 +280,12 @@ _GOOD = json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"})
         ('{"prompt": "p", "responses": ["a", "b"], "scores": [1]}', "scores: expected a list of 2 numbers"),
         ('{"responses": ["a"], "scores": [1]}', "expected a prompt beside the responses"),
         ('{"prompt": "p", "chosen": "a", "rejected": "b", "source": 1}', "source: expected a string, got int"),
+        (
+            '{"prompt": "p", "chosen": "a \\ud83d", "rejected": "b"}',
+            r"expected text, got half of a surrogate pair, '\ud83d'",
+        ),
+        ('{"meta": ' + "[" * 101 + "]" * 101 + "}", "expected at most 100 levels of nesting, got more"),
+        ('{"meta": ' + "[" * 99999 + "]" * 99999 + "}", "expected at most 100 levels of nesting, got more"),
     ],
 )
 def test_a_broken_line_is_refused_by_file_and_line_or_skipped_and_counted(
@@ -245,43 +358,6 @@ def test_a_gap_that_is_not_positive_is_refused(tmp_path: Path) -> None:
 def test_limit_counts_rows(tmp_path: Path) -> None:
     rows = [{"prompt": str(i), "chosen": "a", "rejected": "b"} for i in range(9)]
     assert len(_load(tmp_path, *rows, limit=4).pairs) == 4
-
-
-def test_parquet_reads_as_json_lines_do(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    rows = [
-        {"prompt": [_user("q")], "chosen": [_assistant("a")], "rejected": [_assistant("b")], "margin": None},
-        {"prompt": [_user("r")], "chosen": [_assistant("c")], "rejected": [_assistant("d")], "margin": 1.0},
-    ]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
-    assert load_pairs(tmp_path / "d.parquet").pairs == _load(tmp_path, *rows).pairs
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"broken\.parquet: expected a Parquet file"):
-        load_pairs(tmp_path / "broken.parquet")
-
-
-def test_a_broken_parquet_row_is_named(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": None, "rejected": "b"}]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
-    with pytest.raises(ValueError, match=r"d\.parquet, row 2: expected chosen and rejected, but chosen is null"):
-        load_pairs(tmp_path / "d.parquet")
-
-
-def test_a_dataset_loads_by_name_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("datasets")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "set"
-    folder.mkdir()
-    for split in ("train", "test"):
-        _write(folder / f"{split}.jsonl", [{"prompt": "p", "chosen": split, "rejected": "b"}])
-    assert [load_pairs(name).pairs[0].chosen for name in (folder, f"{folder}:test")] == ["train", "test"]
-    with pytest.raises(ValueError, match="neither a file nor a dataset that loads with split 'dev'"):
-        load_pairs(f"{folder}:dev")
 
 
 def _pairs(prompts: int, each: int) -> list[PreferencePair]:

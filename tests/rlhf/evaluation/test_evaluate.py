@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +112,33 @@ def test_a_compared_head_on_the_same_trunk_costs_no_second_pass(folders, tmp_pat
     ]
 
 
+@pytest.mark.parametrize("change", ["template", "max_score_length"])
+def test_a_compared_head_that_reads_other_tokens_reads_its_own_features(folders, tmp_path, change):
+    shutil.copytree(folders.root / "single", tmp_path / "other")
+    if change == "template":
+        tokenizer = AutoTokenizer.from_pretrained(folders.root / "single")
+        tokenizer.chat_template = tokenizer.chat_template.replace(" <|end|>", " bad <|end|>")
+        tokenizer.save_pretrained(tmp_path / "other")
+    else:
+        file = tmp_path / "other" / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "max_score_length": 3}))
+    other = str(tmp_path / "other")
+    compared = run_eval(config_of(folders, tmp_path / "a", compare=other, pictures=False), progress=False)
+    alone = run_eval(config_of(folders, tmp_path / "b", model=other, pictures=False), progress=False)
+    assert compared.metrics["margin"]["single head"] == alone.metrics["margin"]["single head"]
+
+
+def test_a_row_that_cannot_be_encoded_is_named_by_its_line_also_with_a_feature_cache(folders, tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(Path(folders.pairs).read_text() + json.dumps({"prompt": [], "chosen": "good", "rejected": "bad"}))
+    with pytest.raises(
+        ValueError, match=r"^data: .*pairs\.jsonl, line 49: prompt: expected a text or a list of messages"
+    ):
+        run_eval(config_of(folders, tmp_path, data=str(data), pictures=False), progress=False)
+    with pytest.raises(ValueError, match=r"^foreign: .*pairs\.jsonl, line 49: prompt: expected a text or a list"):
+        run_eval(config_of(folders, tmp_path, foreign=str(data), pictures=False), progress=False)
+
+
 def test_a_single_head_model_is_drawn_too(folders, tmp_path):
     pytest.importorskip("matplotlib")
     result = run_eval(
@@ -118,6 +146,18 @@ def test_a_single_head_model_is_drawn_too(folders, tmp_path):
     )
     assert not {"head_correlation", "std"} & {path.stem for path in result.pictures}
     assert result.metrics["heads"] == 1
+
+
+def test_no_picture_of_an_earlier_evaluation_stays_beside_the_new_numbers(folders, tmp_path):
+    pytest.importorskip("matplotlib")
+    run_eval(config_of(folders, tmp_path, foreign=folders.foreign), progress=False)
+    assert (tmp_path / "std.png").exists()
+    (tmp_path / "mine.png").touch()
+    single = config_of(folders, tmp_path, model=str(folders.root / "single"))
+    drawn = run_eval(single, progress=False).pictures
+    assert set(tmp_path.glob("*.png")) == {*drawn, tmp_path / "mine.png"}
+    run_eval(single.model_copy(update={"pictures": False}), progress=False)
+    assert set(tmp_path.glob("*.png")) == {tmp_path / "mine.png"}
 
 
 def test_the_margins_drawn_are_those_of_the_table(folders, tmp_path, monkeypatch):

@@ -18,45 +18,7 @@ from prudent import Aggregation, EnsembleRewardModel, Scorer
 from prudent.rlhf.evaluation import score
 from prudent.rlhf.evaluation.score import ScoreConfig, run_score
 
-ROWS = [
-    {"prompt": "my day was", "response": "great", "id": 7},
-    {"prompt": [{"role": "user", "content": "the food ?"}], "response": [{"role": "assistant", "content": "bad"}]},
-    {"messages": [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "very nice"}]},
-    {"prompt": "the hotel is", "chosen": "lovely", "rejected": "not lovely", "margin": 2.0},
-    {"chosen": "the train was good", "rejected": "the train was long and sad"},
-    {"prompt": "the soup", "response": "is é \u2028 awful", "complete": False},
-]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tiny_chat_folder, tmp_path_factory) -> Path:
-    torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("reward")
-    EnsembleRewardModel.from_trunk(str(tiny_chat_folder), num_heads=3, aggregation="tradeoff:0.4").save_pretrained(
-        folder
-    )
-    AutoTokenizer.from_pretrained(tiny_chat_folder).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def make(model_folder, tmp_path, monkeypatch):
-    """make(rows or lines, **config) -> ScoreConfig, with chunks of 4 rows."""
-    monkeypatch.setattr(score, "CHUNK_ROWS", 4)
-
-    def make(rows, **given) -> ScoreConfig:
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        data = tmp_path / "in.jsonl"
-        data.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return ScoreConfig(
-            **{"model": str(model_folder), "data": str(data), "output": str(tmp_path / "out" / "out.jsonl"), **given}
-        )
-
-    return make
-
-
-def written(config: ScoreConfig) -> list[dict]:
-    return [json.loads(line) for line in Path(config.output).read_text(encoding="utf-8").split("\n")[:-1]]
+from .score_cases import ROWS, written
 
 
 def scorer_of(config: ScoreConfig) -> Scorer:
@@ -111,114 +73,62 @@ def test_another_aggregation_changes_the_reward_and_nothing_else(make):
         assert row["worst"] == min(row["mean"])
 
 
-@pytest.mark.parametrize("cut", [0, 1, 300, 2000, 0.5, 0.9, -1, "chunk", None])
-def test_a_killed_run_resumes_to_the_same_bytes(make, cut, monkeypatch):
-    config = make(ROWS * 3)
-    run_score(config, progress=False)
-    output = Path(config.output)
-    whole = output.read_bytes()
-    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
-    if cut == "chunk":
-        kept = ends[7]
-    elif cut is None:
-        kept = len(whole)
-    else:
-        kept = int(cut * len(whole)) if isinstance(cut, float) else cut % len(whole)
-    output.write_bytes(whole[:kept])
-    scored = []
-    original = Scorer.score
-    monkeypatch.setattr(
-        Scorer, "score", lambda self, items, **kw: scored.append(len(items)) or original(self, items, **kw)
-    )
-    result = run_score(config, resume=True, progress=False)
-    assert output.read_bytes() == whole
-    assert result.rows == len(ROWS) * 3
-    assert result.kept == sum(end <= kept for end in ends) // 4 * 4
-    rows_again = result.rows - result.kept
-    assert rows_again <= sum(scored) <= 2 * rows_again
-
-
-def test_an_interrupt_between_chunks_leaves_whole_lines_to_go_on_from(make, monkeypatch):
-    config = make(ROWS * 3)
-    original, calls = Scorer.score, []
-
-    def interrupted(self, items, **kwargs):
-        calls.append(len(items))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(self, items, **kwargs)
-
-    monkeypatch.setattr(Scorer, "score", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_score(config, progress=False)
-    assert len(written(config)) == 8
-    assert run_score(config, resume=True, progress=False).kept == 8
-    assert max(calls) <= 8  # 4 rows, 2 items a pair: never the whole file
-
-
-def test_resume_begins_an_output_that_is_not_there(make):
-    config = make(ROWS)
-    assert run_score(config, resume=True, progress=False).rows == 6
-
-
-def test_resume_refuses_another_aggregation_or_model_but_not_another_batch_size(make):
-    config = make(ROWS)
-    run_score(config, progress=False)
-    with pytest.raises(ValueError, match="made with another aggregation"):
-        run_score(config.model_copy(update={"aggregation": "min"}), resume=True, progress=False)
-    run_score(config.model_copy(update={"batch_tokens": 64}), resume=True, progress=False)
-
-
-def test_resume_refuses_data_that_changed_under_the_kept_lines(make):
-    config = make(ROWS)
-    run_score(config, progress=False)
-    before = Path(config.output).read_bytes()
-    make([{**ROWS[0], "id": 8}] * 6)
-    with pytest.raises(ValueError, match=r"line 4 is not of .*in\.jsonl, line 4"):
-        run_score(config, resume=True, progress=False)
-    assert Path(config.output).read_bytes() == before
-
-
-def test_resume_refuses_an_output_of_unknown_making(make):
-    config = make(ROWS)
-    run_score(config, progress=False)
-    Path(f"{config.output}.config.json").unlink()
-    with pytest.raises(ValueError, match="says how it was made, is missing"):
-        run_score(config, resume=True, progress=False)
-
-
-def test_a_mistake_in_the_first_rows_leaves_the_output_to_the_mended_command(make):
-    config = make([{"prompt": "no response"}, *ROWS])
-    with pytest.raises(ValueError, match="line 1"):
-        run_score(config, progress=False)
-    result = run_score(config.model_copy(update={"skip_bad_rows": True}), progress=False)
-    assert (result.rows, result.bad_rows) == (len(ROWS) + 1, 1)
-
-
-def test_an_existing_output_is_kept_unless_told_otherwise(make):
-    config = make(ROWS[:2])
-    Path(config.output).parent.mkdir()
-    Path(config.output).write_text("precious\n")
-    with pytest.raises(ValueError, match="exists already"):
-        run_score(config, progress=False)
-    with pytest.raises(ValueError, match="no-such-model"):
-        run_score(config.model_copy(update={"model": "./no-such-model"}), overwrite=True, progress=False)
-    assert Path(config.output).read_text() == "precious\n"
-    run_score(config, overwrite=True, progress=False)
-    assert len(written(config)) == 2
-
-
 BROKEN = [
     ('{"prompt": "the food"', "JSON object a line"),
     ("[1, 2]", "one object a line, got an array"),
     ('{"prompt": "the food"}', "prompt and response, messages, or chosen and rejected, got prompt"),
     ('{"prompt": "a", "response": "b", "reward": 1}', "a field 'reward' already"),
-    ('{"prompt": "a", "response": 3}', "expected messages"),
+    ('{"prompt": "a", "response": 3}', "response: expected a text or a list of messages, got int"),
     ('{"prompt": "a", "response": "b", "x": NaN}', "NaN, which JSON does not have"),
-    ('{"prompt": "a", "response": "\\ud800"}', "surrogates"),
+    ('{"prompt": "a", "response": "\\ud800"}', "half of a surrogate pair"),
     ('{"chosen": "a b", "rejected": [{"role": "user", "content": "x"}]}', "both as texts or both as messages"),
     ('{"messages": []}', "at least one message"),
 ]
+
+
+@pytest.mark.parametrize("field", ["reward", "nominal", "worst", "mean", "std", "scores", "error"])
+@pytest.mark.parametrize("row", [ROWS[0], ROWS[3]])
+def test_a_result_of_before_is_refused_and_never_stands_beside_a_new_one(make, field, row):
+    config = make([{**row, field: "stale"}])
+    with pytest.raises(
+        ValueError, match=rf"line 1: the row has a field '{field}' already, which would be lost: rename it"
+    ):
+        run_score(config, progress=False)
+    run_score(config.model_copy(update={"skip_bad_rows": True}), progress=False)
+    (found,) = written(config)
+    assert {key: value for key, value in found.items() if key not in row} == {"reward": None, "error": found["error"]}
+    assert "stale" not in found.values()
+
+
+def test_the_prompt_is_read_from_the_same_columns_as_in_training(make):
+    rows = [
+        {"instruction": "my day ?", "input": "it was long", "response": "good"},
+        {"system": "very short", "question": "the food ?", "response": "bad"},
+        {"system": "very short", "messages": [{"role": "user", "content": "the food ?"}, *ROWS[1]["response"]]},
+    ]
+    config = make(rows)
+    run_score(config, progress=False)
+    chat = [
+        {"role": "system", "content": "very short"},
+        {"role": "user", "content": "the food ?"},
+        *ROWS[1]["response"],
+    ]
+    expected = scorer_of(config).score([{"prompt": "my day ?\n\nit was long", "response": "good"}, chat, chat])
+    assert [row["reward"] for row in written(config)] == pytest.approx(expected.reward, abs=1e-5)
+
+
+def test_a_column_that_looks_like_content_is_named_once_over_all_chunks(make, capsys):
+    config = make([{**ROWS[0], "rationale": "it is kind"}] * 9)
+    run_score(config, progress=False)
+    said = capsys.readouterr().err
+    assert said.count(f"data: {config.data}: not read, although it looks like content: rationale") == 1
+
+
+def test_a_prompt_beside_messages_that_lack_it_is_refused(make):
+    with pytest.raises(
+        ValueError, match="line 1: prompt: expected a text that the messages hold, got one that would be"
+    ):
+        run_score(make([{**ROWS[2], "prompt": "be brief"}]), progress=False)
 
 
 @pytest.mark.parametrize(("line", "message"), BROKEN)
@@ -237,7 +147,7 @@ def test_a_broken_line_can_be_kept_in_its_place_with_a_null_reward(make):
     assert (result.bad_rows, len(rows)) == (len(BROKEN), len(BROKEN) + 2)
     for row, (_, message) in zip(rows, BROKEN, strict=False):
         assert message in row["error"]
-    assert [row["reward"] for row in rows[: len(BROKEN)]] == [None, None, None, 1, None, None, None, None, None]
+    assert [row["reward"] for row in rows[: len(BROKEN)]] == [None] * len(BROKEN)
     assert all(math.isfinite(row["reward"]) for row in rows[len(BROKEN) :])
     assert f"{len(BROKEN)} broken rows" in str(result)
 
@@ -320,24 +230,6 @@ def test_a_folder_is_no_output(make, tmp_path, flags):
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match=r"output: expected a file, got .*/out, a folder"):
         run_score(make(ROWS[:1], output=str(tmp_path / "out")), progress=False, **flags)
-
-
-@pytest.mark.parametrize(
-    ("name", "line", "says"),
-    [
-        ("out.jsonl.config.json", "{broken", r"out\.jsonl\.config\.json: expected a JSON object, got broken JSON"),
-        ("out.jsonl", "{broken", r"output: .*out\.jsonl cannot be resumed: line 4 is not of .*in\.jsonl, line 4"),
-        ("out.jsonl", "[1]", r"output: .*out\.jsonl cannot be resumed: line 4 is not of .*in\.jsonl, line 4"),
-    ],
-)
-def test_a_resumed_output_that_was_damaged_is_named(make, name, line, says):
-    config = make(ROWS)
-    run_score(config, progress=False)
-    damaged = Path(config.output).with_name(name)
-    lines = damaged.read_text().split("\n")
-    damaged.write_text("\n".join([*lines[:3], line, *lines[4:]]))
-    with pytest.raises(ValueError, match=says):
-        run_score(config, resume=True, progress=False)
 
 
 def test_an_empty_file_is_free_and_a_byte_order_mark_is_no_part_of_the_first_row(make):

@@ -86,6 +86,45 @@ def test_a_prompt_that_cannot_be_used_is_named(tmp_path: Path, turn: Turn, name:
         load_prompts(_file(tmp_path, name, first, row), turn, 20)
 
 
+def test_a_prompt_is_joined_from_the_columns_of_its_row(tmp_path: Path, turn: Turn, plain: Turn) -> None:
+    rows = [
+        {"instruction": "the food", "input": "was cold"},
+        {"instruction": "the food", "input": "was warm"},
+        {"system": "short", "question": "the food was"},
+    ]
+    prompts = load_prompts(_file(tmp_path, "p.jsonl", *rows), turn)
+    system = {"system": "short", "text": "the food was"}
+    assert [prompt.item for prompt in prompts] == ["the food\n\nwas cold", "the food\n\nwas warm", system]
+    chat = [{"role": "system", "content": "short"}, {"role": "user", "content": "the food was"}]
+    assert prompts[2].ids == turn.prompt(chat)
+    assert plain.prompt(system) == plain.prompt("short\n\nthe food was")
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_counted_on_request(
+    tmp_path: Path, turn: Turn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": "my day"},
+        {"prompt": " "},
+        {"prompt": "\ud83d"},
+        "{",
+        {"prompt": "food " * 30},
+        {"prompt": "food"},
+    ]
+    file = _file(tmp_path, "p.jsonl", *rows)
+    assert [prompt.item for prompt in load_prompts(file, turn, 20, skip_bad_rows=True)] == ["my day", "food"]
+    assert capsys.readouterr().err == f"prompts: {file}: 4 bad rows skipped\n"
+
+
+def test_a_column_that_looks_like_content_is_named_but_no_response(
+    tmp_path: Path, turn: Turn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": "my day", "chosen": "was very long", "rejected": "was very short", "rubric": "must be very kind"}
+    file = _file(tmp_path, "p.jsonl", row)
+    load_prompts(file, turn)
+    assert capsys.readouterr().err == f"prompts: {file}: not read, although it looks like content: rubric\n"
+
+
 def test_messages_need_a_chat_template(tmp_path: Path, plain: Turn) -> None:
     row = {"prompt": [{"role": "user", "content": "my day"}]}
     with pytest.raises(ValueError, match=r"line 1: expected plain text, because the tokeniser has no chat template"):

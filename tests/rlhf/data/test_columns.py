@@ -1,0 +1,98 @@
+"""The prompt that a row's columns make together; columns that nothing reads."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from prudent.rlhf.data.columns import RowError, unread_columns
+from prudent.rlhf.data.rows import prompt_of_row
+
+TOOL = {"type": "function", "function": {"name": "clock", "parameters": {}}}
+
+
+def _turn(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "Why? "}, "Why? "),
+        ({"query": "Why?"}, "Why?"),
+        ({"input": "Why?"}, "Why?"),
+        ({"instruction": "Add.", "input": "1 and 2 "}, "Add.\n\n1 and 2 "),
+        ({"input": "1 and 2", "instruction": "Add."}, "Add.\n\n1 and 2"),
+        ({"instruction": "Add.", "input": ""}, "Add."),
+        ({"instruction": "Add.", "input": None}, "Add."),
+        ({"question": "Who?", "context": "Ann came."}, "Ann came.\n\nWho?"),
+        ({"question": "Who?", "history": "Ann came."}, "Ann came.\n\nWho?"),
+        ({"prompt": "Question: Who?\nAnswer:", "question": "Who?"}, "Question: Who?\nAnswer:"),
+        ({"prompt": "Who?", "question": "Who?"}, "Who?"),
+        ({"instruction": "Spell a word.", "input": "a"}, "Spell a word.\n\na"),
+        ({"system": "Be brief.", "question": "Who?"}, {"system": "Be brief.", "text": "Who?"}),
+        ({"system_prompt": "Be brief.", "prompt": "Who?"}, {"system": "Be brief.", "text": "Who?"}),
+        ({"system": "", "question": "Who?"}, "Who?"),
+        (
+            {"system": "Be brief.", "prompt": [_turn("user", "Who?")]},
+            [_turn("system", "Be brief."), _turn("user", "Who?")],
+        ),
+        (
+            {"system": "Be brief.", "prompt": [_turn("system", "Be brief."), _turn("user", "Who?")]},
+            [_turn("system", "Be brief."), _turn("user", "Who?")],
+        ),
+        (
+            {"history": [["Hi", "Hello"]], "instruction": "Who?"},
+            [_turn("user", "Hi"), _turn("assistant", "Hello"), _turn("user", "Who?")],
+        ),
+        (
+            {"history": [_turn("user", "Hi"), _turn("assistant", "Hello")], "system": "S.", "prompt": "Who?"},
+            [_turn("system", "S."), _turn("user", "Hi"), _turn("assistant", "Hello"), _turn("user", "Who?")],
+        ),
+        ({"prompt": "Who?", "tools": [TOOL]}, {"messages": [_turn("user", "Who?")], "tools": [TOOL]}),
+        ({"prompt": "Who?", "tools": json.dumps([TOOL])}, {"messages": [_turn("user", "Who?")], "tools": [TOOL]}),
+        ({"prompt": "Who?", "tools": []}, "Who?"),
+        ({"prompt": [_turn("user", "Hi. Who?")], "question": "Hi. Who?"}, [_turn("user", "Hi. Who?")]),
+    ],
+)
+def test_every_known_column_is_in_the_prompt(row: dict[str, Any], prompt: Any) -> None:
+    assert prompt_of_row(row) == prompt
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": [_turn("user", "Hi")], "question": "Who?"}, "question: expected a text that the messages hold"),
+        (
+            {"prompt": [_turn("user", "Hi")], "input": [_turn("user", "Hi")]},
+            "prompt and input: expected messages in one",
+        ),
+        ({"prompt": "a", "system": "b", "system_prompt": "c"}, "system and system_prompt: expected one system prompt"),
+        ({"prompt": [_turn("system", "a")], "system": "b"}, "expected one system prompt, got a column and a message"),
+        ({"prompt": "a", "system": 3}, "system: expected a text, got int"),
+        ({"prompt": "a", "context": {"title": "t"}}, "context: expected a text or a list of messages, got dict"),
+        ({"prompt": "a", "history": [["b"]]}, r"history: expected messages or \[question, answer\] pairs, got \['b'\]"),
+        ({"prompt": "a", "tools": "clock()"}, "tools: expected a list of objects, or one written as JSON"),
+        ({"prompt": "a", "tools": [1]}, "tools: expected a list of objects, got"),
+    ],
+)
+def test_columns_that_cannot_be_joined_are_refused_by_name(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        prompt_of_row(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"prompt": "p", "rationale": "because it is so"}, ["rationale"]),
+        ({"prompt": "p", "notes": ["one two three"], "extra": {"deep": [{"x": "one two three"}]}}, ["notes", "extra"]),
+        ({"prompt": "p", "id": "one two three", "prompt_id": "one two three", "category": "open question here"}, []),
+        ({"prompt": "p", "score": 3, "label": "good one", "other": [1]}, []),
+        ({"prompt": "one two three", "full": "one two three"}, []),
+        ({"prompt": [{**_turn("user", "p"), "comment": "one two three", "id": "x"}]}, ["prompt.comment"]),
+    ],
+)
+def test_a_column_that_looks_like_content_is_found(row: dict[str, Any], found: list[str]) -> None:
+    assert unread_columns(row, ("prompt",)) == found
