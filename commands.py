@@ -48,7 +48,7 @@ examples:
   prudent demo --set ppo.steps=0      # without PPO
   prudent demo --output runs/mine --prompts my_prompts.txt
   prudent demo --model meta-llama/Llama-3.2-1B-Instruct --set samples_per_prompt=8""",
-        ("output", "model", "prompts", "preferences"),
+        ("output", "model", "prompts", "preferences", "skip_bad_rows"),
         (
             "samples_per_prompt",
             "pairs_per_prompt",
@@ -75,8 +75,10 @@ the stage-1 head, this run's ensemble (pet.start=brme) or a reward model that yo
 
 Data: JSON lines, Parquet, or the name of a Hugging Face data set (NAME:SPLIT for another split than train). A row has
 prompt, chosen and rejected; or chosen and rejected that share their beginning; or lists of messages; or several
-responses with scores. It may have a margin. If the tokeniser has a chat template, prompt and response become a user's
-and an assistant's message; if not, they are joined as they are, so end the prompt with a space where one is needed.
+responses with scores. It may have a margin. The prompt may be spread over the columns system, history, context,
+instruction, question, input and tools; a column that looks like content and is not read is named. If the tokeniser has
+a chat template, prompt and response become a user's and an assistant's message; if not, they are joined as they are, so
+end the prompt with a space where one is needed.
 
 examples:
   prudent train --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl --output runs/reward
@@ -196,7 +198,18 @@ examples:
   prudent ppo --recipe pet --model NAME_OR_PATH --data pairs.jsonl --prompts prompts.txt --output runs/pet
   prudent ppo --config ppo.yaml --gold vader --data pairs.jsonl \\
       --stop-when "kl > 20 for 3" --stop-when "disagreement > 3x for 5 then rollback"\n""",
-        ("model", "prompts", "reward.source", "output", "data", "steps", "gold", "stop_when", "recipe"),
+        (
+            "model",
+            "prompts",
+            "reward.source",
+            "output",
+            "data",
+            "steps",
+            "gold",
+            "stop_when",
+            "skip_bad_rows",
+            "recipe",
+        ),
         (
             "kl.coef",
             "reward.aggregation",

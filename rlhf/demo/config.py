@@ -43,6 +43,9 @@ class DemoConfig(JobConfig):
         description="Real preference pairs (file or data set name); null: sampled ones, with a gold scorer.",
     )
     limit: int | None = Field(default=None, ge=1, description="Rows of preferences to read; null: all.")
+    skip_bad_rows: bool = Field(
+        default=False, description="Count broken rows of preferences and continue instead of stopping at the first."
+    )
     eval_fraction: float = Field(default=0.2, gt=0, lt=1, description="Share of the prompts of preferences held out.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Number type of the model; auto: bfloat16 if the machine multiplies it in hardware."

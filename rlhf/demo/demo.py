@@ -18,7 +18,16 @@ from tqdm import tqdm
 
 from ...engine import EnsembleHead, EnsembleRewardModel, Scorer, calibrate
 from ..data.gold import VaderGold
-from ..data.pairs import PairData, PreferencePair, load_pairs, split_by_prompt
+from ..data.pairs import (
+    PairData,
+    PreferencePair,
+    both_sides,
+    load_pairs,
+    names_of_sides,
+    readable_pairs,
+    split_by_prompt,
+    text_reader,
+)
 from ..evaluation.best_of_n import SINGLE, rewards, study
 from ..evaluation.metrics import evaluate_heads
 from ..evaluation.statistics import group_labels, pair_accuracy
@@ -106,7 +115,13 @@ class _Run:
         # read first, to refuse a broken file before a model is loaded
         prompts = [] if config.preferences else read_prompts(config.prompts, config.held_out_prompts)
         data = (
-            load_pairs(config.preferences, limit=config.limit, progress=self.progress, key="preferences")
+            load_pairs(
+                config.preferences,
+                limit=config.limit,
+                skip_bad_rows=config.skip_bad_rows,
+                progress=self.progress,
+                key="preferences",
+            )
             if config.preferences
             else None
         )
@@ -201,7 +216,11 @@ class _Run:
 
     def _with_preferences(self, data: PairData) -> tuple[dict[str, Any], report.Page]:
         config = self.config
-        train, held = split_by_prompt(data.pairs, config.eval_fraction, config.seed)
+        readers = [text_reader(self.tokenizer)]
+        (pairs,) = readable_pairs(
+            [data.pairs], readers, data.counts, skip_bad_rows=config.skip_bad_rows, key="preferences"
+        )
+        train, held = split_by_prompt(pairs, config.eval_fraction, config.seed)
         with self._stage(1):
             chosen, rejected = self._features(train + held)
         with self._stage(2):
@@ -221,9 +240,8 @@ class _Run:
     def _features(self, pairs: list[PreferencePair]) -> tuple[Tensor, Tensor]:
         model = EnsembleRewardModel.from_trunk(self.model)
         scorer = Scorer(model, self.tokenizer, progress=False)
-        items = [pair.items() for pair in pairs]
-        texts = [chosen for chosen, _ in items] + [rejected for _, rejected in items]
-        both = compute_features(scorer, texts, self.folder / "features", self.progress).features
+        folder = self.folder / "features"
+        both = compute_features(scorer, both_sides(pairs), folder, self.progress, names_of_sides(pairs)).features
         return both[: len(pairs)], both[len(pairs) :]
 
     # both

@@ -182,6 +182,10 @@ class PPOConfig(JobConfig):
         default=None,
         description="Preference pairs: what recipe pet trains on, and what the heads' std on samples is compared with.",
     )
+    skip_bad_rows: bool = Field(
+        default=False,
+        description="Count broken rows of prompts and data and continue instead of stopping at the first.",
+    )
     steps: int = Field(default=100, ge=1, description="Steps of the loop.")
     seed: int = Field(default=0, ge=0, lt=2**30, description="Seed of the run.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

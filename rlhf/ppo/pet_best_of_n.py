@@ -18,7 +18,7 @@ from ..job.files import atomic_write_json, atomic_write_text, read_json
 from ..models.features import compute_features
 from ..models.loading import load_language_model, load_reward_model, load_tokenizer
 from ..report.words import aligned, count, signed
-from ..sampling.prompts import Prompt, load_prompts, longest_prompt, prompt_order
+from ..sampling.prompts import Prompt, load_prompts, longest_prompt, prompt_order, reward_readers
 from ..sampling.stored import Request, Rollout, sample
 from ..sampling.tokens import Sampling
 from ..sampling.turn import Turn
@@ -73,7 +73,14 @@ def prepare(config: PPOConfig, progress: bool) -> Source:
     model = load_language_model("model", config.model, dtype).eval()
     turn = Turn(tokenizer, model)
     limit = longest_prompt(config.rollout, model.config, turn)
-    prompts = load_prompts(config.prompts, turn, limit, progress=progress)
+    prompts = load_prompts(
+        config.prompts,
+        turn,
+        limit,
+        readers=reward_readers("pet.start", None if config.pet.start in ("bt", "brme") else config.pet.start),
+        skip_bad_rows=config.skip_bad_rows,
+        progress=progress,
+    )
     prompt_order(len(prompts), 0, config.rollout.prompts_per_step, config.seed)  # refuses too few
     used = prompts[: config.best_of_prompts]
     gold = None if config.gold is None else open_gold(config.gold, Texts(tokenizer, used))

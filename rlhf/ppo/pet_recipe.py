@@ -159,6 +159,7 @@ def reward_config(config: PPOConfig) -> TrainConfig:
         mode="head",
         seed=config.seed,
         dtype=config.dtype,
+        skip_bad_rows=config.skip_bad_rows,
         pet=config.pet.model_copy(update=sampling),
         aggregation=config.reward.aggregation or TrainConfig.model_fields["aggregation"].default,
     )

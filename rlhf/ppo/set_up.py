@@ -61,11 +61,20 @@ def set_up(
         check_reading(config.reward.source, tokenizer, model)
 
     turn = Turn(tokenizer, model)
-    prompts = load_prompts(config.prompts, turn, longest_prompt(config.rollout, model.config, turn), progress=progress)
+    prompts = load_prompts(
+        config.prompts,
+        turn,
+        longest_prompt(config.rollout, model.config, turn),
+        readers=[] if reward.scorer is None else [reward.scorer.encode],
+        skip_bad_rows=config.skip_bad_rows,
+        progress=progress,
+    )
     prompt_order(len(prompts), 0, config.rollout.prompts_per_step, config.seed)  # refuses too few
     preferences = None
     if config.data is not None:
-        preferences = preference_texts(config.data, turn, model.config, len(prompts), config.seed)
+        preferences = preference_texts(
+            config.data, turn, model.config, len(prompts), config.seed, skip_bad_rows=config.skip_bad_rows
+        )
     texts = Texts(tokenizer, [*prompts, *(preferences.prompts if preferences else [])])
     source = open_source(config.reward, reward, texts)
     gold = None if config.gold is None else open_gold(config.gold, texts)

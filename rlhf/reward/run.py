@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ...engine import EnsembleHead, EnsembleRewardModel, Scorer
 from ...kernels import Aggregation
-from ..data.pairs import PreferencePair, load_pairs, split_by_prompt
+from ..data.pairs import PreferencePair, both_sides, load_pairs, names_of_sides
 from ..job.files import atomic_folder, atomic_write_json, read_json
 from ..job.log import RunLog
 from ..models.features import compute_features
 from ..models.loading import load_tokenizer, load_trunk
 from ..report.words import truncated_texts
 from .config import FitConfig, TrainConfig
-from .start import check_given
+from .start import check_given, split_readable
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Run:
             limit=config.limit,
             progress=progress,
         )
-        self.train, self.held_out = split_by_prompt(data.pairs, config.eval_fraction, config.seed)
+        self.train, self.held_out = split_readable(config, data, self.tokenizers, progress)
         if config.supervised == "brme":
             Aggregation.parse(config.aggregation).check_heads(config.brme.num_heads)
             if config.brme.num_heads > len(self.train):
@@ -83,7 +83,7 @@ class Run:
         self.dropped = {name: data.counts[name] for name in ("bad_rows", "duplicates", "equal", "below_gap")}
         self.counts = self._count(data.counts)
 
-    def _count(self, counts: dict[str, int]) -> dict[str, Any]:
+    def _count(self, counts: dict[str, Any]) -> dict[str, Any]:
         """Write data.json, or check that the data is still what an earlier start of the run has read."""
         digest = hashlib.sha256(repr((self.train, self.held_out)).encode()).hexdigest()[:16]
         summary = {
@@ -140,9 +140,7 @@ class Run:
 
     def read(self, name: str, model: EnsembleRewardModel, pairs: Sequence[PreferencePair]) -> tuple[Sides, Truncation]:
         """`features`, and what was cut off the texts."""
-        items = [pair.items() for pair in pairs]
-        texts = [chosen for chosen, _ in items] + [rejected for _, rejected in items]
-        names = [f"{pair_name(pair, i)}, {side}" for side in ("chosen", "rejected") for i, pair in enumerate(pairs)]
+        texts, names = both_sides(pairs), names_of_sides(pairs)
         scorer = self.scorer(name, model)
         found = compute_features(scorer, texts, self.feature_folder, self.progress, names)
         chosen, rejected = (side.to(self.device) for side in found.features.split(len(pairs)))
@@ -195,11 +193,6 @@ def with_head(model: EnsembleRewardModel, head: EnsembleHead, trunk: Any = None)
     reading = ("pooling", "append_eos", "max_score_length", "skip_token_id")
     options = {name: getattr(model.config, name) for name in reading}
     return EnsembleRewardModel.from_trunk(model.model if trunk is None else trunk, head=head, **options)
-
-
-def pair_name(pair: PreferencePair, index: int) -> str:
-    """What errors call a pair: its file and line, or its number."""
-    return pair.where or f"pair {index}"
 
 
 def _tokenizers(config: TrainConfig) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig
+from collections.abc import Mapping
+from typing import Any
 
 from ...engine import EnsembleRewardConfig, EnsembleRewardModel
-from ..models.loading import _load, load_reward_model, logger
+from ..data.pairs import PairData, PreferencePair, readable_pairs, split_by_prompt, text_reader
+from ..models.loading import load_config, load_reward_model, logger
 from .config import TrainConfig
 
 
@@ -30,7 +32,7 @@ def check_given(config: TrainConfig, mode: str) -> None:
 
 def _check_eos(key: str, name: str, config: TrainConfig) -> EnsembleRewardConfig | None:
     """The configuration of an EnsembleRewardModel; None for another classifier, which is checked when it is loaded."""
-    found = _load(key, name, "a reward model's folder or hub name", AutoConfig.from_pretrained)
+    found = load_config(key, name, "a reward model's folder or hub name")
     if not isinstance(found, EnsembleRewardConfig):
         return None
     if config.append_eos not in (None, found.append_eos):
@@ -60,7 +62,7 @@ def load_reward(key: str, name: str, config: TrainConfig) -> EnsembleRewardModel
 
 
 def _check_trunk(name: str) -> None:
-    found = _load("model", name, "a language model's folder or hub name", AutoConfig.from_pretrained)
+    found = load_config("model", name, "a language model's folder or hub name")
     if isinstance(found, EnsembleRewardConfig):
         raise ValueError(
             f"model: expected a language model, got the reward model {name}, whose heads would be dropped: to train "
@@ -68,3 +70,21 @@ def _check_trunk(name: str) -> None:
         )
     if any(kind.endswith("ForSequenceClassification") for kind in found.architectures or ()):
         logger.warning("model: %s has a classification head, which is dropped; to keep it, give it as stage1 too", name)
+
+
+def split_readable(
+    config: TrainConfig, data: PairData, tokenizers: Mapping[str, Any], progress: bool
+) -> list[list[PreferencePair]]:
+    """[training pairs, held-out pairs], without those that a tokeniser of the run refuses; corrects `data.counts`.
+
+    tokenizers: see `Run`. Raises ValueError, naming file and line, for the first such pair unless config.skip_bad_rows.
+    """
+    different = {id(tokenizer): tokenizer for name, tokenizer in tokenizers.items() if name != "policy"}
+    return readable_pairs(
+        split_by_prompt(data.pairs, config.eval_fraction, config.seed),
+        [text_reader(tokenizer) for tokenizer in different.values()],
+        data.counts,
+        prompt_encoders=[text_reader(tokenizers[name]) for name in ("policy",) if name in tokenizers],
+        skip_bad_rows=config.skip_bad_rows,
+        progress=progress,
+    )

@@ -10,13 +10,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...engine import EnsembleRewardModel, Scorer, calibrate
-from ..data.pairs import PreferencePair
+from ..data.pairs import PreferencePair, names_of_sides
 from ..job.files import atomic_folder
 from ..models.adapter import save_head
 from ..models.loading import load_reward_model
 from .config import FitConfig
 from .losses import partition
-from .run import Run, Scored, Truncation, pair_name
+from .run import Run, Scored, Truncation
 from .start import load_stage1
 from .trunk import train_trunk
 from .two_stage import preference_probability, seeded
@@ -91,11 +91,12 @@ def _rows(
     labels = {"p_hat": p_hat, "margin": margins}
     columns = {name: [None] * len(pairs) if t is None else t.tolist() for name, t in labels.items()}
     rows, texts, same = [], 0, 0
+    names = names_of_sides(pairs)
     bar = tqdm(pairs, desc="tokenising", unit="pair", delay=1, disable=not run.progress)
     for i, (pair, head) in enumerate(zip(bar, heads, strict=True)):
         row: dict[str, Any] = {"head": head, **{name: column[i] for name, column in columns.items()}}
-        for side, item in zip(("chosen", "rejected"), pair.items(), strict=True):
-            row[side], cut = scorer.encode_truncating(item, f"{pair_name(pair, i)}, {side}")
+        for side, item, name in zip(("chosen", "rejected"), pair.items(), names[i :: len(pairs)], strict=True):
+            row[side], cut = scorer.encode_truncating(item, name)
             texts += cut
         same += row["chosen"] == row["rejected"]
         rows.append(row)

@@ -6,7 +6,7 @@ import random
 from typing import Any, NamedTuple
 
 from ....engine.config import longest_in_company
-from ...data.pairs import load_pairs
+from ...data.pairs import load_pairs, readable_pairs
 from ...sampling.prompts import Prompt
 from ...sampling.turn import Turn
 from ..batch import Samples
@@ -21,18 +21,28 @@ class PreferenceTexts(NamedTuple):
     samples: Samples
 
 
-def preference_texts(source: str, turn: Turn, model_config: Any, count: int, seed: int) -> PreferenceTexts:
+def preference_texts(
+    source: str, turn: Turn, model_config: Any, count: int, seed: int, *, skip_bad_rows: bool = False
+) -> PreferenceTexts:
     """Chosen and rejected responses of up to `PAIRS` random preference pairs, without those too long for the model.
 
     Args:
         source: preference data for `load_pairs`.
         count: the number of the run's own prompts.
+        skip_bad_rows: leave out rows that are broken or that the policy's template or tokeniser refuses.
 
     Raises:
         ValueError: for data that cannot be read or has no response that fits.
     """
-    pairs = load_pairs(source).pairs
-    pairs = random.Random(f"preference data/{seed}").sample(pairs, min(PAIRS, len(pairs)))
+    data = load_pairs(source, skip_bad_rows=skip_bad_rows)
+    drawn = random.Random(f"preference data/{seed}").sample(data.pairs, min(PAIRS, len(data.pairs)))
+    (pairs,) = readable_pairs(
+        [drawn],
+        [lambda item, _: turn.whole(item["prompt"], item["response"])],
+        data.counts,
+        prompt_encoders=[lambda item, _: turn.prompt(item["prompt"])],
+        skip_bad_rows=skip_bad_rows,
+    )
     limit = longest_in_company(model_config)
     prompts: list[Prompt] = []
     rows: list[tuple[list[int], list[int], int]] = []
