@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -15,6 +16,22 @@ SHARING_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 def causal_lm(model: Any) -> Any:
     """The causal language model inside a peft wrapper, adapters in place; any other model is itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+# transformers 5.24 calls every cache `cache`; before, the last name was Mamba's and the other that of all others
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
+
+def cache_argument(trunk: Any) -> str:
+    """The name under which the forward pass of a model of transformers takes its cache."""
+    names = inspect.signature(trunk.forward).parameters
+    return next((name for name in _CACHE_NAMES if name in names), "past_key_values")
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in an output of transformers; None if it has none."""
+    known = output.keys()  # attributes of the old names exist beside the new one, and warn
+    return next((output[name] for name in _CACHE_NAMES if name in known), None)
 
 
 def logit_scale(config: Any) -> float:

@@ -236,8 +236,8 @@ class _Loop:
         return peaks
 
     def rollout(self, optimizer: Any) -> None:
-        from ..sampling.engines import Rule, Static
-        from ..sampling.tokens import Sampling
+        from ..sampling.engines import Static
+        from ..sampling.tokens import Rule, Sampling
 
         rollout = self.config.rollout
         sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)

@@ -14,35 +14,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, StaticLayer
 
-from ..models.causal_lm import causal_lm, next_logits
-from .shared_prefix import attending, decoder, shares_prefix
-from .tokens import Sampling, draw_tokens
+from ..models.causal_lm import cache_argument, cache_of, causal_lm, next_logits
+from .shared_prefix import Sampled, attending, sample_batch, shares_prefix
+from .tokens import Rule
 
 _ATTENTION = "prudent_static"
 _CHECK_EVERY = 16  # tokens between two looks, each of which waits for the GPU, at whether every row has stopped
 _Drawn = tuple[list[list[int]], list[bool]]
-
-
-class Rule:
-    """How one token is drawn and what ends a response: `Sampling`, the stop ids, and none of those before
-    `min_new_tokens` tokens."""
-
-    def __init__(self, sampling: Sampling, min_new_tokens: int, stop: set[int]) -> None:
-        self.sampling, self.min_new_tokens = sampling, min_new_tokens
-        self.stop = torch.tensor(sorted(stop))
-
-    def draw(self, logits: Tensor, uniform: Tensor, step: int | Tensor) -> Tensor:
-        """[N, V] logits and [N] numbers in [0, 1) -> [N] ids; `step`: how many tokens came before."""
-        if self.min_new_tokens:
-            early = torch.as_tensor(step, device=logits.device) < self.min_new_tokens
-            stop = self.stop.to(logits.device)
-            kept = logits[:, stop]
-            logits = logits.index_copy(1, stop, torch.where(early, float("-inf"), kept))
-        return draw_tokens(logits, uniform, self.sampling)
-
-    def ends(self, drawn: Tensor) -> Tensor:
-        """[N] ids -> [N] bool."""
-        return (drawn[:, None] == self.stop.to(drawn.device)).any(dim=1)
 
 
 def prompt_groups(prompts: list[list[int]]) -> tuple[list[list[int]], int]:
@@ -55,36 +33,29 @@ def prompt_groups(prompts: list[list[int]]) -> tuple[list[list[int]], int]:
 class SharedPrefix:
     """Each prompt is read once, its samples attend to one copy of it, and finished rows leave the batch.
 
-    The engine for a CPU. Families outside `decode.SHARING_MODELS` get a copy of the prompt for every sample.
+    The engine for a CPU, and for every family. Families outside `SHARING_MODELS` get a copy of the prompt's cache for
+    every sample.
     """
 
     name = "shared_prefix"
 
-    def __init__(self, rule: Rule) -> None:
-        self.rule = rule
+    def __init__(self, rule: Rule, padded: bool = True) -> None:
+        """padded: whether prompts of several lengths share a batch; some families are wrong behind padding."""
+        self.rule, self.padded = rule, padded
 
-    @torch.no_grad()
     def __call__(self, model: Any, prompts: list[list[int]], uniform: Tensor) -> _Drawn:
         """See `Sampler`."""
-        count, limit = uniform.shape
-        distinct, samples = prompt_groups(prompts)
-        tokens = torch.zeros(count, limit, dtype=torch.int64)
-        done = torch.zeros(count, dtype=torch.bool)
-        model = causal_lm(model)
-        with decoder(model, distinct, samples, limit) as batch:
-            hidden = batch.hidden.repeat_interleave(samples, dim=0)
-            for step in range(limit):
-                rows = batch.grid.flatten()
-                spent = uniform[rows, step].to(hidden.device)
-                drawn = self.rule.draw(next_logits(model, hidden), spent, step).cpu()
-                # finished rows that fill up the grid draw too, and nobody reads it
-                tokens[rows, step] = torch.where(done[rows], tokens[rows, step], drawn)
-                done[rows] |= self.rule.ends(drawn)
-                if step + 1 == limit or bool(done.all()):
-                    break
-                batch.shrink(done)
-                hidden = batch.feed(tokens[batch.grid.flatten(), step])
-        return _responses(tokens, self.rule)
+        lengths = {0} if self.padded else {len(prompt) for prompt in prompts}
+        responses: list[list[int]] = [[]] * len(prompts)
+        stopped = [False] * len(prompts)
+        for length in sorted(lengths):
+            rows = [row for row, prompt in enumerate(prompts) if self.padded or len(prompt) == length]
+            distinct, samples = prompt_groups([prompts[row] for row in rows])
+            *_, drawn = sample_batch(causal_lm(model), distinct, samples, uniform[rows], self.rule)
+            assert isinstance(drawn, Sampled)
+            for row, response, ended in zip(rows, drawn.tokens, drawn.stopped, strict=True):
+                responses[row], stopped[row] = response, ended
+        return responses, stopped
 
 
 class Static:
@@ -122,7 +93,7 @@ class Static:
         mask = attended[:, :width].long()
         read = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
         logits = next_logits(model, read.last_hidden_state[:, -1]).repeat_interleave(samples, dim=0)
-        cache = _static_cache(read.past_key_values, width, samples, size)
+        cache = _static_cache(cache_of(read), width, samples, size)
         del read
         attention = _decoding_attention(model, size)
         mask = attended[:, None, None].repeat_interleave(samples, dim=0)
@@ -145,7 +116,7 @@ class _Step:
     def __init__(
         self, model: Any, rule: Rule, cache: Cache, uniform: Tensor, mask: Tensor, position: Tensor, width: int
     ) -> None:
-        self.model, self.rule, self.cache, self.uniform = model, rule, cache, uniform
+        self.model, self.rule, self.uniform = model, rule, uniform
         device = uniform.device
         self.tokens = torch.zeros(uniform.shape, dtype=torch.int64, device=device)
         self.token = torch.zeros(len(uniform), 1, dtype=torch.int64, device=device)
@@ -158,14 +129,14 @@ class _Step:
         rule.stop = rule.stop.to(device)  # once: a graph cannot copy from the CPU
         names = inspect.signature(model.base_model.forward).parameters
         # transformers 5 below 5.2 finds its place in the cache by this
-        self._extra = {"cache_position": self.column} if "cache_position" in names else {}
+        self._extra: dict[str, Any] = {"cache_position": self.column} if "cache_position" in names else {}
+        self._extra[cache_argument(model.base_model)] = cache
 
     def __call__(self) -> None:
         hidden = self.model.base_model(
             input_ids=self.token,
             position_ids=self.position,
             attention_mask=self.mask,
-            past_key_values=self.cache,
             use_cache=True,
             **self._extra,
         ).last_hidden_state[:, -1]
@@ -241,7 +212,7 @@ def _refuse_windows(model: Any, size: int) -> None:
     if kinds == {"full_attention"} and getattr(config, "use_sliding_window", None) is False:
         return
     raise ValueError(
-        f"rollout.engine: expected shared_prefix or continuous for {config.model_type}, whose layers do not all attend "
+        f"rollout.engine: expected shared_prefix for {config.model_type}, whose layers do not all attend "
         f"to {size} positions, got static"
     )
 
@@ -253,7 +224,7 @@ def _refuse_dynamic_rope(model: Any) -> None:
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each kind of layer
     if any(part.get("rope_type") == "dynamic" for part in parts):
         raise ValueError(
-            f"rollout.engine: expected shared_prefix or continuous for {config.model_type} with rope_type dynamic, "
+            f"rollout.engine: expected shared_prefix for {config.model_type} with rope_type dynamic, "
             "whose rotary frequencies change with the length, got static"
         )
 
@@ -313,7 +284,7 @@ class Continuous:
         attention = model.config._attn_implementation
         if attention == "eager" and getattr(model.config, "attn_logit_softcapping", None):
             raise ValueError(  # transformers' eager attention over pages leaves the cap out
-                f"rollout.engine: expected static or shared_prefix for {model.config.model_type} without flash-attn, "
+                f"rollout.engine: expected shared_prefix for {model.config.model_type} without flash-attn, "
                 "whose attention scores are softcapped, got continuous"
             )
         limit, stop = uniform.shape[1], self.rule.stop.tolist()
@@ -338,7 +309,7 @@ class Continuous:
         errors = {str(output.error) for output in answers if output.error is not None}
         if len(answers) != len(prompts) or errors or not all(output.generated_tokens for output in answers):
             why = ", ".join(sorted(errors)) or f"{len(answers)} rows of {len(prompts)}"
-            raise RuntimeError(f"rollout.engine: continuous batching failed ({why}); engine static does without it")
+            raise RuntimeError(f"rollout.engine: continuous batching failed ({why}); shared_prefix needs none of it")
         responses = [list(output.generated_tokens[:limit]) for output in answers]
         return responses, [response[-1] in stop for response in responses]
 

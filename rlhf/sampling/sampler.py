@@ -1,4 +1,4 @@
-"""What the policy says: responses drawn by one of several engines behind one small interface."""
+"""Choose the engine that draws responses; all have one interface, `Sampler`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ..job.log import say_once
-from ..models.causal_lm import causal_lm, has_values, next_logits
+from ..models.causal_lm import causal_lm
+from .checks import caches_attention_alone, check_logits, takes_padding
 from .config import RolloutConfig
-from .engines import Continuous, Rule, SharedPrefix, Static
-from .tokens import Sampling
+from .engines import Continuous, SharedPrefix, Static
+from .tokens import Rule, Sampling
+from .turn import Ending
 
 
 class Sampler(Protocol):
@@ -34,19 +36,22 @@ class Sampler(Protocol):
         ...
 
 
-def open_sampler(config: RolloutConfig, model: Any, stop: set[int], device: torch.device | str) -> Sampler:
+def open_sampler(
+    config: RolloutConfig, model: Any, stop: set[int], device: torch.device | str, ending: Ending | None = None
+) -> Sampler:
     """The engine that `config.engine` names; auto: shared_prefix on a CPU, the faster of the other two on a GPU.
 
     Args:
         config: how tokens are drawn. With top_k, top_p or min_new_tokens the responses come from a truncated
             distribution, whose probabilities the update does not know: it takes those of the whole vocabulary.
-        model: what will be sampled from, for a check that its logits are its output layer on its last hidden states.
-        stop: ids that end a response (`rollout.Turn.stop`).
+        model: what will be sampled from; a few tokens are read with it, to check that the engine is right for it.
+        stop: ids that end a response (`Turn.stop`).
         device: where the model is.
+        ending: where the text of a response ends (`Turn.ending`); None: at a stop id alone.
 
     Raises:
-        ValueError: for no stop id, min_new_tokens above max_new_tokens or with engine continuous, or a model that does
-            more to its logits.
+        ValueError: for no stop id; min_new_tokens above max_new_tokens, or with engine continuous; a model that does
+            more to its logits, cannot be decoded, or not by the engine that is named.
     """
     if not stop:
         raise ValueError("stop: expected at least one token id that ends a response, got none")
@@ -56,38 +61,49 @@ def open_sampler(config: RolloutConfig, model: Any, stop: set[int], device: torc
             f"got {config.min_new_tokens}"
         )
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
-    rule = Rule(sampling, config.min_new_tokens, stop)
-    engine: str = config.engine
-    if engine == "auto" and torch.device(device).type == "cpu":
-        engine = "shared_prefix"
-    if engine == "auto" and config.min_new_tokens:
-        engine = "static"
-    if engine == "continuous":
-        return Continuous(rule)
+    engine = _engine(config, model, Rule(sampling, config.min_new_tokens, stop), device)
+    return engine if ending is None or not ending.text else EndedByText(engine, ending, config.min_new_tokens)
+
+
+def _engine(config: RolloutConfig, model: Any, rule: Rule, device: torch.device | str) -> Sampler:
     check_logits(model)
-    if engine == "auto":
-        return Faster(Static(rule), Continuous(rule), rows=rows_at_once(config, config.prompts_per_step))
-    return SharedPrefix(rule) if engine == "shared_prefix" else Static(rule)
+    name: str = config.engine
+    if name in ("static", "continuous"):
+        if not caches_attention_alone(model):
+            raise ValueError(
+                f"rollout.engine: expected shared_prefix or auto for {causal_lm(model).config.model_type}, "
+                f"whose layers cache other things than keys and values, got {name}"
+            )
+        return Static(rule) if name == "static" else Continuous(rule)
+    if name == "auto" and torch.device(device).type != "cpu" and caches_attention_alone(model):
+        if config.min_new_tokens:
+            return Static(rule)
+        rows = rows_at_once(config, config.prompts_per_step)
+        otherwise = SharedPrefix(rule, padded=takes_padding(model))
+        return Faster(Static(rule), Continuous(rule), otherwise=otherwise, rows=rows)
+    return SharedPrefix(rule, padded=takes_padding(model))
 
 
-@torch.no_grad()
-def check_logits(model: Any) -> None:
-    """ValueError if the logits are not the output layer on the last hidden states, softcapped or not.
+class EndedByText:
+    """An engine whose responses end where their text says, which no single token need tell; see `Ending`.
 
-    Engines draw from the latter, and the update computes probabilities from it.
+    The engine draws on behind such an end, up to a stop id or the limit, and the response is cut at it: random numbers
+    belong to their row and token, so that the response is the one that would have been drawn.
     """
-    lm = causal_lm(model)
-    if not has_values(lm.get_input_embeddings().weight):
-        return
-    ids = torch.arange(2, device=lm.device)[None] % lm.config.get_text_config().vocab_size
-    want = lm(input_ids=ids, use_cache=False).logits[:, -1].float()
-    got = next_logits(lm, lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]).float()
-    scale = max(float(want.abs().max()), 1e-6)
-    if not float((got - want).abs().max()) <= 0.02 * scale:  # a few roundings of bfloat16
-        raise ValueError(
-            f"model: expected logits that are the output layer on the last hidden state, got others from "
-            f"{type(lm).__name__}, whose probabilities would be wrong"
-        )
+
+    def __init__(self, engine: Sampler, ending: Ending, min_new_tokens: int) -> None:
+        self._engine, self._ending, self._least = engine, ending, min_new_tokens
+
+    @property
+    def name(self) -> str:
+        """The engine's."""
+        return self._engine.name
+
+    def __call__(self, model: Any, prompts: list[list[int]], uniform: Tensor) -> tuple[list[list[int]], list[bool]]:
+        """See `Sampler`."""
+        drawn = zip(*self._engine(model, prompts, uniform), strict=True)
+        rows = [self._ending.cut(response, stopped, self._least) for response, stopped in drawn]
+        return [response for response, _ in rows], [stopped for _, stopped in rows]
 
 
 def rows_at_once(config: RolloutConfig, prompts: int) -> int:
@@ -101,48 +117,51 @@ class Faster:
     """Times two engines on the first full batch, says so, and is the faster one from then on.
 
     Fewer rows than `rows` come before that (a run keeps the texts of a few prompts first) and say nothing of a full
-    batch's speed: the first engine that can draws them.
+    batch's speed: the first engine that does not fail draws them.
+
+    Args:
+        engines: those that are timed.
+        otherwise: draws where all of them fail.
+        rows: of a full batch.
     """
 
-    def __init__(self, *engines: Sampler, rows: int = 1) -> None:
+    def __init__(self, *engines: Sampler, otherwise: Sampler, rows: int = 1) -> None:
         self.name = "auto"
-        self._engines, self._rows = engines, rows
+        self._engines, self._otherwise, self._rows = engines, otherwise, rows
         self._chosen: Sampler | None = None
 
     def __call__(self, model: Any, prompts: list[list[int]], uniform: Tensor) -> tuple[list[list[int]], list[bool]]:
-        """See `Sampler`; an engine that fails is not chosen, and one at least must not."""
+        """See `Sampler`; an engine that fails is not chosen."""
         if self._chosen is not None:
             return self._chosen(model, prompts, uniform)
         if len(prompts) < self._rows:
             return self._untimed(model, prompts, uniform)
-        timed: list[tuple[float, int]] = []
-        drawn: dict[int, tuple[list[list[int]], list[bool]]] = {}
+        timed: list[tuple[float, Sampler, tuple[list[list[int]], list[bool]]]] = []
         notes = []
-        for number, engine in enumerate(self._engines):
+        for engine in self._engines:
             try:
                 engine(model, prompts[:8], uniform[:8, :8])  # loads kernels
                 start = time.perf_counter()
-                drawn[number] = engine(model, prompts, uniform)
-            except Exception as error:  # whatever it is, the other engine goes on; without one it is raised below
-                if number + 1 == len(self._engines) and not timed:
-                    raise
+                drawn = engine(model, prompts, uniform)
+            except Exception as error:  # whatever it is, another engine goes on
                 notes.append(f"{engine.name} failed ({' '.join(str(error).split())[:200]})")
                 continue
             seconds = time.perf_counter() - start
-            rate = sum(map(len, drawn[number][0])) / seconds
-            timed.append((rate, number))
+            rate = sum(map(len, drawn[0])) / seconds
+            timed.append((rate, engine, drawn))
             notes.append(f"{engine.name} {rate:.0f} tokens/s")
-        best = max(timed)[1]
-        self._chosen = self._engines[best]
+        if timed:
+            _, self._chosen, drawn = max(timed, key=lambda one: one[0])
+        else:
+            self._chosen, drawn = self._otherwise, self._otherwise(model, prompts, uniform)
         self.name = self._chosen.name
         say_once(f"rollout engine: {self.name} ({', '.join(notes)})")
-        return drawn[best]
+        return drawn
 
     def _untimed(self, model: Any, prompts: list[list[int]], uniform: Tensor) -> tuple[list[list[int]], list[bool]]:
-        *others, last = self._engines
-        for engine in others:
+        for engine in self._engines:
             try:
                 return engine(model, prompts, uniform)
             except Exception:  # said when a full batch is timed
                 continue
-        return last(model, prompts, uniform)
+        return self._otherwise(model, prompts, uniform)

@@ -18,8 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..models.causal_lm import SHARING_MODELS, next_logits
-from .tokens import Sampling, draw_tokens
+from ..models.causal_lm import SHARING_MODELS, cache_argument, cache_of, next_logits
+from .tokens import Rule
 
 _ATTENTION = "prudent_shared_prefix"
 
@@ -27,14 +27,15 @@ _ATTENTION = "prudent_shared_prefix"
 class Sampled(NamedTuple):
     """G prompts x S samples, row g * S + s.
 
-    tokens    [G * S] lists of response ids, the stop token not among them
-    stopped   [G * S] whether the model stopped by itself (False: cut at max_new_tokens)
-    features  [G * S, D] the trunk's last hidden state after the closing tokens, in its own dtype, on the CPU
+    tokens    [G * S] lists of response ids, the stop token included where one was drawn
+    stopped   [G * S] whether the last id is a stop token (False: cut at max_new_tokens)
+    features  [G * S, D] the trunk's last hidden state after the closing tokens, which stand in the stop token's place,
+              in the trunk's dtype, on the CPU; None without closing tokens
     """
 
     tokens: list[list[int]]
     stopped: list[bool]
-    features: Tensor
+    features: Tensor | None
 
 
 class _SharedLayer(CacheLayerMixin):
@@ -170,7 +171,8 @@ class Decoder:
             extra = {"position_ids": place.clamp_min(0), "attention_mask": (place >= 0).long()}
             extra = {name: value.to(model.device) for name, value in extra.items()}
         output = self._trunk(input_ids=torch.tensor(rows).to(model.device), use_cache=True, **extra)
-        cache: Any = output.past_key_values
+        cache: Any = cache_of(output)
+        self._cache_argument = cache_argument(self._trunk)
         last = (lengths if self.sharing else torch.full_like(lengths, width)) - 1
         hidden = output.last_hidden_state
         self.hidden = hidden[:, -1] if self._even else hidden[torch.arange(len(prompts)), last.to(hidden.device)]
@@ -183,14 +185,17 @@ class Decoder:
             ]
             self._cache: Any = Cache(layers=layers)
         else:
-            cache.batch_repeat_interleave(samples)
+            # not batch_repeat_interleave, which layers of linear attention have not
+            cache.reorder_cache(torch.arange(len(prompts), device=model.device).repeat_interleave(samples))
             self._cache = cache
             if not self._even:
                 self._mask = extra["attention_mask"].repeat_interleave(samples, dim=0)
 
     def feed(self, ids: Tensor) -> Tensor:
         """[grid.numel()] ids, in the grid's order -> the hidden states [grid.numel(), D] after them."""
-        extra: dict[str, Any] = {"shared_prefix": self._cache} if self.sharing else {}
+        extra: dict[str, Any] = {self._cache_argument: self._cache}
+        if self.sharing:
+            extra["shared_prefix"] = self._cache
         if self._mask is not None:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
             extra["attention_mask"] = self._mask
@@ -198,7 +203,6 @@ class Decoder:
         hidden: Tensor = self._trunk(
             input_ids=ids[:, None].to(lengths.device),
             position_ids=lengths[:, None] + self._read,
-            past_key_values=self._cache,
             use_cache=True,
             **extra,
         ).last_hidden_state[:, -1]
@@ -220,7 +224,7 @@ class Decoder:
             for layer in self._cache.layers:
                 layer.select(groups, samples)
         else:
-            self._cache.batch_select_indices(kept)
+            self._cache.reorder_cache(kept)
             self._mask = None if self._mask is None else self._mask[kept]
         self._lengths = self._lengths[kept]
         self.grid = self.grid[groups[:, None], samples]
@@ -241,64 +245,70 @@ def decoder(model: Any, prompts: Sequence[Sequence[int]], samples: int, capacity
         yield Decoder(model, prompts, samples, capacity)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample_batch(
-    model: PreTrainedModel, prompts: Tensor, uniform: Tensor, sampling: Sampling, *, stop: set[int], closing: list[int]
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    samples: int,
+    uniform: Tensor,
+    rule: Rule,
+    closing: Sequence[int] = (),
 ) -> Iterator[int | Sampled]:
-    """Sample S responses to each of G prompts of one length; yields how many tokens each step drew, then the `Sampled`.
+    """Sample S responses to each of G prompts; yields how many tokens each step drew, then the `Sampled`.
 
     Args:
         model: a causal language model of transformers, in eval mode.
-        prompts: [G, P] int64 token ids, no padding.
-        uniform: [G, S, max_new_tokens] numbers in [0, 1): sample s of prompt g spends its own row, so that the same
+        prompts: G lists of token ids, of any lengths.
+        samples: S.
+        uniform: [G * S, max_new_tokens] numbers in [0, 1): token t of row i spends uniform[i, t], so that the same
             numbers give the same responses.
-        stop: token ids that end a response.
+        rule: how a token is drawn, and which end a response.
         closing: ids read after every response, cut ones too; the features are those after the last of them.
     """
-    groups, samples, steps = uniform.shape
-    with decoder(model, prompts.tolist(), samples, steps + len(closing)) as batch:
-        first = next_logits(model, batch.hidden).repeat_interleave(samples, dim=0)
-        result = _Rows(groups * samples, stop, closing, steps)
-        drawn = draw_tokens(first, uniform[:, :, 0].flatten().to(first.device), sampling)
-        yield result.take(torch.arange(groups * samples), drawn.tolist())
-        rows = uniform.flatten(0, 1)
-        for step in range(1, steps + len(closing) + 1):
-            fed = batch.grid.flatten()
-            hidden = batch.feed(torch.tensor([result.next_input(row) for row in fed.tolist()]))
-            result.keep_features(fed, hidden)
-            speaking = result.speaking(fed)
-            if len(speaking):
-                spent = rows[fed[speaking], step].to(hidden.device)
-                drawn = draw_tokens(next_logits(model, hidden[speaking.to(hidden.device)]), spent, sampling)
-                yield result.take(fed[speaking], drawn.tolist())
-            if result.done.all():
+    limit = uniform.shape[1]
+    with decoder(model, prompts, samples, limit + len(closing)) as batch:
+        rows = _Rows(len(prompts) * samples, rule, closing, limit)
+        hidden, fed = batch.hidden.repeat_interleave(samples, dim=0), batch.grid.flatten()
+        while True:
+            drawing = rows.drawing(fed)
+            if len(drawing):
+                spent = uniform[fed[drawing], rows.step].to(hidden.device)
+                drawn = rule.draw(next_logits(model, hidden[drawing.to(hidden.device)]), spent, rows.step)
+                yield rows.take(fed[drawing], drawn.tolist())
+            if rows.done.all():
                 break
-            batch.shrink(result.done)
-    yield Sampled(result.tokens, result.stopped, torch.stack(result.features))
+            batch.shrink(rows.done)
+            fed = batch.grid.flatten()
+            hidden = batch.feed(torch.tensor([rows.next_input(row) for row in fed.tolist()]))
+            rows.keep_features(fed, hidden)
+    yield Sampled(rows.tokens, rows.stopped, torch.stack(rows.features) if closing else None)
 
 
 class _Rows:
-    """What each row has said, and what it is to read next."""
+    """What has been drawn for each row, and what the row reads next. All rows that draw have drawn `step` tokens."""
 
-    def __init__(self, count: int, stop: set[int], closing: list[int], limit: int) -> None:
+    def __init__(self, count: int, rule: Rule, closing: Sequence[int], limit: int) -> None:
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.stopped = [False] * count
         self.features: list[Tensor] = [torch.empty(0)] * count
         self.done = torch.zeros(count, dtype=torch.bool)
+        self.step = 0
         self._queue: list[list[int]] = [[] for _ in range(count)]
         self._closed = [False] * count
-        self._stop, self._closing, self._limit = stop, closing, limit
+        self._stop, self._closing, self._limit = set(rule.stop.tolist()), list(closing), limit
 
     def take(self, rows: Tensor, drawn: list[int]) -> int:
         """Add the tokens drawn for `rows`; returns how many they were."""
+        self.step += 1
         for row, token in zip(rows.tolist(), drawn, strict=True):
+            self.tokens[row].append(token)
             self.stopped[row] = token in self._stop
             if not self.stopped[row]:
-                self.tokens[row].append(token)
                 self._queue[row].append(token)
-            if self.stopped[row] or len(self.tokens[row]) == self._limit:
+            if self.stopped[row] or self.step == self._limit:
                 self._queue[row] += self._closing
                 self._closed[row] = True
+                self.done[row] = not self._closing
         return len(drawn)
 
     def next_input(self, row: int) -> int:
@@ -311,6 +321,6 @@ class _Rows:
                 self.done[row] = True
                 self.features[row] = hidden[position].cpu().clone()
 
-    def speaking(self, fed: Tensor) -> Tensor:
+    def drawing(self, fed: Tensor) -> Tensor:
         """Positions in `fed` whose rows draw another token now."""
         return torch.tensor([i for i, row in enumerate(fed.tolist()) if not self._closed[row]], dtype=torch.int64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +23,12 @@ from ...engine.config import longest_in_company
 from ...engine.weights import reading_weights
 from ..data.rows import Prompt
 from ..job.files import atomic_file, repaired_json_lines, writing
+from .checks import takes_padding
 from .shared_prefix import Sampled, sample_batch
-from .tokens import Sampling, keyed_uniforms
+from .tokens import Rule, Sampling, keyed_uniforms
 from .turn import Turn
+
+_REREAD_ROWS = 32  # texts in one forward pass
 
 
 class Request(NamedTuple):
@@ -35,7 +39,10 @@ class Request(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """The responses to one prompt: texts, whether each ended by itself, and features [S, D] in the trunk's dtype."""
+    """The responses to one prompt: texts, whether each ended by itself, and features [S, D] in the trunk's dtype.
+
+    Features are the trunk's last hidden states on what `Turn.read` makes of prompt and text, as a `Scorer` reads them.
+    """
 
     prompt: Prompt
     responses: list[str]
@@ -81,6 +88,8 @@ def sample(
     if len({json.dumps(request.prompt) for request in requests}) != len(requests):
         raise ValueError("prompts: expected different ones, got one twice")
     turn = Turn(tokenizer, model)
+    rule = Rule(sampling, 0, turn.stop)
+    takes_padding(model)  # refuses a model that cannot be decoded
     prompts = [turn.prompt(request.prompt) for request in requests]
     _check_length(model, requests, prompts, sampling.max_new_tokens + len(turn.closing))
     batches = plan([len(ids) for ids in prompts], [request.samples for request in requests], batch_rows)
@@ -91,18 +100,55 @@ def sample(
     with tqdm(total=total, initial=done, desc="responses", unit="resp", disable=not progress) as bar:
         tokens, start = 0, bar.format_dict["elapsed"]
         for number, batch in todo:
-            uniform = torch.stack([uniforms(requests[i], sampling, seed) for i in batch])
-            ids = torch.tensor([prompts[i] for i in batch])
-            for drawn in sample_batch(model, ids, uniform, sampling, stop=turn.stop, closing=turn.closing):
+            uniform = torch.cat([uniforms(requests[i], sampling, seed) for i in batch])
+            ids = [prompts[i] for i in batch]
+            for drawn in sample_batch(model, ids, requests[batch[0]].samples, uniform, rule, turn.closing):
                 if isinstance(drawn, Sampled):
-                    count = len(drawn.tokens) // len(batch)
-                    texts = [turn.text(prompts[batch[row // count]], said) for row, said in enumerate(drawn.tokens)]
-                    store.add(number, batch, drawn, texts)
+                    store.add(number, batch, _as_texts(model, turn, [requests[i].prompt for i in batch], ids, drawn))
                     continue
                 tokens += drawn
                 bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'] - start, 1e-9):.0f} tokens/s")
             bar.update(sum(requests[i].samples for i in batch))
     return store.read(batches)
+
+
+class _Texts(NamedTuple):
+    """G prompts x S responses, row g * S + s; features [G * S, D]."""
+
+    texts: list[str]
+    stopped: list[bool]
+    features: Tensor
+
+
+def _as_texts(model: Any, turn: Turn, items: list[Prompt], prompts: list[list[int]], drawn: Sampled) -> _Texts:
+    """What was drawn, as texts with the features of these texts.
+
+    A text read through the template may have other tokens than were drawn: templates write or remove think blocks, and
+    a tokeniser has several ways to spell a text. The trunk reads such texts again.
+    """
+    assert drawn.features is not None
+    count = len(drawn.tokens) // len(items)
+    features = drawn.features
+    texts: list[str] = []
+    stopped: list[bool] = []
+    others: dict[int, list[int]] = {}
+    for row, (response, ended) in enumerate(zip(drawn.tokens, drawn.stopped, strict=True)):
+        item, prompt = items[row // count], prompts[row // count]
+        said = response[:-1] if ended else response
+        response, ended = turn.ending.cut(response, ended)
+        texts.append(turn.text(prompt, response, ended))
+        stopped.append(ended)
+        ids = turn.read(item, texts[-1])
+        if ids != [*prompt, *said, *turn.closing]:
+            others[row] = ids
+    for _, same in groupby(sorted(others, key=lambda row: len(others[row])), key=lambda row: len(others[row])):
+        rows = list(same)
+        for part in (rows[i : i + _REREAD_ROWS] for i in range(0, len(rows), _REREAD_ROWS)):
+            with torch.no_grad():
+                batch = torch.tensor([others[row] for row in part]).to(model.device)
+                hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, -1]
+            features[part] = hidden.to(features)
+    return _Texts(texts, stopped, features)
 
 
 def _check_length(model: Any, requests: Sequence[Request], prompts: Sequence[list[int]], room: int) -> None:
@@ -139,9 +185,9 @@ class _Store:
     def has(self, number: int, batch: list[int]) -> bool:
         return all(i in self.rows for i in batch) and self._features(number).is_file()
 
-    def add(self, number: int, batch: list[int], drawn: Sampled, texts: list[str]) -> None:
+    def add(self, number: int, batch: list[int], drawn: _Texts) -> None:
         """The features first, whole, then the lines that are not there yet: a kill between leaves nothing wrong."""
-        count = len(drawn.tokens) // len(batch)
+        count = len(drawn.texts) // len(batch)
         with atomic_file(self._features(number)) as temporary:
             save_file({"features": drawn.features.view(len(batch), count, -1)}, temporary)
         lines = []
@@ -152,7 +198,7 @@ class _Store:
             self.rows[index] = {
                 "index": index,
                 "prompt": self.requests[index].prompt,
-                "responses": texts[rows],
+                "responses": drawn.texts[rows],
                 "stopped": drawn.stopped[rows],
             }
             lines.append(json.dumps(self.rows[index], ensure_ascii=False) + "\n")

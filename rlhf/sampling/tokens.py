@@ -1,4 +1,4 @@
-"""Draw tokens from logits with random numbers that belong to a key."""
+"""Draw tokens from logits with random numbers that belong to a key, and know which of them end a response."""
 
 from __future__ import annotations
 
@@ -43,3 +43,30 @@ def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     goal = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     pick = (mass <= goal).sum(dim=-1, keepdim=True)
     return (pick if ids is None else ids.gather(1, pick))[:, 0]
+
+
+class Rule:
+    """How one token is drawn, and which tokens end a response.
+
+    Attributes:
+        sampling: see `Sampling`.
+        min_new_tokens: before so many tokens no stop id is drawn.
+        stop: [M] ids that end a response.
+    """
+
+    def __init__(self, sampling: Sampling, min_new_tokens: int, stop: set[int]) -> None:
+        self.sampling, self.min_new_tokens = sampling, min_new_tokens
+        self.stop = torch.tensor(sorted(stop), dtype=torch.int64)
+
+    def draw(self, logits: Tensor, uniform: Tensor, step: int | Tensor) -> Tensor:
+        """[N, V] logits and [N] numbers in [0, 1) -> [N] ids; `step`: how many tokens came before."""
+        if self.min_new_tokens:
+            early = torch.as_tensor(step, device=logits.device) < self.min_new_tokens
+            stop = self.stop.to(logits.device)
+            kept = logits[:, stop]
+            logits = logits.index_copy(1, stop, torch.where(early, float("-inf"), kept))
+        return draw_tokens(logits, uniform, self.sampling)
+
+    def ends(self, drawn: Tensor) -> Tensor:
+        """[N] ids -> [N] bool."""
+        return (drawn[:, None] == self.stop.to(drawn.device)).any(dim=1)

@@ -23,8 +23,8 @@ from prudent.rlhf.ppo.memory import auto_micro_tokens, job_shape
 from prudent.rlhf.ppo.policy.policy import Policy, RewardOnTrunk
 from prudent.rlhf.ppo.score import score
 from prudent.rlhf.ppo.update import MinibatchGradient, _step, _Tally, open_optimizer
-from prudent.rlhf.sampling.engines import Rule, SharedPrefix, Static
-from prudent.rlhf.sampling.tokens import Sampling
+from prudent.rlhf.sampling.engines import SharedPrefix, Static
+from prudent.rlhf.sampling.tokens import Rule, Sampling
 
 SIZES = {
     "vocab_size": 3000, "hidden_size": 192, "intermediate_size": 640, "num_hidden_layers": 3,

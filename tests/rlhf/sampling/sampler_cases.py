@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prudent.rlhf.sampling.engines import Rule
-from prudent.rlhf.sampling.tokens import Sampling
+from prudent.rlhf.sampling.tokens import Rule, Sampling
 
 VOCAB = 40
 
@@ -22,7 +21,7 @@ def a_model(family: str = "llama", **changes: Any) -> Any:
         heads = {"num_attention_heads": 4}
     torch.manual_seed(1)
     ids = {"bos_token_id": 0, "eos_token_id": 3, "pad_token_id": 0}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **heads, **ids, **changes))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **heads, **ids, **changes}))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
+from prudent.rlhf.sampling.checks import check_logits
 from prudent.rlhf.sampling.config import RolloutConfig
 from prudent.rlhf.sampling.engines import Continuous, SharedPrefix, Static
-from prudent.rlhf.sampling.sampler import Faster, check_logits, open_sampler
+from prudent.rlhf.sampling.sampler import Faster, open_sampler
 
 from .sampler_cases import VOCAB, a_model, a_rule, alone, numbers, some_prompts
 
@@ -146,7 +147,7 @@ def test_a_short_window_is_refused_by_the_static_cache_alone() -> None:
     model, prompts, uniform = a_model("mistral", sliding_window=8), some_prompts([6, 4]), numbers(2, 12)
     responses, _ = SharedPrefix(a_rule())(model, prompts, uniform)
     assert responses == [alone(model, p, u, a_rule())[0] for p, u in zip(prompts, uniform, strict=True)]
-    with pytest.raises(ValueError, match=r"rollout.engine: expected shared_prefix or continuous for mistral"):
+    with pytest.raises(ValueError, match=r"rollout.engine: expected shared_prefix for mistral"):
         Static(a_rule())(model, prompts, uniform)
 
 
@@ -162,9 +163,7 @@ def test_rotary_frequencies_that_change_with_the_length_are_refused_by_the_stati
 ) -> None:
     model, prompts, uniform = a_model(), some_prompts([6, 4]), numbers(2, 12)
     model.config.rope_parameters = rope
-    with pytest.raises(
-        ValueError, match=r"expected shared_prefix or continuous for llama with rope_type dynamic, .* g"
-    ):
+    with pytest.raises(ValueError, match=r"expected shared_prefix for llama with rope_type dynamic, .* g"):
         Static(a_rule())(model, prompts, uniform)
     assert len(SharedPrefix(a_rule())(model, prompts, uniform)[0]) == 2
 
@@ -240,7 +239,7 @@ def test_continuous_batching_that_fails_before_its_first_row_leaves_the_model_it
     model, prompts, uniform = a_model(), some_prompts([4, 6]), numbers(2, 12)
     model.set_attn_implementation(attention)
     expected = SharedPrefix(a_rule())(model, prompts, uniform)
-    chosen = Faster(SharedPrefix(a_rule()), Continuous(a_rule()))
+    chosen = Faster(Continuous(a_rule()), otherwise=SharedPrefix(a_rule()))
     assert chosen(model, prompts, uniform) == expected
     assert chosen.name == "shared_prefix"
     assert model.config._attn_implementation == attention
@@ -255,5 +254,5 @@ def test_continuous_batching_attends_as_the_policy_does_where_flash_attention_is
 
 def test_continuous_batching_refuses_softcapped_scores_that_its_eager_attention_would_not_cap() -> None:
     model = a_model("gemma2")
-    with pytest.raises(ValueError, match=r"expected static or shared_prefix for gemma2 .* softcapped, got continuous"):
+    with pytest.raises(ValueError, match=r"expected shared_prefix for gemma2 .* softcapped, got continuous"):
         Continuous(a_rule())(model, some_prompts([4]), numbers(1, 4))

@@ -142,7 +142,7 @@ def test_the_faster_engine_is_kept_and_said_once(
 ) -> None:
     slow, fast = _Engine("static", 2.0), _Engine("continuous", 1.0)
     monkeypatch.setattr(sampler.time, "perf_counter", lambda: slow.clock + fast.clock)
-    both = Faster(slow, fast)
+    both = Faster(slow, fast, otherwise=slow)
     both(None, [[1]] * 10, torch.zeros(10, 4))
     both(None, [[1]] * 10, torch.zeros(10, 4))
     assert (both.name, slow.calls, fast.calls) == ("continuous", 2, 3)
@@ -157,7 +157,7 @@ def test_engines_are_timed_on_a_full_batch_and_not_on_the_few_rows_of_the_first_
             return super().__call__(model, prompts, uniform)
 
     few, many, broken = Few("static", 0.0), _Engine("continuous", 1.0), _Engine("broken", 1.0, RuntimeError("no"))
-    both = Faster(broken, few, many, rows=8)
+    both = Faster(broken, few, many, otherwise=broken, rows=8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler.time, "perf_counter", lambda: few.clock + many.clock)
         both(None, [[1]] * 4, torch.zeros(4, 4))
@@ -174,10 +174,13 @@ def test_a_full_batch_has_whole_groups_where_one_fits(prompts: int, samples: int
     assert sampler.rows_at_once(config, prompts) == rows
 
 
-def test_an_engine_that_fails_is_not_chosen_and_both_failing_is_an_error() -> None:
+def test_an_engine_that_fails_is_not_chosen_and_where_all_fail_another_draws() -> None:
     broken, whole = _Engine("static", 1.0, RuntimeError("no memory")), _Engine("continuous", 1.0)
-    chosen = Faster(broken, whole)
+    chosen = Faster(broken, whole, otherwise=broken)
     chosen(None, [[1]], torch.zeros(1, 4))
     assert chosen.name == "continuous"
+    last = Faster(broken, broken, otherwise=whole)
+    last(None, [[1]], torch.zeros(1, 4))
+    assert last.name == "continuous"
     with pytest.raises(RuntimeError, match="no memory"):
-        Faster(broken, broken)(None, [[1]], torch.zeros(1, 4))
+        Faster(broken, otherwise=broken)(None, [[1]], torch.zeros(1, 4))

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prudent.engine import EnsembleRewardModel, Scorer
 from prudent.rlhf.sampling import shared_prefix
 from prudent.rlhf.sampling.shared_prefix import Sampled, sample_batch
-from prudent.rlhf.sampling.tokens import Sampling
+from prudent.rlhf.sampling.tokens import Rule, Sampling, draw_tokens
+from prudent.rlhf.sampling.turn import Turn
 
 
 def _random_model(model_type: str) -> Any:
@@ -35,9 +36,10 @@ def _random_model(model_type: str) -> Any:
 def _run(
     model: Any, prompts: torch.Tensor, uniform: torch.Tensor, sampling: Sampling, stop: set[int], closing: list[int]
 ) -> Sampled:
-    *steps, result = sample_batch(model, prompts, uniform, sampling, stop=stop, closing=closing)
+    rule = Rule(sampling, 0, stop)
+    *steps, result = sample_batch(model, prompts.tolist(), uniform.shape[1], uniform.flatten(0, 1), rule, closing)
     assert isinstance(result, Sampled)
-    assert sum(steps) == sum(len(t) for t in result.tokens) + sum(result.stopped)
+    assert sum(steps) == sum(len(t) for t in result.tokens)
     return result
 
 
@@ -72,11 +74,11 @@ def _by_hand(
                 if running > goal:
                     token = int(ids[i])
                     break
+            said.append(token)
             if token in stop:
                 stopped = True
                 break
-            said.append(token)
-        ids = torch.tensor([prompt + said + closing])
+        ids = torch.tensor([prompt + said[: len(said) - stopped] + closing])
         feature = model.base_model(ids).last_hidden_state[0, -1]
     return said, stopped, feature
 
@@ -96,6 +98,7 @@ def test_every_response_and_feature_equals_the_one_made_alone_without_a_cache(mo
         own = prompts[row // 5].tolist(), uniform[row // 5, row % 5]
         said, stopped, feature = _by_hand(model, *own, sampling, stop, [3, 5])
         assert (result.tokens[row], result.stopped[row]) == (said, stopped)
+        assert result.features is not None
         torch.testing.assert_close(result.features[row], feature, rtol=1e-4, atol=1e-4)
 
 
@@ -108,13 +111,15 @@ def test_sharing_the_prompt_gives_the_same_samples_as_copying_it(monkeypatch: py
     monkeypatch.setattr(shared_prefix, "SHARING_MODELS", ())
     copied = _run(model, prompts, uniform, Sampling(12), stop, [3])
     assert shared.tokens == copied.tokens
+    assert shared.features is not None
+    assert copied.features is not None
     torch.testing.assert_close(shared.features, copied.features, rtol=1e-4, atol=1e-4)
 
 
 def test_the_model_keeps_its_own_attention_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _random_model("llama")
     before = model.config._attn_implementation
-    steps = sample_batch(model, torch.tensor([[5, 6]]), torch.rand(1, 2, 3), Sampling(3), stop={3}, closing=[3])
+    steps = sample_batch(model, [[5, 6]], 2, torch.rand(2, 3), Rule(Sampling(3), 0, {3}), [3])
     next(steps)
     steps.close()  # as an interrupt would
     assert model.config._attn_implementation == before
@@ -130,7 +135,7 @@ def test_a_window_shorter_than_the_sequence_is_not_shared() -> None:
 def test_draw_follows_the_truncated_distribution() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0, -1.0]]).expand(40_000, 5)
     uniform = torch.rand(40_000, generator=torch.Generator().manual_seed(0))
-    drawn = shared_prefix.draw_tokens(logits, uniform, Sampling(1, temperature=2.0, top_k=4, top_p=0.8))
+    drawn = draw_tokens(logits, uniform, Sampling(1, temperature=2.0, top_k=4, top_p=0.8))
     # at temperature 2 the four likeliest have .455 .276 .167 .102: the first three reach .8
     expected = torch.softmax(torch.tensor([3.0, 2.0, 1.0]) / 2, 0)
     share = torch.bincount(drawn, minlength=5) / 40_000
@@ -141,26 +146,24 @@ def test_draw_follows_the_truncated_distribution() -> None:
 def test_draw_takes_the_likeliest_token_at_the_edges_of_the_unit_interval() -> None:
     logits = torch.tensor([[1.0, 5.0, 0.0], [1.0, 5.0, 0.0]])
     below_one = 1 - 2**-24
-    drawn = shared_prefix.draw_tokens(logits, torch.tensor([0.0, below_one]), Sampling(1, top_k=50, top_p=0.5))
+    drawn = draw_tokens(logits, torch.tensor([0.0, below_one]), Sampling(1, top_k=50, top_p=0.5))
     assert drawn.tolist() == [1, 1]
 
 
 def test_features_equal_the_scorers_on_prompt_response_and_closing_tokens(tiny_chat_folder: Path) -> None:
-    from prudent.rlhf.sampling.turn import Turn
-
     model = AutoModelForCausalLM.from_pretrained(tiny_chat_folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat_folder)
     turn = Turn(tokenizer, model)
     prompt = turn.prompt("it was a long day")
-    uniform = torch.rand(1, 12, 6, generator=torch.Generator().manual_seed(0))
-    sampling = Sampling(6)
-    steps = sample_batch(model, torch.tensor([prompt]), uniform, sampling, stop=turn.stop, closing=turn.closing)
-    result = list(steps)[-1]
+    uniform = torch.rand(12, 6, generator=torch.Generator().manual_seed(0))
+    *_, result = sample_batch(model, [prompt], 12, uniform, Rule(Sampling(6), 0, turn.stop), turn.closing)
     assert isinstance(result, Sampled)
+    assert result.features is not None
     scorer = Scorer(EnsembleRewardModel.from_trunk(model), tokenizer, progress=False)
-    ids = [prompt + tokens + turn.closing for tokens in result.tokens]
+    said = [tokens[: len(tokens) - ended] for tokens, ended in zip(result.tokens, result.stopped, strict=True)]
+    ids = [prompt + tokens + turn.closing for tokens in said]
     torch.testing.assert_close(result.features, scorer.features(ids), rtol=1e-4, atol=1e-4)
     # and a text scored later is read at the same tokens
-    texts = [{"prompt": "it was a long day", "response": tokenizer.decode(tokens)} for tokens in result.tokens]
-    spoken = [i for i, tokens in enumerate(result.tokens) if tokens]
+    texts = [{"prompt": "it was a long day", "response": tokenizer.decode(tokens)} for tokens in said]
+    spoken = [i for i, tokens in enumerate(said) if tokens]
     assert [scorer.encode(texts[i]) for i in spoken] == [ids[i] for i in spoken]

@@ -24,9 +24,9 @@ from prudent.rlhf.ppo.policy.attention import FLASH, Attention
 from prudent.rlhf.ppo.policy.load import load_model
 from prudent.rlhf.ppo.policy.policy import Policy, RewardOnTrunk
 from prudent.rlhf.ppo.policy.precision import cast
-from prudent.rlhf.sampling.engines import Rule, Static
+from prudent.rlhf.sampling.engines import Static
 from prudent.rlhf.sampling.sampler import check_logits
-from prudent.rlhf.sampling.tokens import Sampling
+from prudent.rlhf.sampling.tokens import Rule, Sampling
 
 from ..cases import (
     FAMILIES,
