@@ -1,5 +1,6 @@
 # make demo   the main job, from a bare machine: environment, native library, model, report
 # make test   the same environment, then the tests
+# make compat the tests of all that touches transformers, on the oldest and the newest release that pyproject.toml admits
 # make bench  the ops against eager and torch.compile on this machine: table, JSON, CSV, picture in runs/bench
 # make check  ruff, the format and mypy over the package
 
@@ -14,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 BUILT_FROM := requirements.txt pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/csrc/*)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench check setup clean help
+.PHONY: demo test compat compat-oldest compat-newest bench check setup clean help
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -38,6 +39,23 @@ demo: $(INSTALLED)
 # one thread a worker: two workers on two cores, rather than two workers fighting over four threads
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# an environment each; the native library is not built again, for nothing here depends on it
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+COMPAT_TESTS := tests/engine tests/rlhf/models tests/rlhf/sampling tests/rlhf/ppo/policy tests/rlhf/ppo/rewards \
+	tests/rlhf/ppo/test_score.py tests/rlhf/ppo/test_loop.py
+
+compat: compat-oldest compat-newest
+compat-oldest: RELEASE := transformers==$(OLDEST)
+compat-newest: RELEASE := transformers<6
+
+compat-oldest compat-newest: compat-%:
+	test -x build/compat/$*/bin/python || $(PYTHON) -m venv build/compat/$*
+	build/compat/$*/bin/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	PRUDENT_NATIVE=0 build/compat/$*/bin/python -m pip install --disable-pip-version-check --quiet --upgrade \
+		--no-build-isolation -e '.[test]' '$(RELEASE)'
+	build/compat/$*/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|peft|trl) '
+	OMP_NUM_THREADS=1 build/compat/$*/bin/python -m pytest $(PYTEST_ARGS) -p no:cacheprovider $(COMPAT_TESTS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest --confcutdir=bench/suite bench/suite --benchmark-only --benchmark-quiet $(BENCH_ARGS)

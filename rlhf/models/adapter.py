@@ -65,10 +65,12 @@ def _renamed(name: str, prefix: str, other: str) -> str:
     return other + name[len(prefix) :] if name.startswith(prefix) else name
 
 
-def save_head(head: EnsembleHead, folder: Path, *, append_eos: bool = True) -> None:
+def save_head(
+    head: EnsembleHead, folder: Path, *, append_eos: bool = True, max_score_length: int | None = None
+) -> None:
     """Weights, calibration and settings of an ensemble head: head.safetensors and head.json.
 
-    append_eos: whether the heads were trained on plain texts that end with EOS; see `EnsembleRewardConfig`.
+    append_eos, max_score_length: of the texts that the heads were trained on; see `EnsembleRewardConfig`.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     save_file(tensors, folder / "head.safetensors")
@@ -78,6 +80,7 @@ def save_head(head: EnsembleHead, folder: Path, *, append_eos: bool = True) -> N
         "aggregation": str(head.aggregation),
         "std_floor": head.std_floor,
         "append_eos": append_eos,
+        "max_score_length": max_score_length,
     }
     (folder / "head.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
@@ -87,14 +90,10 @@ def is_reward_adapter(folder: Path | str) -> bool:
     return all((Path(folder) / name).is_file() for name in ("adapter_config.json", _WEIGHTS, "head.json"))
 
 
-def appends_eos(folder: Path | str) -> bool:
-    """The `append_eos` of a folder that `save_head` wrote."""
-    return bool(_settings(Path(folder))["append_eos"])
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """The settings in head.json; ValueError if one is missing."""
-    settings = read_json(folder / "head.json")
+def adapter_settings(folder: Path | str) -> dict[str, Any]:
+    """The settings of heads in a folder that `save_head` wrote. ValueError if one is missing."""
+    folder = Path(folder)
+    settings: dict[str, Any] = read_json(folder / "head.json")
     missing = [name for name in _SETTINGS if name not in settings]
     if missing:
         raise ValueError(f"{folder / 'head.json'}: expected {', '.join(_SETTINGS)}, got none for {', '.join(missing)}")
@@ -109,7 +108,7 @@ def load_head(folder: Path | str) -> EnsembleHead:
     """
     folder = Path(folder)
     try:
-        settings = _settings(folder)
+        settings = adapter_settings(folder)
         head = EnsembleHead(
             settings["hidden_size"],
             settings["num_heads"],

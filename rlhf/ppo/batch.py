@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +17,14 @@ class Samples(NamedTuple):
     responses     N lists of drawn ids, the stop token included where one was drawn; at least one token each
     stopped       N: whether the last id is a drawn stop token (False: cut at max_new_tokens)
     prompt_index  N: number of the prompt in the run's list of prompts
+    texts         N responses as texts, where they were texts before they were tokens; None: the ids say
     """
 
     prompts: list[list[int]]
     responses: list[list[int]]
     stopped: list[bool]
     prompt_index: list[int]
+    texts: list[Any] | None = None
 
 
 class TokenBatch(NamedTuple):

@@ -155,7 +155,8 @@ def _gold(source: Source, rollouts: list[Rollout]) -> Tensor:
             responses.append(whole[len(prompt.ids) :])
             index.append(row)
     assert source.gold is not None
-    reward = source.gold(Samples(prompts, responses, [True] * len(index), index)).reward
+    texts = [text for drawn in rollouts for text in drawn.responses]
+    reward = source.gold(Samples(prompts, responses, [True] * len(index), index, texts)).reward
     bad = reward.isnan()
     if bool(bad.all()):
         raise ValueError("gold: expected a number for some response, got none")

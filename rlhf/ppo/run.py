@@ -21,6 +21,7 @@ from .batch import Samples, Scored
 from .checkpoint import Checkpoints, Saved, State
 from .config import PPOConfig
 from .policy.policy import Policy
+from .rewards.reading import Reading
 from .rewards.sources import RewardSource
 from .rollout import draw
 from .score import score
@@ -52,6 +53,7 @@ class Run:
     prompts: list[Prompt]
     preferences: PreferenceTexts | None  # None without `config.data`
     reward: RewardSource | None  # None: the heads on the policy's trunk
+    reading: Reading | None  # how those heads read samples; None: a reward from outside
     sampler: Sampler
     optimizer: torch.optim.Optimizer
     controller: KLController
@@ -74,7 +76,7 @@ class Run:
 
     def score(self, samples: Samples) -> Scored:
         """Log-probabilities, values and rewards of `samples`."""
-        return score(self.policy, self.reward, samples, self.config, closing=self.turn.closing, progress=False)
+        return score(self.policy, self.reward, samples, self.config, closing=self.turn.closing, reading=self.reading)
 
     def keep_texts(self, step: int) -> None:
         """Write the current policy's responses to the first prompts into samples.jsonl."""
@@ -82,6 +84,8 @@ class Run:
         config = self.config.model_copy(update={"rollout": one})
         numbers = list(range(min(TEXTS, len(self.prompts))))
         samples = draw(self.sampler, self.policy, self.prompts, numbers, config, step, progress=False)
+        drawn = zip(samples.prompts, samples.responses, samples.stopped, strict=True)
+        samples = samples._replace(texts=[self.turn.text(*row) for row in drawn])
         self.monitor.texts(step, self.score(samples))
 
     def refuse_bad(self, step: int, metrics: dict[str, float]) -> None:

@@ -13,6 +13,7 @@ from ...kernels import nominal_reward
 from .batch import Samples, Scored, TokenBatch, micro_batches, response_mask, sequence_length, token_batch
 from .config import PPOConfig
 from .policy.policy import Policy
+from .rewards.reading import Reading
 from .rewards.sources import Rewards, RewardSource
 
 
@@ -23,6 +24,7 @@ def score(
     config: PPOConfig,
     *,
     closing: Sequence[int] = (),
+    reading: Reading | None = None,
     progress: bool = False,
 ) -> Scored:
     """Log-probabilities, values and rewards of `samples`.
@@ -36,6 +38,8 @@ def score(
         samples: as drawn.
         config: `update.micro_tokens` bounds the tokens of one forward pass, `rollout.temperature` is read.
         closing: ids read after every response by a reward on the trunk; see `token_batch`.
+        reading: encodes samples as that reward was trained to read them. Samples whose ids are others than prompt,
+            response and closing are read once more, by the reward alone. None: no sample is.
         progress: a bar over tokens on stderr.
 
     Raises:
@@ -55,6 +59,8 @@ def score(
             tables.read_frozen(indices)
             tables.read_trained(indices)
             bar.update(sum(sequence_length(samples, i, len(closing)) for i in indices))
+        if reading is not None:
+            tables.read_again(reading.others(samples, closing), config.micro_tokens)
     if policy.reward_head is None:
         assert reward is not None
         return tables.scored(reward(samples))
@@ -92,7 +98,26 @@ class _Tables:
             return
         if policy.reward_kind == "adapter":
             hidden = policy.hidden(batch, "reward")
-        out = head(hidden, batch.last, centre="none")
+        self._judge(indices, hidden, batch.last)
+
+    def read_again(self, sequences: dict[int, list[int]], budget: int) -> None:
+        """The rewards of samples that heads on the trunk read as other `sequences`; NaN for an empty one."""
+        policy = self.policy
+        rows = [row for row, ids in sequences.items() if ids]
+        for numbers in self.rewards:
+            if numbers is not None:
+                numbers[[row for row, ids in sequences.items() if not ids]] = float("nan")
+        # each as a prompt whose response is a stop token: that is read up to the prompt's last id
+        alone = Samples([sequences[row] for row in rows], [[0]] * len(rows), [True] * len(rows), rows)
+        for part in micro_batches(alone, range(len(rows)), budget, policy.packed):
+            batch = token_batch(alone, part, packed=policy.packed, device=policy.device)
+            self._judge([rows[i] for i in part], policy.hidden(batch, "reward"), batch.last)
+
+    def _judge(self, indices: list[int], hidden: Tensor, last: Tensor) -> None:
+        """The rewards of the samples `indices` by the heads on the trunk, which read hidden[last]."""
+        head = self.policy.reward_head
+        assert head is not None
+        out = head(hidden, last, centre="none")
         mean, std = out.mean.detach(), out.std.detach()
         usable = (mean.isfinite() & std.isfinite()).all(1)
         found = Rewards(torch.where(usable, out.reward.detach(), float("nan")), mean=mean, std=std)

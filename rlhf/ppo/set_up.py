@@ -21,7 +21,7 @@ from .policy.describe import describe_policy
 from .policy.load import load_model
 from .policy.policy import Policy
 from .rewards.open import open_gold, open_source
-from .rewards.resolve import check_reading, resolve_reward
+from .rewards.resolve import open_reading, resolve_reward
 from .rewards.sources import Texts
 from .run import Run
 from .stop import StopRules
@@ -57,8 +57,6 @@ def set_up(
 
     reward = resolve_reward(config.reward, model, device)
     refuse_unread_by_reward(config, reward.kind)
-    if reward.on_trunk is not None:
-        check_reading(config.reward.source, tokenizer, model)
 
     turn = Turn(tokenizer, model)
     prompts = load_prompts(
@@ -77,6 +75,7 @@ def set_up(
         )
     texts = Texts(tokenizer, [*prompts, *(preferences.prompts if preferences else [])])
     source = open_source(config.reward, reward, texts)
+    reading = None if reward.on_trunk is None else open_reading(config.reward.source, texts, model)
     gold = None if config.gold is None else open_gold(config.gold, texts)
 
     # the run's config from here on: auto has become a number
@@ -87,7 +86,7 @@ def set_up(
     with peft_hushed():
         policy = Policy(config, model, device=device, reward=reward.on_trunk)
     with policy.sampling() as sampled:
-        sampler = open_sampler(config.rollout, sampled, turn.stop, device)
+        sampler = open_sampler(config.rollout, sampled, turn.stop, device, turn.ending)
 
     rules = StopRules(config.stop_when)
     rules.refuse(unmeasured(config, reward.num_heads))
@@ -99,6 +98,7 @@ def set_up(
         prompts=prompts,
         preferences=preferences,
         reward=source,
+        reading=reading,
         sampler=sampler,
         optimizer=open_optimizer(policy, config),
         controller=KLController(config.kl.coef, config.kl.target, config.kl.horizon),

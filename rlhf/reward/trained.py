@@ -110,5 +110,6 @@ def _save_adapter(run: Run, model: EnsembleRewardModel) -> None:
         return
     with atomic_folder(target) as folder:
         shutil.copytree(trained, folder, dirs_exist_ok=True)
-        save_head(model.score, folder, append_eos=model.config.append_eos)
+        reading = {name: getattr(model.config, name) for name in ("append_eos", "max_score_length")}
+        save_head(model.score, folder, **reading)
         run.tokenizers["model"].save_pretrained(folder)

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -255,6 +256,11 @@ def _attend(
 AttentionInterface.register(_ATTENTION, _attend)
 
 
+def has_continuous_batching() -> bool:
+    """Whether transformers has the continuous batching that `Continuous` asks; the first releases of 5 have not."""
+    return hasattr(transformers, "ContinuousBatchingConfig")
+
+
 class Continuous:
     """transformers' continuous batching: rows join and leave at every token, keys and values lie in pages.
 
@@ -266,6 +272,11 @@ class Continuous:
     name = "continuous"
 
     def __init__(self, rule: Rule) -> None:
+        if not has_continuous_batching():
+            raise ValueError(
+                "rollout.engine: expected a transformers with ContinuousBatchingConfig for continuous, got "
+                f"{transformers.__version__}; shared_prefix and static do without"
+            )
         if rule.min_new_tokens:
             raise ValueError(
                 "rollout.min_new_tokens: expected 0 with engine continuous, which cannot forbid the stop token, "
@@ -276,11 +287,7 @@ class Continuous:
     def __call__(self, model: Any, prompts: list[list[int]], uniform: Tensor) -> _Drawn:
         """See `Sampler`. RuntimeError if the batch comes back with rows missing; ValueError for scores that are
         softcapped without flash-attn."""
-        from transformers import GenerationConfig
-
         model = causal_lm(model)
-        if not hasattr(model, "generate_batch"):
-            raise ValueError("rollout.engine: expected transformers with generate_batch for continuous, got none in it")
         attention = model.config._attn_implementation
         if attention == "eager" and getattr(model.config, "attn_logit_softcapping", None):
             raise ValueError(  # transformers' eager attention over pages leaves the cap out
@@ -289,7 +296,7 @@ class Continuous:
             )
         limit, stop = uniform.shape[1], self.rule.stop.tolist()
         sampling = self.rule.sampling
-        generation = GenerationConfig(
+        generation = transformers.GenerationConfig(
             do_sample=True,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
@@ -316,14 +323,10 @@ class Continuous:
 
 def _paging(prompts: list[list[int]], limit: int, seed: int) -> dict[str, Any]:
     """Room for these rows and no more: left to itself, the cache takes nine tenths of the free memory."""
-    import transformers
-
-    kind = getattr(transformers, "ContinuousBatchingConfig", None)
-    if kind is None:  # earlier transformers 5
-        return {}
+    kind = transformers.ContinuousBatchingConfig
     known = {field.name for field in dataclasses.fields(kind)}
     page = 32
-    wanted = {
+    wanted: dict[str, Any] = {
         "page_size" if "page_size" in known else "block_size": page,
         "num_blocks": sum(-(-(len(prompt) + limit) // page) + 1 for prompt in prompts),
         "max_batch_tokens": max(len(prompts), 4096),

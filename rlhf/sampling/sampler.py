@@ -12,7 +12,7 @@ from ..job.log import say_once
 from ..models.causal_lm import causal_lm
 from .checks import caches_attention_alone, check_logits, takes_padding
 from .config import RolloutConfig
-from .engines import Continuous, SharedPrefix, Static
+from .engines import Continuous, SharedPrefix, Static, has_continuous_batching
 from .tokens import Rule, Sampling
 from .turn import Ending
 
@@ -20,7 +20,10 @@ from .turn import Ending
 class Sampler(Protocol):
     """An engine. Equal prompts stand together, so that their samples may share keys and values."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What `rollout.engine` calls it."""
+        ...
 
     def __call__(self, model: Any, prompts: list[list[int]], uniform: Tensor) -> tuple[list[list[int]], list[bool]]:
         """Draw one response a row.
@@ -76,7 +79,7 @@ def _engine(config: RolloutConfig, model: Any, rule: Rule, device: torch.device 
             )
         return Static(rule) if name == "static" else Continuous(rule)
     if name == "auto" and torch.device(device).type != "cpu" and caches_attention_alone(model):
-        if config.min_new_tokens:
+        if config.min_new_tokens or not has_continuous_batching():
             return Static(rule)
         rows = rows_at_once(config, config.prompts_per_step)
         otherwise = SharedPrefix(rule, padded=takes_padding(model))

@@ -112,7 +112,7 @@ def _attend(
     to_prompt = torch.bmm(q, keys.transpose(1, 2))
     if layer.padding is not None:
         to_prompt.view(groups, -1, length).masked_fill_(layer.padding, float("-inf"))
-    to_own = torch.bmm(q.view(flat), own_keys.transpose(1, 2)).view(groups * heads, samples * rep, layer.length)
+    to_own = torch.bmm(q.reshape(flat), own_keys.transpose(1, 2)).view(groups * heads, samples * rep, layer.length)
     weights = torch.softmax(torch.cat([to_prompt, to_own], dim=-1), dim=-1)
     out = torch.bmm(weights[..., :length], values)
     own = weights[..., length:].reshape(groups * heads * samples, rep, layer.length)

@@ -26,7 +26,13 @@ class Turn:
         self._encoder = ItemEncoder(tokenizer, append_eos=True, max_length=None, vocab_size=size)
         limit = max_positions(model.config.get_text_config())
         self._reader = ItemEncoder(tokenizer, append_eos=True, max_length=limit, vocab_size=size)
-        cut, whole = (self._ids({"prompt": "a", "response": "b", "complete": c}) for c in (False, True))
+        try:
+            cut, whole = (self._ids({"prompt": "a", "response": "b", "complete": c}) for c in (False, True))
+        except ValueError as error:
+            raise ValueError(
+                "tokenizer: expected a chat template that writes a response as it is, so that one can be sampled, got: "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from error
         if whole[: len(cut)] != cut or len(whole) == len(cut):
             raise ValueError("tokenizer: expected a chat template or EOS token that closes a response after its text")
         self.closing = whole[len(cut) :]

@@ -10,14 +10,17 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ....engine import EnsembleHead, EnsembleRewardConfig, Scorer
+from ....engine.config import max_positions
 from ....engine.own_code import refusing_own_code
 from ....engine.text import ItemEncoder
 from ...job.files import refuse_mistyped
-from ...models.adapter import appends_eos, is_reward_adapter, load_head
+from ...models.adapter import adapter_settings, is_reward_adapter, load_head
 from ...models.causal_lm import causal_lm
 from ...models.loading import LoadedReward, load_reward, load_tokenizer, model_folder
 from ..config import Kind, RewardConfig, kind_by_name
 from ..policy.policy import RewardOnTrunk
+from .reading import Reading
+from .sources import Texts
 
 _SAMPLE = 4096  # elements of each tensor that are compared: a trunk that was trained differs in every matrix
 _BATCH_TOKENS = 8192  # of a reward model, padding included
@@ -96,41 +99,35 @@ def _resolved(config: RewardConfig, policy: Any, device: torch.device | str) -> 
     return Resolved("model", scorer=_scorer(config, _load(config) if loaded is None else loaded, device))
 
 
-def check_reading(source: str | Path, tokenizer: Any, policy: Any) -> None:
-    """Refuse a reward on the policy's trunk that was trained on other tokens than the policy will give it.
-
-    The reward's own tokeniser and EOS rule encode two short sequences (as `Scorer` does), the policy's tokeniser the
-    prompt and `rollout.Turn` what closes the response: the ids must be the same.
+def open_reading(source: str | Path, texts: Texts, policy: Any) -> Reading:
+    """How a reward on the policy's trunk reads samples: by its own tokeniser, template, EOS rule and length.
 
     Args:
         source: of a reward of kind shared or adapter.
-        tokenizer: the policy's.
+        texts: the run's prompts and the policy's tokeniser.
         policy: the causal language model.
 
     Raises:
-        ValueError: for ids that differ.
+        ValueError: for a reward that cannot read the first prompt.
     """
-    folder = str(_adapter_folder(source) or model_folder(source))
-    theirs = load_tokenizer("reward.source", folder)
-    if _adapter_folder(source) is None:
-        config = _config(folder)
-        append_eos = config.append_eos if isinstance(config, EnsembleRewardConfig) else True
-    else:
-        append_eos = appends_eos(folder)
-    size = causal_lm(policy).get_input_embeddings().num_embeddings
-    encoders = [
-        ItemEncoder(t, append_eos=a, max_length=None, vocab_size=size)
-        for t, a in ((theirs, append_eos), (tokenizer, True))
-    ]
-    for text in ("How was it?", "One day, 2 cats sat."):
-        item = {"prompt": text, "response": " It was fine."}
-        read, trained = (encoder.encode(item)[0] for encoder in reversed(encoders))
-        if read != trained:
-            raise ValueError(
-                f"reward.source: expected a reward trained on the tokens that the policy reads, got {source}, which "
-                f"reads {trained[-8:]} at the end where the policy reads {read[-8:]} (another tokeniser, chat template "
-                "or append_eos); reward.kind=model takes it, with a trunk and tokeniser of its own"
-            )
+    adapter = _adapter_folder(source)
+    folder = str(adapter or model_folder(source))
+    settings: Any = adapter_settings(adapter) if adapter else vars(_config(folder))
+    trunk = causal_lm(policy)
+    limits = (settings.get("max_score_length"), max_positions(trunk.config.get_text_config()))
+    encoder = ItemEncoder(
+        load_tokenizer("reward.source", folder),
+        append_eos=settings.get("append_eos", True),
+        max_length=min((n for n in limits if n is not None), default=None),
+        vocab_size=trunk.get_input_embeddings().num_embeddings,
+    )
+    reading = Reading(encoder, texts, settings.get("skip_token_id"))
+    for prompt in texts.prompts[:1]:
+        try:
+            reading.encode(prompt.item, "a")
+        except ValueError as error:
+            raise ValueError(f"reward.source: {source} cannot read the prompts: {error}") from error
+    return reading
 
 
 def _adapter_folder(source: str | Path) -> Path | None:
@@ -186,8 +183,6 @@ def _other_shape(reward: Any, policy: Any) -> str | None:
         return "which is no EnsembleRewardModel"
     if reward.pooling != "last":
         return f"whose pooling is {reward.pooling}, not last"
-    if reward.skip_token_id is not None:
-        return f"whose heads skip the token {reward.skip_token_id} at the end, as the policy's do not"
     for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
         theirs, ours = getattr(reward.text_config, name, None), getattr(policy, name, None)
         if theirs != ours:

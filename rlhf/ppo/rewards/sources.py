@@ -11,7 +11,7 @@ from torch import Tensor
 from ...data.gold import VaderGold
 from ...data.rows import Prompt as PromptItem
 from ...sampling.prompts import Prompt
-from ...sampling.turn import response_text
+from ...sampling.turn import Ending
 from ..batch import Samples
 
 
@@ -46,15 +46,18 @@ class Texts:
 
     def __init__(self, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
         self.tokenizer, self.prompts = tokenizer, prompts
+        self._ending = Ending(tokenizer)
 
     def prompts_of(self, samples: Samples) -> list[PromptItem]:
         """The prompts as they were given: texts, messages, {"messages", "tools"} or {"system", "text"}."""
         return [self.prompts[index].item for index in samples.prompt_index]
 
     def responses_of(self, samples: Samples) -> list[str]:
-        """The responses without stop token and other special tokens."""
+        """The texts of the responses, without the stop token and the template's closing."""
+        if samples.texts is not None:
+            return samples.texts
         rows = zip(samples.prompts, samples.responses, samples.stopped, strict=True)
-        return [response_text(self.tokenizer, p, r[:-1] if stopped else r) for p, r, stopped in rows]
+        return [self._ending.said(prompt, response, stopped) for prompt, response, stopped in rows]
 
     def whole_of(self, samples: Samples) -> list[str]:
         """Prompt and response in the policy's own template, special tokens included."""

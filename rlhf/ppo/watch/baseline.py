@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ....engine.config import longest_in_company
 from ...data.pairs import load_pairs, readable_pairs
+from ...data.rows import Text
 from ...sampling.prompts import Prompt
 from ...sampling.turn import Turn
 from ..batch import Samples
@@ -45,7 +46,7 @@ def preference_texts(
     )
     limit = longest_in_company(model_config)
     prompts: list[Prompt] = []
-    rows: list[tuple[list[int], list[int], int]] = []
+    rows: list[tuple[list[int], list[int], int, Text]] = []
     for pair in pairs:
         opening = turn.prompt(pair.prompt)
         number = count + len(prompts)
@@ -56,10 +57,10 @@ def preference_texts(
                 continue
             # a tokeniser may merge the end of the prompt with the start of the response, which then begins there
             shared = next((i for i, (a, b) in enumerate(zip(opening, whole, strict=False)) if a != b), len(opening))
-            rows.append((whole[:shared], [*whole[shared : -len(turn.closing)], turn.closing[0]], number))
+            rows.append((whole[:shared], [*whole[shared : -len(turn.closing)], turn.closing[0]], number, response))
         if len(rows) > kept:
             prompts.append(Prompt(pair.prompt, opening))
     if not rows:
         raise ValueError(f"data: expected a response that fits the policy's {limit} positions, got none in {source}")
-    asked, said, numbers = (list(column) for column in zip(*rows, strict=True))
-    return PreferenceTexts(prompts, Samples(asked, said, [True] * len(rows), numbers))
+    asked, said, numbers, written = (list(column) for column in zip(*rows, strict=True))
+    return PreferenceTexts(prompts, Samples(asked, said, [True] * len(rows), numbers, written))

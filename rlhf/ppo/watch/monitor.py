@@ -177,9 +177,10 @@ class Monitor:
             "gold": gold,
         }
         for i, response in enumerate(samples.responses):
-            said = response[:-1] if samples.stopped[i] else response
+            said = self.decode(response[:-1] if samples.stopped[i] else response)
+            said = said if samples.texts is None else samples.texts[i]
             numbers = {name: None if column is None else _finite(column[i]) for name, column in columns.items()}
-            texts = {"prompt": self.decode(samples.prompts[i]), "response": self.decode(said)}
+            texts = {"prompt": self.decode(samples.prompts[i]), "response": said}
             self._texts.add(step, i, {**texts, **numbers, "length": len(response), "stopped": samples.stopped[i]})
 
     def state(self) -> dict[str, Any]:

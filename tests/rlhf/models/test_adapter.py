@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from prudent.engine import EnsembleHead, EnsembleRewardModel, Scorer
 from prudent.rlhf.job.config import load_config
-from prudent.rlhf.models.adapter import appends_eos, is_reward_adapter, load_head, save_head, save_lora
+from prudent.rlhf.models.adapter import adapter_settings, is_reward_adapter, load_head, save_head, save_lora
 from prudent.rlhf.reward.train import TrainConfig, run_train
 
 GOOD, BAD = ["good", "great", "happy", "love", "lovely"], ["bad", "awful", "sad", "hate", "horrible"]
@@ -49,7 +49,7 @@ def test_a_lora_run_keeps_its_adapter_and_heads_and_they_say_what_the_merged_mod
     folder = run.output / "adapter"
     assert is_reward_adapter(folder)
     assert not is_reward_adapter(run.output / "model")
-    assert appends_eos(folder)
+    assert adapter_settings(folder)["append_eos"] is True
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     split = EnsembleRewardModel.from_trunk(adapted.get_base_model().model, head=load_head(folder)).eval()
@@ -99,8 +99,9 @@ def test_a_lora_is_named_as_in_the_causal_language_model(tmp_path: Path) -> None
 def test_a_head_comes_back_as_it_was_kept(tmp_path: Path) -> None:
     head = EnsembleHead(4, 3, aggregation="uwo:0.5", std_floor=0.25)
     head.shift.fill_(2.0)
-    save_head(head, tmp_path, append_eos=False)
-    assert not appends_eos(tmp_path)
+    save_head(head, tmp_path, append_eos=False, max_score_length=12)
+    settings = adapter_settings(tmp_path)
+    assert (settings["append_eos"], settings["max_score_length"]) == (False, 12)
     back = load_head(tmp_path)
     assert (str(back.aggregation), back.std_floor, back.num_heads) == ("uwo:0.5", 0.25, 3)
     for name, tensor in head.state_dict().items():
@@ -128,7 +129,7 @@ def test_a_broken_file_of_the_heads_is_named(tmp_path: Path, name: str, content:
         load_head(tmp_path)
     if name == "head.json":
         with pytest.raises(ValueError, match=says):
-            appends_eos(tmp_path)
+            adapter_settings(tmp_path)
 
 
 def test_heads_of_another_shape_than_their_settings_are_refused(tmp_path: Path) -> None:

@@ -352,18 +352,29 @@ class TestRefusals:
         ):
             run_ppo(_config(tiny_chat_folder, tmp_path, data=str(data)), progress=False)
 
-    def test_a_reward_on_the_trunk_with_another_tokeniser(self, tiny_chat_folder: Path, tmp_path: Path) -> None:
-        from prudent import EnsembleRewardModel
 
-        EnsembleRewardModel.from_trunk(str(tiny_chat_folder), num_heads=2).save_pretrained(tmp_path / "reward")
-        tokenizer = AutoTokenizer.from_pretrained(tiny_chat_folder)
-        tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "the <|end|>")
-        tokenizer.save_pretrained(tmp_path / "reward")
-        config = _config(
-            tiny_chat_folder, tmp_path, "reward.kind=shared", **{"reward.source": str(tmp_path / "reward")}
-        )
-        with pytest.raises(ValueError, match="trained on the tokens that the policy reads"):
-            run_ppo(config, progress=False)
+@pytest.mark.parametrize("other", [False, True])
+def test_a_kept_sample_has_the_reward_that_the_scorer_gives_its_prompt_and_response(
+    tiny_chat_folder: Path, tmp_path: Path, other: bool
+) -> None:
+    """Also if the reward has its own template, in which a finished turn does not begin as an opened turn does."""
+    from prudent import EnsembleRewardModel, Scorer
+
+    reward = tmp_path / "reward"
+    EnsembleRewardModel.from_trunk(str(tiny_chat_folder), num_heads=2).save_pretrained(reward)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_folder)
+    if other:
+        tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "'the ' + message['content']")
+    tokenizer.save_pretrained(reward)
+    sets = ["reward.kind=shared", "steps=1", "sample_every=1"]
+    config = _config(tiny_chat_folder, tmp_path, *sets, **{"reward.source": str(reward)})
+    rows = read_texts(run_ppo(config, progress=False).folder)
+    asked = (tmp_path / "prompts.txt").read_text().splitlines()
+    prompts = [next(text for text in asked if text in row["prompt"]) for row in rows]
+    items = [{"prompt": prompt, "response": row["response"]} for prompt, row in zip(prompts, rows, strict=True)]
+    scores = Scorer(EnsembleRewardModel.from_pretrained(reward), tokenizer, progress=False).score(items)
+    assert len(rows) == 8
+    assert [row["reward"] for row in rows] == pytest.approx(scores.reward, abs=1e-4)
 
 
 def test_answers_that_end_at_once_are_one_token_and_no_error(tiny_chat_folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 
 from prudent.rlhf.sampling.checks import check_logits
 from prudent.rlhf.sampling.config import RolloutConfig
-from prudent.rlhf.sampling.engines import Continuous, SharedPrefix, Static
+from prudent.rlhf.sampling.engines import Continuous, SharedPrefix, Static, has_continuous_batching
 from prudent.rlhf.sampling.sampler import Faster, open_sampler
 
 from .sampler_cases import VOCAB, a_model, a_rule, alone, numbers, some_prompts
@@ -76,6 +76,15 @@ def test_a_row_does_not_depend_on_its_company(engine: Any) -> None:
         assert (one[0][0], one[1][0]) == (together[0][row], together[1][row])
     again = engine(rule)(model, prompts, uniform)
     assert again == together
+
+
+@pytest.mark.parametrize("engine", [SharedPrefix, Static])
+@pytest.mark.parametrize("lengths", [[6], [5, 3]])
+def test_heads_that_share_no_keys_are_drawn_from_alike(lengths: list[int], engine: Any) -> None:
+    model, rule = a_model(num_key_value_heads=4), a_rule()
+    prompts, uniform = some_prompts(lengths, samples=6), numbers(6 * len(lengths), 12)
+    expected = [alone(model, prompt, u, rule) for prompt, u in zip(prompts, uniform, strict=True)]
+    assert list(zip(*engine(rule)(model, prompts, uniform), strict=True)) == expected
 
 
 @pytest.mark.parametrize("engine", [SharedPrefix, Static])
@@ -170,6 +179,10 @@ def test_rotary_frequencies_that_change_with_the_length_are_refused_by_the_stati
 
 # -- transformers' continuous batching, on whatever answers to its name
 
+with_continuous = pytest.mark.skipif(
+    not has_continuous_batching(), reason="the installed transformers has another continuous batching"
+)
+
 
 def _answering(outputs: list[Any], seen: dict[str, Any]) -> Any:
     def generate_batch(prompts: Any, generation_config: Any, **options: Any) -> Any:
@@ -189,6 +202,7 @@ def _output(*tokens: int, error: str | None = None) -> Any:
     return SimpleNamespace(generated_tokens=list(tokens), error=error)
 
 
+@with_continuous
 def test_continuous_batching_is_asked_for_the_rules_and_seeded_by_the_numbers() -> None:
     seen: dict[str, Any] = {}
     model = _answering([_output(5, 3), _output(5, 6, 8)], seen)
@@ -206,12 +220,14 @@ def test_continuous_batching_is_asked_for_the_rules_and_seeded_by_the_numbers() 
     assert seen["noise"] != first
 
 
+@with_continuous
 @pytest.mark.parametrize("outputs", [[_output(5, 3)], [_output(5, 3), _output(4, error="cache full")], [_output()] * 2])
 def test_continuous_batching_that_loses_rows_is_an_error(outputs: list[Any]) -> None:
     with pytest.raises(RuntimeError, match="continuous batching failed"):
         Continuous(a_rule(3))(_answering(outputs, {}), [[1], [2]], numbers(2, 3))
 
 
+@with_continuous
 def test_continuous_batching_runs_on_a_cpu_and_follows_the_policy() -> None:
     # one token from a prompt of one token: the shares of what 512 rows say against the softmax
     model = a_model()
@@ -226,6 +242,7 @@ def test_continuous_batching_runs_on_a_cpu_and_follows_the_policy() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+@with_continuous
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_continuous_batching_that_fails_before_its_first_row_leaves_the_model_its_attention(
     attention: str, monkeypatch: pytest.MonkeyPatch
@@ -246,13 +263,21 @@ def test_continuous_batching_that_fails_before_its_first_row_leaves_the_model_it
     assert SharedPrefix(a_rule())(model, prompts, uniform) == expected
 
 
+@with_continuous
 def test_continuous_batching_attends_as_the_policy_does_where_flash_attention_is_there() -> None:
     seen: dict[str, Any] = {}
     Continuous(a_rule(3))(_answering([_output(5, 3)], seen), [[1]], numbers(1, 3))
     assert seen["continuous_batching_config"].auto_switch_to_flash is False
 
 
+@with_continuous
 def test_continuous_batching_refuses_softcapped_scores_that_its_eager_attention_would_not_cap() -> None:
     model = a_model("gemma2")
     with pytest.raises(ValueError, match=r"expected shared_prefix for gemma2 .* softcapped, got continuous"):
         Continuous(a_rule())(model, some_prompts([4]), numbers(1, 4))
+
+
+def test_a_transformers_without_that_continuous_batching_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prudent.rlhf.sampling.engines.has_continuous_batching", lambda: False)
+    with pytest.raises(ValueError, match=r"rollout.engine: expected a transformers with Continuous.* got 5"):
+        Continuous(a_rule())

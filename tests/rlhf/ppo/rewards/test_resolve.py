@@ -16,7 +16,7 @@ from prudent.rlhf.ppo.batch import Samples
 from prudent.rlhf.ppo.config import RewardConfig, kind_by_name
 from prudent.rlhf.ppo.rewards import resolve as rewards
 from prudent.rlhf.ppo.rewards.open import open_source
-from prudent.rlhf.ppo.rewards.resolve import check_reading, resolve_reward
+from prudent.rlhf.ppo.rewards.resolve import open_reading, resolve_reward
 from prudent.rlhf.ppo.rewards.sources import Texts
 from prudent.rlhf.sampling.prompts import Prompt
 
@@ -165,13 +165,16 @@ def test_a_reward_that_is_not_read_at_the_last_token_is_a_model_of_its_own(
         load_shared_head(source, policy)
 
 
-def test_heads_that_skip_a_token_at_the_end_are_a_model_of_their_own(
+def test_heads_that_skip_a_token_at_the_end_read_the_policys_trunk_in_front_of_it(
     policy: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    source = _save(tmp_path, policy, tokenizer, skip_token_id=3)
-    assert resolve_kind(RewardConfig(source=str(source)), policy) == "model"
-    with pytest.raises(ValueError, match="whose heads skip the token 3 at the end, as the policy's do not"):
-        load_shared_head(source, policy)
+    item = {"prompt": "my day", "response": " good food"}
+    last = Scorer(EnsembleRewardModel.from_trunk(policy), tokenizer, progress=False).encode(item)[-1]
+    source = _save(tmp_path, policy, tokenizer, skip_token_id=last)
+    scorer = Scorer(EnsembleRewardModel.from_pretrained(source), tokenizer, progress=False)
+    reading = open_reading(source, Texts(tokenizer, [Prompt("my day", [4])]), policy)
+    assert resolve_kind(RewardConfig(source=str(source)), policy) == "shared"
+    assert reading.encode("my day", " good food") == scorer.encode(item)[:-1]
 
 
 def test_append_eos_is_for_a_model_of_its_own_alone(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -194,7 +197,8 @@ def test_a_sequence_classifier_is_a_model(policy: Any, tokenizer: Any, tmp_path:
 def _save_classifier(folder: Path, policy: Any, tokenizer: Any) -> Any:
     from transformers import LlamaForSequenceClassification
 
-    config = policy.config.__class__(**{**policy.config.to_dict(), "num_labels": 1, "pad_token_id": 0})
+    given = {k: v for k, v in policy.config.to_dict().items() if k not in ("id2label", "label2id")}
+    config = policy.config.__class__(**{**given, "num_labels": 1, "pad_token_id": 0})
     torch.manual_seed(6)
     LlamaForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -229,7 +233,7 @@ def test_the_model_is_found_in_the_run_that_trained_it(policy: Any, tokenizer: A
     run = source.parent
     assert resolve_kind(RewardConfig(source=str(run)), policy) == "shared"
     assert load_shared_head(run, policy).num_heads == load_shared_head(source, policy).num_heads
-    check_reading(run, tokenizer, policy)
+    open_reading(run, Texts(tokenizer, []), policy)
     assert _open_model(run, tokenizer, []).num_heads == load_shared_head(source, policy).num_heads
 
 
@@ -251,18 +255,33 @@ def test_an_adapter_is_found_in_its_folder_and_in_its_run(policy: Any, tmp_path:
         resolve_reward(RewardConfig(source=str(folder)), policy, "cpu")
 
 
-def test_a_reward_that_reads_other_tokens_than_the_policy_is_refused(
+def test_a_reward_on_the_trunk_reads_by_the_tokeniser_the_eos_rule_and_the_length_that_it_was_saved_with(
     policy: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    check_reading(_save(tmp_path / "same", policy, tokenizer), tokenizer, policy)
-    # without a template, the EOS rule of the model decides
     plain = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     plain.chat_template = None
-    check_reading(_save(tmp_path / "plain", policy, plain), plain, policy)
-    for name, model, theirs in (("no_eos", plain, plain), ("template", tokenizer, plain)):
-        source = _save(tmp_path / name, policy, model, append_eos=False)
-        with pytest.raises(ValueError, match="expected a reward trained on the tokens that the policy reads"):
-            check_reading(source, theirs, policy)
+    texts = Texts(tokenizer, [Prompt("my day", [4])])
+    for name, theirs, options in (
+        ("same", tokenizer, {}),
+        ("no_template", plain, {}),
+        ("no_eos", plain, {"append_eos": False}),
+        ("short", tokenizer, {"max_score_length": 3}),
+    ):
+        source = _save(tmp_path / name, policy, theirs, **options)
+        scorer = Scorer(EnsembleRewardModel.from_pretrained(source), theirs, progress=False)
+        item = {"prompt": "my day", "response": " good food"}
+        assert open_reading(source, texts, policy).encode("my day", " good food") == scorer.encode(item)
+
+
+def test_a_reward_on_the_trunk_that_cannot_read_the_prompts_is_refused_at_once(
+    policy: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    plain = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    plain.chat_template = None
+    source = _save(tmp_path, policy, plain)
+    chat = [Prompt([{"role": "user", "content": "my day"}], [4])]
+    with pytest.raises(ValueError, match=r"reward.source: .* cannot read the prompts: .*no chat template"):
+        open_reading(source, Texts(tokenizer, chat), policy)
 
 
 # -- a model of its own
