@@ -57,8 +57,42 @@ def _sizes() -> dict[str, Any]:
 
 
 SIZES = _sizes()
-OWN_SIZES = {"longformer": {"attention_window": [8, 8]}, "big_bird": {"attention_type": "original_full"}}
-SLOW = {"falcon_h1", "nemotron_h", "qwen3_5_moe_text", "qwen3_5_text", "qwen4_exp_text"}  # seconds each on a CPU
+_LATENT = (
+    *("axk1", "deepseek_v3", "deepseek_v32", "esmc", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3"),
+    *("sarvam_mla", "youtu"),
+)
+_PER_LAYER = {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8}
+OWN_SIZES: dict[str, dict[str, Any]] = {  # beside SIZES; None: the family's own
+    **{kind: {"num_key_value_heads": None} for kind in _LATENT},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1},
+    "big_bird": {"attention_type": "original_full"},
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2, "n_routed_experts": 4},
+    "falcon": {"head_dim": None},
+    "gemma3n_text": {**_PER_LAYER, "laurel_rank": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma4_text": {**_PER_LAYER, "head_dim": None},
+    "gpt_neo": {"num_layers": None, "num_hidden_layers": None},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longformer": {"attention_window": [8, 8]},
+    "luke": {"entity_vocab_size": 8, "entity_emb_size": 32},
+    "mamba2": {"head_dim": 8, "num_heads": 8, "n_groups": 1},
+    "mistral4": {"num_key_value_heads": 4, "head_dim": None},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "attention_head_size": 8},
+    "roc_bert": {"pronunciation_vocab_size": 8, "shape_vocab_size": 8},
+    "xlnet": {"max_position_embeddings": None},
+    "xlstm": {"head_dim": None, "v_head_dim": None},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": None},
+}
+SLOW = {
+    "falcon_h1",
+    "nemotron_h",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen4_exp_text",
+    "zamba2",
+}  # seconds each on a CPU
 
 
 def text_families() -> list[str]:
@@ -72,8 +106,9 @@ def text_families() -> list[str]:
 def small_config(kind: str) -> Any:
     cls = transformers.models.auto.configuration_auto.CONFIG_MAPPING[kind]
     default = cls()
-    small = {name: size for name, size in SIZES.items() if getattr(default, name, None) is not None}
-    return cls(**small | {"pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2} | OWN_SIZES.get(kind, {}))
+    own = {"pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2} | OWN_SIZES.get(kind, {})
+    small = {name: size for name, size in SIZES.items() if name not in own and getattr(default, name, None) is not None}
+    return cls(**small | {name: size for name, size in own.items() if size is not None})
 
 
 def drawn(model: Any) -> Any:
@@ -169,7 +204,7 @@ def test_every_text_trunk_that_builds_small_reads_a_text_alike_alone_and_in_comp
     assert wrong == {}
     expected = {"bert", "gpt2", "ibert", "llama", "longformer", "mamba", "mpnet", "mra", "phi3", "qwen3", "roberta"}
     assert expected <= set(found)
-    assert len(found) > 100
+    assert len(found) > 100  # 170 with transformers 5.24
 
 
 def long_trunk(rope: str) -> tuple[Any, int]:
