@@ -137,8 +137,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=20_000, help="pairs (default %(default)s)")
     parser.add_argument("--dims", type=int, nargs="+", default=[576, 4096], help="widths (default 576 4096)")
-    parser.add_argument("--epochs", type=int, default=3, help="epochs of a fit (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds (default %(default)s)")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs of a fit (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/head_fit"), help="folder (default %(default)s)")
     args = parser.parse_args(argv)
     configs: list[FitConfig] = [

@@ -99,6 +99,14 @@ def test_standardised_features_have_mean_0_and_std_1_and_a_constant_one_is_switc
     torch.testing.assert_close(x.std(dim=0, correction=0)[varying], torch.ones(D - 1).double(), atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_training_does_not_change_the_features(dtype: torch.dtype) -> None:
+    sides = [side.to(dtype) for side in _pairs(50)]
+    before = [side.clone() for side in sides]
+    fit_heads(*sides, BradleyTerryConfig(epochs=1), progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(sides, before, strict=True))
+
+
 def test_same_inputs_give_the_same_bits_and_another_seed_does_not() -> None:
     chosen, rejected = _pairs(100)
     config = BRMEConfig(epochs=2, noise="sampled")

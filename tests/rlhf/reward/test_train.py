@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from prudent.rlhf.job.config import load_config
 from prudent.rlhf.job.log import read_metrics
 from prudent.rlhf.reward import fit as fit_module
 from prudent.rlhf.reward.config import BradleyTerryConfig
-from prudent.rlhf.reward.outcome import _DROPPED, TrainResult
 from prudent.rlhf.reward.start import check_given, load_stage1
 from prudent.rlhf.reward.train import TrainConfig, run_train
 
@@ -115,37 +113,6 @@ def test_every_accuracy_has_the_interval_of_eval_and_is_compared_with_the_best(f
     assert evaluated["prompts"] == found["held_out_prompts"] == 3
     for ours, theirs in (("nominal", "nominal"), ("mean of heads", "mean"), ("worst", "worst")):
         assert {key: evaluated["accuracy"][theirs][key] for key in ("value", "low", "high")} == accuracy[ours]
-
-
-def _said(rows: dict[str, tuple[float, float]], prompts: int = 40) -> list[str]:
-    """The table's lines for name -> (value, upper end of the difference to the first, the best)."""
-    best, *others = rows
-    metrics = {
-        "train_pairs": 9,
-        "held_out_pairs": 114,
-        "held_out_prompts": prompts,
-        "dropped": dict.fromkeys(_DROPPED, 0),
-        "accuracy": {
-            name: {"value": value, "low": value - 0.1, "high": value + 0.1} for name, (value, _) in rows.items()
-        },
-        "best": best,
-        "minus_best": {name: {"value": -0.1, "low": -0.2, "high": rows[name][1]} for name in others},
-    }
-    return str(TrainResult(Path("run"), metrics)).splitlines()[2:-1]
-
-
-def test_rows_that_the_pairs_cannot_tell_apart_are_named() -> None:
-    few = _said({"worst": (0.588, 0.0), "nominal": (0.386, 0.01)})
-    assert few[0].split() == ["held-out", "accuracy,", "%", "95", "%", "interval"]
-    assert few[1].split() == ["worst", "58.8", "48.8", "to", "68.8"]
-    assert few[-1] == "too few to tell these rows apart: 114 pairs of 40 prompts"
-    some = _said({"worst": (0.6, 0.0), "mean": (0.59, 0.02), "nominal": (0.3, -0.05)})
-    assert some[-1] == "too few to tell the best, worst, from mean: 114 pairs of 40 prompts"
-    told = _said({"worst": (0.6, 0.0), "nominal": (0.3, -0.05)})
-    assert not any("too few" in line for line in told)
-    prompts = _said({"worst": (0.6, 0.0), "nominal": (0.3, -0.05)}, prompts=3)
-    assert prompts[-2] == "too few to tell these rows apart: 114 pairs of 3 prompts"
-    assert prompts[-1].startswith("The intervals resample 3 prompts")
 
 
 def test_the_saved_models_read_as_many_tokens_as_they_were_trained_on(
@@ -384,33 +351,6 @@ def test_what_was_left_out_of_the_data_is_said_at_the_end(
     assert said.splitlines()[2:5] == dropped
     assert "min_score_gap" not in said
     assert "dropped" not in str(run_train(finished, resume=True, progress=False))
-
-
-@pytest.mark.parametrize("mode", ["head", "full"])
-def test_messages_for_a_model_without_a_chat_template_are_refused_by_line(
-    tiny_chat_folder: Path, tmp_path: Path, mode: str
-) -> None:
-    shutil.copytree(tiny_chat_folder, tmp_path / "plain")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_folder)
-    tokenizer.chat_template = None
-    (tmp_path / "plain" / "chat_template.jinja").unlink(missing_ok=True)
-    tokenizer.save_pretrained(tmp_path / "plain")
-    rows = [
-        {"prompt": [{"role": "user", "content": f"day {i}"}], "chosen": "good", "rejected": "bad"} for i in range(4)
-    ]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = load_config(
-        TrainConfig,
-        None,
-        [f"mode={mode}", "eval_fraction=0", "brme.num_heads=2"],
-        model=str(tmp_path / "plain"),
-        data=str(tmp_path / "pairs.jsonl"),
-        output=tmp_path / "run",
-    )
-    with pytest.raises(
-        ValueError, match=r"pairs\.jsonl, line 1, chosen: expected plain text, .*: give plain texts, or"
-    ):
-        run_train(config, progress=False)
 
 
 def test_several_processes_are_refused(finished: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

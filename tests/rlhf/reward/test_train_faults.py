@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from prudent.rlhf.job.config import load_config
 from prudent.rlhf.job.folder import locked_folder
@@ -139,3 +140,30 @@ def test_a_full_disk_is_said_with_the_file_that_was_being_written(
     assert re.fullmatch(rf"{re.escape(str(tmp_path))}/{where}", str(file)), (file, words)
     assert re.search(r"File too large|is the disk full\?", words)
     assert os.strerror(27) == "File too large"
+
+
+@pytest.mark.parametrize("mode", ["head", "full"])
+def test_messages_for_a_model_without_a_chat_template_are_refused_by_line(
+    tiny_chat_folder: Path, tmp_path: Path, mode: str
+) -> None:
+    shutil.copytree(tiny_chat_folder, tmp_path / "plain")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_folder)
+    tokenizer.chat_template = None
+    (tmp_path / "plain" / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(tmp_path / "plain")
+    rows = [
+        {"prompt": [{"role": "user", "content": f"day {i}"}], "chosen": "good", "rejected": "bad"} for i in range(4)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = load_config(
+        TrainConfig,
+        None,
+        [f"mode={mode}", "eval_fraction=0", "brme.num_heads=2"],
+        model=str(tmp_path / "plain"),
+        data=str(tmp_path / "pairs.jsonl"),
+        output=tmp_path / "run",
+    )
+    with pytest.raises(
+        ValueError, match=r"pairs\.jsonl, line 1, chosen: expected plain text, .*: give plain texts, or"
+    ):
+        run_train(config, progress=False)
