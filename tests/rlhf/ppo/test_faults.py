@@ -130,7 +130,7 @@ def runs() -> Iterator[Runs]:
 
     yield call
     asked.close()
-    server.wait(10)
+    server.wait(60)
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
