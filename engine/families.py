@@ -1,4 +1,4 @@
-"""Find trunks that read a text otherwise beside longer ones: part their batches, or refuse them."""
+"""Find trunks whose output for a text depends on its batch; split their batches by length, or refuse them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load nothing that needs code of its own: Python files beside the weights are never run, and never asked about."""
+"""Refuse models that need code of their own: Python files beside the weights are never run, and nothing is asked."""
 
 from __future__ import annotations
 

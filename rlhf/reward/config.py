@@ -1,4 +1,4 @@
-"""The config of `prudent train`, its run folder, and what it returns."""
+"""The configs of `prudent train`: both stages, the trunk and PET."""
 
 from __future__ import annotations
 
