@@ -82,7 +82,8 @@ def _why_not(lm: Any, vocab: int, lengths: tuple[int, int]) -> str | None:
         with decoder(lm, prompts, 2, 2) as batch:
             got = torch.stack([batch.feed(fed[:, 0]), batch.feed(fed[:, 1])], dim=1).float()
     except Exception as error:  # code of any family
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = " ".join(str(error).split())[:200]
+        return reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"
     off = float((got - want).norm() / want.norm())
     # rounding in half precision, whatever experts it routes a token to, against another text
     if off <= (0.01 if lm.dtype == torch.float32 else 0.1):

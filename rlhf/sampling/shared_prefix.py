@@ -186,6 +186,8 @@ class Decoder:
             self._cache: Any = Cache(layers=layers)
         else:
             # not batch_repeat_interleave, which layers of linear attention have not
+            if not hasattr(cache, "reorder_cache"):
+                raise ValueError("transformers gives no cache whose rows can be selected")
             cache.reorder_cache(torch.arange(len(prompts), device=model.device).repeat_interleave(samples))
             self._cache = cache
             if not self._even:

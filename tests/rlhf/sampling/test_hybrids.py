@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING
 
 from prudent.rlhf.sampling.checks import caches_attention_alone, takes_padding
 from prudent.rlhf.sampling.config import RolloutConfig
-from prudent.rlhf.sampling.engines import Static
+from prudent.rlhf.sampling.engines import Static, has_continuous_batching
 from prudent.rlhf.sampling.sampler import open_sampler
 
 from .sampler_cases import VOCAB, a_model, a_rule, alone, numbers, some_prompts
@@ -65,6 +65,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 # the one keeps its state in its layers and gives no cache out, the other has no way to select rows of its cache
 REFUSED = {"recurrent_gemma", "minimax"}
+OLD = (
+    not has_continuous_batching()
+)  # one of the first releases of transformers 5, whose Mambas have caches of their own
+if OLD:
+    REFUSED |= {"bamba", "falcon_h1", "granitemoehybrid", "mamba", "mamba2"}
 
 
 def a_hybrid(family: str) -> Any:
@@ -98,6 +103,7 @@ def test_an_engine_that_wants_keys_and_values_is_refused_for_a_hybrid_at_the_sta
     assert open_sampler(RolloutConfig(), model, {3}, "cuda").name == "shared_prefix"
 
 
+@pytest.mark.skipif(OLD, reason="the installed transformers' Mamba cannot be sampled from")
 def test_prompts_of_one_length_share_a_batch_where_a_family_is_wrong_behind_padding() -> None:
     model, rule = a_model("mamba", state_size=8), a_rule(8)
     assert not takes_padding(model)
