@@ -45,6 +45,19 @@ def opened(key: str, path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
+def text_lines(key: str, path: Path) -> Iterator[tuple[int, str]]:
+    """(number, line) of each line of a UTF-8 text file that is not blank. Raises ValueError, with the config `key`."""
+    with opened(key, path) as file:
+        content = file.read()
+    try:
+        text = content.decode("utf-8-sig")  # tools on Windows begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{key}: {path}: expected UTF-8, got {error.reason} at byte {error.start}") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line.rstrip("\r")
+
+
 def value_of_line(line: bytes, parse_constant: Callable[[str], Any] | None = None) -> Any:
     """The JSON value of a line. Raises RowError, also for nesting over 100 levels and for half a surrogate pair.
 

@@ -14,7 +14,7 @@ from ...engine.config import longest_in_company
 from ...engine.text import ItemError
 from ..data import rows
 from ..data.pairs import Encode, name_unread, text_reader
-from ..data.reading import FILES, opened, read_rows
+from ..data.reading import FILES, read_rows, text_lines
 from ..data.rows import RowError, prompt_of_row, unread_of_prompt
 from ..job.log import say_once
 from ..models.loading import load_tokenizer, model_folder
@@ -26,11 +26,7 @@ _PROMPTS = Path(__file__).with_name("prompts.txt")
 
 def read_prompts(file: Path | None, held_out: int) -> list[str]:
     """The different prompts of a text file, one a line, without blank lines. ValueError if too few remain."""
-    try:
-        lines = (file or _PROMPTS).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts: {file}: expected a UTF-8 text file, got {error}") from None
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    prompts = list(dict.fromkeys(line.strip() for _, line in text_lines("prompts", file or _PROMPTS)))
     if len(prompts) < held_out + 2:
         raise ValueError(
             f"prompts: expected at least {held_out + 2} different ones ({held_out} are held out), got {len(prompts)}"
@@ -147,15 +143,8 @@ def _items(name: str) -> Iterator[tuple[str, Any]]:
     if path.suffix.lower() != ".txt":
         yield from read_rows("prompts", name, (".txt", *FILES))
         return
-    with opened("prompts", path) as file:
-        content = file.read()
-    try:
-        text = content.decode("utf-8-sig")  # tools on Windows begin a file with a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts: {name}: expected UTF-8, got {error.reason} at byte {error.start}") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"{name}, line {number}", line.rstrip("\r")
+    for number, line in text_lines("prompts", path):
+        yield f"{name}, line {number}", line
 
 
 def prompt_order(count: int, step: int, per_step: int, seed: int) -> list[int]:

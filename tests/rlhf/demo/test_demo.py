@@ -239,5 +239,14 @@ def test_too_few_prompts_are_refused(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "p.txt", 0) == ["one", "two"]
     with pytest.raises(ValueError, match=r"at least 5 different ones \(3 are held out\), got 2"):
         read_prompts(tmp_path / "p.txt", 3)
-    with pytest.raises(ValueError, match="expected a UTF-8 text file"):
-        read_prompts(tmp_path / "absent.txt", 3)
+
+
+def test_prompts_that_cannot_be_read_are_named_without_an_errno(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9\n".encode("latin-1"))
+    for name, reason in (
+        ("absent.txt", r"cannot be read \(No such file or directory\)"),
+        ("", r"cannot be read \(Is a directory\)"),
+        ("latin.txt", "expected UTF-8, got .* at byte 3"),
+    ):
+        with pytest.raises(ValueError, match=f"^prompts: {tmp_path / name}: {reason}"):
+            read_prompts(tmp_path / name, 3)
