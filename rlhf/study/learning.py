@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from ..job.log import read_metrics
 from ..ppo.config import KLConfig, PolicyConfig, PPOConfig, RewardConfig, UpdateConfig
+from ..ppo.loop import run_ppo
+from ..ppo.watch.monitor import read_texts
 from ..sampling.config import RolloutConfig
 from . import learning_report
 from .config import LearningConfig
@@ -146,9 +148,6 @@ def _prepare(config: str, seed: int) -> dict[str, Any]:
 
 def _run(config: str) -> tuple[dict[str, list[float | None]], str]:
     """Do or resume one PPO run; returns its curves and its last text of the first prompt."""
-    from ..ppo.loop import run_ppo
-    from ..ppo.watch.monitor import read_texts
-
     ppo = PPOConfig.model_validate_json(config)
     run_ppo(ppo, resume=True, progress=False)
     rows, texts = read_metrics(ppo.output), read_texts(ppo.output)

@@ -15,10 +15,12 @@ from ..data.gold import VaderGold
 from ..evaluation.best_of_n import best_of_n_curve
 from ..evaluation.statistics import pair_correct
 from ..job.files import atomic_folder, atomic_write_json, atomic_write_text
+from ..models.loading import load_language_model, load_tokenizer
 from ..reward.fit import PairFeatures
 from ..reward.pet.fit import PETFeatures, fit_pet
 from ..reward.two_stage import fit_two_stages, seeded
 from ..sampling.labelled_pairs import GoldPairs, make_pairs
+from ..sampling.prompts import read_prompts
 from ..sampling.stored import Request, Rollout, sample
 from ..sampling.tokens import Sampling
 from .config import RewardsConfig
@@ -62,10 +64,8 @@ def prepare(model: str, folder: Path, config: RewardsConfig, seed: int, aggregat
     done = folder / "rewards.json"
     if done.exists():
         return dict(json.loads(done.read_text(encoding="utf-8")))
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    trunk: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    trunk = load_language_model("model", model, torch.float32)
+    tokenizer = load_tokenizer("model", model)
     prompts = _prompts(config)
     every = config.samples_per_prompt + config.pet.samples + 1
     sampling = Sampling(config.max_new_tokens, 1.0, trunk.get_input_embeddings().num_embeddings, 1.0)
@@ -100,8 +100,6 @@ def prepare(model: str, folder: Path, config: RewardsConfig, seed: int, aggregat
 
 
 def _prompts(config: RewardsConfig) -> list[str]:
-    from ..sampling.prompts import read_prompts
-
     prompts = list(OPENINGS) if config.prompts is None else read_prompts(config.prompts, config.held_out_prompts)
     # the last prompts are held out: spread the openings, of which neighbours share a hero
     return prompts if config.prompts is not None else [prompts[(i * 13) % len(prompts)] for i in range(len(prompts))]

@@ -88,6 +88,14 @@ def test_what_holds_in_every_seed_is_said() -> None:
     }
 
 
+def test_a_folder_without_a_model_is_named_after_its_key(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        ValueError, match=r"^model: expected a causal language model's folder or hub name, got the folder"
+    ):
+        run_learning(_config(tmp_path / "empty", tmp_path / "study"), progress=False)
+
+
 @pytest.mark.slow
 def test_a_study_from_end_to_end_is_resumed_not_repeated(
     tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
