@@ -15,23 +15,34 @@ FILES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 _MAX_DEPTH = 100  # levels of nesting; what Python's recursion limit allows depends on who calls
 
 
-def read_rows(key: str, name: str, endings: Collection[str] = tuple(FILES)) -> Iterator[tuple[str, Any]]:
-    """(where, row) of a file or data set, named as `load_pairs` describes; an unreadable line is yielded as a RowError.
+def check_source(key: str, name: str, endings: Collection[str] = tuple(FILES)) -> None:
+    """Raise ValueError for an empty name, or a file that is not there or of another kind; nothing is read.
 
-    key: the config key, for errors.   endings: the file endings that errors list.
+    key: the config key, for errors.   endings: of the files that can be read.
     """
     path = Path(name)
-    kind = FILES.get(path.suffix.lower())
+    ending = path.suffix.lower()
     if path.is_file():
-        if kind is None:
+        if ending not in endings:
             raise ValueError(
                 f"{key}: {name}: expected a file that ends in {', '.join(endings)}, got {path.suffix or 'no ending'}"
             )
-        return _jsonl_rows(key, path) if kind == "jsonl" else _parquet_rows(key, path)
-    if kind is not None:
+    elif ending in endings:
         raise ValueError(f"{key}: {name}: {'expected a file, got a folder' if path.is_dir() else 'no such file'}")
-    refuse_mistyped(key, name.partition(":")[0])
-    return _dataset_rows(key, name)
+    else:
+        refuse_mistyped(key, name.partition(":")[0])
+
+
+def read_rows(key: str, name: str) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a file or data set, named as `load_pairs` describes; an unreadable line is yielded as a RowError.
+
+    key: the config key, for errors.
+    """
+    check_source(key, name)
+    path = Path(name)
+    if not path.is_file():
+        return _dataset_rows(key, name)
+    return _jsonl_rows(key, path) if FILES[path.suffix.lower()] == "jsonl" else _parquet_rows(key, path)
 
 
 @contextmanager

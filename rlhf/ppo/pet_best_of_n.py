@@ -18,7 +18,7 @@ from ..job.files import atomic_write_json, atomic_write_text, read_json
 from ..models.features import compute_features
 from ..models.loading import load_language_model, load_reward_model, load_tokenizer
 from ..report.words import aligned, count, signed
-from ..sampling.prompts import Prompt, load_prompts, longest_prompt, prompt_order, reward_readers
+from ..sampling.prompts import Prompt, check_prompts, load_prompts, longest_prompt, prompt_order, reward_readers
 from ..sampling.stored import Request, Rollout, sample
 from ..sampling.tokens import Sampling
 from ..sampling.turn import Turn
@@ -67,6 +67,7 @@ def prepare(config: PPOConfig, progress: bool) -> Source:
 
     The model stays on the CPU until it samples: training the reward, which comes first, needs the device's memory.
     """
+    check_prompts(config.prompts)
     tokenizer = load_tokenizer("model", config.model)
     own = "bfloat16" if torch.cuda.is_available() else "float32"  # what PPO samples in, whatever it trains
     dtype = getattr(torch, own if config.dtype == "auto" else config.dtype)

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from ..data.reading import check_source
 from ..job.log import RunLog
 from ..models.adapter import peft_hushed
 from ..models.loading import load_tokenizer
 from ..sampling.config import RolloutConfig
-from ..sampling.prompts import load_prompts, longest_prompt, prompt_order
+from ..sampling.prompts import check_prompts, load_prompts, longest_prompt, prompt_order
 from ..sampling.sampler import open_sampler
 from ..sampling.turn import Turn
 from .advantages import KLController
@@ -51,6 +52,9 @@ def set_up(
     Raises:
         ValueError: for a model, prompt, reward or rule that cannot be used, and for too little memory.
     """
+    check_prompts(config.prompts)
+    if config.data is not None:
+        check_source("data", config.data)
     limit_memory(config, device)
     tokenizer = load_tokenizer("model", config.model) if tokenizer is None else tokenizer
     model = load_model(config, device, model)

@@ -7,12 +7,17 @@ from typing import Any
 
 from ...engine import EnsembleRewardConfig, EnsembleRewardModel
 from ..data.pairs import PairData, PreferencePair, readable_pairs, split_by_prompt, text_reader
+from ..data.reading import check_source
 from ..models.loading import load_config, load_reward_model, logger
 from .config import TrainConfig
 
 
 def check_given(config: TrainConfig, mode: str) -> None:
-    """Raise ValueError for a `stage1` that cannot be used as one, or a reward model given as `model` alone."""
+    """Raise ValueError for data that is not there, a `stage1` that cannot be one, or a reward model given as `model`.
+
+    Configurations alone are read.
+    """
+    check_source("data", config.data)
     if config.stage1 is None:
         _check_trunk(config.model)
         if config.start is not None:

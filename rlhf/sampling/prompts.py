@@ -14,7 +14,7 @@ from ...engine.config import longest_in_company
 from ...engine.text import ItemError
 from ..data import rows
 from ..data.pairs import Encode, name_unread, text_reader
-from ..data.reading import FILES, read_rows, text_lines
+from ..data.reading import FILES, check_source, read_rows, text_lines
 from ..data.rows import RowError, prompt_of_row, unread_of_prompt
 from ..job.log import say_once
 from ..models.loading import load_tokenizer, model_folder
@@ -57,6 +57,11 @@ def longest_prompt(config: RolloutConfig, model_config: Any, turn: Turn) -> int 
             f"model's {positions} positions too, got {config.max_new_tokens}"
         )
     return room if config.max_prompt_tokens is None else min(room, config.max_prompt_tokens)
+
+
+def check_prompts(source: str | Path) -> None:
+    """`check_source` for what `load_prompts` reads."""
+    check_source("prompts", str(source), (".txt", *FILES))
 
 
 def load_prompts(
@@ -139,9 +144,10 @@ def reward_readers(key: str, source: str | None) -> list[Encode]:
 
 def _items(name: str) -> Iterator[tuple[str, Any]]:
     """(where, text or row)."""
+    check_prompts(name)
     path = Path(name)
     if path.suffix.lower() != ".txt":
-        yield from read_rows("prompts", name, (".txt", *FILES))
+        yield from read_rows("prompts", name)
         return
     for number, line in text_lines("prompts", path):
         yield f"{name}, line {number}", line

@@ -338,6 +338,17 @@ def test_a_model_that_is_not_there_is_named(data: Path, tmp_path: Path) -> None:
         run_train(_config(tmp_path / "nowhere", data, tmp_path / "run"), progress=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "says"), [("", "expected a file, a folder or a hub name, got an empty string"), ("no.jsonl", "no such file")]
+)
+def test_data_that_is_not_there_is_refused_before_any_model_is_looked_up(
+    finished: TrainConfig, tmp_path: Path, name: str, says: str
+) -> None:
+    absent = {"model": str(tmp_path / "nowhere"), "data": name, "output": tmp_path / "run"}
+    with pytest.raises(ValueError, match=f"^data: .*{says}"):
+        run_train(finished.model_copy(update=absent), progress=False)
+
+
 def test_what_was_left_out_of_the_data_is_said_at_the_end(
     finished: TrainConfig, tiny_chat_folder: Path, data: Path, tmp_path: Path
 ) -> None:

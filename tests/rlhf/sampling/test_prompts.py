@@ -139,7 +139,7 @@ def test_a_source_without_prompts_is_refused(tmp_path: Path, turn: Turn) -> None
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("no.txt", "no.txt: cannot be read (No such file or directory)"),
+        ("no.txt", "no.txt: no such file"),
         ("no.jsonl", "no.jsonl: no such file"),
         ("no/such", "no/such: no such file or folder"),
         ("rew.py", "rew.py: expected a file that ends in .txt, .jsonl, .json, .parquet, got .py"),
