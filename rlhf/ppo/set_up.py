@@ -22,7 +22,8 @@ from .policy.describe import describe_policy
 from .policy.load import load_model
 from .policy.policy import Policy
 from .rewards.open import open_gold, open_source
-from .rewards.resolve import open_reading, resolve_reward
+from .rewards.reading import Reading
+from .rewards.resolve import open_encoder, resolve_reward
 from .rewards.sources import Texts
 from .run import Run
 from .stop import StopRules
@@ -61,13 +62,16 @@ def set_up(
 
     reward = resolve_reward(config.reward, model, device)
     refuse_unread_by_reward(config, reward.kind)
+    encoder = None if reward.on_trunk is None else open_encoder(config.reward.source, model)
+    reads_prompts = encoder or reward.scorer
+    readers = {} if reads_prompts is None else {"reward.source": reads_prompts.encode}
 
     turn = Turn(tokenizer, model)
     prompts = load_prompts(
         config.prompts,
         turn,
         longest_prompt(config.rollout, model.config, turn),
-        readers=[] if reward.scorer is None else [reward.scorer.encode],
+        readers=readers,
         skip_bad_rows=config.skip_bad_rows,
         progress=progress,
     )
@@ -79,7 +83,7 @@ def set_up(
         )
     texts = Texts(tokenizer, [*prompts, *(preferences.prompts if preferences else [])])
     source = open_source(config.reward, reward, texts)
-    reading = None if reward.on_trunk is None else open_reading(config.reward.source, texts, model)
+    reading = None if encoder is None else Reading(encoder, texts)
     gold = None if config.gold is None else open_gold(config.gold, texts)
 
     # the run's config from here on: auto has become a number

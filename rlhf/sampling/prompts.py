@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -69,7 +70,7 @@ def load_prompts(
     turn: Turn,
     max_tokens: int | None = None,
     *,
-    readers: Sequence[Encode] = (),
+    readers: Mapping[str, Encode] = MappingProxyType({}),
     skip_bad_rows: bool = False,
     progress: bool = False,
 ) -> list[Prompt]:
@@ -82,7 +83,7 @@ def load_prompts(
         turn: the policy's tokeniser and template.
         max_tokens: longer prompts are refused, because a prompt without its beginning is another; see
             `longest_prompt`.
-        readers: encoders of other models that read the prompts; see `reward_readers`.
+        readers: config key -> encoder of the model it names, which reads the prompts too; see `reward_readers`.
         skip_bad_rows: leave out rows that are broken, too long, or refused by the chat template or the tokeniser; say
             on stderr how many. False: refuse the first.
         progress: show a progress bar on stderr if it takes more than a second.
@@ -103,8 +104,8 @@ def load_prompts(
             if key in seen:
                 continue
             seen.add(key)
-            for encode in readers:
-                encode({"prompt": item, "response": "a"}, "prompt")
+            for reader, encode in readers.items():
+                _refuse_unreadable(item, reader, encode)
             prompts.append(_tokenised(item, turn, max_tokens))
         except (RowError, ItemError) as error:
             if not skip_bad_rows:
@@ -126,6 +127,13 @@ def _item(row: Any) -> rows.Prompt:
     return item
 
 
+def _refuse_unreadable(item: rows.Prompt, reader: str, encode: Encode) -> None:
+    try:
+        encode({"prompt": item, "response": "a"}, "prompt")
+    except ItemError as error:
+        raise RowError(f"{reader}: {error.reason}") from error
+
+
 def _tokenised(item: rows.Prompt, turn: Turn, max_tokens: int | None) -> Prompt:
     ids = turn.prompt(item)
     if max_tokens is not None and len(ids) > max_tokens:
@@ -137,9 +145,9 @@ def _tokenised(item: rows.Prompt, turn: Turn, max_tokens: int | None) -> Prompt:
     return Prompt(item, ids)
 
 
-def reward_readers(key: str, source: str | None) -> list[Encode]:
-    """The encoder that finds out whether the reward model `source` can read a prompt; none without a reward model."""
-    return [] if source is None else [text_reader(load_tokenizer(key, model_folder(source)))]
+def reward_readers(key: str, source: str | None) -> dict[str, Encode]:
+    """`readers` of `load_prompts` for the reward model `source` that the config's `key` names; none for None."""
+    return {} if source is None else {key: text_reader(load_tokenizer(key, model_folder(source)))}
 
 
 def _items(name: str) -> Iterator[tuple[str, Any]]:

@@ -101,23 +101,27 @@ def test_a_row_that_the_template_refuses(job: Callable[..., int], models: Path, 
 
 
 def _ppo(models: Path, prompts: Path, out: Path, *sets: str) -> PPOConfig:
-    small = ["steps=1", "rollout.prompts_per_step=2", "rollout.max_new_tokens=4", "reward.kind=model", *sets]
+    small = ["steps=1", "rollout.prompts_per_step=2", "rollout.max_new_tokens=4", *sets]
     given = {"model": str(models / "policy"), "prompts": str(prompts), "output": str(out)}
     return load_config(PPOConfig, None, small, **given, **{"reward.source": str(models / "picky")})
 
 
+@pytest.mark.parametrize("kind", ["shared", "model"])
 def test_a_prompt_that_the_policys_or_the_rewards_template_refuses(
-    models: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
+    reward = f"reward.kind={kind}"
     data.write_text(data.read_text() + json.dumps({"prompt": "my day"}) + "\n")
     with pytest.raises(
         ValueError, match=r"prompts: .*pairs\.jsonl, line 3: the chat template refuses it: no system turn$"
     ):
-        run_ppo(_ppo(models, data, tmp_path / "refused"), progress=False)
+        run_ppo(_ppo(models, data, tmp_path / "refused", reward), progress=False)
     (tmp_path / "days.jsonl").write_text(json.dumps({"prompt": "my day"}) + "\n")
-    with pytest.raises(ValueError, match=r"prompts: .*days\.jsonl, line 1: the chat template refuses it: no days$"):
-        run_ppo(_ppo(models, tmp_path / "days.jsonl", tmp_path / "refused"), progress=False)
-    run_ppo(_ppo(models, data, tmp_path / "done", "skip_bad_rows=true"), progress=False)
+    with pytest.raises(
+        ValueError, match=r"prompts: .*days\.jsonl, line 1: reward\.source: the chat template refuses it: no days$"
+    ):
+        run_ppo(_ppo(models, tmp_path / "days.jsonl", tmp_path / "refused", reward), progress=False)
+    run_ppo(_ppo(models, data, tmp_path / "done", reward, "skip_bad_rows=true"), progress=False)
     assert f"prompts: {data}: 2 bad rows skipped\n" in capsys.readouterr().err
 
 

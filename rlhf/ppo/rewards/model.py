@@ -19,19 +19,11 @@ class ModelReward:
         name: for logs and errors.
         scorer: the loaded model; its heads' own aggregation is used.
         texts: prompts and the policy's tokeniser.
-
-    Raises:
-        ValueError: for a prompt that the model's tokeniser cannot read.
     """
 
     def __init__(self, name: str, scorer: Scorer, texts: Texts) -> None:
         self.name, self._scorer, self._texts = name, scorer, texts
         self.num_heads: int | None = scorer.model.score.num_heads
-        for prompt in texts.prompts[:1]:
-            try:
-                scorer.encode({"prompt": prompt.item, "response": "a"})
-            except ValueError as error:
-                raise ValueError(f"reward.source: {name} cannot read the prompts: {error}") from error
 
     def __call__(self, samples: Samples) -> Rewards:
         """The rewards of all samples, in their order.

@@ -19,7 +19,7 @@ def open_source(config: RewardConfig, resolved: Resolved, texts: Texts) -> Rewar
         texts: the prompts that `Samples.prompt_index` numbers, and the policy's tokeniser.
 
     Raises:
-        ValueError: for a function or URL that cannot be used, or a reward model that cannot read the prompts.
+        ValueError: for a function or URL that cannot be used.
     """
     if resolved.on_trunk is not None:
         return None

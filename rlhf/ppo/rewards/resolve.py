@@ -19,8 +19,7 @@ from ...models.causal_lm import causal_lm
 from ...models.loading import LoadedReward, load_reward, load_tokenizer, model_folder
 from ..config import Kind, RewardConfig, kind_by_name
 from ..policy.policy import RewardOnTrunk
-from .reading import Reading
-from .sources import Texts
+from .reading import HeadEncoder
 
 _SAMPLE = 4096  # elements of each tensor that are compared: a trunk that was trained differs in every matrix
 _BATCH_TOKENS = 8192  # of a reward model, padding included
@@ -60,12 +59,13 @@ def resolve_reward(config: RewardConfig, policy: Any, device: torch.device | str
         ValueError: for a source that is of none of the kinds, or not of the one asked for; for heads that cannot be
             read, or that do not read the last token of a shared trunk; for append_eos with another kind than model.
     """
-    found = _resolved(config, policy, device)
-    if config.append_eos is not None and found.kind != "model":
+    resolved = _resolved(config, policy, device)
+    if config.append_eos is not None and resolved.kind != "model":
         raise ValueError(
-            f"reward.append_eos: expected nothing with kind {found.kind}, only with kind model, got {config.append_eos}"
+            f"reward.append_eos: expected nothing with kind {resolved.kind}, only with kind model, "
+            f"got {config.append_eos}"
         )
-    return found
+    return resolved
 
 
 def _resolved(config: RewardConfig, policy: Any, device: torch.device | str) -> Resolved:
@@ -99,16 +99,12 @@ def _resolved(config: RewardConfig, policy: Any, device: torch.device | str) -> 
     return Resolved("model", scorer=_scorer(config, _load(config) if loaded is None else loaded, device))
 
 
-def open_reading(source: str | Path, texts: Texts, policy: Any) -> Reading:
-    """How a reward on the policy's trunk reads samples: by its own tokeniser, template, EOS rule and length.
+def open_encoder(source: str | Path, policy: Any) -> HeadEncoder:
+    """How a reward on the policy's trunk reads texts: by its own tokeniser, template, EOS rule and length.
 
     Args:
         source: of a reward of kind shared or adapter.
-        texts: the run's prompts and the policy's tokeniser.
         policy: the causal language model.
-
-    Raises:
-        ValueError: for a reward that cannot read the first prompt.
     """
     adapter = _adapter_folder(source)
     folder = str(adapter or model_folder(source))
@@ -121,13 +117,7 @@ def open_reading(source: str | Path, texts: Texts, policy: Any) -> Reading:
         max_length=min((n for n in limits if n is not None), default=None),
         vocab_size=trunk.get_input_embeddings().num_embeddings,
     )
-    reading = Reading(encoder, texts, settings.get("skip_token_id"))
-    for prompt in texts.prompts[:1]:
-        try:
-            reading.encode(prompt.item, "a")
-        except ValueError as error:
-            raise ValueError(f"reward.source: {source} cannot read the prompts: {error}") from error
-    return reading
+    return HeadEncoder(encoder, settings.get("skip_token_id"))
 
 
 def _adapter_folder(source: str | Path) -> Path | None:

@@ -339,7 +339,8 @@ def test_a_model_that_is_not_there_is_named(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("", "expected a file, a folder or a hub name, got an empty string"), ("no.jsonl", "no such file")]
+    ("name", "says"),
+    [("", "expected a file, a folder or a hub name, got an empty string"), ("no.jsonl", "no such file")],
 )
 def test_data_that_is_not_there_is_refused_before_any_model_is_looked_up(
     finished: TrainConfig, tmp_path: Path, name: str, says: str

@@ -14,7 +14,8 @@ from prudent.rlhf.models.adapter import save_head
 from prudent.rlhf.ppo.batch import Samples
 from prudent.rlhf.ppo.config import PPOConfig
 from prudent.rlhf.ppo.policy.policy import Policy, RewardOnTrunk
-from prudent.rlhf.ppo.rewards.resolve import open_reading
+from prudent.rlhf.ppo.rewards.reading import Reading
+from prudent.rlhf.ppo.rewards.resolve import open_encoder
 from prudent.rlhf.ppo.rewards.sources import Texts
 from prudent.rlhf.ppo.score import score
 from prudent.rlhf.sampling.prompts import Prompt
@@ -26,6 +27,7 @@ from ...templates import ALIKE, DIFFERENT, PLAIN, a_tokenizer
 
 TEMPLATES = {**ALIKE, **DIFFERENT, **{name: template for name, (template, _) in PLAIN.items()}}
 ASKED = "the day?"
+UPDATE = {"micro_tokens": 8192}
 SAID = [" it was the one", "<think> the </think> it is", "two\nlines ", ""]
 
 
@@ -61,14 +63,14 @@ def test_the_reward_of_a_sample_is_the_scorers_of_its_prompt_and_text(
 ) -> None:
     tokenizer, trunk = a_tokenizer(TEMPLATES[template]), a_trunk()
     scorer = a_reward(tmp_path, trunk, tokenizer)
-    config = PPOConfig(model="m", prompts="p", output="o", reward={"source": "r"}, packed=packed)
+    config = PPOConfig(model="m", prompts="p", output="o", reward={"source": "r"}, packed=packed, update=UPDATE)
     policy = Policy(config, a_trunk(), device="cpu", reward=RewardOnTrunk(scorer.model.score))
     turn = Turn(tokenizer, policy.model)
     texts = Texts(tokenizer, [Prompt(ASKED, turn.prompt(ASKED))])
     samples = drawn(turn, tokenizer)
-    reading = open_reading(tmp_path, texts, policy.model)
+    reading = Reading(open_encoder(tmp_path, policy.model), texts)
     experience = score(policy, None, samples, config, closing=turn.closing, reading=reading)
-    wanted = scorer.score([{"prompt": ASKED, "response": text} for text in texts.said(samples)])
+    wanted = scorer.score([{"prompt": ASKED, "response": text} for text in texts.responses_of(samples)])
     torch.testing.assert_close(experience.reward, torch.tensor(wanted.reward), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(experience.head_mean, wanted.mean, rtol=1e-4, atol=1e-4)
     again = reading.others(samples, turn.closing)
@@ -94,13 +96,14 @@ def test_a_text_that_the_template_refuses_has_no_reward_and_spoils_no_other(tmp_
     refuses = ALIKE["chatml"] + "{% if 'other' in messages[-1].content %}{{ raise_exception('no other') }}{% endif %}"
     tokenizer, trunk = a_tokenizer(refuses), a_trunk()
     scorer = a_reward(tmp_path, trunk, tokenizer)
-    config = PPOConfig(model="m", prompts="p", output="o", reward={"source": "r"})
+    config = PPOConfig(model="m", prompts="p", output="o", reward={"source": "r"}, update=UPDATE)
     policy = Policy(config, a_trunk(), device="cpu", reward=RewardOnTrunk(scorer.model.score))
     turn = Turn(tokenizer, policy.model)
     samples = drawn(turn, tokenizer)
-    reading = open_reading(tmp_path, Texts(tokenizer, [Prompt(ASKED, turn.prompt(ASKED))]), policy.model)
+    texts = Texts(tokenizer, [Prompt(ASKED, turn.prompt(ASKED))])
+    reading = Reading(open_encoder(tmp_path, policy.model), texts)
     experience = score(policy, None, samples, config, closing=turn.closing, reading=reading)
-    assert experience.reward.isnan().tolist() == ["other" in text for text in reading._texts.said(samples)]
+    assert experience.reward.isnan().tolist() == ["other" in text for text in texts.responses_of(samples)]
     assert experience.ref_logprob.isfinite().all()
 
 
@@ -110,5 +113,5 @@ def test_an_adapter_reads_at_most_the_length_that_it_was_trained_on(tmp_path: Pa
     save_head(EnsembleHead(32, 2), tmp_path, max_score_length=5)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_text("{}")
-    reading = open_reading(tmp_path, Texts(tokenizer, []), trunk)
-    assert len(reading.encode(ASKED, "it was")) == 5
+    encoder = open_encoder(tmp_path, trunk)
+    assert len(encoder.encode({"prompt": ASKED, "response": "it was"})) == 5

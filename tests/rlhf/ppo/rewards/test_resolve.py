@@ -14,9 +14,8 @@ from prudent.engine import EnsembleHead, EnsembleRewardModel, Scorer
 from prudent.rlhf.models.adapter import save_head
 from prudent.rlhf.ppo.batch import Samples
 from prudent.rlhf.ppo.config import RewardConfig, kind_by_name
-from prudent.rlhf.ppo.rewards import resolve as rewards
 from prudent.rlhf.ppo.rewards.open import open_source
-from prudent.rlhf.ppo.rewards.resolve import open_reading, resolve_reward
+from prudent.rlhf.ppo.rewards.resolve import open_encoder, resolve_reward
 from prudent.rlhf.ppo.rewards.sources import Texts
 from prudent.rlhf.sampling.prompts import Prompt
 
@@ -64,21 +63,17 @@ def test_a_reward_model_and_its_tokeniser_are_read_once(
         with torch.no_grad():
             trunk.model.layers[1].self_attn.q_proj.weight += 1e-3
     config = RewardConfig(source=str(_save(tmp_path, trunk, tokenizer)), kind=asked, aggregation="min")
-    read: list[str] = []
-    for name in ("load_reward_model", "load_tokenizer"):
-        real = getattr(rewards, name)
-        monkeypatch.setattr(rewards, name, lambda *given, r=real, n=name: read.append(n) or r(*given))
-    weights: list[Any] = []
-    real_state = EnsembleRewardModel.from_pretrained
-    monkeypatch.setattr(
-        EnsembleRewardModel, "from_pretrained", lambda *given, **o: weights.append(1) or real_state(*given, **o)
-    )
+    loads: list[Any] = []
+    for kind in (EnsembleRewardModel, AutoTokenizer):
+        load = kind.from_pretrained
+        monkeypatch.setattr(kind, "from_pretrained", lambda *a, _k=kind, _l=load, **o: loads.append(_k) or _l(*a, **o))
     resolved = resolve_reward(config, policy, "cpu")
     source = open_source(config, resolved, Texts(tokenizer, prompts))
     assert (resolved.kind, resolved.num_heads) == (found, 3)
     assert (source is None) == (found == "shared")
-    assert read == ["load_reward_model"] + ["load_tokenizer"] * (found == "model")
-    assert len(weights) == 1
+    if source is None:
+        open_encoder(config.source, policy)
+    assert loads == [EnsembleRewardModel, AutoTokenizer]
 
 
 # -- kinds
@@ -172,9 +167,8 @@ def test_heads_that_skip_a_token_at_the_end_read_the_policys_trunk_in_front_of_i
     last = Scorer(EnsembleRewardModel.from_trunk(policy), tokenizer, progress=False).encode(item)[-1]
     source = _save(tmp_path, policy, tokenizer, skip_token_id=last)
     scorer = Scorer(EnsembleRewardModel.from_pretrained(source), tokenizer, progress=False)
-    reading = open_reading(source, Texts(tokenizer, [Prompt("my day", [4])]), policy)
     assert resolve_kind(RewardConfig(source=str(source)), policy) == "shared"
-    assert reading.encode("my day", " good food") == scorer.encode(item)[:-1]
+    assert open_encoder(source, policy).encode(item) == scorer.encode(item)[:-1]
 
 
 def test_append_eos_is_for_a_model_of_its_own_alone(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -233,7 +227,7 @@ def test_the_model_is_found_in_the_run_that_trained_it(policy: Any, tokenizer: A
     run = source.parent
     assert resolve_kind(RewardConfig(source=str(run)), policy) == "shared"
     assert load_shared_head(run, policy).num_heads == load_shared_head(source, policy).num_heads
-    open_reading(run, Texts(tokenizer, []), policy)
+    open_encoder(run, policy)
     assert _open_model(run, tokenizer, []).num_heads == load_shared_head(source, policy).num_heads
 
 
@@ -260,7 +254,6 @@ def test_a_reward_on_the_trunk_reads_by_the_tokeniser_the_eos_rule_and_the_lengt
 ) -> None:
     plain = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     plain.chat_template = None
-    texts = Texts(tokenizer, [Prompt("my day", [4])])
     for name, theirs, options in (
         ("same", tokenizer, {}),
         ("no_template", plain, {}),
@@ -270,18 +263,7 @@ def test_a_reward_on_the_trunk_reads_by_the_tokeniser_the_eos_rule_and_the_lengt
         source = _save(tmp_path / name, policy, theirs, **options)
         scorer = Scorer(EnsembleRewardModel.from_pretrained(source), theirs, progress=False)
         item = {"prompt": "my day", "response": " good food"}
-        assert open_reading(source, texts, policy).encode("my day", " good food") == scorer.encode(item)
-
-
-def test_a_reward_on_the_trunk_that_cannot_read_the_prompts_is_refused_at_once(
-    policy: Any, tokenizer: Any, tmp_path: Path
-) -> None:
-    plain = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
-    plain.chat_template = None
-    source = _save(tmp_path, policy, plain)
-    chat = [Prompt([{"role": "user", "content": "my day"}], [4])]
-    with pytest.raises(ValueError, match=r"reward.source: .* cannot read the prompts: .*no chat template"):
-        open_reading(source, Texts(tokenizer, chat), policy)
+        assert open_encoder(source, policy).encode(item) == scorer.encode(item)
 
 
 # -- a model of its own
@@ -325,15 +307,6 @@ def test_a_reward_that_is_not_finite_is_nan_and_spoils_no_other(
         source._scorer.model.get_input_embeddings().weight[tokenizer("hotel")["input_ids"][0]] = float("inf")
     assert torch.equal(source(samples).reward.isnan(), torch.tensor([False, True, False]))
     torch.testing.assert_close(source(samples).reward[[0, 2]], clean[[0, 2]])
-
-
-def test_a_model_that_cannot_read_the_prompts_is_refused_at_once(
-    policy: Any, tokenizer: Any, tmp_path: Path, make_bytes: Callable[..., Any]
-) -> None:
-    chat = [Prompt([{"role": "user", "content": "my day"}], [4])]
-    source = _save(tmp_path, _byte_trunk(), make_bytes())
-    with pytest.raises(ValueError, match=r"reward.source: .* cannot read the prompts: .*no chat template"):
-        _open_model(source, tokenizer, chat)
 
 
 def _byte_trunk() -> Any:
