@@ -1,4 +1,4 @@
-"""From features to rewards: the head, the Hugging Face model, the scorer and calibration. Only imports."""
+"""Turn a trunk's hidden states into rewards: the head, the Hugging Face model, the scorer and calibration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configure an ensemble reward model: its trunk, its heads, and which hidden state stands for a sequence."""
+"""Configure an ensemble reward model: its trunk, its heads, and the hidden state that the heads read."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ class EnsembleRewardConfig(PreTrainedConfig):
         num_heads: K.
         aggregation: how K heads become one reward, as `Aggregation` or its string; stored as the string.
         std_floor: least std of a head before calibration.
-        pooling: which hidden state stands for the sequence: that of the `last` attended token (decoders), of the
-            `first` (encoders), or the trunk's own `pooler` output (BERT's tanh layer). None: `last`, or `first` where
-            the trunk is a bidirectional encoder.
-        append_eos: whether `Scorer` ends a complete plain-text response with the tokeniser's EOS token. A chat
-            template ends its own turns and is left alone, and so are token ids. None: yes for decoders, no for
-            encoders, whose tokeniser closes every sequence itself. Choose it once, when the heads are trained: reading
-            another last token is another reward. TRL's GRPO and RLOO strip the EOS token from plain-text rollouts
-            before a reward model sees them, so a model meant to sit there on plain text is trained with False.
-        max_score_length: tokens of the longest sequence that the heads were trained on; `Scorer` cuts longer ones to it
-            unless told otherwise. None: as many as the trunk has positions. (transformers takes `max_length` in a
-            configuration for a setting of generation and refuses to save it.)
+        pooling: the hidden state that the heads read: of the `last` attended token (decoders), of the `first`
+            (encoders), or the trunk's own `pooler` output (BERT's tanh layer). None: `first` for a bidirectional
+            encoder, else `last`.
+        append_eos: whether `Scorer` ends a complete plain-text response with the tokeniser's EOS token. It never
+            changes token ids or the output of a chat template, which ends its own turns. None: yes for decoders, no
+            for encoders, whose tokeniser ends every sequence itself. Choose it once, when the heads are trained: with
+            another last token, the heads give another reward. TRL's GRPO and RLOO strip the EOS token from plain-text
+            rollouts before they call a reward model, so train a model for plain text there with False.
+        max_score_length: tokens of the longest sequence that the heads were trained on; `Scorer` truncates longer
+            sequences to it by default. None: as many as the trunk has positions. (The name is not `max_length`:
+            transformers takes that for a generation setting and refuses to save it in a configuration.)
         skip_token_id: with pooling `last`, the heads read the last attended token other than this one; None: the last
             attended token. `from_sequence_classifier` sets it to the padding id that the classifier's own head skips.
-        kwargs: `PreTrainedConfig`'s. num_labels is 1 and nothing else: trainers read column 0 of the logits.
+        kwargs: `PreTrainedConfig`'s. num_labels must be 1: trainers read column 0 of the logits.
 
     Raises:
-        ValueError: for an aggregation, pooling, max_score_length, skip_token_id or num_labels outside the above, or a
-            trunk whose hidden states of a text change with the batch around it.
+        ValueError: for another aggregation, pooling, max_score_length, skip_token_id or num_labels, or for a trunk
+            whose hidden states of a text depend on the other texts of the batch.
     """
 
     model_type = "prudent_ensemble_reward"
@@ -89,7 +89,7 @@ class EnsembleRewardConfig(PreTrainedConfig):
         self.skip_token_id = skip_token_id
         kwargs.setdefault("num_labels", 1)  # transformers' own default is 2
         super().__init__(**kwargs)
-        # after the parent, which would set the attention and experts implementations of a trunk in use back to None
+        # set after super().__init__, which would reset the trunk's attention and experts implementations to None
         self.text_config: Any = text_config
         for name in ("attn_implementation", "experts_implementation"):
             if kwargs.get(name) is not None:
@@ -99,7 +99,7 @@ class EnsembleRewardConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """D, the trunk's width; tools that size buffers look for it at the top."""
+        """D, the trunk's width. Tools that allocate buffers read it here and not in text_config."""
         if self.text_config is None:
             raise AttributeError("EnsembleRewardConfig has no hidden_size without a text_config")
         return int(self.text_config.hidden_size)
@@ -111,7 +111,7 @@ def is_encoder(config: PreTrainedConfig) -> bool:
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """The longest sequence a trunk of this configuration takes, in tokens; None where it states no limit."""
+    """The longest sequence a trunk of this configuration takes, in tokens; None if it states no limit."""
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return None
@@ -119,33 +119,33 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 
 def longest_in_company(config: PreTrainedConfig) -> int | None:
-    """The longest sequence that a trunk may read in one pass with shorter ones, each as it reads it alone.
+    """The longest sequence that can share a batch with shorter ones without changing their hidden states.
 
-    `max_positions`, or less where the rotary frequencies of every row change with the longest (longrope).
+    `max_positions`, or less if a longer sequence changes the rotary frequencies of the whole batch (longrope).
     """
     return min((n for n in (max_positions(config), switch_length(config)) if n is not None), default=None)
 
 
 def position_offset(config: PreTrainedConfig) -> int:
-    """The position id of the first token: 0 for most trunks, one past the padding index for RoBERTa's descendants."""
+    """The position id of the first token: 0, padding index + 1 (RoBERTa's descendants), or 2 (_POSITIONS_FROM_TWO)."""
     if config.model_type in _POSITIONS_AFTER_PADDING:
         return padding_id(config) + 1
     return 2 if config.model_type in _POSITIONS_FROM_TWO else 0
 
 
 def padding_id(config: PreTrainedConfig) -> int:
-    """A token id to write where a batch is padded: the trunk's own padding token, or 0 where it has none."""
+    """The token id that pads a batch: the trunk's own padding token, or 0 if it has none."""
     padding = getattr(config, "pad_token_id", None)
     known = isinstance(padding, int) and 0 <= padding < getattr(config, "vocab_size", 0)
     return int(padding) if known else 0  # type: ignore[arg-type]
 
 
-# their position tables have rows up to the padding index that no token uses
+# no token uses the rows of their position tables up to the padding index
 _POSITIONS_AFTER_PADDING = frozenset(
     {
         *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod"),
         *("ibert", "longformer", "mpnet", "luke", "markuplm", "esm", "lilt", "layoutlmv3"),
     }
 )
-# their position tables have two rows more than max_position_embeddings says
+# their position tables have max_position_embeddings + 2 rows
 _POSITIONS_FROM_TWO = frozenset({"mra", "nystromformer", "yoso"})

@@ -1,4 +1,4 @@
-"""Take other people's models as trunks, and their one-head classifiers as reward models; check both."""
+"""Convert existing models: any text model to a trunk, a one-head classifier to a reward model; check both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .weights import reading_weights, refuse_missing
 
 
 def load_trunk(source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[str, Any], need_pooler: bool) -> Any:
-    """The base model of a folder or hub name, or of an instance (by reference); text only, encoder or decoder."""
+    """Load the base model from a folder or hub name, or take it from an instance by reference; text models only."""
     if isinstance(source, PreTrainedModel):
         _refuse_options("from_trunk", kwargs)
         trunk: Any = source.base_model
@@ -32,13 +32,12 @@ def load_trunk(source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[st
         with reading_weights(source), refusing_own_code(source):
             model, info = AutoModel.from_pretrained(source, output_loading_info=True, **without_own_code(kwargs))
         trunk = model.base_model
-        # language-model checkpoints of the BERT family come without the pooler, which `first` pooling does not read
+        # language-model checkpoints of the BERT family lack the pooler, which only `pooler` pooling reads
         missing = (key for key in info["missing_keys"] if need_pooler or not key.startswith("pooler."))
         refuse_missing("from_trunk", source, missing)
     if not isinstance(getattr(trunk.config, "hidden_size", None), int):
         raise ValueError(
-            f"from_trunk: trunk: expected a text model with config.hidden_size, got {type(trunk).__name__}, whose "
-            "configuration has none"
+            f"from_trunk: trunk: expected a text model with config.hidden_size, got {type(trunk).__name__} without it"
         )
     return trunk
 
@@ -46,7 +45,7 @@ def load_trunk(source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[st
 def model_of_sequence_classifier(
     cls: Any, source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[str, Any]
 ) -> Any:
-    """See `EnsembleRewardModel.from_sequence_classifier`; `cls` is that class."""
+    """`EnsembleRewardModel.from_sequence_classifier`; `cls` is that class."""
     where = "from_sequence_classifier"
     append_eos = kwargs.pop("append_eos", None)
     if isinstance(source, PreTrainedModel):
@@ -82,9 +81,10 @@ def model_of_sequence_classifier(
 
 
 def _padding_token(original: PreTrainedModel) -> int | None:
-    """The token that a decoder's classification head never reads at the end of a sequence: its padding token.
+    """The padding token, which a decoder's classification head skips at the end of a sequence; None if it has none.
 
-    transformers' heads take the last id that is not `pad_token_id`, attended or not; without one, the last id.
+    transformers' heads read the last id that is not `pad_token_id`, attended or not; without a `pad_token_id`, the
+    last id.
     """
     embeddings: Any = original.get_input_embeddings()
     padding = getattr(original.config.get_text_config(), "pad_token_id", None)
@@ -92,7 +92,7 @@ def _padding_token(original: PreTrainedModel) -> int | None:
 
 
 def _check_same_rewards(original: PreTrainedModel, model: Any, linear: nn.Linear) -> None:
-    """Refuse an architecture that does something else between trunk and head: random sequences must score alike."""
+    """Refuse an architecture with other steps between trunk and head: random sequences must get the same rewards."""
     pairs = []
     with evaluating(original):
         for probe in _probes(original):
@@ -101,15 +101,15 @@ def _check_same_rewards(original: PreTrainedModel, model: Any, linear: nn.Linear
             want = original(input_ids=ids, attention_mask=mask).logits.float().view(())
             hidden = model.features(ids, mask)
             got = model.score(hidden).reward.view(())
-            # the original rounds its reward to its own dtype; both add up D products, in fp32 at least
+            # the original rounds its reward to its own dtype; both models sum D products, in at least fp32
             terms = (hidden.float().abs() @ linear.weight.float().abs().T).view(())
             tolerance = 8 * torch.finfo(original.dtype).eps * want.abs() + 1e-5 * terms
             pairs.append((float(got), float(want), float(tolerance)))
     if not all(abs(got - want) <= tolerance for got, want, tolerance in pairs):
         raise ValueError(
             f"from_sequence_classifier: {type(original).__name__}: expected the reward to be one linear layer on the "
-            f"trunk's hidden state of the first token, or of the last that is not padding, got {[p[0] for p in pairs]} "
-            f"that way where the model says {[p[1] for p in pairs]}"
+            f"trunk's hidden state of the first token, or of the last that is not padding: the model's rewards are "
+            f"{[p[1] for p in pairs]}, got {[p[0] for p in pairs]}"
         )
 
 
@@ -130,7 +130,7 @@ def _probes(original: PreTrainedModel) -> list[Tensor]:
 
 def _refuse_options(where: str, kwargs: dict[str, Any]) -> None:
     if kwargs:
-        raise ValueError(f"{where}: {', '.join(kwargs)}: expected only with a folder or name, got it beside a model")
+        raise ValueError(f"{where}: {', '.join(kwargs)}: expected only with a folder or name, got a model instance")
 
 
 def _check_labels(config: Any) -> None:

@@ -11,9 +11,9 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; afterwards every module is in the mode it had, which may differ between modules.
+    """Eval mode without gradients; on exit, restore each module's own mode.
 
-    Not inference_mode: tensors that the trunk caches in it could not take part in autograd later.
+    It uses no_grad and not inference_mode: autograd could not use tensors that the trunk caches in inference_mode.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

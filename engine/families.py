@@ -1,4 +1,4 @@
-"""Find trunks whose output for a text depends on its batch; split their batches by length, or refuse them."""
+"""Find trunks whose output for a text depends on its batch: split their batches by length, or refuse them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-# padding reaches the tokens beside it, in convolutions (convbert, canine), a Fourier transform of the row (fnet),
-# landmarks and hashes of it (nystromformer, yoso), neighbours' embeddings (mobilebert), or positions (cpmant)
+# Padding changes the hidden states of other tokens: through convolutions (convbert, canine), a Fourier transform of the
+# row (fnet), landmarks and hashes of the row (nystromformer, yoso), neighbours' embeddings (mobilebert), or positions
+# (cpmant).
 _UNPADDED = frozenset({"canine", "convbert", "cpmant", "fnet", "mobilebert", "nystromformer", "yoso"})
 
 
 def check_family(config: PreTrainedConfig) -> None:
-    """Raise ValueError for a trunk whose hidden states of a text depend on the texts beside or before it."""
+    """Raise ValueError for a trunk whose hidden states of a text depend on texts in the same or an earlier batch."""
     reason = None
     if config.model_type == "big_bird" and getattr(config, "attention_type", "") == "block_sparse":
         reason = (
@@ -24,27 +25,27 @@ def check_family(config: PreTrainedConfig) -> None:
         reason = "it scales activations by the whole batch; set quant_mode to false in its config.json"
     if reason is not None:
         raise ValueError(
-            "EnsembleRewardConfig: text_config: expected a trunk that reads a text alike alone and beside others, "
-            f"got {config.model_type!r}: {reason}"
+            "EnsembleRewardConfig: text_config: expected a trunk whose output for a text does not depend on other "
+            f"texts, got {config.model_type!r}: {reason}"
         )
 
 
 def follows_length(config: PreTrainedConfig) -> bool:
-    """Whether a trunk reads a row otherwise in a longer batch, so that `length_classes` must part its rows."""
+    """Whether a row's output depends on the length of its batch, so that `length_classes` must split the batch."""
     return config.model_type in _UNPADDED or any(_scales(rope) for rope in _ropes(config))
 
 
 def switch_length(config: PreTrainedConfig) -> int | None:
-    """The longest row whose rotary frequencies are those of every shorter one; None: they never change."""
+    """The longest row with the same rotary frequencies as every shorter one; None if the frequencies never change."""
     switches = [_switch(config, rope) for rope in _ropes(config) if _scales(rope)]
     return min(switches, default=None)
 
 
 def length_classes(config: PreTrainedConfig, lengths: Sequence[int]) -> list[list[int]]:
-    """Group the rows that may share a pass of the trunk, such that each is read as it is alone.
+    """Group the rows that can share a forward pass, so that each has the output that it has alone.
 
-    Families that must see no padding: the rows of one length. Rotary frequencies of type longrope: the rows within the
-    original length, and the others. Of type dynamic: the rows within the trained length, and each length beyond it.
+    Families that must see no padding: one group per length. Rotary frequencies of type longrope: one group up to the
+    original length, one beyond it. Type dynamic: one group up to max_position_embeddings, one per length beyond it.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, length in enumerate(lengths):
@@ -58,7 +59,7 @@ def length_classes(config: PreTrainedConfig, lengths: Sequence[int]) -> list[lis
 
 
 def reset_frequencies(trunk: Any) -> None:
-    """Forget the longest sequence so far: a rope of type dynamic would use its frequencies for shorter ones too."""
+    """Restore the initial rotary frequencies of type dynamic, which would keep those of the longest row seen so far."""
     if not any("dynamic" in rope["rope_type"] for rope in _ropes(trunk.config)):
         return
     for module in trunk.modules():

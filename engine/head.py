@@ -1,4 +1,4 @@
-"""`EnsembleHead`: K Gaussian reward heads on hidden states, with their weights and calibration."""
+"""`EnsembleHead`: K Gaussian reward heads on a trunk's hidden states, with their weights and calibration."""
 
 from __future__ import annotations
 
@@ -11,41 +11,43 @@ from torch import Tensor, nn
 
 from ..kernels import STD_FLOOR, Aggregation, EnsembleOutput, ensemble_reward
 
-INITIAL_STD = 0.5  # before the floor; half the width of eq. 8's targets at alpha = 1: neither sure nor drowned in noise
-INITIAL_STD_SPREAD = 0.1  # of the std rows against the mean rows: heads differ from each other and from row to row
+INITIAL_STD = 0.5  # without std_floor; half the width of eq. 8's targets at alpha = 1, so neither certain nor all noise
+INITIAL_STD_SPREAD = 0.1  # std rows' deviation over mean rows': stds then differ between heads and between inputs
 
 
 class EnsembleHead(nn.Module):
     """K Gaussian heads, hidden states [..., D] -> means and stds [N, K] -> one pessimistic reward [N].
 
-    BRME (arXiv 2409.15360) 5.1: every head has a mean and a standard deviation, one linear map D -> 2K. The paper
-    leaves the map from the raw output s to a std open. Here std = softplus(s) + std_floor, because
-    - it is positive: the sampled reward mean + a * std is symmetric in the sign of an unconstrained std, and the
-      nominal head, argmin std, would chase negative numbers;
+    BRME (arXiv 2409.15360) 5.1: one linear map D -> 2K gives every head a mean and a standard deviation. The paper does
+    not say how a raw output s becomes a std. Here std = softplus(s) + std_floor, because
+    - the std is positive: with an unconstrained std, the sampled reward mean + a * std would not depend on its sign,
+      and the nominal head, argmin std, would prefer negative values;
     - d std / d s > 0, so the argument of the paper's appendix B.1 (the loss of eq. 8 pulls every std down) holds for s;
-    - it is linear for large s and exponential only for small s: an outlying hidden state gives a large std, where exp
-      gives inf;
-    - eq. 8 pulls every std towards 0 for ever: the floor keeps stds, which are compared and divided by, above rounding.
+    - softplus is exponential for small s and linear for large s: for an outlying hidden state, the std is large, not
+      inf as with exp;
+    - eq. 8 pulls every std towards 0 without end, and stds are compared and divided by: the floor keeps them above
+      rounding.
 
     Initialisation (`reset_parameters`): mean rows N(0, 1/(D+1)) and bias 0 (BSR, arXiv 2505.07271, 3.1); std rows
-    N(0, 0.01/(D+1)) and the bias that gives std = 0.5 + std_floor where the features are 0. Every row is drawn on its
-    own, so heads start different.
+    N(0, 0.01/(D+1)) and the bias that gives std = 0.5 + std_floor at features of 0. Every row is drawn independently,
+    so heads start different.
 
     The arithmetic is fp32 with autocast off. Parameters and calibration stay fp32 when the model around them is cast
-    to a half precision (`.half()`, `.to(torch.bfloat16)`); `.double()` is obeyed. A single-head (Bradley-Terry) reward
+    to a half precision (`.half()`, `.to(torch.bfloat16)`); `.double()` casts them. A single-head (Bradley-Terry) reward
     is `EnsembleHead(D, 1, aggregation="mean")`.
 
     Args:
         hidden_size: D, the trunk's width.
         num_heads: K.
-        aggregation: how K heads become one reward, an `Aggregation` or its string; `head.aggregation = "min"` later.
+        aggregation: how K heads become one reward, an `Aggregation` or its string; assign `head.aggregation` to change
+            it.
         std_floor: least std before calibration, >= 0.
 
     Attributes:
         weight: Parameter [2K, D]; rows 0..K-1 the means, K..2K-1 the raw stds.
         bias: Parameter [2K].
         shift, scale: persistent buffers [K] (0, 1): calibrated mean = (mean - shift) / scale, std = std / scale.
-        std_ref: persistent buffer [K] (1): each head's typical calibrated std, what `nominal=relative_std` divides by.
+        std_ref: persistent buffer [K] (1): each head's mean calibrated std; `nominal=relative_std` divides by it.
 
     Raises:
         ValueError: for sizes below 1, a std_floor that is negative or not finite, or an aggregation that names a head
@@ -75,7 +77,7 @@ class EnsembleHead(nn.Module):
         self.num_heads = num_heads
         self.std_floor = float(std_floor)
         self.aggregation = aggregation
-        # fp32 whatever torch's default dtype is: a trunk is often built under a half-precision default
+        # fp32 whatever torch's default dtype: trunks are often built under a half-precision default
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.weight = nn.Parameter(torch.empty(2 * num_heads, hidden_size, **options))
         self.bias = nn.Parameter(torch.empty(2 * num_heads, **options))
@@ -97,7 +99,7 @@ class EnsembleHead(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh weights (see the class) and forget the calibration, which belonged to the old ones."""
+        """Draw new weights (see the class) and reset the calibration, which was measured on the old weights."""
         k, deviation = self.num_heads, 1.0 / math.sqrt(self.hidden_size + 1)
         self.weight[:k].normal_(0.0, deviation, generator=generator)
         self.weight[k:].normal_(0.0, INITIAL_STD_SPREAD * deviation, generator=generator)
@@ -107,7 +109,7 @@ class EnsembleHead(nn.Module):
 
     @torch.no_grad()
     def reset_calibration(self) -> None:
-        """shift 0, scale 1, std_ref 1: the heads' own outputs."""
+        """Set shift 0, scale 1 and std_ref 1, so that outputs are uncalibrated."""
         self.shift.zero_()
         self.scale.fill_(1.0)
         self.std_ref.fill_(1.0)
@@ -126,17 +128,17 @@ class EnsembleHead(nn.Module):
 
         Args:
             hidden: [..., D], any floating dtype, last dimension contiguous.
-            rows: [N] int64, which rows of hidden.view(-1, D) to score (the last tokens of [B, T, D]); None scores all.
-            seed: [1] int64 on hidden's device; None: no sampling, the means stand for the samples.
-            aggregation: this call's aggregation; None takes the head's own.
+            rows: [N] int64, the rows of hidden.view(-1, D) to score (the last tokens of [B, T, D]); None: all rows.
+            seed: [1] int64 on hidden's device; None: no sampling, the means are used as samples.
+            aggregation: the aggregation of this call; None: the head's own.
             group: [N] int64 labels or a group size, with centre="group".
-            centre: "none", "batch" or "group"; None takes the aggregation's own.
+            centre: "none", "batch" or "group"; None: the aggregation's own.
 
         Returns:
             EnsembleOutput(reward [N], mean [N, K], std [N, K], reward_sum []), calibrated, fp32.
 
         Raises:
-            ValueError: naming the argument, from the op.
+            ValueError: from the op, naming the argument.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             return ensemble_reward(
@@ -167,7 +169,7 @@ class EnsembleHead(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EnsembleHead:
-        """Apply moves and casts (torch calls this for all of them), but stay fp32 when cast to a half precision."""
+        """Move or cast as torch asks (every `.to` comes here), but stay fp32 when cast to a half precision."""
 
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)

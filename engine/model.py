@@ -26,9 +26,9 @@ from .weights import reading_weights, refuse_missing
 
 @dataclass
 class EnsembleRewardOutput(ModelOutput):
-    """What `EnsembleRewardModel` returns for B sequences and K heads, all fp32.
+    """Output of `EnsembleRewardModel` for B sequences and K heads, all fp32.
 
-    loss    None: the losses live with the training jobs; here for trainers that look
+    loss    always None: training jobs compute the loss; the field exists for trainers that look for it
     logits  [B, 1]  the aggregated reward
     mean    [B, K]  the heads' means, calibrated
     std     [B, K]  the heads' standard deviations, calibrated, > 0
@@ -43,17 +43,18 @@ class EnsembleRewardOutput(ModelOutput):
 class EnsembleRewardModel(PreTrainedModel):
     """A reward model with uncertainty: one trunk (`.model`) and K Gaussian heads (`.score`).
 
-    Works wherever a `...ForSequenceClassification` with `num_labels=1` works: `logits` is [B, 1]. The heads read the
-    last attended token (`config.pooling`), which the attention mask tells; of a model that `from_sequence_classifier`
-    made, the last one that is not its padding token, as its own head does (`config.skip_token_id`). A sequence scores
-    alike alone, padded left or right, and beside any others: the trunk sees every batch padded on the right. The head
-    computes in fp32 with autocast off and stays fp32 in memory and on disk when the trunk is in a half precision.
+    Works wherever a `...ForSequenceClassification` with `num_labels=1` works: `logits` is [B, 1]. A decoder's heads
+    read the last token that the attention mask marks (see `config.pooling`). If `from_sequence_classifier` made the
+    model, they read the last such token other than its padding token, as the classifier's own head does
+    (`config.skip_token_id`). A sequence gets the same reward alone, padded left or right, and in any batch, because
+    every batch is moved to right padding before the trunk. The head computes in fp32 with autocast off and stays fp32
+    in memory and on disk when the trunk has a half precision.
 
     Make one with `from_trunk`, `from_sequence_classifier` or `from_pretrained`. Importing `prudent.engine` registers
     the class with transformers' Auto classes, so that `AutoModelForSequenceClassification.from_pretrained(folder)` and
     trainers that take a path find it. In TRL: `GRPOTrainer(reward_funcs=model, reward_processing_classes=tokenizer)`.
-    Trainers neither truncate for a reward model nor put it in eval mode; what is too long is warned of here, and a
-    trunk with dropout should be in eval mode.
+    Trainers neither truncate for a reward model nor put it in eval mode: the model warns of sequences that are too
+    long; put a trunk with dropout in eval mode yourself.
 
     Args:
         config: with `text_config` set.
@@ -66,7 +67,7 @@ class EnsembleRewardModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    # what the trunk itself does not support, its own constructor refuses
+    # the trunk's own constructor refuses an attention implementation that it does not support
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _keep_in_fp32_modules_strict = {"score"}  # noqa: RUF012  as transformers reads it
 
@@ -88,7 +89,7 @@ class EnsembleRewardModel(PreTrainedModel):
             config.hidden_size, config.num_heads, aggregation=config.aggregation, std_floor=config.std_floor
         )
         for given in (trunk, head):
-            # post_init draws weights for every module without this mark, adapters inside a given trunk included
+            # post_init draws new weights for every module without this mark, adapters inside a given trunk included
             for module in () if given is None else given.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
@@ -101,13 +102,13 @@ class EnsembleRewardModel(PreTrainedModel):
         if isinstance(module, EnsembleHead):
             fresh = EnsembleHead(module.hidden_size, module.num_heads, device=module.weight.device)
             for name, value in fresh.state_dict().items():
-                init.copy_(getattr(module, name), value)  # leaves alone what a checkpoint has filled
+                init.copy_(getattr(module, name), value)  # skips tensors that a checkpoint has filled
         else:
             super()._init_weights(module)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """`PreTrainedModel.from_pretrained`; a checkpoint that lacks a tensor is refused, not filled at random.
+        """`PreTrainedModel.from_pretrained`, but a checkpoint that lacks a tensor is refused, not filled at random.
 
         Raises:
             ValueError: naming the missing tensors, or the folder whose weights cannot be read.
@@ -134,22 +135,22 @@ class EnsembleRewardModel(PreTrainedModel):
         skip_token_id: int | None = None,
         **kwargs: Any,
     ) -> EnsembleRewardModel:
-        """Heads on a trunk: a fresh ensemble (K = 5, `tradeoff:0.4`), or a trained one.
+        """Put heads on a trunk: a new ensemble (by default K = 5, `tradeoff:0.4`), or a trained one.
 
         Args:
-            trunk: a folder or hub name of any model that AutoModel loads, or a `PreTrainedModel`, used by reference
-                and not copied, with its mode and its config: of a causal language model the inner base model is taken,
-                which may so be shared with a rollout policy.
-            num_heads: K; 5 where neither it nor `head` is given.
-            aggregation: the head's; None takes `head`'s own, else `tradeoff:0.4`.
-            head: a trained `EnsembleHead`, used by reference and moved to the trunk's device.
-            std_floor: of a fresh head.
+            trunk: a folder or hub name of any model that AutoModel loads, or a `PreTrainedModel`. An instance is used
+                by reference, with its train or eval mode and its config; of a causal language model, the inner base
+                model is taken, so that a rollout policy can share it.
+            num_heads: K; None: `head`'s, else 5.
+            aggregation: of the head; None: `head`'s own, else `tradeoff:0.4`.
+            head: a trained `EnsembleHead`, used by reference and moved to the trunk's device; None: a new one.
+            std_floor: of a new head.
             pooling, append_eos, max_score_length, skip_token_id: see `EnsembleRewardConfig`.
-            kwargs: to `AutoModel.from_pretrained` (dtype, device_map, attn_implementation, ...); trust_remote_code is
-                False unless given; with a name only.
+            kwargs: passed to `AutoModel.from_pretrained` (dtype, device_map, attn_implementation, ...), only with a
+                folder or name; trust_remote_code is False unless given.
 
         Raises:
-            ValueError: for a trunk that is no language model or lacks tensors, or a head that does not fit.
+            ValueError: for a trunk that is no text model or lacks tensors, or a head that does not fit.
         """
         body = load_trunk(trunk, kwargs, need_pooler=pooling == "pooler")
         if head is None:
@@ -173,7 +174,7 @@ class EnsembleRewardModel(PreTrainedModel):
             append_eos=append_eos,
             max_score_length=max_score_length,
             skip_token_id=skip_token_id,
-            # trainers look here for the tokeniser and for the name of the metric
+            # trainers read these to find the tokeniser and to name the metric
             name_or_path=body.config.name_or_path,
             dtype=body.dtype,
         )
@@ -185,17 +186,18 @@ class EnsembleRewardModel(PreTrainedModel):
     def from_sequence_classifier(
         cls, classifier: str | os.PathLike[str] | PreTrainedModel, **kwargs: Any
     ) -> EnsembleRewardModel:
-        """Anybody's one-head reward model as a stage-1 model: K = 1, aggregation `mean`, the same rewards.
+        """Convert a one-head reward model to a stage-1 model with the same rewards: K = 1, aggregation `mean`.
 
-        Taken: `num_labels=1` and one linear head, `score` on a decoder's last token or `classifier` on BERT's pooler.
-        A decoder's head reads the last token that is not `config.pad_token_id`; so does this model, which matters where
-        that is the EOS token too. The two models' rewards are compared on short random sequences, with that token in
-        them and at their end, before anything is returned. The one std is a constant, 0.5 + the floor, and means
-        nothing.
+        The classifier must have `num_labels=1` and one linear head: `score` on a decoder's last token, or `classifier`
+        on BERT's pooler. A decoder's head reads the last token that is not `config.pad_token_id`, and so does this
+        model: it matters if the padding token is the EOS token too. Before it returns, the method compares the two
+        models' rewards on short random sequences with that token inside and at their end. The std is a constant,
+        0.5 + std_floor, and means nothing.
 
         Args:
-            classifier: folder, hub name, or a `...ForSequenceClassification` instance (its trunk is used by reference).
-            kwargs: `append_eos`, and what `AutoModelForSequenceClassification.from_pretrained` takes;
+            classifier: a folder, a hub name, or a `...ForSequenceClassification` instance (its trunk is used by
+                reference).
+            kwargs: `append_eos`, and keywords of `AutoModelForSequenceClassification.from_pretrained`;
                 trust_remote_code is False unless given.
 
         Raises:
@@ -211,7 +213,7 @@ class EnsembleRewardModel(PreTrainedModel):
         self.model.set_input_embeddings(value)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """`PreTrainedModel.save_pretrained`; the head's present aggregation is what is saved."""
+        """`PreTrainedModel.save_pretrained`, with the head's present aggregation in the configuration."""
         self.config.aggregation = str(self.score.aggregation)
         super().save_pretrained(*args, **kwargs)
 
@@ -227,11 +229,11 @@ class EnsembleRewardModel(PreTrainedModel):
 
         Args:
             input_ids: [B, T] int64.
-            attention_mask: [B, T], non-zero where a token is; None: no padding anywhere, whatever the ids are.
-            position_ids: [B, T]; None: the trunk's own, counted over the attended tokens.
-            return_dict: False for the tuple (logits, mean, std).
+            attention_mask: [B, T], non-zero at tokens, 0 at padding; None: no padding, whatever the ids are.
+            position_ids: [B, T]; None: the trunk counts the attended tokens by its own rule.
+            return_dict: False: return the tuple (logits, mean, std).
 
-        Everything else that trainers pass (use_cache, token_type_ids, labels, ...) is ignored.
+        Other keywords that trainers pass (use_cache, token_type_ids, labels, ...) are ignored.
 
         Raises:
             ValueError: for a mask of another shape, or (on the CPU) one that masks a whole row.
@@ -249,7 +251,7 @@ class EnsembleRewardModel(PreTrainedModel):
     def _hidden(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [B, T, D] and the row of each sequence in them, or pooled states [B, D] and None."""
+        """(hidden states [B, T, D], flat index [B] of each sequence's row), or (pooled states [B, D], None)."""
         check_mask(input_ids, attention_mask)
         limit = max_positions(self.config.text_config)
         if limit is not None and input_ids.shape[1] > limit:
@@ -258,7 +260,7 @@ class EnsembleRewardModel(PreTrainedModel):
                 stacklevel=3,
             )
         if attention_mask is None:
-            # an encoder may take its padding token for padding where no mask says otherwise
+            # without a mask, an encoder may treat its padding token as padding
             attention_mask = None if self.config.pooling == "last" else torch.ones_like(input_ids)
         else:
             input_ids, attention_mask, position_ids = right_padded(
@@ -271,7 +273,7 @@ class EnsembleRewardModel(PreTrainedModel):
     def _pass(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """One pass of the trunk over right-padded rows; returns as `_hidden` does."""
+        """One forward pass of the trunk over right-padded rows; returns what `_hidden` returns."""
         options: dict[str, Any] = {}
         if position_ids is not None and self._takes_positions:
             options["position_ids"] = position_ids
@@ -287,7 +289,7 @@ class EnsembleRewardModel(PreTrainedModel):
         return self.model.pooler(hidden.flatten(0, 1).index_select(0, rows)[:, None]), None
 
     def _by_length(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Pooled states [B, D], with a pass of the trunk for each length class."""
+        """Pooled states [B, D], from one forward pass for each length class."""
         batch, width = input_ids.shape
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         lengths = mask.sum(1).tolist() if attention_mask is not None else [width] * batch

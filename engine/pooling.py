@@ -1,4 +1,4 @@
-"""Bring a padded batch into one form, and find the row of each sequence that the heads read."""
+"""Move the padding of a batch to the right, and find the token of each sequence that the heads read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_mask(input_ids: Tensor, attention_mask: Tensor | None) -> None:
             f"EnsembleRewardModel: attention_mask: expected input_ids' shape {list(input_ids.shape)}, "
             f"got {list(attention_mask.shape)}"
         )
-    # reading device memory would stall the stream, and a compiler cannot trace the question
+    # on the CPU only: a test of device memory would stall the stream, and torch.compile cannot trace it
     if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling():
         empty = attention_mask.ne(0).any(1).logical_not()
         if bool(empty.any()):
@@ -30,10 +30,10 @@ def check_mask(input_ids: Tensor, attention_mask: Tensor | None) -> None:
 def right_padded(
     input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None, padding_id: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Move each row's attended tokens to its front and write `padding_id` behind them; all arguments [B, T].
+    """Move each row's attended tokens to its front and write `padding_id` behind them; all tensors are [B, T].
 
-    In this form every trunk counts positions by its own rule as it does for the row alone: from 0, from behind its
-    padding index, by the mask, or not at all. Recurrent trunks have read no padding before a token that counts.
+    Every trunk then counts positions as it does for the row alone, whatever its rule: from 0, from the padding index
+    + 1, by the mask, or not at all. A recurrent trunk reads no padding before an attended token.
     """
     attended = attention_mask.ne(0)
     order = attended.logical_not().to(torch.int8).argsort(dim=1, stable=True)
@@ -45,13 +45,13 @@ def right_padded(
 
 
 def pooled_rows(input_ids: Tensor, attention_mask: Tensor | None, *, first: bool, skipped: int | None) -> Tensor:
-    """The row of each sequence that the heads read, in hidden states flattened to [B * T, D]: [B] int64.
+    """The row of hidden states, flattened to [B * T, D], that the heads read for each sequence: [B] int64.
 
     Args:
         input_ids: [B, T], padded on the right.
         attention_mask: [B, T]; None: no padding.
-        first: the first attended token, instead of the last.
-        skipped: the last token must be another than this one; of a row that holds no other, the first counts.
+        first: read the first attended token instead of the last.
+        skipped: read the last attended token other than this id; the first token of a row without another.
     """
     batch, length = input_ids.shape
     start = torch.arange(batch, device=input_ids.device) * length

@@ -1,4 +1,4 @@
-"""Score texts, chats or token ids: rewards, means and stds that do not depend on the other items."""
+"""Score texts, chats or token ids; an item's reward, means and stds do not depend on the other items."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _TOKEN = np.dtype(np.int32)
 
 @dataclass(frozen=True)
 class Scores:
-    """N items scored by K heads, in the order they came.
+    """Scores of N items by K heads, in the items' order.
 
-    reward, nominal, worst  lists of N floats; None where the model gave a number that is not finite
-    mean, std               [N, K] fp32 on the CPU, calibrated; numbers that are not finite stay in
+    reward, nominal, worst  lists of N floats; None for an item whose mean, std or reward is not finite
+    mean, std               [N, K] fp32 on the CPU, calibrated, with any non-finite numbers
     num_nonfinite           how many items have None
     num_truncated           how many items were longer than max_length and lost their beginning
     """
@@ -45,21 +45,20 @@ class Scorer:
 
     An item is one of
     - a text: the whole sequence, prompt and response, tokenised with the tokeniser's special tokens;
-    - a list of token ids: taken as they are;
-    - a list of messages {"role", "content"}, or {"messages": [...]}: through the tokeniser's chat template;
+    - a list of token ids: used unchanged;
+    - a list of messages {"role", "content"}, or {"messages": [...]}: rendered by the tokeniser's chat template;
     - {"prompt", "response"}, each a text or a list of messages: with a chat template, texts become a user and an
-      assistant message; without one, two texts are joined as they are. A prompt may also be {"messages", "tools"}, or
+      assistant message; without one, two texts are concatenated. A prompt may also be {"messages", "tools"}, or
       {"system", "text"}: a system and a user message, or without a template two texts with a blank line between.
-    A mapping may say "complete": False of a response that was cut off: its turn or text is then left open. It may have
-    "tools" for the chat template.
+    A mapping may have "tools" for the chat template. A mapping with "complete": False holds a truncated response: its
+    turn or text gets no end.
 
-    Messages may have tool calls and reasoning (reasoning_content, thinking or reasoning). A chat template that leaves
-    out tools, tool calls or the last message's reasoning is refused, as is one that raises. Templates that write
-    today's date always get 26 July 2024, so that a text has the same reward on every day.
+    Messages may have tool calls and reasoning (reasoning_content, thinking or reasoning). A chat template that raises,
+    or leaves out tools, tool calls or the last message's reasoning, is an error. Templates that write today's date
+    always get 26 July 2024, so that a text has the same reward on every day.
 
-    How a sequence ends: a plain text gets the tokeniser's EOS token if the model's `config.append_eos` says so (and the
-    item is complete, and the tokeniser has not put it there); a chat template ends its own turns; token ids are left
-    alone.
+    How a sequence ends: a complete plain text gets the tokeniser's EOS token if the model's `config.append_eos` is true
+    and the tokeniser has not added it; a chat template ends its own turns; token ids stay unchanged.
 
     Sequences are sorted by length and scored in micro-batches of at most `batch_tokens` padded tokens (a longer one
     alone). Equal sequences are scored once. The micro-batches depend on the set of sequences and not on their order, so
@@ -70,14 +69,15 @@ class Scorer:
         model: `EnsembleRewardModel`, or one wrapped by peft.
         tokenizer: a Hugging Face tokeniser; it needs no padding token.
         batch_tokens: tokens in a micro-batch, padding included.
-        max_length: longer items lose their beginning, but for a BOS or CLS token; None: the length the heads were
-            trained on (the model's `config.max_score_length`), or as many as the trunk has positions if that is less
-            or not stated.
-        progress: show a progress bar on stderr where it takes more than a second.
+        max_length: longer items lose their beginning, except a BOS or CLS token. None: the smaller of the length that
+            the heads were trained on (the model's `config.max_score_length`) and the trunk's number of positions, as
+            far as they are known.
+        progress: show a progress bar on stderr if scoring takes more than a second.
 
     Raises:
-        ValueError: for sizes that make no sense; from every method, for an item of another form, an empty one, or
-            messages without a chat template or that it refuses, naming the item by its index.
+        ValueError: for a batch_tokens or max_length out of range. From every method: for an item that is empty or has
+            another form, or messages that have no chat template or that the template refuses; the error names the item
+            by its index.
     """
 
     def __init__(
@@ -110,11 +110,11 @@ class Scorer:
 
     @property
     def max_length(self) -> int | None:
-        """The longest sequence that is scored whole; None: any."""
+        """The longest sequence that is not truncated; None: no limit."""
         return self._encoder.max_length
 
     def encode(self, item: Item, name: str = "item") -> list[int]:
-        """The token ids that the model reads for this item, truncated if need be; errors call the item `name`."""
+        """The token ids that the model reads for this item, truncated to max_length; errors call the item `name`."""
         return self.encode_truncating(item, name)[0]
 
     def encode_truncating(self, item: Item, name: str = "item") -> tuple[list[int], bool]:
@@ -134,13 +134,13 @@ class Scorer:
         Args:
             items: see the class.
             aggregation: how the heads become one reward; None: the model's own. centre=batch centres over the finite
-                rewards of this call; centre=group is refused, there being no groups here.
-            seed: sample each head (mean + std * noise) before aggregating; the noise belongs to the item's place in the
-                list. None: the means stand for the samples.
+                rewards of this call; centre=group is an error, because items have no groups.
+            seed: sample each head (mean + std * noise) before aggregating; the noise depends on the item's index in the
+                list. None: the means are used as samples.
 
         Returns:
-            Scores. `nominal` is the aggregation's nominal reward (BRME 5.1: the mean of the head with the least std,
-            unless the aggregation says otherwise), `worst` the lowest head's.
+            Scores. `nominal` is the aggregation's nominal reward (by default, as in BRME 5.1, the mean of the head with
+            the least std), `worst` the reward of the lowest head.
         """
         head = self.model.score
         spec = head.aggregation if aggregation is None else Aggregation.parse(aggregation)
@@ -188,7 +188,7 @@ class Scorer:
         num_truncated = 0
         for index, item in enumerate(tqdm(items, desc="tokenising", delay=1, disable=not self.progress, leave=False)):
             ids, truncated = self._encoder.encode(item, f"item {index}")
-            sequences.append(np.asarray(ids, dtype=_TOKEN).tobytes())  # a list of Python ints is nine times as large
+            sequences.append(np.asarray(ids, dtype=_TOKEN).tobytes())  # a list of Python ints takes nine times as much
             num_truncated += truncated
         if num_truncated:
             logger.warning(
@@ -202,12 +202,13 @@ class Scorer:
     def _map(
         self, sequences: list[bytes], fn: Callable[[Tensor, Tensor], Tensor], width: int, dtype: torch.dtype
     ) -> Tensor:
-        """fn(input_ids [B, T], mask [B, T]) -> [B, width] over micro-batches; [N, width] in the sequences' order."""
+        """Call fn(input_ids [B, T], mask [B, T]) -> [B, width] on micro-batches; [N, width] in the sequences' order."""
         result = torch.empty(len(sequences), width, dtype=dtype)
         rows: dict[bytes, list[int]] = {}
         for row, sequence in enumerate(sequences):
             rows.setdefault(sequence, []).append(row)
-        # the longest first: what does not fit in memory says so at once; the ids settle ties, whatever the order was
+        # the longest first, so that a lack of memory shows at once; ids break ties, so that the items' order does not
+        # matter
         unique = sorted(rows, key=lambda ids: (-len(ids), ids))
         device = self.model.get_input_embeddings().weight.device
         bar = tqdm(total=len(unique), desc="scoring", unit="seq", delay=1, disable=not self.progress)
@@ -223,7 +224,7 @@ class Scorer:
 
 
 def micro_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[slice]:
-    """Cut falling lengths into runs of at most `batch_tokens` padded tokens, at least one sequence each."""
+    """Split lengths, sorted from long to short, into slices of at most `batch_tokens` padded tokens or one sequence."""
     start = 0
     while start < len(lengths):
         stop = min(len(lengths), start + max(1, batch_tokens // lengths[start]))
@@ -232,7 +233,7 @@ def micro_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[slice]:
 
 
 def _right_padded(batch: list[bytes]) -> tuple[Tensor, Tensor]:
-    """ids and mask [B, T] int64. Padding is id 0, but any id would do: the mask alone tells what is a token."""
+    """ids and mask [B, T] int64. The padding id is 0; any would do, because only the mask says what is padding."""
     arrays = [np.frombuffer(ids, dtype=_TOKEN) for ids in batch]
     input_ids = np.zeros((len(batch), max(map(len, arrays))), dtype=np.int64)
     mask = np.zeros_like(input_ids)

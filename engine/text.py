@@ -1,4 +1,4 @@
-"""Encode what is to be scored as token ids: texts, chats, prompts with responses, and how each of them ends."""
+"""Encode texts, chats, and prompts with responses as token ids, each with its proper end."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ REASONING = (
     "reasoning_content",
     "thinking",
     "reasoning",
-)  # of a message; templates read the first two
+)  # keys of a message; templates read the first two
 
-# The date that chat templates get as today's, so that a text has the same tokens on every day: 26 July 2024, which
-# Llama's templates write where they are told no date.
+# Chat templates get this date as today's, so that a text has the same tokens on every day: 26 July 2024, the default
+# of Llama's templates.
 _DATE = {
     "%Y": "2024", "%y": "24", "%m": "07", "%-m": "7", "%B": "July", "%b": "Jul", "%F": "2024-07-26", "%j": "208",
     "%d": "26", "%-d": "26", "%e": "26", "%A": "Friday", "%a": "Fri", "%Z": "", "%z": "",
     "%H": "00", "%I": "12", "%M": "00", "%S": "00", "%p": "AM",
 }  # fmt: skip
-# a macro, because transformers passes no functions to templates; the newline is removed again (trim_blocks)
+# a macro, because apply_chat_template cannot pass functions to a template; trim_blocks removes the newline
 _STRFTIME_NOW = "{% macro strftime_now(format) %}{{ format" + "".join(
     f" | replace('{directive}', '{value}')" for directive, value in _DATE.items()
 ) + " }}{% endmacro %}\n"  # fmt: skip
 
 
 class ItemError(ValueError):
-    """An item cannot be encoded. `reason` says why without the item's name, for callers that know file and line."""
+    """An item cannot be encoded. `reason` is the message without the item's name, for callers with a file and line."""
 
     def __init__(self, reason: str, name: str = "item") -> None:
         super().__init__(f"Scorer: {name}: {reason}")
@@ -39,7 +39,7 @@ class ItemError(ValueError):
 
 
 class ItemEncoder:
-    """Item -> token ids, by one tokeniser and one EOS policy. The forms and rules are in `Scorer`'s docstring."""
+    """Encode items with one tokeniser and one EOS policy; `Scorer`'s docstring has the forms and rules."""
 
     def __init__(self, tokenizer: Any, *, append_eos: bool, max_length: int | None, vocab_size: int) -> None:
         self.tokenizer = tokenizer
@@ -49,7 +49,7 @@ class ItemEncoder:
         self._kept = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
 
     def encode(self, item: Item, name: str = "item") -> tuple[list[int], bool]:
-        """(token ids, whether the item was too long and lost its beginning). Raises ItemError, with `name`."""
+        """(token ids, whether the item was too long and lost its beginning). Raises an ItemError that has `name`."""
         try:
             ids = self._ids(item)
             self._check(ids)
@@ -57,13 +57,13 @@ class ItemEncoder:
             raise ItemError(error.reason, name) from error.__cause__
         if self.max_length is None or len(ids) <= self.max_length:
             return ids, False
-        # the end carries the response; an opening BOS or CLS is what the trunk knows sequences to start with
+        # keep the end, which holds the response, and an opening BOS or CLS, which the trunk expects at the start
         opening = ids[:1] if ids[0] in self._kept and self.max_length > 1 else []
         return opening + ids[len(ids) - self.max_length + len(opening) :], True
 
     def _check(self, ids: list[int]) -> None:
         if not ids:
-            raise ItemError("expected text or token ids, got an empty one")
+            raise ItemError("expected text or token ids, got no tokens")
         low, high = min(ids), max(ids)
         if low < 0 or high >= self.vocab_size:
             raise ItemError(
@@ -145,14 +145,14 @@ class ItemEncoder:
         if not complete and last.get("content"):
             options = {"continue_final_message": True}
         elif not complete and any(last.get(key) for key in ("tool_calls", *REASONING)):
-            raise ItemError("complete: expected true, because the last message has no content to go on with, got false")
-        elif not complete:  # nothing to continue: the turn is opened and no more
+            raise ItemError("complete: expected true, because the last message has no content to continue, got false")
+        elif not complete:  # nothing to continue: only open the turn
             messages, options = messages[:-1], {"add_generation_prompt": True}
         text = self._rendered(messages, _tools_of(tools), options)
-        return self._tokens(text, add_special_tokens=False)  # the template writes its own
+        return self._tokens(text, add_special_tokens=False)  # the template writes special tokens itself
 
     def _rendered(self, messages: list[Message], tools: list[Any] | None, options: dict[str, bool]) -> str:
-        """The chat template's text. ItemError if it fails, or leaves out tools, tool calls or the last reasoning."""
+        """Render the chat template. ItemError if it fails, or leaves out tools, tool calls or the last reasoning."""
 
         def render(messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
             template = self.tokenizer.get_chat_template(None, tools)
@@ -163,7 +163,7 @@ class ItemEncoder:
         for what, fewer, fewer_tools in _without_each(spelling, tools):
             try:
                 left_out = render(fewer, fewer_tools) == text
-            except Exception:  # the template reads what is not there
+            except Exception:  # the template needs the part that was removed
                 left_out = False
             if left_out:
                 raise ItemError(f"expected a chat template that writes {what}, got one that leaves it out")
@@ -171,9 +171,9 @@ class ItemEncoder:
 
 
 def messages_of(value: Any) -> list[Message]:
-    """The messages in `value`, without the keys whose value is None. Raises ItemError.
+    """The messages in `value`, without keys whose value is None. Raises ItemError.
 
-    A message has a role and a content, both texts; the content may be missing beside tool calls or reasoning.
+    A message has a role and a content, both texts; it may lack the content if it has tool calls or reasoning.
     """
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ItemError(f"expected messages (role, content), got {type(value).__name__}")
@@ -218,9 +218,9 @@ def _first_that_works(
 
 
 def _spellings(messages: list[Message]) -> Iterator[list[dict[str, Any]]]:
-    """The same messages in the forms that chat templates expect; most templates take the first.
+    """Yield the messages in the forms that chat templates expect; most templates take the first.
 
-    The arguments of a tool call are an object, or else JSON text; a missing content stays missing, or else is "".
+    The arguments of a tool call are first an object, then JSON text; a missing content is first missing, then "".
     """
     spelled = [_spelled(message) for message in messages]
     yield spelled
@@ -268,12 +268,12 @@ def _dumped(arguments: Any) -> Any:
 def _without_each(
     messages: list[dict[str, Any]], tools: list[Any] | None
 ) -> Iterator[tuple[str, list[dict[str, Any]], list[Any] | None]]:
-    """(name, messages, tools) without each of the parts that a template may leave out in silence."""
+    """Yield (name, messages, tools) without one part, for each part that a template may leave out silently."""
     if tools:
         yield "tools", messages, None
     if any("tool_calls" in message for message in messages):
         yield "tool calls", [{"content": "", **_leave_out(message, "tool_calls")} for message in messages], tools
-    if messages and any(messages[-1].get(key) for key in REASONING):  # templates drop earlier turns' on purpose
+    if messages and any(messages[-1].get(key) for key in REASONING):  # templates drop that of earlier turns on purpose
         yield "reasoning", [*messages[:-1], _leave_out(messages[-1], *REASONING)], tools
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 
 def refuse_missing(where: str, name: object, missing: Iterable[str]) -> None:
-    """Raise ValueError if a checkpoint lacked tensors, which transformers fills with random numbers and a warning."""
+    """Raise ValueError if a checkpoint lacks tensors; transformers only warns and fills them with random numbers."""
     lost = sorted(missing)
     if lost:
         shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
@@ -22,17 +22,17 @@ def refuse_missing(where: str, name: object, missing: Iterable[str]) -> None:
 
 @contextmanager
 def reading_weights(name: object) -> Iterator[None]:
-    """Turn what readers of weights raise for a file that is cut short or of another shape into one ValueError."""
+    """Turn the errors that a truncated file or tensors of another shape cause into one ValueError."""
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         if isinstance(error, OSError) and (error.errno is None or error.filename is not None):
-            raise  # says enough; torch's reader of a file cut short gives a bare number
+            raise  # the message is clear already; for a truncated file, torch's reader gives only a number
         lines = [*(str(error) or "the file ends early").splitlines(), ""]
-        # torch lists every tensor that does not fit under a heading: the first tells enough
+        # torch lists all tensors that do not fit under a heading; keep the first
         reason = (lines[0] if not lines[0].endswith(":") else lines[1].strip()).partition(". ")[0]
         if "ignore_mismatched_sizes" in reason:
-            reason = "their shapes are not those of its config.json"
+            reason = "their shapes differ from those of its config.json"
         raise ValueError(f"{name}: its weights cannot be read ({reason})") from error

@@ -112,7 +112,7 @@ def test_repeated_rows_are_refused(head, features):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_refused_with_their_row(head, features, bad):
     features[17, 3] = bad
-    with pytest.raises(ValueError, match="got 1 rows without, the first is row 17, head 0"):
+    with pytest.raises(ValueError, match="got 1 rows with others, first row 17, head 0"):
         calibrate(head, features)
 
 

@@ -295,7 +295,7 @@ def test_a_trunk_that_must_depend_on_other_texts_is_refused_before_its_weights_a
     config = small_config(kind)
     for name, value in options.items():
         setattr(config, name, value)
-    with pytest.raises(ValueError, match=f"reads a text alike alone and beside others, got '{kind}': .*{says}"):
+    with pytest.raises(ValueError, match=f"does not depend on other texts, got '{kind}': .*{says}"):
         EnsembleRewardConfig(text_config=config)
     config.save_pretrained(tmp_path)  # no weights are there
     with pytest.raises(ValueError, match=says):

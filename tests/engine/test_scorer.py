@@ -314,7 +314,7 @@ def _batch(scorer, texts):
     [
         ("", "item 1: expected some text, got an empty string"),
         ({"prompt": "", "response": ""}, "item 1: expected some text"),
-        ([], "item 1: expected text or token ids, got an empty one"),
+        ([], "item 1: expected text or token ids, got no tokens"),
         (
             {"prompt": "a", "reply": "b"},
             "item 1: expected the keys prompt and response, or messages, got prompt, reply",

@@ -161,7 +161,7 @@ def test_half_a_surrogate_pair_is_no_text(make, item):
         ({"prompt": {"text": "a"}, "response": "b"}, "system: expected messages (role, content), got NoneType"),
         (
             {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}], "complete": False},
-            "complete: expected true, because the last message has no content to go on with",
+            "complete: expected true, because the last message has no content to continue",
         ),
     ],
 )

@@ -44,7 +44,7 @@ def test_weights_that_cannot_be_read_are_one_sentence_with_the_folder(make_class
     assert str(raised.value).startswith(str(tmp_path))
     assert "\n" not in str(raised.value)
     if breaks is _other_shape:
-        assert "(their shapes are not those of its config.json)" in str(raised.value)
+        assert "(their shapes differ from those of its config.json)" in str(raised.value)
 
 
 def test_a_checkpoint_that_lacks_a_tensor_of_the_trunk_is_refused(causal_lm, tmp_path):
