@@ -1,4 +1,4 @@
-"""Ops: tensors in, tensors out. Nothing here knows of models, text or training."""
+"""Fused ops on tensors. Nothing here depends on models, text or training."""
 
 if __name__ == "kernels":
     # `python -m` and `python -c` put the checkout's root on sys.path. There transformers finds and imports this folder

@@ -1,4 +1,4 @@
-"""Split a registered op's flat argument list into the named parts that its schema lists one after another."""
+"""Split a registered op's flat argument list into NamedTuples, in the order of its schema."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ def is_number(value: object) -> TypeGuard[int | float]:
 class Checks:
     """The checks of one op; each raises ValueError.
 
-    `leader` is the argument whose device the others must share, and beside which alone they may be float64. Checks that
-    run in every eager call build their message only when they fail.
+    `leader` is the argument whose device the others must share; they may be float64 only if it is. Checks that run in
+    every eager call build their message only when they fail.
     """
 
     op: str
@@ -53,12 +53,12 @@ class Checks:
             self.refuse(argument, "dtype bfloat16, float16, float32 or float64", value.dtype)
 
     def width(self, value: Tensor, argument: str, leader: Tensor) -> None:
-        """Allow float64 only beside a float64 leader."""
+        """Allow float64 only with a float64 leader."""
         if value.dtype == torch.float64 and leader.dtype != torch.float64:
-            self.refuse(argument, f"float64 only beside float64 {self.leader}", value.dtype)
+            self.refuse(argument, f"float64 only with float64 {self.leader}", value.dtype)
 
     def vector(self, value: Tensor | None, argument: str, length: int, leader: Tensor, storage: bool = False) -> None:
-        """Require None or [length] in float32, any STORAGE dtype if `storage`, float64 beside a float64 leader."""
+        """Require None or [length] in float32, any STORAGE dtype if `storage`, float64 with a float64 leader."""
         if value is None:
             return
         self.tensor(value, argument, optional=True)
@@ -86,7 +86,7 @@ class Checks:
             self.refuse(argument, "a finite number >= 0", value)
 
     def indices(self, value: Tensor | None, argument: str, bound: int, of: str) -> None:
-        """Require values in [0, bound), or None. Reads the tensor, so ask `values_are_read` first."""
+        """Require values in [0, bound), or None. Reads the tensor, so check `values_are_read` first."""
         if value is not None and value.numel():
             low, high = (int(v) for v in torch.aminmax(value))
             if low < 0 or high >= bound:
@@ -94,5 +94,5 @@ class Checks:
 
 
 def values_are_read(leader: Tensor) -> bool:
-    """True if checks may read values: on a CPU always, elsewhere with PRUDENT_DEBUG=1, because the host has to wait."""
+    """True if checks may read values: always on a CPU, elsewhere with PRUDENT_DEBUG=1, because the host must wait."""
     return leader.device.type == "cpu" or os.environ.get("PRUDENT_DEBUG") == "1"

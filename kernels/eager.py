@@ -1,4 +1,4 @@
-"""Which calls may skip torch's dispatcher and go straight to an op's backend."""
+"""Recognise calls that may skip torch's dispatcher and go straight to an op's backend."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 def is_plain(values: Iterable[object]) -> bool:
     """True for ordinary eager tensors: no compile or export trace, no subclass, no functorch level, no dispatch mode.
 
-    A value that is not a tensor passes: the op's own checks refuse it by name. A loop, because every eager call pays
-    for it: a generator expression takes twice the time.
+    A value that is not a tensor passes: the op's own checks refuse it by name. Every eager call runs this, so it is a
+    loop: a generator expression takes twice the time.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False

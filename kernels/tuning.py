@@ -1,8 +1,8 @@
 """Choose a kernel's tile by timing, if PRUDENT_AUTOTUNE=1. Without it every call takes the tile of the static table.
 
 A choice is timed once for each (kernel, bucket of shapes, device, versions), then read from
-$PRUDENT_CACHE/tuning.json (~/.cache/prudent by default). A tile changes only how the work is divided, but with it the
-order of sums: with tuning on, the last bits of a result may differ between machines and between caches.
+$PRUDENT_CACHE/tuning.json (~/.cache/prudent by default). A tile changes the order of sums: with tuning on, the last
+bits of a result may differ between machines and between caches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def choose(
 ) -> Config:
     """The fastest of `table_config` and `candidates`; `table_config` if tuning is off or impossible now.
 
-    `key` names the kernel and its bucket of shapes. It must not hold a sequence length, or each length is timed again.
+    `key` names the kernel and its bucket of shapes. It must not contain a sequence length, or each length is timed.
     `run` launches the kernel on `device` with a config, any number of times, into outputs that the real launch
     overwrites.
     """

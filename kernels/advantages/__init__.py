@@ -1,4 +1,4 @@
-"""KL-shaped rewards, GAE and masked whitening in one op. Maths, trainers' conventions and limits: README.md here."""
+"""KL-shaped rewards, GAE and masked whitening in one op. README.md has maths, conventions and limits."""
 
 from .contract import AdvantageOutput, AdvantageStats, advantage_convention
 from .op import advantages

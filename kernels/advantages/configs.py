@@ -1,7 +1,7 @@
 """The static table of `advantages`' Triton kernels: how many tokens a program holds at a time.
 
-Lengths fall into buckets, so that a batch padded to another length does not compile another kernel. The table is the
-same for every architecture.
+Lengths fall into buckets, so that batches of different lengths share compiled kernels. The table is the same for every
+architecture.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ..launch import Config
 
 SWEEP = 256  # sequences that the last program adds up at a time: two fp64 sums a thread
 
-# block_dim = tokens a program holds, block_rows = 1: a program is a sequence. Longer rows are looped over with a carry.
+# block_dim = tokens that a program holds, block_rows = 1: one sequence per program, which loops over longer rows.
 # 4 tokens a thread: with 8, gfx942 spills scalar registers, and fp64 does so already with 4.
 _SHORT = Config(1, 512, 4, 1)
 _LONG = Config(1, 1024, 8, 1)

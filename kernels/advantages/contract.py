@@ -27,10 +27,10 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class AdvantageStats(NamedTuple):
-    """Scalars [] over the tokens that count: unmasked, in a sequence that was not dropped.
+    """Scalars [] over the unmasked tokens of sequences that were not dropped.
 
-    tokens, sequences  how many count
-    dropped            sequences left out because one of their advantages was not finite
+    tokens, sequences  the number of such tokens, and of sequences that have one
+    dropped            the number of sequences dropped because one of their advantages was not finite
     mean, std          of the advantages before whitening; std with the whitening's ddof, 0 below two tokens
     kl                 mean of the KL estimate over tokens, clipped as in the reward
     """
@@ -44,15 +44,15 @@ class AdvantageStats(NamedTuple):
 
 
 class AdvantageOutput(NamedTuple):
-    """What `advantages` returns. B sequences, T tokens; fp32, or fp64 when an input is fp64. No gradient.
+    """Output of `advantages` for B sequences of T tokens; fp32, or fp64 if an input is fp64. No gradient.
 
     advantage  [B, T]  whitened if asked; 0 at masked tokens
     returns    [B, T]  advantage before whitening + value: the critic's target; 0 at masked tokens
     reward     [B, T]  the shaped reward, score - kl_coef * KL; 0 at masked tokens
-    dropped    [B]     bool, sequences with an advantage that is not finite: zeros above, not in the statistics
+    dropped    [B]     bool, sequences with an advantage that is not finite: 0 above, in no statistic
     stats              AdvantageStats
 
-    With score_at="after" the step after a sequence's last token has a reward and a return too.
+    With score_at="after", the step after a sequence's last token also has a reward and a return.
     """
 
     advantage: Tensor
@@ -99,9 +99,9 @@ class Inputs(NamedTuple):
 def advantage_convention(trainer: str, kl_estimator: str = "k1") -> dict[str, Any]:
     """The keywords of `advantages` that reproduce a trainer: "trl", "openrlhf" or "verl", with its KL estimator.
 
-    Read in TRL 1.12.0 (PPOTrainer), OpenRLHF 0.11.2 (compute_approx_kl, compute_reward, get_advantages_and_returns) and
-    verl 0.9.1 (kl_penalty, compute_gae_advantage_return). Raises ValueError for another trainer, or for an estimator
-    that the trainer does not have.
+    The sources are TRL 1.12.0 (PPOTrainer), OpenRLHF 0.11.2 (compute_approx_kl, compute_reward,
+    get_advantages_and_returns) and verl 0.9.1 (kl_penalty, compute_gae_advantage_return). Raises ValueError for another
+    trainer, or for an estimator that the trainer does not have.
     """
     known: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "trl": (("k1", "k3"), {"kl_clip": None, "holes": "zero", "score_at": "after", "whiten": "sample"}),
@@ -112,7 +112,7 @@ def advantage_convention(trainer: str, kl_estimator: str = "k1") -> dict[str, An
         "verl": (
             KL_ESTIMATORS,
             {
-                "kl_clip": 10.0 if kl_estimator == "k3" else None,  # verl clips its k3 alone
+                "kl_clip": 10.0 if kl_estimator == "k3" else None,  # verl clips only k3
                 "holes": "skip",
                 "score_at": "last",
                 "whiten": "sample",
@@ -166,7 +166,7 @@ def _check_options(inputs: Inputs) -> None:
     given = inputs.logprob is not None
     if given != (inputs.ref_logprob is not None):
         name = "ref_logprob" if given else "logprob"
-        checks.refuse(name, "a tensor beside the other log-probabilities, or both None", None)
+        checks.refuse(name, "a tensor like the other log-probabilities, or both None", None)
     require(given or coef == 0, "kl_coef", "0 without logprob and ref_logprob", coef)
     _require_name(inputs.kl_estimator, "kl_estimator", KL_ESTIMATORS)
     _require_name(inputs.holes, "holes", HOLES)

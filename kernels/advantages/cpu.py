@@ -16,7 +16,7 @@ def available() -> bool:
 
 
 class NativeOptions(NamedTuple):
-    """What the native op takes after the tensors, in its schema's order (test_native_build.py compares the names)."""
+    """The native op's arguments after the tensors, in its schema's order (test_native_build.py compares the names)."""
 
     gamma: float
     decay: float

@@ -1,7 +1,7 @@
 """The public `advantages` and its registration as `prudent::advantages`.
 
 Under torch.compile and torch.export the registered op is called (schema, fake); a plain eager call goes straight to the
-backend. Advantages are data for the policy loss, so neither path lets a gradient through.
+backend. Advantages are data for the policy loss, so neither path has a gradient.
 """
 
 from __future__ import annotations
@@ -100,36 +100,37 @@ def advantages(
 
         r_t = score (at the last token) - kl_coef * KL_t
         A_t = r_t + gamma V_next - V_t + gamma lam A_next         returns_t = A_t + V_t
-        advantage = (A - mean) / std over the tokens of the batch that count
+        advantage = (A - mean) / std over the unmasked tokens of the batch
 
     Args:
-        score: [B], one a sequence, or [B, T], one a token. This and the next three: any floating dtype.
+        score: [B], one per sequence, or [B, T], one per token. It and the next three arguments: any floating dtype.
         logprob, ref_logprob: [B, T] log-probabilities of the sampled tokens under the policy that sampled them and the
             reference. Both None: no KL, with kl_coef=0.
-        value: [B, T] the critic's values before each token; None: no critic, lam is not read, and the advantage is the
+        value: [B, T] the critic's values before each token; None: no critic, lam is ignored, and the advantage is the
             discounted reward-to-go.
-        mask: [B, T] bool or integer (not 0 = a token that counts). Padding on either side and holes (the tokens of a
-            tool between two turns) may be masked; values at masked tokens, even NaN, affect no result.
+        mask: [B, T] bool or integer, 0 at masked tokens: padding on either side, and holes (tool output between two
+            turns). Values at masked tokens, even NaN, affect no result.
         gamma, lam: in [0, 1].
         kl_coef: >= 0, the price of KL in the reward.
         kl_estimator: "k1" d, "k2" d^2 / 2, "k3" e^-d - 1 + d, "abs" |d|, with d = logprob - ref_logprob.
-        kl_clip: bound on the size of each token's KL estimate; None: none.
-        holes: "skip": V_next and A_next are those of the next unmasked token, and a hole takes no time. "zero": a
+        kl_clip: bound on the absolute value of each token's KL estimate; None: no bound.
+        holes: "skip": V_next and A_next are those of the next unmasked token, without discount for the hole. "zero": a
             masked token is a step with reward and value 0, through which gamma and lam discount.
         score_at: "last": a [B] score comes with the last unmasked token. "after": one step later if the row is long
             enough; that step then has a value, a reward and a return, but no KL and no advantage.
         whiten: "sample" (A - mean) / sqrt(var + 1e-8), var with ddof 1; "population" (A - mean) / sqrt(max(var, 1e-8)),
             ddof 0; "centre" A - mean; "none".
 
-    `advantage_convention("trl" | "openrlhf" | "verl")` returns the last five as that trainer sets them.
+    `advantage_convention("trl" | "openrlhf" | "verl")` returns kl_estimator to whiten as that trainer sets them.
 
     Returns:
         AdvantageOutput(advantage, returns, reward [B, T], dropped [B], stats), fp32 (fp64 if an input is), without
         gradients. A sequence with an advantage that is not finite is dropped: all its outputs are 0, `dropped` marks
-        it, and no statistic includes it. A sequence with no unmasked token is all 0 and does not count.
+        it, and no statistic includes it. The outputs of a sequence without unmasked tokens are 0, and no statistic
+        includes it.
 
     Raises:
-        ValueError: an argument is wrong; raised before anything is computed.
+        ValueError: for a wrong argument, before anything is computed.
     """
     checks.tensor(mask, "mask")
     integer = not (mask.dtype.is_floating_point or mask.dtype.is_complex)

@@ -1,4 +1,4 @@
-"""`advantages` in plain torch, written like the formulas: the oracle, and the CPU's execution without the library.
+"""`advantages` in plain torch, written like the formulas: the oracle, and the execution on a CPU without `_C.so`.
 
 The loop over time handles the whole batch at once. It carries the next value and the next advantage separately, as the
 trainers do; the other executions fold both into one affine recurrence.
@@ -24,7 +24,7 @@ def kl_estimate(logprob: Tensor, ref_logprob: Tensor, estimator: str, clip: floa
     elif estimator == "abs":
         d = d.abs()
     elif estimator == "k3":
-        # past 50 the exponential alone is the sum, even in fp64; the clamp keeps infinity from becoming inf - inf
+        # beyond 50, e^-d alone is the result, even in fp64; the clamp avoids inf - inf
         d = torch.expm1(-d) - (-d).clamp(max=50)
     return d.clamp(-clip, clip)
 

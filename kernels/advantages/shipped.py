@@ -14,7 +14,7 @@ from .contract import Inputs
 
 
 def shipped(target: str, full: bool = True) -> Iterable[tuple[str, Callable[[], None]]]:
-    """Yield (label, run) for every configuration that `target` can get; without `full` for fp32 only.
+    """Yield (label, run) for every configuration that `target` can get; only for fp32 unless `full`.
 
     `run` launches the op on tensors without data, to be called under `recording()`.
     """

@@ -1,8 +1,8 @@
 """Launch `advantages` on CUDA and ROCm: one kernel for rewards, advantages and statistics, one for whitening.
 
-The first has one program per sequence, and its last program writes the statistics. Whitening is a second launch because
-every sequence needs the statistics of all, and one program rewriting B T numbers would take longer than a launch. CPU
-tensors work only under Triton's interpreter.
+The first has one program per sequence; the last program to finish writes the statistics. Whitening is a second launch
+because it needs the statistics of all sequences, and one program that rewrites B T numbers would take longer than a
+launch. CPU tensors work only under Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .triton_kernels import advantage_kernel, whiten_kernel
 
 
 def _rows(name: str, stride: str, tensor: Tensor | None) -> dict[str, Any]:
-    """A tensor, its last dimension made contiguous, and its row stride, under these argument names."""
+    """A tensor with a contiguous last dimension and its row stride, under the names of the kernel's arguments."""
     if tensor is None:
         return {name: None, stride: 0}
     if tensor.dim() == 2 and tensor.stride(1) != 1:

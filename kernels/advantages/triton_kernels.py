@@ -1,8 +1,8 @@
-"""Triton kernels of `advantages`: one program per sequence, then one per chunk of a sequence that whitens.
+"""Triton kernels of `advantages`: one program per sequence, then, for whitening, one per chunk of a sequence.
 
-The recurrence is affine. With C_t = gamma V_t + gamma lam A_t, what the step before t receives,
+The recurrence is affine. The step before t receives C_t = gamma V_t + gamma lam A_t:
 
-    C_t = decay C_next + decay r_t + (gamma - decay) V_t  at a step, C_t = hole C_next at none      decay = gamma lam
+    C_t = decay C_next + decay r_t + (gamma - decay) V_t  at a step, else C_t = hole C_next         decay = gamma lam
     returns_t = r_t + C_next        A_t = returns_t - V_t
 
 so one reversed associative scan of the pairs (factor, term) gives every C, and a gather gives each lane the C of its
@@ -42,7 +42,7 @@ def kl_estimate(d, clip, ESTIMATOR: tl.constexpr):
         for i in tl.static_range(10, 2, -1):
             series = 1.0 + x * series * (1.0 / i)
         small = 0.5 * x * x * series
-        # past 50 the exponential alone is the sum, even in fp64; the minimum keeps infinity from becoming inf - inf
+        # beyond 50, e^x alone is the result, even in fp64; the minimum avoids inf - inf
         large = (tl.exp(x) - 1.0) - tl.minimum(x, 50.0)
         kl = tl.where(tl.abs(x) < 0.125, small, large)
     return tl.where(kl > clip, clip, tl.where(kl < -clip, -clip, kl))
@@ -54,7 +54,7 @@ def shaped(
     kl_coef, kl_clip, row, t, score_step, length,
     ESTIMATOR: tl.constexpr, PER_TOKEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """For tokens t of a sequence: reward, value (0 outside steps), KL (0 where masked), is unmasked, is a step."""
+    """For tokens t: reward, value (0 outside steps), KL (0 at masked tokens), whether unmasked, whether a step."""
     token = tl.load(mask + row * mask_stride + t, mask=t < length, other=0) != 0
     step = token | (t == score_step)
     if PER_TOKEN:
@@ -75,7 +75,7 @@ def shaped(
 
 @triton.jit
 def last_token(mask, mask_stride, row, length, BLOCK: tl.constexpr):
-    """The last unmasked token of a sequence, -1 without one."""
+    """The last unmasked token of a sequence; -1 if it has none."""
     last = tl.full((BLOCK,), -1, tl.int32)
     for start in range(0, length, BLOCK):
         t = start + tl.arange(0, BLOCK)

@@ -1,5 +1,5 @@
 // prudent_native::advantages: KL-shaped rewards, GAE and masked whitening. ../advantages/reference.py has the formulas.
-// A thread takes whole sequences. Recurrence and statistics are in fp64 and each sequence's statistics are added in
+// A thread takes whole sequences. Recurrence and statistics are in fp64, and the sequences' statistics are added in
 // order, so no result depends on the number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -28,7 +28,7 @@ enum Estimator : int64_t { kK1, kK2, kK3, kAbs };
 enum Whiten : int64_t { kNone, kCentre, kSample, kPopulation };
 
 struct Options {
-  double gamma, decay, hole, kl_coef;  // decay = gamma lam; hole: what a masked token multiplies the carry by
+  double gamma, decay, hole, kl_coef;  // decay = gamma lam; hole: a masked token multiplies the carry by it
   int64_t estimator;
   double kl_clip;
   bool after;
@@ -36,12 +36,12 @@ struct Options {
   double eps;
 };
 
-// What a sequence adds to the batch's statistics; squares are about the sequence's mean.
+// One sequence's share of the batch's statistics; squares are about the sequence's mean.
 struct Partial {
   double tokens = 0, mean = 0, squares = 0, kl = 0;
 };
 
-// A tensor read along its last dimension as R, whatever its type and strides.
+// Reads a tensor of any type and strides along its last dimension, as R.
 class Reader {
  public:
   Reader() = default;
@@ -86,7 +86,7 @@ template <class R>
 R kl_estimate(R d, int64_t estimator) {
   if (estimator == kK2) return d * d / 2;
   if (estimator == kAbs) return std::abs(d);
-  // past 50 the exponential alone is the sum, even in fp64; the minimum keeps infinity from becoming inf - inf
+  // beyond 50, e^-d alone is the result, even in fp64; the minimum avoids inf - inf
   if (estimator == kK3) return std::expm1(-d) - (-d > R(50) ? R(50) : -d);
   return d;
 }
@@ -113,7 +113,7 @@ class Sequences {
   }
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run() {
-    // about 10 us of work: less is not worth waking a thread
+    // about 10 us of work: less is not worth a thread
     const int64_t grain = std::max<int64_t>(1, 4096 / length_);
     parallel_for(0, batch_, grain, [&](int64_t begin, int64_t end) {
       std::vector<R> scratch(4 * length_);
@@ -218,7 +218,7 @@ class Sequences {
     }
   }
 
-  // Fills stats; returns the mean and the factor of the whitening.
+  // Fills stats; returns the mean and the scale for whitening.
   std::pair<double, double> total() {
     double tokens = 0, sequences = 0, dropped = 0, sum = 0, kl = 0, squares = 0;
     for (int64_t row = 0; row < batch_; ++row) {
@@ -258,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> advantages(
   for (const MaybeTensor& t : {MaybeTensor(score), logprob, ref_logprob, value}) {
     const bool by_row = t.has_value() && t->dim() == 1 && t->size(0) == mask.size(0);
     const bool by_token = t.has_value() && t->dim() == 2 && t->size(0) == mask.size(0) && t->size(1) == mask.size(1);
-    STD_TORCH_CHECK(!t.has_value() || by_row || by_token, "advantages: expected mask's shape");
+    STD_TORCH_CHECK(!t.has_value() || by_row || by_token, "advantages: expected the shape of mask");
   }
   const Options options{gamma, decay, hole, kl_coef, kl_estimator, kl_clip, after, whiten, eps};
   if (is_double(score) || is_double(logprob) || is_double(ref_logprob) || is_double(value)) {

@@ -6,7 +6,7 @@
 namespace prudent {
 namespace {
 
-constexpr int64_t kThreadWork = int64_t(1) << 18;  // multiply-adds: fewer are not worth waking a thread
+constexpr int64_t kThreadWork = int64_t(1) << 18;  // multiply-adds: fewer are not worth a thread
 
 void refuse_unless(bool ok, const char* argument) {
   STD_TORCH_CHECK(ok, "ensemble_reward: ", argument, ": outside the contract");
@@ -31,14 +31,14 @@ const Isa& checked_isa(int64_t index) {
 Strided<int64_t> indices(const MaybeTensor& t) {
   if (!t.has_value()) return {};
   STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->dim() == 1, "ensemble_reward: expected int64 indices");
-  static const int64_t none = 0;  // an empty tensor's pointer may be null, which here means not given
+  static const int64_t none = 0;  // an empty tensor's pointer may be null, but null means "not given" here
   if (t->numel() == 0) return {&none, 0};
   return {static_cast<const int64_t*>(t->const_data_ptr()), t->stride(0)};
 }
 
 Strided<float> floats(const MaybeTensor& t, int64_t dim) {
   if (!t.has_value()) return {};
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float, "ensemble_reward: expected float32 beside hidden");
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float, "ensemble_reward: expected float32 vectors");
   static const float none = 0;
   if (t->numel() == 0) return {&none, 0};
   return {static_cast<const float*>(t->const_data_ptr()), t->dim() > dim ? t->stride(dim) : 0};
@@ -73,7 +73,7 @@ Call::Call(const Arguments& arguments)
   features_ = static_cast<const char*>(a.hidden.const_data_ptr());
   row_bytes_ = a.hidden.stride(0) * size_of(type);
   check_values();
-  copies_.reserve(4);  // pointers into them are handed out
+  copies_.reserve(4);  // no reallocation: callers hold pointers into them
   options.heads = columns / 2;
   options.dim = dim;
   options.kind = a.kind;
@@ -152,7 +152,7 @@ Weights Call::fold() {
   w.source = {weight.const_data_ptr(), weight.stride(0), weight.stride(1), type_of(weight), columns, dim, nullptr};
   if (options.normed) {
     const Tensor& gain = *a.norm_weight;
-    Weights norm{};  // as fp32: a weight of one column
+    Weights norm{};  // converts to fp32 as a weight of one column
     norm.source = {gain.const_data_ptr(), 0, gain.stride(0), type_of(gain), 1, dim, nullptr};
     owned_.push_back(new_floats({padded(dim)}));
     norm.packed = static_cast<float*>(owned_.back().mutable_data_ptr());

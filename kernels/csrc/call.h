@@ -17,7 +17,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// The schema's arguments in order, less the gradients and needs of the backward.
+// The schema's arguments in order, without the backward's gradients and needs.
 struct Arguments {
   Tensor hidden, weight;
   MaybeTensor bias, rows, norm_weight, seed, shift, scale, std_ref, group;
@@ -29,7 +29,7 @@ struct Arguments {
   int64_t nominal, nominal_head, centre, isa;
 };
 
-// [n] values at a stride, read where they lie.
+// [n] values at a stride, read in place.
 template <class T>
 struct Strided {
   const T* data = nullptr;
@@ -45,19 +45,19 @@ int64_t size_of(Type type);
 
 Tensor new_floats(std::vector<int64_t> shape);
 
-// Refuses arguments outside the contract, in few words: contract.py then names the argument.
+// Refuses arguments outside the contract with a short message; contract.py then names the argument.
 class Call {
  public:
   explicit Call(const Arguments& a);
 
-  // The weight and the norm weight it is multiplied with, in fp32.
+  // The weight and its factor, the norm weight, in fp32.
   Weights fold();
-  // The folded weight in the order the loops want: for the products, or for dx, which needs it in fp32.
+  // The folded weight in the order of the loops: for the products, or for dx, which needs fp32.
   void pack(Weights& w, bool for_dx);
   const void* row(int64_t stored) const { return features_ + stored * row_bytes_; }
   // values minus their mean over the batch or group, in place. Summed in fp64 in the order of the rows.
   void centre(float* values) const;
-  // How many threads so many rows are worth, and how many blocks of `rows` rows are worth a thread.
+  // The number of threads that the call is worth, and the number of blocks of `rows` rows that a thread is worth.
   int64_t threads() const;
   int64_t grain(int64_t rows) const;
 
@@ -76,11 +76,11 @@ class Call {
 
   const char* features_ = nullptr;
   int64_t row_bytes_ = 0;
-  std::vector<std::vector<float>> copies_;  // of the short vectors that are not contiguous
+  std::vector<std::vector<float>> copies_;  // of [K] and [2K] vectors that are not contiguous
   std::vector<Tensor> owned_;
 };
 
-// A thread's memory for kRows rows, beside their features.
+// A thread's working memory for kRows rows, without their features.
 struct Scratch {
   explicit Scratch(const Call& call);
   Lanes lanes{};

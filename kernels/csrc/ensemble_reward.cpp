@@ -15,14 +15,14 @@ using torch::stable::parallel_for;
 
 float* data(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
-// [count][rows of b] to consecutive rows of `out`, `width` wide.
+// Stores lanes [count][kRows] as consecutive rows of `out`, `width` wide.
 void store_rows(const float* lanes, int64_t count, int rows, float* out, int64_t width) {
   for (int r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < count; ++j) out[r * width + j] = lanes[j * kRows + r];
   }
 }
 
-// The rows of a block: to the four outputs and, with keep, to saved [N, 2K + 1].
+// The forward's outputs; saved [N, 2K + 1] is null without `keep`.
 struct Outputs {
   float *reward, *mean, *std, *saved;
 };
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Arguments& a, b
   if (n > 0) {
     Weights weights = call.fold();
     call.pack(weights, false);
-    // few rows: smaller blocks, so that every thread has some
+    // if there are few rows, smaller blocks give every thread some
     const int64_t each = (n + call.threads() - 1) / call.threads(), rows = std::min<int64_t>(kRows, (each + 3) / 4 * 4);
     parallel_for(0, (n + rows - 1) / rows, call.grain(rows), [&](int64_t begin, int64_t end) {
       Scratch scratch(call);
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Arguments& a, b
 }
 
 // The stored rows that are scored, each once and in order, with the positions that score them: repeats of a row share
-// its products, and their coefficients add up before the features are touched again.
+// its products, and their coefficients are added before the features are read again.
 class Plan {
  public:
   explicit Plan(const Call& call) : call_(call), distinct_(call.num_rows) {
@@ -132,8 +132,8 @@ void clear_unscored(const Call& call, const Plan& plan, char* dx, int64_t row_by
   });
 }
 
-// Rows to a chunk: from the shapes alone, so that the sums are. At most 64 chunks, and partial sums that stay small
-// beside the features: 8 K D bytes beside 2 D or 4 D for every row.
+// The rows of a chunk depend only on shapes, and so does the order of sums. There are at most 64 chunks, whose partial
+// sums are small beside the features: 8 K D bytes beside 2 D or 4 D for every row.
 int64_t chunk_rows(int64_t distinct, int64_t heads) {
   const int64_t least = std::max<int64_t>(256, 32 * heads), rows = std::max(least, (distinct + 63) / 64);
   return (rows + kRows - 1) / kRows * kRows;
@@ -217,8 +217,8 @@ class Backward {
     }
   }
 
-  // Of stored rows first .. first + rows - 1 of the plan, each summed over the positions that score it: the
-  // coefficients [rows][columns] and what the norm takes off dx. Adds the positions' gradients to `bias`.
+  // For stored rows first .. first + rows - 1 of the plan, summed over the positions that score each: coefficient
+  // [rows][columns], and shrink [rows], the norm's term of dx. Adds the positions' gradients to `bias`.
   void coefficients(int64_t first, int rows, Scratch& s, float* coefficient, float* shrink, float* bias) const {
     const int64_t columns = call_.columns, end = plan_.end(first + rows - 1);
     std::fill_n(coefficient, rows * columns, 0.0f);
@@ -305,7 +305,7 @@ std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> ensemble_reward_b
   Call call(arguments);
   STD_TORCH_CHECK(saved.scalar_type() == ScalarType::Float && saved.dim() == 2 && saved.is_contiguous() &&
                       saved.size(0) == call.num_rows && saved.size(1) == call.columns + 1,
-                  "ensemble_reward: saved: expected what the forward kept");
+                  "ensemble_reward: saved: expected the forward's saved tensor");
   return Backward(call, {grad_reward, grad_mean, grad_std, grad_sum}, saved,
                   {need_hidden, need_weight, need_bias, need_norm_weight})
       .run();
@@ -317,10 +317,10 @@ int64_t supported_isas() {
   return bits;
 }
 
-// Raised with every change of a schema below or of what an argument means; native.py holds the same number.
+// Increase it with every change of a schema below or of an argument's meaning; native.py has the same number.
 int64_t version() { return 2; }
 
-// Words 0 and 1 of the noise's integers at counters first .. first + count, for the tests: [count, 2].
+// For the tests: the noise's words 0 and 1 at counters first .. first + count - 1, [count, 2].
 Tensor philox_words(Tensor seed, int64_t first, int64_t count, int64_t isa) {
   Tensor words = torch::stable::empty({count, 2}, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(words.mutable_data_ptr());

@@ -1,6 +1,6 @@
 // The interface between the ops (*.cpp) and the loops that are compiled once per instruction set (kernels_*.h).
-// It is plain data and function pointers. The units built with wider instructions include nothing of the standard
-// library, because the linker might keep their copy of an inline function for all units.
+// It is plain data and function pointers. The units for wider instruction sets include nothing of the standard library,
+// because the linker might keep their copy of an inline function for all units.
 #pragma once
 
 #include <stdint.h>
@@ -17,7 +17,7 @@ struct BFloat {
 };
 
 constexpr int64_t kSlab = 32;     // features are padded to slabs: two AVX-512 vectors, one vdpbf16ps operand
-constexpr int kRows = 16;         // rows in a block: they share each read of the weights
+constexpr int kRows = 16;         // rows in a block, which share each read of the weights
 constexpr int64_t kMaxWidth = 16; // floats in the widest vector
 
 inline constexpr int64_t padded(int64_t dim) { return (dim + kSlab - 1) / kSlab * kSlab; }
@@ -36,24 +36,24 @@ struct Source {
 // The folded weight in the order in which the loops read it; W floats to a vector, zeros past dim.
 struct Weights {
   Source source;
-  float* packed;  // [padded / W][columns][W], null where only `dots` is read
+  float* packed;  // [padded / W][columns][W], null if only `dots` is read
   BFloat* dots;   // [padded / 32][columns][32] for vdpbf16ps, or null
 };
 
 // The products of up to kRows rows with every column.
 struct Block {
   const void* x[kRows];
-  const void* next[kRows];  // the rows that will be asked for next, or null
+  const void* next[kRows];  // the next block's rows, to prefetch, or null
   int rows;
   float* product;  // [rows][columns], or [columns][kRows]
-  bool by_column;  // the second; rows past the last hold anything
+  bool by_column;  // the second layout; entries of rows past the last are undefined
   float* square;   // [kRows] sums of squares, or null
   float* scratch;  // scratch_floats(columns)
 };
 
 inline constexpr int64_t scratch_floats(int64_t columns) { return kRows * (columns + 1) * kMaxWidth; }
 
-// The orders of spec.py: these integers come from there.
+// The orders of the tables in spec.py, whose indices these integers are.
 enum Kind : int64_t { kTradeoff, kNominal, kMean, kMin, kMax, kMedian, kLcb, kUwo, kSoftmin, kCvar, kHead };
 enum Nominal : int64_t { kLeastStd, kRelativeStd, kMeanOfHeads, kFixedHead };
 enum Centre : int64_t { kNone, kBatch, kGroup };
@@ -65,30 +65,30 @@ struct Options {
   double coefficient;
   int64_t nominal;
   int64_t nominal_head;
-  bool sampled;  // a seed is given and the aggregation takes the samples
+  bool sampled;  // a seed is given and the aggregation uses samples
   int64_t seed;
   float std_floor;
   bool normed;
   float norm_eps;
-  const float* bias;  // [2K] or null, as the next three [K]
+  const float* bias;  // [2K] or null; the next three are [K] or null
   const float* shift;
   const float* scale;
   const float* std_ref;
 };
 
-// kRows rows' products to their K Gaussians, their rewards and the gradients of both: reference.py with a row in each
-// lane, so every array is [...][kRows]. Lanes past the last row hold anything.
+// From the products of kRows rows to K Gaussians, rewards and the gradients of both, as in reference.py, with a row in
+// each lane: every array is [...][kRows]. Lanes past the last row are undefined.
 struct Lanes {
   int rows;
   const int64_t* row;  // the noise's counters
   float *square, *rstd, *reward, *d_reward;  // one each
   float *product, *d_product;                // 2K each; the product after the norm and before the bias
   float *mean, *std, *raw, *noise, *values, *relative;  // K each
-  float *to_mean, *to_values;  // K each: d reward / d mean through the nominal head alone, d reward / d value
+  float *to_mean, *to_values;  // K each: d reward / d mean (only through the nominal head), d reward / d value
   float *d_mean, *d_std;       // K each
 };
 
-constexpr int64_t kLanesFixed = 4, kLanesHead = 14;  // arrays of kRows in Lanes: so many, and so many for each head
+constexpr int64_t kLanesFixed = 4, kLanesHead = 14;  // arrays of kRows in Lanes: a fixed number, and a number per head
 
 // dx_r = sum_j coefficient[r][j] W_j - shrink[r] x_r, and dW_j += sum_r coefficient[r][j] x_r.
 struct GradientBlock {
@@ -96,12 +96,12 @@ struct GradientBlock {
   void* dx[kRows];
   int rows;
   const float* coefficient;  // [rows][columns]
-  const float* shrink;       // [rows]; null without a norm, and then x is read for `partial` alone
+  const float* shrink;       // [rows]; null without a norm: then x is read only for `partial`
   bool need_dx;
-  float* partial;  // [padded / W][columns][W], added to; null if not needed
+  float* partial;  // [padded / W][columns][W], accumulated; null if not needed
 };
 
-// Sums the chunks' partials in their order and unfolds them: dW = dW' * g, dg = sum_j dW'_j * W_j.
+// Adds the chunks' partials in order and unfolds the sum: dW = dW' * g, dg = sum_j dW'_j * W_j.
 struct Finish {
   Source source;
   const float* partials;  // [chunks][padded / W][columns][W]
@@ -114,14 +114,14 @@ struct Finish {
 // The loops of one instruction set. `slab` ranges let the caller split the work over threads.
 struct Isa {
   const char* name;
-  bool dots;  // multiplies bf16 features with a bf16 weight through `Weights::dots`
+  bool dots;  // whether it multiplies bf16 features with a bf16 weight through `Weights::dots`
   void (*pack)(const Weights&, int64_t slab_begin, int64_t slab_end);
   void (*product[3])(const Weights&, const Block&);  // by Type
   void (*gradient[3])(const Weights&, const GradientBlock&);
   void (*finish)(const Finish&, int64_t slab_begin, int64_t slab_end);
-  void (*normalise)(const Options&, Lanes&);  // square to rstd, and the products with it
+  void (*normalise)(const Options&, Lanes&);  // square to rstd; multiplies the products by it
   void (*evaluate)(const Options&, Lanes&);   // product to mean, std, raw, noise, values
-  void (*aggregate)(const Options&, Lanes&);  // those to reward
+  void (*aggregate)(const Options&, Lanes&);  // mean, std, values to reward
   void (*differentiate)(const Options&, Lanes&);  // d_reward, d_mean, d_std to d_product
   void (*words)(int64_t seed, const int64_t* counter, uint32_t* out);  // kRows counters to out [2][kRows]
 };

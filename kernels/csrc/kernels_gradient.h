@@ -7,7 +7,7 @@
 namespace prudent {
 namespace {
 
-constexpr int kUnroll = 2;  // vectors of features at once: enough independent sums to hide the multiply-add's latency
+constexpr int kUnroll = 2;  // vectors of features at once, whose independent sums hide the latency of multiply-adds
 static_assert(kSlab % (kUnroll * W) == 0, "a stretch is a whole number of steps");
 
 template <class T, int R>
@@ -154,7 +154,7 @@ constexpr bool kDots = true;
 constexpr bool kDots = false;
 #endif
 
-// The only symbol of each unit.
+// Defines the only symbol of each unit.
 #define PRUDENT_ISA(symbol, name)                                           \
   const Isa symbol = {name,                                                 \
                       kDots,                                                \

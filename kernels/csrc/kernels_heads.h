@@ -1,4 +1,4 @@
-// Products to Gaussians to rewards, and back: reference.py, W rows at a time.
+// From products to Gaussians to rewards, and back, as in reference.py, W rows at a time.
 #pragma once
 
 #include "kernels_lanes.h"
@@ -58,7 +58,7 @@ void evaluate(const Options& o, Lanes& b) {
   });
 }
 
-// As torch's argmin and argmax: a NaN wins, and the lowest index on a tie.
+// Like torch's argmin and argmax: a NaN wins, and the lowest index on a tie.
 template <bool kGreatest = false>
 inline V best(Part part, const float* values, int64_t heads, Mask* index) {
   V top = part(values);

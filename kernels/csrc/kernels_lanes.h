@@ -1,5 +1,5 @@
-// Arithmetic with a row in each lane, and the noise. GCC's and Clang's vector extension, so that this is written once;
-// lane by lane the operations, and so the bits, are the same in every instruction set.
+// Arithmetic with a row in each lane, and the noise, written once in the vector extension of GCC and Clang. Each lane's
+// operations, and so its bits, are the same in every instruction set.
 #pragma once
 
 #include "kernels.h"
@@ -64,7 +64,7 @@ inline V log_near_one(V f, V e) {
   return (f + (f * z * p + e * kLn2Low - 0.5f * z)) + e * kLn2High;
 }
 
-// log x for x >= 0 that is no subnormal.
+// log x for x >= 0, not subnormal.
 inline V logarithm(V x) {
   const Mask bits = (Mask)x;
   V e = __builtin_convertvector((bits >> 23) - 126, V), m = (V)((bits & 0x7fffff) | 0x3f000000);  // x = m 2^e
@@ -75,7 +75,7 @@ inline V logarithm(V x) {
   return select((x < __builtin_inff()), result, x);  // infinity and NaN as they are
 }
 
-// log(1 + e^x), the identity above 20 as torch's.
+// log(1 + e^x), the identity above 20 as in torch.
 inline V softplus(V x) {
   const V y = exponential(-magnitude(x));
   const Mask large = y > 0.41421356f;
@@ -83,8 +83,8 @@ inline V softplus(V x) {
   return select(x <= 20.0f, select(x > 0.0f, x, V{}) + l, x);
 }
 
-// Philox-4x32 with 7 rounds, key = the seed's halves, counter = (low, high, 0, 0): words 0 and 1. reference.py has the
-// same in torch and Triton the same on the GPU, bit for bit.
+// Philox-4x32 with 7 rounds, key = the seed's halves, counter = (low, high, 0, 0): words 0 and 1. The same bits as
+// reference.py in torch and Triton on a GPU.
 inline void philox(int64_t seed, L counter, U* w0, U* w1) {
   U c0 = __builtin_convertvector(counter, U), c1 = __builtin_convertvector(counter >> 32, U), c2{}, c3{};
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(uint64_t(seed) >> 32);

@@ -1,5 +1,5 @@
-// Folding the weight and multiplying rows with it, in vectors of the instruction set whose vec_*.h was included before.
-// A row's bits depend on its own features alone: not on its neighbours, the block or the thread that computes it.
+// Fold the weight and multiply rows with it, in vectors of the instruction set whose vec_*.h was included before.
+// A row's bits depend only on its own features: not on its neighbours, its block or its thread.
 #pragma once
 
 #include "kernels.h"
@@ -100,9 +100,9 @@ struct Multiply {  // fp32 multiply-adds
 };
 
 #ifdef PRUDENT_DOTS
-// vdpbf16ps: two bf16 products a lane. Only for a weight that is bf16 as it stands: one of more bits would go in as
-// hi + lo, two dots where fp32 takes two multiply-adds: as much work for 16 of fp32's 24 bits. Subnormals count as
-// zeros, which shows nowhere without a norm.
+// vdpbf16ps: two bf16 products a lane. Only for a bf16 weight: a weight of more bits would be split into hi + lo, two
+// dots instead of two fp32 multiply-adds: as much work for 16 of fp32's 24 bits. Subnormals count as zeros, which makes
+// no difference without a norm.
 struct Dot {
   using Element = BFloat;
   using Weight = BFloat;
@@ -137,7 +137,7 @@ inline void tile(const typename P::Element* const* x, const typename P::Element*
     typename P::Vector v[R];
     for (int r = 0; r < R; ++r) {
       v[r] = P::read(at[r] + d);
-      if (first == 0) __builtin_prefetch(soon[r] + d, 0, 2);  // once: the other tiles read the same features again
+      if (first == 0) __builtin_prefetch(soon[r] + d, 0, 2);  // once: the other tiles of columns read the same features
     }
     for (int r = 0; r < R && kSquare; ++r) squares[r] = P::square(v[r], squares[r]);
     for (int c = 0; c < C; ++c) {

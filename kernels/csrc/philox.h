@@ -1,5 +1,5 @@
-// The op's noise: Philox-4x32 with 7 rounds, key = the seed's halves, counter = (low, high, 0, 0). reference.py has the
-// same in torch and Triton the same on the GPU, bit for bit.
+// The op's noise: Philox-4x32 with 7 rounds, key = the seed's halves, counter = (low, high, 0, 0). The same bits
+// as reference.py in torch and Triton on a GPU.
 #pragma once
 
 #include <cmath>

@@ -1,9 +1,9 @@
 // prudent_native::preference_step: a training step's loss and gradients from one read of the features. A block of eight
 // pairs stays in the second-level cache between its products and its share of the gradient.
 //
-// Only what a pair trains is computed. Bradley-Terry sees the mean of the heads, which is one column: the mean of their
-// weights. Eq. 8 sees one head: the pairs are sorted by head, and a block has that head's two columns. Penalties act
-// on the mean of heads: one column more, and one or two directions of the gradient that every head shares.
+// Only what a pair trains is computed. Bradley-Terry needs the mean of the heads, which is one column: the mean of
+// their weights. Eq. 8 needs one head: the pairs are sorted by head, and a block has that head's two columns. Penalties
+// act on the mean of heads: one more column, and one or two directions of the gradient that all heads share.
 // No result depends on the number of threads.
 #include <algorithm>
 #include <array>
@@ -110,7 +110,7 @@ class Run {
 
   int64_t row(int64_t n) const { return rows_ ? rows_[n] : n; }
 
-  // Sort the pairs by head, stably, and cut each head's pairs into chunks; the cut depends on their number alone.
+  // Sorts the pairs stably by head, and splits each head's pairs into chunks; the split depends only on their number.
   void sort_pairs() {
     std::vector<int64_t> start(groups_ + 1);
     for (int64_t i = 0; i < pairs_; ++i) {
@@ -138,7 +138,7 @@ class Run {
     first_chunk_.push_back(int64_t(chunks_.size()));
   }
 
-  // Row j of the weight as fp32, which packing a weight of one column makes of it.
+  // Row j of the weight in fp32, converted by packing it as a weight of one column.
   void read_row(int64_t j, float* out) const {
     const Tensor& w = s_.weight;
     const char* data = static_cast<const char*>(w.const_data_ptr()) + j * w.stride(0) * size_of(type_of(w));
@@ -148,7 +148,7 @@ class Run {
     isa_.pack(one, 0, padded(dim_) / kSlab);
   }
 
-  // Each group's columns, as far as the loss needs them: the head's mean, its raw std, the mean of heads.
+  // Packs the columns of each group that the loss needs: the head's mean, its raw std, the mean of heads.
   void pack() {
     const int64_t wide = padded(dim_), needed = s_.brme ? 2 * heads_ : heads_;
     std::vector<float> plain(needed * wide), reward, source(columns_ * wide);
@@ -184,7 +184,7 @@ class Run {
     GradientBlock gradient{};
     gradient.coefficient = coefficient.data();
     gradient.partial = partial;
-    Weights directions{};  // the gradient's loops take the number of columns and their length from a weight
+    Weights directions{};  // the gradient's loops read the number of columns and their length from a weight
     directions.source.columns = directions_;
     directions.source.dim = dim_;
     const char* features = static_cast<const char*>(s_.features.const_data_ptr());
@@ -257,7 +257,7 @@ class Run {
   }
 
   // The coefficients that all heads' means share: d (loss + centring) / d reward, and 1 for batch-sum regularisation,
-  // whose coefficient is known only when every reward is.
+  // whose coefficient is known only after all rewards.
   void penalties(float chosen, float rejected, float* out, Sums& sums) const {
     const double both = double(chosen) + rejected;
     sums.reward += both;
@@ -275,7 +275,7 @@ class Run {
     float* sum = static_cast<float*>(sums.mutable_data_ptr());
     float* out = static_cast<float*>(result.mutable_data_ptr());
     const int64_t slabs = padded(dim_) / kSlab;
-    // a read for each direction and chunk, a write for each head
+    // one read for each direction and chunk, one write for each head
     const int64_t work = kSlab * (directions_ * int64_t(chunks_.size()) + 2 * heads_);
     parallel_for(0, slabs, std::max<int64_t>(1, (1 << 17) / work), [&](int64_t begin, int64_t end) {
       for (int64_t g = 0; g < groups_; ++g) {
@@ -336,7 +336,7 @@ class Run {
     return result;
   }
 
-  // Chunks, and rows of the weight, that are worth a thread: about 10 us of work.
+  // The chunks, or rows of the weight, that are worth a thread: about 10 us of work.
   int64_t grain() const {
     const int64_t rows = 2 * ((pairs_ + int64_t(chunks_.size()) - 1) / int64_t(chunks_.size()));
     return std::max<int64_t>(1, (int64_t(1) << 20) / (rows * padded(dim_) * (columns_ + directions_)));

@@ -40,7 +40,7 @@ inline F add(F a, F b) { return _mm256_add_ps(a, b); }
 inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 
-// Lane r: the sum of the vector at p + r * stride. Every vector is added up alike, 4 lanes apart, then 2 and 1.
+// Lane r: the sum of the vector at p + r * stride, always in the same order: lanes 4 apart, then 2, then 1.
 inline F sums_of(const float* p, int64_t stride) {
   F quarter[4];  // [i]: in 128-bit lane l, vector 4 l + i
   for (int i = 0; i < 4; ++i) {

@@ -23,7 +23,8 @@ inline F load(const BFloat* p) {
 }
 inline F load(const Half* p) { return _mm512_cvtph_ps(load_bits(p)); }
 inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
-// To bf16, nearest even. Not vcvtneps2bf16 even where the machine has it: that one flushes subnormals.
+// Rounds to bf16, nearest even. It does not use vcvtneps2bf16, even if the machine has it, because that flushes
+// subnormals.
 inline __m256i narrow(F v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -40,7 +41,7 @@ inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 
-// Lane r: the sum of the vector at p + r * stride. Every vector is added up alike, 8 lanes apart, then 4, 2 and 1.
+// Lane r: the sum of the vector at p + r * stride, always in the same order: lanes 8 apart, then 4, 2 and 1.
 inline F sums_of(const float* p, int64_t stride) {
   F quarter[4];  // [i]: in 128-bit lane l, vector 4 l + i
   for (int i = 0; i < 4; ++i) {

@@ -1,4 +1,4 @@
-"""Hidden states to a pessimistic reward in one op. Maths, contract and limits: README.md here."""
+"""Hidden states to a pessimistic reward in one op. README.md has maths, arguments and limits."""
 
 from .contract import EnsembleOutput
 from .op import STD_FLOOR, ensemble_reward

@@ -1,7 +1,7 @@
 """The static table of `ensemble_reward`'s Triton kernels: tiles by shape, dtype and architecture, each with its reason.
 
 A tile never depends on timing (except with PRUDENT_AUTOTUNE=1) or on a sequence length, so that equal calls on equal
-devices have equal bits. `assume` replaces the device where launches are compiled ahead of time (shipped.py).
+devices have equal bits. `assume` replaces the device when launches are compiled ahead of time (shipped.py).
 
 How the tiles are chosen. Reading the features is the whole cost: 2K = 10 products of D = 4096 bf16 values are 10 FLOP a
 byte, and arithmetic limits a current GPU only from about 200. So a tile is judged by its bytes in flight: by Little's
@@ -11,9 +11,9 @@ an H200 (8 TB/s and 148 multiprocessors: 43 KB on a B200; 2 TB/s and 108: 15 KB 
 and shared memory of the machine code (`prudent bench --aot`). The bandwidths are from data sheets: nothing here was
 timed on a GPU.
 
-The weight is the second traffic: every row block reads all of [2K, D] again from L2, in fp32 2K D 4 bytes beside its
-block_rows D 2 of features. With K = 5 that is 20 / block_rows of the features: 1.25 at 16 rows, 0.31 at 64, 0.16 at 128
-(half of that for a bf16 weight). So blocks are large where there are enough rows, and D is split where there are not.
+The weight comes second: every row block reads all of [2K, D] again from L2, in fp32 2K * D * 4 bytes, beside
+block_rows * D * 2 bytes of bf16 features. With K = 5 the ratio is 20 / block_rows: 1.25 at 16 rows, 0.31 at 64, 0.16 at
+128 (half of that for a bf16 weight). So blocks are large if there are enough rows; else D is split.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ import torch
 
 from ..launch import Config
 
-MAX_HEADS = 64  # beyond, a program's tiles spill registers; such calls run the reference on the device
+MAX_HEADS = 64  # with more, a program's tiles spill registers; such calls run the reference on the device
 
-# The last program centres what no program can centre earlier. Each of its sweeps takes one L2 latency whatever its
-# width, so it is as wide as it can be without raising the kernel's registers: 32 values for each of 128 threads.
+# The last program centres what no program can centre earlier. A sweep takes one L2 latency whatever its width, so it is
+# as wide as possible without raising the kernel's number of registers: 32 values for each of 128 threads.
 SWEEP = 4096
 
-# Centring by label in the forward compares N rows with every label up to the largest, on one multiprocessor: a million
-# comparisons at worst at N = 1024, an eighth of it with labels 0 .. N / 8. It grows as N^2; a sort and a second launch
-# do not.
+# Centring by label in the forward compares N rows with every label up to the largest, on one multiprocessor: at most a
+# million comparisons at N = 1024, an eighth of that with labels 0 .. N / 8. That grows as N^2; a sort and a second
+# launch do not.
 MAX_LABELLED_ROWS = 1024
 
-# D is split into parts of at least this many columns: 4 tiles of 64, which a program can have in flight at once.
+# The least columns of a part of D: 4 tiles of 64, which a program can have in flight at once.
 SPLIT_COLUMNS = 256
-# The most parts, because one program adds them. Its loads are unrolled: two registers a part, and eight or more with
-# the wide tiles of 8 warps, which may have only the second number of parts.
+# The most parts of D, because one program adds them with unrolled loads: two registers a part, and eight or more with
+# the wide tiles of 8 warps, for which the second limit holds.
 MAX_SPLITS, MAX_WIDE_SPLITS = 16, 4
 # D is split only while there are no more row blocks than multiprocessors; each such block has an arrival counter.
 MAX_SPLIT_BLOCKS = 304
 
-# The most partial sums [2K, D] of the weight's gradient: at D = 4096 and K = 5 they are 10 MB, written and read once,
-# beside the gigabyte that 65536 rows read and write.
+# The most partial sums [2K, D] of the weight's gradient: at D = 4096 and K = 5 they take 10 MB, written and read once,
+# beside the gigabyte that a backward over 65536 rows reads and writes.
 MAX_SHARES = 64
 
 
 class Platform(NamedTuple):
     """What the tiles depend on: the precisions of `tl.dot`, and the number of multiprocessors.
 
-    `fp32_dot`: the precision for fp32 operands that come from 16-bit storage. `multiprocessors`: of the usual device of
-    the architecture and not of this one, so that two devices of one architecture give equal bits.
+    `fp32_dot`: the precision for fp32 operands that come from 16-bit storage. `multiprocessors`: the number on the
+    architecture's usual device, not on this one, so that all devices of one architecture give equal bits.
     """
 
     name: str
@@ -116,29 +116,30 @@ _BF16, _FP16, _FP32, _FP64 = torch.bfloat16, torch.float16, torch.float32, torch
 # The forward, by storage type and padded 2K.
 _FORWARD: dict[tuple[torch.dtype, int], tuple[Row, ...]] = {
     (_BF16, 16): (
-        # 256 last tokens of 4096: 16 blocks x 16 parts = 256 programs, each with its whole 8 KB (4 tiles) on the way at
-        # once. In all that is 2 MB, half of what 132 multiprocessors could have in flight: latency remains.
+        # 256 last tokens of 4096 features: 16 blocks x 16 parts = 256 programs, each with all its 8 KB (4 tiles) in
+        # flight at once. In all that is 2 MB, half of what 132 multiprocessors could have in flight: latency dominates.
         Row(1024, Config(16, 64, 4, 5)),
-        # 24 KB a program, on sm_90 4 of them a multiprocessor (125 registers by Triton 3.9; 3 by 3.6's 139): two to
-        # three times Little's law; weight traffic 0.31 of the features. With fewer row blocks than multiprocessors D is
-        # split: 4096 rows are 64 blocks x 4 parts.
+        # 24 KB a program; a multiprocessor of sm_90 holds 4 programs (Triton 3.9: 125 registers) or 3 (Triton 3.6:
+        # 139), two to three times what Little's law asks. Weight traffic is 0.31 of the features. With fewer row blocks
+        # than multiprocessors D is split: 4096 rows are 64 blocks x 4 parts.
         Row(32768, Config(64, 64, 4, 4)),
-        # 32 KB a program, on sm_90 4 of them (64 registers by Triton 3.9; 2 by 3.6's 87); weight traffic 0.16. 65536
-        # rows are 512 programs, one wave of 528 or two of 264, and in the tail one a multiprocessor is still enough.
+        # 32 KB a program; a multiprocessor of sm_90 holds 4 programs (Triton 3.9: 64 registers) or 2 (Triton 3.6: 87).
+        # Weight traffic is 0.16 of the features. 65536 rows are 512 programs, one wave of 528 or two of 264; in the
+        # tail, one program a multiprocessor is still enough.
         Row(_ANY, Config(128, 64, 8, 3)),
     ),
-    # 12 heads' weight is 0.75 of the features at 64 rows; 128 rows would leave 2 programs a multiprocessor
+    # the weight of 12 heads is 0.75 of the features at 64 rows; with 128 rows a multiprocessor would hold 2 programs
     (_BF16, 32): (Row(1024, Config(16, 64, 4, 4)), Row(_ANY, Config(64, 64, 4, 3))),
-    # half the columns: 64 x 64 with 3 stages is 256 bytes over 64 KB of shared memory
+    # half the columns: 64 x 64 with 3 stages exceeds 64 KB of shared memory by 256 bytes
     (_BF16, 64): (Row(1024, Config(16, 64, 4, 3)), Row(_ANY, Config(64, 32, 4, 4))),
-    # no longer bound by the features: the weight's tiles and products are the larger part
+    # bound by the weight's tiles and products, no longer by the features
     (_BF16, 128): (Row(_ANY, Config(16, 32, 8, 3)),),
     # 16-bit features times an fp32 weight in three tf32 products: operands at twice the registers, so half the columns
     (_FP16, 16): (Row(1024, Config(16, 64, 4, 4)), Row(_ANY, Config(64, 32, 4, 4))),
     (_FP16, 32): (Row(_ANY, Config(16, 64, 4, 3)),),
     (_FP16, 64): (Row(_ANY, Config(16, 32, 4, 3)),),
     (_FP16, 128): (Row(_ANY, Config(16, 16, 8, 3)),),
-    # exact fp32 products on the plain units: an operand tile lies in registers whole; 64 rows of it spill
+    # exact fp32 products without matrix instructions: a whole operand tile is in registers, and 64 rows of it spill
     (_FP32, 16): (Row(1024, Config(16, 32, 4, 3)), Row(_ANY, Config(32, 32, 4, 3))),
     (_FP32, 32): (Row(_ANY, Config(16, 64, 4, 2)),),
     (_FP32, 64): (Row(_ANY, Config(16, 32, 4, 2)),),
@@ -217,15 +218,15 @@ def forward_candidates(columns: int, dtype: torch.dtype, target: str) -> tuple[C
 
 
 def bucket(num_rows: int, columns: int, d: int, dtype: torch.dtype) -> tuple[str, ...]:
-    """The key of a choice of PRUDENT_AUTOTUNE=1: the table's bucket of rows, and the shapes that a model fixes."""
+    """The key of a PRUDENT_AUTOTUNE=1 choice: the table's bucket of rows, and the shapes that a model fixes."""
     rows = next(row.rows for row in _FORWARD[dtype, columns] if num_rows <= row.rows)
     return f"rows<={rows}", f"columns={columns}", f"D={d}", str(dtype)
 
 
 def splits(programs: int, d: int, config: Config, device: torch.device) -> tuple[int, int]:
-    """How many parts D is split into, for each of `programs` row blocks, and the blocks of columns in a part.
+    """(number of parts of D for each of `programs` row blocks, blocks of columns in a part).
 
-    The largest power of two that makes at most two programs a multiprocessor, each with SPLIT_COLUMNS or more.
+    The number is the largest power of two with at most two programs a multiprocessor and at least SPLIT_COLUMNS a part.
     """
     most = MAX_SPLITS if config.num_warps < 8 else MAX_WIDE_SPLITS
     room = min(2 * platform(device).multiprocessors // programs, d // SPLIT_COLUMNS, most)
@@ -236,7 +237,7 @@ def splits(programs: int, d: int, config: Config, device: torch.device) -> tuple
 
 
 def sweep(num_rows: int) -> int:
-    """How many elements the last program centres at a time: a power of two between 1024 and SWEEP."""
+    """The number of elements that the last program centres at a time: a power of two between 1024 and SWEEP."""
     return int(min(SWEEP, max(1024, 1 << (num_rows - 1).bit_length())))
 
 
@@ -254,7 +255,7 @@ def outer_candidates(columns: int, dtype: torch.dtype) -> tuple[Config, ...]:
 
 
 def row_shares(num_rows: int, d: int, config: Config, device: torch.device) -> tuple[int, int]:
-    """Row blocks in a share of the rows, and the number of shares: four programs a multiprocessor, one wave."""
+    """(row blocks in a share, number of shares): four programs a multiprocessor, one wave."""
     blocks = -(-num_rows // config.block_rows)
     wanted = max(1, min(MAX_SHARES, 4 * platform(device).multiprocessors // -(-d // config.block_dim)))
     each = -(-blocks // wanted)

@@ -5,9 +5,9 @@ The fields of `Inputs` are the registered op's schema, in order. Each backend of
     backward(grads, inputs, saved, needs) -> (grad_hidden, grad_weight, grad_bias, grad_norm_weight)
 with grads = OutputGrads and needs = Needs; a gradient that is not needed is None.
 
-`saved` [N, 2K + 1] is what the forward keeps for the backward: the products after the norm and before the bias, and
-rstd in the last column (1 without a norm). It takes 4 (2K + 1) bytes a row, beside the 2 D of the features, and saves
-the backward a whole pass over them. Without `keep` it is empty, [0, 2K + 1].
+The forward keeps `saved` [N, 2K + 1] for the backward: the products after the norm and before the bias, and rstd in the
+last column (1 without a norm). It takes 4 (2K + 1) bytes a row, beside 2 D for the features, and saves the backward a
+pass over them. Without `keep` it is empty, [0, 2K + 1].
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ refuse = checks.refuse
 
 
 class EnsembleOutput(NamedTuple):
-    """What `ensemble_reward` returns. N rows, K heads; fp32, or fp64 when `hidden` is fp64.
+    """Output of `ensemble_reward` for N rows and K heads; fp32, or fp64 if `hidden` is fp64.
 
     reward      [N]     aggregated, centred if asked
     mean        [N, K]  the heads' means, calibrated
@@ -64,7 +64,7 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of 
 
 
 class Inputs(NamedTuple):
-    """Arguments of `prudent::ensemble_reward`, in schema order. `group_size` is 0 where no size is given."""
+    """Arguments of `prudent::ensemble_reward`, in schema order. `group_size` is 0 if no size is given."""
 
     hidden: Tensor
     weight: Tensor
@@ -161,7 +161,7 @@ def _check_group(inputs: Inputs) -> None:
     if centre == "group" and not given:
         refuse("group", "labels [N] or a group size with centre='group'", None)
     if given and centre != "group":
-        refuse("group", "centre='group' beside it (it has no other use)", f"centre={centre!r}")
+        refuse("group", "centre='group', its only use", f"centre={centre!r}")
     if size > 0 and inputs.num_rows % size != 0:
         refuse("group", f"a size that divides the {inputs.num_rows} rows", size)
 
@@ -171,7 +171,7 @@ def _check_options(inputs: Inputs, heads: int) -> None:
     checks.not_negative(inputs.std_floor, "std_floor")
     inputs.spec.check_heads(heads)
     if inputs.spec.nominal == "relative_std" and inputs.std_ref is None:
-        refuse("std_ref", "each head's own typical std [K] with nominal=relative_std", None)
+        refuse("std_ref", "each head's typical std [K] with nominal=relative_std", None)
 
 
 def check_values(inputs: Inputs) -> None:
@@ -180,7 +180,7 @@ def check_values(inputs: Inputs) -> None:
         return
 
     checks.indices(inputs.rows, "rows", inputs.hidden.shape[0], "rows of hidden")
-    checks.indices(inputs.group, "group", inputs.num_rows, "labels, dense or not, below N")
+    checks.indices(inputs.group, "group", inputs.num_rows, "labels below N")
     for name in ("scale", "std_ref"):
         value = getattr(inputs, name)
         if value is not None and not bool((value > 0).all()):

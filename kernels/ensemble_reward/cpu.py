@@ -19,7 +19,7 @@ def available() -> bool:
 
 
 class NativeSpec(NamedTuple):
-    """An aggregation as C++ takes it: positions in the tables of spec.py, and numbers."""
+    """An aggregation as arguments of the native op: indices into the tables of spec.py, and numbers."""
 
     kind: int
     coefficient: float
@@ -31,7 +31,7 @@ class NativeSpec(NamedTuple):
 
 @lru_cache(maxsize=256)
 def native_spec(aggregation: str) -> NativeSpec:
-    """The aggregation string as C++ takes it."""
+    """The aggregation string as arguments of the native op."""
     spec = Aggregation.parse(aggregation)
     return NativeSpec(
         kind=KINDS.index(spec.kind),
@@ -65,7 +65,7 @@ def forward(inputs: Inputs, keep: bool = False) -> Outputs:
 
 
 def backward(grads: OutputGrads, inputs: Inputs, saved: Tensor, needs: Needs) -> Grads:
-    """Gradients of hidden, weight, bias and norm_weight (None where not needed) from those of the four outputs."""
+    """Gradients of hidden, weight, bias and norm_weight (None if not needed) from the gradients of the four outputs."""
     outer = (g if g is None or g.dtype == torch.float32 else g.float() for g in grads)
     result: Grads = _op("ensemble_reward_backward")(*outer, *_arguments(inputs), saved, *needs)
     return result

@@ -63,8 +63,8 @@ def _forward(*arguments: Any) -> Outputs:
 
 
 def _run(inputs: Inputs, keep: bool) -> Outputs:
-    """Check the arguments and run the backend. C++ checks faster than Python, so there the Python checks run only after
-    C++ has refused, to say which argument is wrong.
+    """Check the arguments and run the backend. C++ checks faster than Python, so for the native backend the Python
+    checks run only after C++ has refused a call, to name the argument.
     """
     backend = _backend(inputs)
     if backend is cpu:
@@ -73,7 +73,7 @@ def _run(inputs: Inputs, keep: bool) -> Outputs:
         except RuntimeError:
             check_inputs(inputs)
             check_values(inputs)
-            raise  # the arguments are right: another error
+            raise  # the arguments are right: it is another error
     check_inputs(inputs)
     check_values(inputs)
     result: Outputs = backend.forward(inputs, keep)
@@ -221,15 +221,15 @@ def ensemble_reward(
             dimensions are flattened (a view where their strides allow it, else a copy).
         weight: [2K, D]; rows 0..K-1 give the means, K..2K-1 the raw stds. Any floating dtype.
         bias: [2K] float32.
-        rows: [N] int64, which rows of hidden.view(-1, D) to score; None scores every row. May repeat.
+        rows: [N] int64, the rows of hidden.view(-1, D) to score, repeats allowed; None: every row.
         norm_weight: [D], the trunk's final RMSNorm folded in; then `hidden` is the un-normalised state.
         norm_eps: the RMSNorm's epsilon.
-        seed: [1] int64 on hidden's device; None: no sampling, the aggregation takes the means.
+        seed: [1] int64 on hidden's device; None: no sampling, the aggregation uses the means.
         shift, scale: [K] float32, fixed per-head calibration; scale > 0.
-        std_ref: [K] float32 > 0, each head's own typical std; needed by `nominal=relative_std`.
+        std_ref: [K] float32 > 0, each head's typical std; needed by `nominal=relative_std`.
         group: [N] int64 labels in [0, N), or a group size (consecutive rows); with centre="group".
         aggregation: `Aggregation` or its string.
-        centre: "none", "batch" or "group"; None takes the aggregation's own (default none).
+        centre: "none", "batch" or "group"; None: the aggregation's own ("none" by default).
         std_floor: least std before calibration.
 
     Returns:
@@ -237,7 +237,7 @@ def ensemble_reward(
         hidden, weight, bias and norm_weight, once differentiable.
 
     Raises:
-        ValueError: an argument is wrong; raised before anything is computed.
+        ValueError: for a wrong argument, before anything is computed.
     """
     if not isinstance(hidden, Tensor) or hidden.dim() < 1:
         got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
@@ -255,7 +255,7 @@ def ensemble_reward(
         if group <= 0:
             refuse("group", "a size above 0", group)
         group_size = group
-    # pass a string on unparsed, so that torch.compile need not trace the parser
+    # do not parse a string here, so that torch.compile need not trace the parser
     text = aggregation if isinstance(aggregation, str) and centre is None else _spec_text(aggregation, centre)
     inputs = Inputs(
         hidden=hidden, weight=weight.contiguous(), bias=bias, rows=rows, norm_weight=norm_weight, seed=seed,

@@ -1,4 +1,4 @@
-"""`ensemble_reward` in plain torch: the oracle of the other executions, and the CPU's execution without the library.
+"""`ensemble_reward` in plain torch: the oracle of the other executions, and the execution on a CPU without `_C.so`.
 
 It follows the formulas in README.md line by line and is not meant to be fast. Arithmetic is in fp32, or fp64 when
 `hidden` is fp64. The backward is written out, because a registered op runs below autograd.
@@ -101,14 +101,14 @@ def nominal_index(std: Tensor, spec: Aggregation, std_ref: Tensor | None = None)
 
 
 def nominal_reward(mean: Tensor, std: Tensor, spec: Aggregation, std_ref: Tensor | None = None) -> Tensor:
-    """[N]: the nominal reward of BRME 5.1, or what `spec.nominal` puts in its place. mean, std [N, K]."""
+    """[N]: the nominal reward of BRME 5.1, or as `spec.nominal` redefines it. mean, std [N, K]."""
     if spec.nominal == "mean":
         return mean.mean(dim=1)
     return mean.gather(1, nominal_index(std, spec, std_ref)[:, None])[:, 0]
 
 
 def aggregate(mean: Tensor, std: Tensor, values: Tensor, spec: Aggregation, std_ref: Tensor | None = None) -> Tensor:
-    """[N, K] heads -> [N] rewards, before centring. `values`: the samples, or the means again."""
+    """[N, K] heads -> [N] rewards before centring. `values` [N, K]: the samples, or the means."""
     if spec.kind in ("tradeoff", "nominal"):
         nominal = nominal_reward(mean, std, spec, std_ref)
         if spec.kind == "nominal":
@@ -156,7 +156,7 @@ def cvar_tail(q: float, num_heads: int) -> int:
 
 
 def aggregate_gradient(h: Heads, spec: Aggregation, std_ref: Tensor | None) -> tuple[Tensor, Tensor]:
-    """d reward / d mean (through the nominal head alone) and d reward / d values, each [N, K]."""
+    """d reward / d mean (only through the nominal head) and d reward / d values, each [N, K]."""
     values, k = h.values, h.values.shape[1]
     to_mean = torch.zeros_like(values)
     if spec.kind in ("tradeoff", "nominal"):
@@ -194,9 +194,9 @@ def group_mean(values: Tensor, inputs: Inputs) -> Tensor:
 
 
 def add_rows(out: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """out with values[n] added to out[rows[n]], in the same order in every run.
+    """Add values[n] to out[rows[n]] in place, in the same order in every run.
 
-    index_add_ is serial on a CPU and by atomics on CUDA, where index_put_ sorts the rows and adds each run in order.
+    index_add_ is serial on a CPU, but uses atomics on CUDA; there, index_put_ sorts the rows and adds in order.
     """
     if out.is_cuda:
         return out.index_put_((rows,), values, accumulate=True)
@@ -213,7 +213,7 @@ def forward(inputs: Inputs, keep: bool = False) -> Outputs:
 
 
 def backward(grads: OutputGrads, inputs: Inputs, saved: Tensor, needs: Needs) -> Grads:
-    """Gradients of hidden, weight, bias and norm_weight from those of the four outputs.
+    """Gradients of hidden, weight, bias and norm_weight from the gradients of the four outputs.
 
     The oracle does not rely on `saved`: it computes everything again.
     """
@@ -226,7 +226,7 @@ def backward(grads: OutputGrads, inputs: Inputs, saved: Tensor, needs: Needs) ->
     if need_hidden:
         dx = scaled @ h.folded
         if h.rstd is not None:
-            # d rstd / dx = -rstd^3 x / D, and sum_n c_n (x . W'_n) rstd = sum_n c_n product_n: no further pass over D
+            # d rstd / dx = -rstd^3 x / D, and sum_n c_n (x . W'_n) rstd = sum_n c_n product_n: no other pass over D
             dx = dx - h.x * h.rstd.square() * (d_product * h.product).sum(dim=1, keepdim=True) / h.x.shape[1]
         hidden = dx if inputs.rows is None else add_rows(dx.new_zeros(inputs.hidden.shape), inputs.rows, dx)
         hidden = hidden.to(inputs.hidden.dtype)

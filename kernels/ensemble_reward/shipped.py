@@ -14,13 +14,13 @@ from . import triton  # type: ignore[attr-defined]
 from .configs import assume
 from .contract import Inputs, Needs, OutputGrads
 
-_HEADS = (5, 12, 20, 40)  # one of each padded width
-_ROWS = (256, 8192, 65536)  # one of each row bucket: D split in 16 and in 2, and not at all
+_HEADS = (5, 12, 20, 40)  # one for each padded width
+_ROWS = (256, 8192, 65536)  # one for each row bucket: D in 16 parts, in 2 parts, whole
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def shipped(target: str, full: bool = True) -> Iterable[tuple[str, Callable[[], None]]]:
-    """Yield (label, run) for every configuration that `target` can get; without `full` for bf16 with 5 heads, and for
+    """Yield (label, run) for every configuration that `target` can get; unless `full`, only for bf16 with 5 heads and
     one case of each other dtype and width.
 
     `run` launches a forward and a backward on tensors without data, to be called under `recording()`.

@@ -18,9 +18,9 @@ NOMINALS = ("least_std", "relative_std", "mean", "head")
 SOURCES = ("sample", "mean")
 CENTRES = ("none", "batch", "group")
 
-# kind -> (name of its number, lowest, highest, is the lowest excluded, what the number means)
+# kind -> (name of its number, lowest, highest, whether the lowest is excluded, what the number means)
 _COEFFICIENT = {
-    "tradeoff": ("lambda", 0.0, 1.0, False, "1 = the nominal head alone, 0 = the worst head alone"),
+    "tradeoff": ("lambda", 0.0, 1.0, False, "1 = only the nominal head, 0 = only the worst head"),
     "lcb": ("c", 0.0, math.inf, False, "mean - c * std over heads"),
     "uwo": ("lambda", 0.0, math.inf, False, "mean - lambda * variance over heads"),
     "softmin": ("temperature", 0.0, math.inf, True, "-b log mean exp(-r / b)"),
@@ -43,10 +43,10 @@ class Aggregation:
     cvar:q        mean of the lowest ceil(q * K) values
     head:i        value_i
 
-    source        `sample` (default): value_k = sample_k where the op is given a seed, else mean_k. `mean`: mean_k.
-    nominal       what `nominal` means: `least_std` (lowest index on a tie), `relative_std` (std_k over head k's own
-                  typical std, the op's `std_ref`: a head that is sharp everywhere does not win every row), `mean` (of
-                  the heads' means), `head:i` (a fixed one).
+    source        `sample` (default): value_k = sample_k if the op gets a seed, else mean_k. `mean`: mean_k.
+    nominal       the nominal head: `least_std` (lowest index on a tie), `relative_std` (least std_k / std_ref_k, with
+                  head k's typical std std_ref_k: a head whose std is always small does not win every row), `head:i`
+                  (a fixed head), or `mean` (the mean of all heads' means instead).
     centre        `none`, `batch`, `group`: the reward minus its mean over the batch or its prompt's group.
 
     Raises ValueError for any string or value outside this table.
@@ -81,7 +81,7 @@ class Aggregation:
             return text
         if not isinstance(text, str):
             raise ValueError(f"aggregation: expected a string such as 'tradeoff:0.4', got {type(text).__name__}")
-        # dynamo warns about a cached function, and a trace parses the string only once
+        # dynamo warns about cached functions, and a trace parses the string only once anyway
         return _parse(text) if torch.compiler.is_compiling() else _parse_cached(text)
 
     def with_centre(self, centre: str | None) -> Aggregation:

@@ -1,9 +1,9 @@
 """Launch `ensemble_reward` on CUDA and ROCm: the kernels of triton_forward.py and triton_backward.py.
 
-Forward: one launch; centring by label takes a second one beyond MAX_LABELLED_ROWS. Backward: three launches, for the
-product's gradient from what the forward saved, for both outer products from one read of hidden, and for the sum of the
-weight's partials; with `rows` a fourth combines repeated rows. configs.py has the tiles. CPU tensors work only under
-Triton's interpreter (TRITON_INTERPRET=1 before triton is imported), which the tests use.
+Forward: one launch, and a second one to centre more than MAX_LABELLED_ROWS rows by label. Backward: three launches, for
+the product's gradient from the forward's saved values, for both outer products from one read of hidden, and for the sum
+of the weight's partials; with `rows`, a fourth combines repeated rows. configs.py has the tiles. CPU tensors work only
+under Triton's interpreter (TRITON_INTERPRET=1 before triton is imported), which the tests use.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _common(inputs: Inputs) -> dict[str, Any]:
         "ACC": tl.float64 if hidden.dtype == torch.float64 else tl.float32,
         "HALVES": halves,
         "EXACT": halves and inputs.weight.dtype == torch.bfloat16 and inputs.norm_weight is None,
-        # of fp32 operands: exact products for fp32 and fp64 hidden, three tf32 products for 16-bit hidden
+        # for fp32 operands: exact products with fp32 and fp64 hidden, three tf32 products with 16-bit hidden
         "PRECISION": target.fp32_dot if hidden.element_size() == 2 else "ieee",
         "UPCAST": triton.knobs.runtime.interpret,
     }
@@ -120,7 +120,7 @@ def _launch_forward(inputs: Inputs, common: dict[str, Any], outputs: Outputs, co
 
 
 def _centring(inputs: Inputs, config: Config) -> dict[str, Any]:
-    """Where the forward centres: in each row block, in the last program, or (many labelled rows) in a later launch."""
+    """Choose where to centre: in each row block, in the last program, or (many labelled rows) in a later launch."""
     n, size, centre, labels = inputs.num_rows, inputs.group_size, inputs.spec.centre, None
     span, sweep = 1, configs.sweep(n)
     if centre == "group" and inputs.group is not None:
@@ -145,9 +145,9 @@ def _centre_by_label(values: Tensor, out: Tensor, inputs: Inputs) -> None:
 
 
 def backward(grads: OutputGrads, inputs: Inputs, saved: Tensor, needs: Needs) -> Grads:
-    """Gradients of hidden, weight, bias and norm_weight from what the forward saved; None where not needed.
+    """Gradients of hidden, weight, bias and norm_weight from the forward's saved values; None if not needed.
 
-    hidden is read once, and not at all where only the bias, or without a norm only hidden, needs a gradient.
+    hidden is read once, or not at all if only the bias needs a gradient or, without a norm, only hidden.
     """
     if inputs.num_heads > configs.MAX_HEADS:
         return reference.backward(grads, inputs, saved, needs)
@@ -255,7 +255,7 @@ def _outer_products(
 def _combined(scaled: Tensor, along: Tensor | None, common: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
     """Add up `scaled` and `along` over the positions that score the same row.
 
-    Returns the sums in the order of the sorted rows, and the rows: each once, -1 at its repeats.
+    Returns the sums in the order of the sorted rows, and the sorted rows with -1 at repeats.
     """
     config = configs.gradient_config(common["BN"])
     sorted_rows, order = torch.sort(common["rows"], stable=True)

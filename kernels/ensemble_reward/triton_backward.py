@@ -1,5 +1,5 @@
-"""Triton kernels of the backward: the product's gradient from what the forward saved, then both outer products from one
-read of the hidden states.
+"""Triton kernels of the backward: the product's gradient from the forward's saved values, then both outer products from
+one read of the hidden states.
 """
 # mypy: ignore-errors
 
@@ -29,7 +29,7 @@ def product_gradient_kernel(
 ):  # fmt: skip
     """scaled [N, BN] = dL/dproduct * rstd; along [N] = rstd^2 / D * sum_n dL/dproduct_n product_n; bias_partials
     [programs, 2K] = the rows' dL/dproduct summed. All ACC. `averages` [N / size] are subtracted from each group's
-    `grad_reward`; None where that is centred already or needs no centring.
+    `grad_reward`; None if it is centred already or needs no centring.
     """
     KP: tl.constexpr = BN // 2
     program = tl.program_id(0)
@@ -93,7 +93,7 @@ def combine_kernel(
     scaled, along, sorted_rows, order, scaled_out, along_out, targets,
     num_rows, M: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Add the contributions of a row's repeats before the products, which are linear in them.
+    """Add up the contributions of repeated rows before the products, which are linear in them.
 
     At the first position of a run of equal rows, scaled_out [N, BN] and along_out [N] hold the sums and targets [N] the
     row; elsewhere they hold zeros and -1. One program adds each run in ascending order.

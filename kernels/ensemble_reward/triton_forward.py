@@ -1,6 +1,6 @@
 """Triton kernels of the forward: one launch from hidden states to centred rewards.
 
-Centring many rows by label has a kernel of its own, which the backward uses too.
+A separate kernel centres many rows by label; the backward uses it too.
 """
 # mypy: ignore-errors
 
@@ -29,8 +29,8 @@ def forward_kernel(
     reward [N], mean_out and std_out [N, K], reward_sum [], saved [N, 2K + 1] or None, all ACC. Scratch in ACC: shares
     (SPLITS [programs M, BN], then SPLITS [programs M]), partials [programs], table [SWEEP] for centring by label.
     counters [1 + programs] int32 are 0 before and after, so a CUDA graph can be replayed. The last program of a row
-    block adds the block's shares in ascending order and does what follows the product; the last row block adds the
-    reward sums in ascending order and centres. The order of arrival changes no bit.
+    block adds the block's shares in ascending order and computes the outputs; the last row block adds the reward sums
+    in ascending order and centres. The order of arrival changes no bit.
     """
     block = tl.program_id(0)
     n, row, inside = positions(block, num_rows, rows, M)
@@ -93,7 +93,7 @@ def finish_rows(
     CENTRE: tl.constexpr, SPAN: tl.constexpr, SWEEP: tl.constexpr,
     M: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A row block's product [M, BN] to its outputs; the last row block to come here also totals and centres."""
+    """Compute a row block's outputs from its product [M, BN]; the last row block to arrive also totals and centres."""
     KP: tl.constexpr = BN // 2
     block = tl.program_id(0)
     heads = tl.arange(0, KP)
@@ -144,7 +144,7 @@ def finish_rows(
 
 @triton.jit
 def centre_batch(reward, average, num_rows, SWEEP: tl.constexpr):
-    """Subtract `average` from reward [N] in place. One program does it, so its sweeps are wide, to hide latency."""
+    """Subtract `average` from reward [N] in place. One program does it, in wide sweeps that hide latency."""
     lane = tl.arange(0, SWEEP)
     for start in range(0, num_rows, SWEEP):
         index = tl.cast(start, tl.int64) + lane
@@ -156,7 +156,7 @@ def centre_batch(reward, average, num_rows, SWEEP: tl.constexpr):
 def centre_by_size(reward, num_rows, size, SPAN: tl.constexpr, SWEEP: tl.constexpr, ACC: tl.constexpr):
     """Subtract from reward [N] its mean over each `size` consecutive rows, in place, SWEEP // SPAN groups at a time.
 
-    SPAN: `size` padded to a power of two, at most SWEEP, beyond which a group takes several steps.
+    SPAN: `size` padded to a power of two, at most SWEEP; larger groups take several steps.
     """
     EACH: tl.constexpr = SWEEP // SPAN
     inner = tl.arange(0, SPAN)

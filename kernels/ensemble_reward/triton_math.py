@@ -4,10 +4,10 @@ Shapes in comments: M = rows of a program, KP = heads padded to a power of two >
 least that `tl.dot` takes), BD = a block of D. Column 2k of a product is head k's mean and column 2k + 1 its raw std, so
 that one `tl.split` separates them in registers. ACC is fp32, or fp64 for fp64 hidden states.
 
-Rules of this code, each for an observed reason. Cast a bf16 value to ACC right after its load: the interpreter computes
-on bf16 bit patterns, silently wrong. Give every masked load an `other`: the interpreter reads 0 where a GPU reads
-anything. Call no libdevice function: the interpreter has none. Scalars arrive as fp64 and are rounded to ACC here, so
-that the fp64 path gets the exact options. A `return` in a constexpr `if` does not end a function: the rest is compiled.
+Rules of this code, each with an observed reason. Cast a bf16 value to ACC right after its load: the interpreter
+computes on bf16 bit patterns, silently wrong. Give every masked load an `other`: the interpreter reads 0, a GPU
+anything. Call no libdevice function: the interpreter has none. Take scalars as fp64 and round them to ACC here, so that
+the fp64 path gets the exact options. Do not `return` in a constexpr `if`: the rest is compiled all the same.
 """
 # mypy: ignore-errors
 
@@ -30,14 +30,14 @@ def vector(pointer, index, inside, other: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def column_rows(K: tl.constexpr, BN: tl.constexpr):
-    """[BN] the row of `weight` for each column, and whether the column is a real one (not padding)."""
+    """[BN] the row of `weight` for each column, and whether the column is real (not padding)."""
     column = tl.arange(0, BN)
     return (column % 2) * K + column // 2, column // 2 < K
 
 
 @triton.jit
 def positions(block, num_rows, rows, M: tl.constexpr):
-    """[M] position n among the scored rows (int64), the row of `hidden` it reads (int64), and whether it exists."""
+    """[M] index n among the scored rows (int64), the row of `hidden` that it reads (int64), and whether it exists."""
     n = tl.cast(block, tl.int64) * M + tl.arange(0, M)
     inside = n < num_rows
     row = n
@@ -181,7 +181,7 @@ def over_heads(values, heads, K: tl.constexpr):
 
 @triton.jit
 def least(values, heads, K: tl.constexpr, KP: tl.constexpr):
-    """[M, KP] marks the least value of each row, as torch.argmin: a NaN wins, a tie goes to the lowest head."""
+    """[M, KP] mask of the least value of each row, as torch.argmin: a NaN wins, a tie goes to the lowest head."""
     real = (heads < K)[None, :]
     nan = (values != values) & real
     low = tl.min(tl.where(real & (values == values), values, float("inf")), axis=1)
@@ -284,7 +284,7 @@ def aggregate_gradient(
     std, values, std_ref, coefficient, head_or_count, heads,
     K: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """[M, KP] d reward / d mean (through the nominal head alone) and d reward / d value."""
+    """[M, KP] d reward / d mean (only through the nominal head) and d reward / d value."""
     lam = scalar(coefficient, ACC)[:, None]
     to_mean = tl.zeros_like(values)
     to_value = tl.zeros_like(values)

@@ -1,4 +1,4 @@
-"""Hidden states to log-probabilities, entropies and log-sum-exps, without storing the logits. Maths: README.md here."""
+"""Hidden states to log-probabilities, entropies and log-sum-exps without storing logits. README.md has the maths."""
 
 from .contract import LogprobOutput
 from .op import linear_logprob

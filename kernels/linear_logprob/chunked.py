@@ -1,4 +1,4 @@
-"""`linear_logprob` tile by tile: the loops that all devices share, and the execution with torch's own operations.
+"""`linear_logprob` tile by tile: the loops that all devices share, and the execution in torch.
 
 The outer loop is over chunks of rows, the inner loop over chunks of the vocabulary. The forward keeps four running
 numbers a row, the backward the hidden gradient of a chunk of rows; no tensor has T x V elements. torch_tiles.py and
@@ -158,7 +158,7 @@ def run_backward(
 
 
 def _hidden_accumulator(call: _Call, grad_hidden: Tensor | None, start: int, end: int) -> Tensor | None:
-    """Where the rows' hidden gradient is summed: in the result if it has the accumulator's dtype, else in scratch."""
+    """The tensor that sums the rows' hidden gradient: the result if it has the accumulator's dtype, else scratch."""
     if grad_hidden is None:
         return None
     if call.rows is None and grad_hidden.dtype == call.accumulator:
@@ -178,12 +178,12 @@ def _store_hidden(call: _Call, total: Tensor, grad_hidden: Tensor, start: int, e
 
 
 def forward(inputs: Inputs, rows: Tensor | None) -> Outputs:
-    """(logprob, entropy, lse), each of target's shape, with torch's own operations."""
+    """(logprob, entropy, lse), each of target's shape, in torch."""
     return run_forward(inputs, rows, TorchTiles)
 
 
 def backward(
     grads: OutputGrads, inputs: Inputs, rows: Tensor | None, entropy: Tensor, lse: Tensor, needs: Needs
 ) -> Grads:
-    """Gradients of hidden and weight (None where not needed) from those of the three outputs."""
+    """Gradients of hidden and weight (None if not needed) from the gradients of the three outputs."""
     return run_backward(grads, inputs, rows, entropy, lse, needs, TorchTiles)

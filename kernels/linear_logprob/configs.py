@@ -39,7 +39,7 @@ class Plan(NamedTuple):
 def plan(
     num_rows: int, dim: int, vocabulary: int, operand: torch.dtype, accumulator: torch.dtype, device_kind: str
 ) -> Plan:
-    """The tile of a call on a `device_kind`, "gpu" or "cpu". Row chunks of one call are equal but for the last."""
+    """The tile of a call on a `device_kind`, "gpu" or "cpu". All row chunks of a call but the last are equal."""
     bytes_each = dim * (operand.itemsize + accumulator.itemsize)
     limit = max(128, min(MAX_ROWS, ROW_BYTES // bytes_each // 128 * 128))
     chunks = max(1, -(-num_rows // limit))
@@ -61,8 +61,8 @@ def tile_config(columns: int) -> Config:
     """The launch shape of both Triton kernels, for a tile of up to 8192 columns.
 
     A program holds one row, 8 values a thread, 16 in the widest (two or four 16-byte loads in flight). There is no
-    loop, so no stages. A narrower tile, like the vocabulary's last one, takes the least width and a mask, so that no
-    further kernel is compiled.
+    loop, so no stages. A narrower tile, such as the vocabulary's last, uses the least width and a mask, so that no
+    other kernel is compiled.
     """
     block = next(width for width in WIDTHS if columns <= width)
     return Config(1, block, min(16, block // 256), 1)

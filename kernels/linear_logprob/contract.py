@@ -1,7 +1,7 @@
 """Inputs, outputs and argument checks of `linear_logprob`.
 
 The fields of `Inputs` are the registered op's schema, in order. `rows` [R] int64 are the positions of the flattened
-target that are not ignored, or None if all of them count. Each backend offers
+target that are not ignored, or None if none is. Each backend offers
     forward(inputs, rows) -> (logprob, entropy, lse), each of target's shape
     backward(grads, inputs, rows, entropy, lse, needs) -> (grad_hidden, grad_weight)
 with grads = OutputGrads and needs = Needs; a gradient that is not needed is None.
@@ -22,7 +22,7 @@ require = checks.require
 
 
 class LogprobOutput(NamedTuple):
-    """What `linear_logprob` returns, each of target's shape; fp32, or fp64 when `hidden` is fp64. 0 where ignored.
+    """Output of `linear_logprob`, each of target's shape; fp32, or fp64 if `hidden` is fp64. 0 at ignored targets.
 
     logprob  log-probability of the target, nats
     entropy  of the whole distribution, nats
@@ -124,7 +124,7 @@ def _check_options(inputs: Inputs) -> None:
         greatest = torch.finfo(inputs.accumulator).max
         usable = value <= greatest and 1 / value <= greatest
         of = "fp64" if inputs.accumulator == torch.float64 else "fp32"
-        require(usable, name, f"a number that is finite in {of}, and whose inverse is", value)
+        require(usable, name, f"a number that, like its inverse, is finite in {of}", value)
     index = inputs.ignore_index
     whole = index is None or (isinstance(index, int) and not isinstance(index, bool))
     require(whole, "ignore_index", "an integer or None", index)
@@ -145,7 +145,7 @@ def check_values(inputs: Inputs) -> None:
 
 
 def kept_rows(target: Tensor, ignore_index: int | None) -> Tensor | None:
-    """Positions of the flattened target that count, None for all. On a GPU the host waits for their number."""
+    """Positions of the flattened target that are not ignored; None: all. On a GPU the host waits for their number."""
     if ignore_index is None:
         return None
     rows = torch.nonzero(target.reshape(-1) != ignore_index).squeeze(1)

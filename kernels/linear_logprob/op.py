@@ -1,8 +1,8 @@
 """The public `linear_logprob` and its registration as `prudent::linear_logprob`.
 
 Under torch.compile and torch.export the registered op is called (schema, fake, autograd). A plain eager call goes
-straight to the backend, with gradients through a `torch.autograd.Function`, and searches for ignored targets once; the
-registered forward and backward each search.
+straight to the backend, with gradients through a `torch.autograd.Function`, and searches for ignored targets once, not
+once in the forward and once in the backward as the registered op does.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _needs(ctx: Any) -> Needs:
 
 
 def _of_every_input(hidden: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Autograd wants a gradient, or None, for each argument of the forward."""
+    """A gradient or None for each argument of the forward, as autograd requires."""
     return hidden, weight, None, None, None, None
 
 
@@ -152,25 +152,25 @@ def linear_logprob(
 
     Args:
         hidden: [..., D] bfloat16, float16, float32 or float64; last dimension contiguous, any strides before it.
-        weight: [V, D], any of these dtypes (float64 only beside float64 hidden); may be the tied embedding. There is no
-            bias. Where the two dtypes differ, the product is made in fp32.
+        weight: [V, D], any of these dtypes (float64 only with float64 hidden); may be the tied embedding. There is no
+            bias. If the two dtypes differ, the product is in fp32.
         target: [...] int64, in [0, V) or ignore_index.
         temperature: > 0; divides the capped logits.
         softcap: > 0 or None, Gemma 2's final logit cap (arXiv 2408.00118, section 2).
-        ignore_index: the value of targets that do not count: their outputs and gradients are 0, and their rows are
-            dropped before the product; on a GPU the host waits once for their number. None: every target counts, and
-            the host does not wait.
+        ignore_index: the value of targets to ignore: their outputs and gradients are 0, and their rows are dropped
+            before the product; on a GPU the host waits once for their number. None: no target is ignored, and the host
+            does not wait.
 
     Returns:
         LogprobOutput(logprob, entropy, lse), each of target's shape, in nats; fp32 (fp64 from fp64). Gradients of all
         three flow to hidden and weight, once differentiable.
 
     Raises:
-        ValueError: an argument is wrong; raised before anything is computed. Targets are checked on a CPU, elsewhere
-            with PRUDENT_DEBUG=1; unchecked, one outside [0, V) has logprob NaN.
+        ValueError: for a wrong argument, before anything is computed. Target values are checked on a CPU, elsewhere
+            only with PRUDENT_DEBUG=1; an unchecked target outside [0, V) has logprob NaN.
     """
     inputs = Inputs(hidden, weight, target, temperature=temperature, softcap=softcap, ignore_index=ignore_index)
-    meta = isinstance(hidden, Tensor) and hidden.is_meta  # has no values: the registered fake gives the shapes
+    meta = isinstance(hidden, Tensor) and hidden.is_meta  # without values: the registered fake gives the shapes
     if meta or not is_plain(inputs.tensors):
         return LogprobOutput(*torch.ops.prudent.linear_logprob(*inputs))
     differentiable = (t for t in (hidden, weight) if isinstance(t, Tensor))

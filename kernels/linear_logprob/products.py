@@ -1,4 +1,4 @@
-"""Matrix products of `linear_logprob`: 16-bit operands, unrounded sums, scratch allocated once a call."""
+"""Matrix products of `linear_logprob`: 16-bit operands, unrounded sums, scratch allocated once per call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Workspace:
-    """Scratch by name on one device, allocated when first asked for and again only if a larger one is."""
+    """Scratch tensors by name on one device, allocated at first use and again only for a larger size."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -33,8 +33,8 @@ def _fast_bf16_on_cpu() -> bool:
 
 
 def operand_dtype(storage: torch.dtype, accumulator: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of a product's operands. On a CPU no product takes 16-bit operands to an fp32 result: bf16 takes two
-    bf16 products if the machine has the instructions; otherwise, and for fp16, the operands are cast to fp32.
+    """The dtype of a product's operands. A CPU has no product of 16-bit operands with an fp32 result: bf16 operands
+    take two bf16 products if the machine has the instructions; otherwise, and in fp16, operands are cast to fp32.
     """
     if device.type == "cuda" or storage == accumulator:
         return storage

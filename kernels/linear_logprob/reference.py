@@ -9,7 +9,7 @@ from .contract import Grads, Inputs, Needs, OutputGrads, Outputs
 
 
 def _logits(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-    """Capped, tempered logits [T, V], and tanh(raw / softcap) where there is a cap."""
+    """Capped, tempered logits [T, V], and tanh(raw / softcap), None without a cap."""
     dtype = inputs.accumulator
     raw = inputs.hidden.reshape(-1, inputs.hidden.shape[-1]).to(dtype) @ inputs.weight.to(dtype).T
     if inputs.softcap is None:
@@ -19,7 +19,7 @@ def _logits(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
 
 
 def _target(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Targets [T, 1], with 0 for ignored ones, and a mask [T] of those that count."""
+    """Targets [T, 1], with 0 for ignored ones, and a mask [T] of targets that are not ignored."""
     target = inputs.target.reshape(-1)
     counts = torch.ones_like(target, dtype=torch.bool)
     if inputs.ignore_index is not None:

@@ -18,8 +18,8 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def shipped(target: str, full: bool = True) -> Iterable[tuple[str, Callable[[], None]]]:
-    """Yield (label, run) for every configuration, which is the same for every `target`; without `full` for the width of
-    a full row chunk in each dtype, and for bf16's widest.
+    """Yield (label, run) for every configuration, the same for every `target`; unless `full`, only for the width of a
+    full row chunk in each dtype and the widest of bf16.
 
     `run` launches the kernels of a first, a middle and a last tile on tensors without data, to be called under
     `recording()`.

@@ -78,5 +78,5 @@ def forward(inputs: Inputs, rows: Tensor | None) -> Outputs:
 def backward(
     grads: OutputGrads, inputs: Inputs, rows: Tensor | None, entropy: Tensor, lse: Tensor, needs: Needs
 ) -> Grads:
-    """Gradients of hidden and weight (None where not needed): up to three products and a launch per tile."""
+    """Gradients of hidden and weight (None if not needed): up to three products and a launch per tile."""
     return run_backward(grads, inputs, rows, entropy, lse, needs, TritonTiles)

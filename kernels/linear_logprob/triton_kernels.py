@@ -7,7 +7,7 @@ import triton.language as tl
 
 @triton.jit
 def _tanh(x):
-    """tanh from exp alone; near 0, where that cancels, its series (relative error below 1e-7 up to 0.3)."""
+    """tanh from exp; near 0, where that cancels, from its series (relative error below 1e-7 up to 0.3)."""
     e = tl.exp(-2.0 * tl.abs(x))
     result = (1.0 - e) / (1.0 + e)
     result = tl.where(x < 0.0, -result, result)

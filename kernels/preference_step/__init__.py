@@ -1,4 +1,4 @@
-"""Loss and gradients of a reward head on cached features, from one read of them. Maths: README.md here."""
+"""Loss and gradients of reward heads from one read of cached features. README.md has the maths."""
 
 from .contract import StepOutput
 from .op import preference_step

@@ -1,16 +1,15 @@
 """The static table of `preference_step`'s Triton kernels: tiles by padded D and dtype, each with its reason.
 
-Tiles never depend on timing, and on P only so that there are no more programs than work. Statements about registers and
-shared memory are what `prudent bench --aot --op preference_step` prints with Triton 3.9; nothing here was timed on a
-GPU.
+Tiles never depend on timing, and on P only so that there are no more programs than work. `prudent bench --aot --op
+preference_step` with Triton 3.9 prints the numbers of registers and shared memory; nothing here was timed on a GPU.
 
 **One read.** A block is MP pairs of whole rows. It stays in the program's registers and shared memory from its products
 to its share of the gradient, so features are read from memory once, and not a second time from a cache. That works
 because a program holds only the directions that its pairs train, at most four vectors of D (sums of the gradient) and
-at most three (weights), instead of [2K, D]: at D = 4096 and fp32 16 KiB each, against 160 KiB for K = 5. Each program
+at most three (weights), instead of [2K, D]: at D = 4096 in fp32, 16 KiB each instead of 160 KiB for K = 5. Each program
 reads the weights once.
 
-**Bytes in flight.** At 4.8 TB/s and 0.8 us of latency an H200 needs 29 KB in flight to each of its 132 multiprocessors.
+**Bytes in flight.** At 4.8 TB/s and 0.8 us of latency, each of an H200's 132 multiprocessors needs 29 KB in flight.
 A program has (stages - 1) blocks in flight while it works on another. In 16 bits a block is 4 MP D bytes, 16 KiB at D =
 4096, so with 4 stages a resident program has 48 KiB in flight. A multiprocessor holds one program for eq. 8 (112
 registers a thread and more) and on sm_90 two for Bradley-Terry (64 registers; by Triton 3.6 90, and one program).
@@ -25,7 +24,7 @@ from ..launch import Config
 # The widest D whose vectors fit a program's registers, by loss. Eq. 8 holds twice the vectors, which spill at 8192.
 _MAX_DIM = {"bt": 8192, "brme": 4096}
 
-LEAST_PAIRS = 4  # per program, so that its partial sum, 4 D bytes a direction, is a quarter of 8 rows of 2 D or less
+LEAST_PAIRS = 4  # per program: its partial sum, 4 D bytes a direction, is at most a quarter of its 8 rows of 2 D bytes
 
 
 def max_dim(loss: str, dtype: torch.dtype, lanes: int) -> int:
@@ -71,9 +70,8 @@ def step_config(dim: int, dtype: torch.dtype, lanes: int) -> Config:
 def shares_of(pairs: int, groups: int, dim: int) -> int:
     """Programs for each of `groups` groups of the pairs.
 
-    All their partial sums take at most 4 MiB a direction (256 programs at D = 4096, two for each of 132
-    multiprocessors). They are written to and read from the second-level cache, and are small beside any features that
-    take longer to read than a launch.
+    All partial sums take at most 4 MiB a direction (256 programs at D = 4096, two for each of 132 multiprocessors).
+    They stay in the second-level cache, and are small beside any features that take longer to read than a launch.
     """
     most = max(256, min(2048, 2**20 // padded(dim)))
     return max(1, min(most // groups, -(-pairs // (groups * LEAST_PAIRS))))

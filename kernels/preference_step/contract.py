@@ -22,14 +22,14 @@ require = checks.require
 
 
 class StepOutput(NamedTuple):
-    """What `preference_step` returns, without gradients. fp32, or fp64 when `features` is fp64.
+    """Output of `preference_step`, without autograd history; fp32, or fp64 if `features` is fp64.
 
     loss      []       mean over pairs, with the penalties
     dweight   [2K, D]  d loss / d weight, in weight's dtype
     dbias     [2K]     d loss / d bias, in bias's dtype
-    accuracy  []       share of pairs whose chosen response is rewarded above the rejected one (a tie is wrong): by the
-                       mean of heads for "bt", by the mean of the pair's own head for "brme"
-    std       []       mean over the 2P rows of the own head's std; None for "bt", which computes no std
+    accuracy  []       share of pairs whose chosen response has the higher reward (a tie is wrong): the mean of heads
+                       for "bt", the mean of the pair's own head for "brme"
+    std       []       mean over the 2P rows of the std of the pair's own head; None for "bt", which computes no std
     """
 
     loss: Tensor

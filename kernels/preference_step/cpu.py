@@ -16,7 +16,7 @@ def available() -> bool:
 
 
 class NativeOptions(NamedTuple):
-    """What the native op takes after the tensors, in its schema's order (test_native_build.py compares the names)."""
+    """The native op's arguments after the tensors, in its schema's order (test_native_build.py compares the names)."""
 
     brme: bool
     alpha: float
@@ -27,7 +27,7 @@ class NativeOptions(NamedTuple):
 
 
 def step(inputs: Inputs) -> Outputs:
-    """(loss [], dweight [2K, D], dbias [2K], accuracy [], std []), fp32 but for a 16-bit weight's gradient."""
+    """(loss [], dweight [2K, D], dbias [2K], accuracy [], std []), fp32 except a 16-bit weight's gradient."""
     op: Any = torch.ops.prudent_native.preference_step.default
     options = NativeOptions(
         brme=inputs.loss == "brme", alpha=inputs.alpha, bsr=inputs.bsr, centre=inputs.centre,

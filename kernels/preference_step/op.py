@@ -1,6 +1,6 @@
 """The public `preference_step` and its registration as `prudent::preference_step`.
 
-The op returns gradients and is not differentiable itself. A plain eager call goes straight to the backend, every other
+The op returns gradients; it is not itself differentiable. A plain eager call goes straight to the backend, every other
 call through the registered op.
 """
 
@@ -81,7 +81,7 @@ def preference_step(
     centre: float = 0.0,
     std_floor: float = STD_FLOOR,
 ) -> StepOutput:
-    """Loss of P preference pairs under K Gaussian heads, and its gradient to the heads, from one read of the features.
+    """Loss of P preference pairs under K Gaussian heads and its gradient by the heads, from one read of the features.
 
         z = features[rows] @ weight.T + bias     mean = z[:, :K]     std = softplus(z[:, K:]) + std_floor
         reward = mean over heads of mean         rows 0..P-1 chosen, P..2P-1 rejected
@@ -99,10 +99,10 @@ def preference_step(
         weight: [2K, D]; rows 0..K-1 give the means, K..2K-1 the raw stds. Any floating dtype.
         bias: [2K] float32.
         loss: "bt", Bradley-Terry on the mean of heads, or "brme", eq. 8 on each pair's own head.
-        rows: [2P] int64, where in `features` the batch lies, chosen first, then rejected. May repeat.
+        rows: [2P] int64, the batch's rows of `features`, chosen first, then rejected; repeats allowed.
         head_id: [P] int64 in [0, K), the head that a pair trains ("brme").
         p_hat: [P] float32 in (0, 1), the stage-1 model's probability that chosen wins ("brme").
-        margin: [P] float32, the gap asked for ("bt").
+        margin: [P] float32, the required gap between the rewards ("bt").
         alpha: width of eq. 8's targets, +-alpha / 2.
         seed: [1] int64; with it eq. 8 is sampled: Philox noise at counter row * K + head, `ensemble_reward`'s own.
         bsr: lambda of batch-sum regularisation (arXiv 2505.07271).
@@ -113,7 +113,7 @@ def preference_step(
         StepOutput(loss, dweight, dbias, accuracy, std).
 
     Raises:
-        ValueError: an argument is wrong; raised before anything is computed.
+        ValueError: for a wrong argument, before anything is computed.
     """
     for name, number in zip(NUMBERS, (alpha, bsr, centre, std_floor), strict=True):
         checks.not_negative(number, name)

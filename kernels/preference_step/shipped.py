@@ -22,13 +22,13 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "brme-bsr": {"loss": "brme", "bsr": 0.1},
     "brme-sampled-bsr-centre": {"loss": "brme", "bsr": 0.1, "centre": 0.1, "sampled": True},
 }
-_DIMS = (4096, 64, 200, 512, 576, 2048, 8192)  # one of each padded width, an odd multiple of 64 among them
+_DIMS = (4096, 64, 200, 512, 576, 2048, 8192)  # one for each padded width; 576 is an odd multiple of 64
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def shipped(target: str, full: bool = True) -> Iterable[tuple[str, Callable[[], None]]]:
-    """Yield (label, run) for every configuration that `target` can get; without `full` for bf16 and fp32 at D = 4096
-    and 576.
+    """Yield (label, run) for every configuration that `target` can get; unless `full`, only for bf16 and fp32 at D =
+    4096 and 576.
 
     `run` launches a step of 512 gathered pairs and 5 heads on tensors without data, to be called under `recording()`.
     """

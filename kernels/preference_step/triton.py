@@ -1,7 +1,7 @@
 """Launch `preference_step` on CUDA and ROCm: the kernels of triton_kernels.py.
 
-There are two launches, and for eq. 8 a sort of the pairs by head before them. How the pairs are shared among programs
-depends on shapes alone, so equal calls have equal bits. CPU tensors work only under Triton's interpreter, which the
+There are two launches, and for eq. 8 a sort of the pairs by head before them. The split of the pairs among programs
+depends only on shapes, so equal calls have equal bits. CPU tensors work only under Triton's interpreter, which the
 tests use.
 """
 
@@ -79,8 +79,8 @@ def step(inputs: Inputs, lanes: int = LANES) -> Outputs:
 
 
 def _by_head(inputs: Inputs) -> dict[str, Tensor | None]:
-    """order [P], the pairs in a stable sort by head; starts [K + 1], where each head's pairs begin; rows [2P] in that
-    order.
+    """order [P], the pairs sorted stably by head; starts [K + 1], the index of each head's first pair; rows [2P] in
+    that order.
     """
     assert inputs.head_id is not None
     ids, order = torch.sort(inputs.head_id, stable=True)

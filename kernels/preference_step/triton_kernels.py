@@ -63,11 +63,11 @@ def step_kernel(
 ):  # fmt: skip
     """Program (s, h): the s-th share of head h's pairs (of all pairs for Bradley-Terry, h = 0).
 
-    `order` [P] int64 are the pairs sorted by head and `starts` [K + 1] where each head's begin; None for Bradley-Terry.
-    `rows` [2P] are in the same order, so that a block's features wait for one index and not for two.
+    `order` [P] int64 are the pairs sorted by head, `starts` [K + 1] the index of each head's first; None for
+    Bradley-Terry. `rows` [2P] are in the same order, so that a block's features wait for one index and not for two.
     partials [heads, shares, G, D] ACC = sums of coefficient * x, one for each direction: eq. 8's mean and raw std; then
     the one that all heads' means share (Bradley-Terry, centring); then, for batch-sum regularisation, the plain sum of
-    x, whose coefficient is known only when all rewards are.
+    x, whose coefficient is known only after all rewards.
     """
     G: tl.constexpr = (2 if BRME else 0) + (1 if CENTRE or not BRME else 0) + (1 if BSR else 0)
     PENALTY: tl.constexpr = CENTRE or BSR

@@ -188,7 +188,7 @@ def test_what_another_forward_saved_is_refused() -> None:
     inputs = make()
     saved = cpu.forward(inputs, True)[4]
     for wrong in (saved[:3], saved[:, 1:], saved.double(), saved.T.contiguous().T):
-        with pytest.raises(RuntimeError, match="ensemble_reward: saved: expected what the forward kept"):
+        with pytest.raises(RuntimeError, match="ensemble_reward: saved: expected the forward's saved tensor"):
             cpu.backward(some_grads(inputs), inputs, wrong, ALL)
 
 
