@@ -1,7 +1,7 @@
 """Run the microbenchmarks without pytest: every op against eager and torch.compile in one run.
 
-Prints a table and writes ops-DEVICE.json, .csv, .md and a roofline to --out. A case that fails its
-check against fp64 is not timed, and the exit code is 1. `make bench` runs the same under pytest-benchmark; `python -m
+It prints a table and writes ops-DEVICE.json, .csv, .md and a roofline to --out. A case that fails its check against
+fp64 is not timed, and the exit code is 1. `make bench` runs the same under pytest-benchmark; `python -m
 prudent.bench.compare` compares two results.
 
 examples:
@@ -31,12 +31,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=SIZES, help="smoke: tiny; small: minutes on two cores (the CPU's default); "
                         "full: small and the shapes of the goals (a GPU's default)")  # fmt: skip
     parser.add_argument("--op", action="append", default=[], choices=cases.ops(), help="only this op; repeatable")
-    parser.add_argument("--dtype", action="append", default=[], choices=tuple(DTYPES), help="only this one; repeatable")
-    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name (--list) has TEXT in it")
+    parser.add_argument(
+        "--dtype", action="append", default=[], choices=tuple(DTYPES), help="only this type; repeatable"
+    )
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name (see --list) contains TEXT")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="folder of the results (default %(default)s)"
     )
-    parser.add_argument("--add", action="store_true", help="keep the other rows that --out has from this commit")
+    parser.add_argument("--add", action="store_true", help="add to the rows that --out has from this commit")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     earlier = arguments.out / f"ops-{arguments.device}.json"
     try:
         if arguments.add:
-            report.merged(earlier, [], here)  # an OUT that cannot be added to is refused before minutes of measuring
+            report.merged(earlier, [], here)  # refuse an unusable OUT before minutes of measuring
     except ValueError as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2

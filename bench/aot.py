@@ -1,9 +1,9 @@
-"""Compile every Triton launch of the package ahead of time, for GPUs that this machine need not have.
+"""Compile every Triton launch of the package ahead of time, for GPUs that this machine may lack.
 
     prudent bench --aot [--target sm_90 ...] [--op ensemble_reward ...] [--full] [--markdown | --write-readme]
 
-Each op's `shipped.py` has `shipped(target, full)`. Its calls are recorded, and the recorded arguments become the
-signature, specialised as by Triton's own launcher. From the machine code come registers, stack, shared memory, the
+Each op's `shipped.py` has `shipped(target, full)`. The module records its launches and derives each signature from the
+recorded arguments, specialised as by Triton's own launcher. The machine code tells registers, stack, shared memory, the
 widest load and the matrix instruction; the budget below limits them.
 """
 
@@ -33,7 +33,7 @@ STACK_BUDGET = 8
 SHARED_BUDGET = 64 * 1024
 # least bytes a thread of a kernel's widest load: a warp then reads 256 contiguous bytes or more at a time
 LOAD_BUDGET = 8
-# (op, kernel) that may load less at a time, and why; with 4 bytes a thread a warp still reads 128 contiguous bytes
+# (op, kernel) with narrower loads, and the reason; with 4 bytes a thread a warp still reads 128 contiguous bytes
 NARROW = {
     (
         "advantages",
@@ -70,7 +70,7 @@ _MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|wmma\.mma|v_mf
 
 
 class Entry(NamedTuple):
-    """A launch to compile, and the labels of the shipped cases that make exactly this launch."""
+    """A launch to compile, and the labels of the shipped cases that need it."""
 
     op: str
     target: str
@@ -79,11 +79,11 @@ class Entry(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What one entry's machine code uses. `stack` and `widest_load` in bytes a thread, `shared` in bytes a program.
+    """Resources of one entry's machine code. `stack` and `widest_load` in bytes a thread, `shared` in bytes a program.
 
-    `stack`: local memory, where spilled registers go (the kernels have no arrays or calls that would be there too).
+    `stack`: local memory, which holds spilled registers (the kernels have no arrays or calls that would use it too).
     `programs`: how many fit a multiprocessor by registers, shared memory and warps (0: not estimated). `matrix`: the
-    instruction, "fp32 multiply-add" where the product is exact fp32 and no unit does it, or "none needed".
+    instruction, "fp32 multiply-add" for an exact fp32 product, which no matrix unit does, or "none needed".
     """
 
     entry: Entry
@@ -95,7 +95,7 @@ class Compiled(NamedTuple):
     programs: int
 
     def over_budget(self) -> list[str]:
-        """A phrase for each number outside the budget."""
+        """One phrase for each number that exceeds the budget."""
         over = []
         if self.stack > STACK_BUDGET:
             over.append(f"{self.stack} bytes of stack (spilled registers), {STACK_BUDGET} allowed")
@@ -140,8 +140,8 @@ def entries(op: str, target: str, full: bool) -> list[Entry]:
 
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """(signature, constants, attributes) as Triton's launcher makes them: a whole number 1 is a constant, one divisible
-    by 16 is known to be, and so is every pointer (tensors of the package start on 16 bytes).
+    """(signature, constants, attributes) as in Triton's launcher: the integer 1 is a constant; an integer divisible by
+    16 is marked so, and so is every pointer (the package's tensors are aligned to 16 bytes).
     """
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -188,14 +188,14 @@ def inspect(entry: Entry) -> Compiled:
     if to.backend == "hip":
         text = kernel.asm["amdgcn"]
         registers = _amd(text, "vgpr_count")
-        # scalar registers spill to lanes of vector ones, not to memory
+        # scalar registers spill to lanes of vector registers, not to memory
         stack = max(_amd(text, "private_segment_fixed_size"), 4 * _amd(text, "vgpr_spill_count"))
     else:
         text = kernel.asm["ptx"]
         used = _resources(kernel.asm["cubin"])
         registers, stack = used["REG"], used["STACK"]
     dots = re.findall(r"tt\.dot [^\n]*", kernel.asm["ttir"])
-    # NVIDIA's matrix units take every product but that of fp32 operands at full precision
+    # NVIDIA's matrix units do every product except that of fp32 operands in full precision
     on_units = [dot for dot in dots if to.backend == "hip" or "inputPrecision" in dot or "xf32> *" not in dot]
     found = _MATRIX.search(text)
     matrix = "none needed" if not dots else "fp32 multiply-add"
@@ -211,7 +211,7 @@ def _amd(text: str, name: str) -> int:
 
 
 def _resources(binary: bytes) -> dict[str, int]:
-    """REG and STACK as printed by the cuobjdump in Triton's package. STACK includes spills; LOCAL does not."""
+    """REG and STACK from the cuobjdump in Triton's package. STACK includes spills; LOCAL does not."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -236,8 +236,8 @@ def _widest_load(text: str, backend: str) -> int:
 
 
 def _programs(to: Target, registers: int, shared: int, warps: int) -> int:
-    """Programs on one multiprocessor at a time; registers are given to a warp in units of 256, and each program's
-    shared memory costs 1 KiB more than it asked for."""
+    """Programs that fit one multiprocessor: a warp gets registers in units of 256, and each program's shared memory
+    takes 1 KiB more than it asked for."""
     if not to.registers:
         return 0
     by_registers = to.registers // (-(-registers * to.warp // 256) * 256) // warps
@@ -245,7 +245,7 @@ def _programs(to: Target, registers: int, shared: int, warps: int) -> int:
 
 
 def survey(names: Iterable[str], targets: Iterable[str], full: bool = False, progress: bool = False) -> list[Compiled]:
-    """Compile every shipped launch of the ops `names` for `targets`. Seconds each; kept in Triton's own disk cache."""
+    """Compile every shipped launch of the ops `names` for `targets`. Seconds each; Triton caches them on disk."""
     todo = [entry for op in names for target in targets for entry in entries(op, target, full)]
     bar = tqdm(todo, desc="ahead of time", unit="kernel", disable=not progress, file=sys.stderr)
     return [inspect(entry) for entry in bar]
@@ -298,8 +298,8 @@ def common(found: Sequence[Entry]) -> list[int]:
 
 
 def readme_block(op: str, rows: Sequence[Compiled]) -> str:
-    """The marked block of the op's README. `rows` are the launches of its short table for every target; the block shows
-    each kernel's common case and the worst of all."""
+    """The marked block of the op's README: each kernel's common case, and the greatest numbers of all `rows`, which are
+    the launches of the short table for every target."""
     shown = [rows[i] for i in common([row.entry for row in rows])]
     spilling, most = sum(row.stack > 0 for row in rows), max(row.stack for row in rows)
     worst = (
@@ -336,7 +336,7 @@ def remarks(rows: Iterable[Compiled]) -> list[str]:
 
 
 def write_readme(op: str, rows: Sequence[Compiled]) -> Path:
-    """Put the block between its markers in the op's README. ValueError if it has no markers."""
+    """Write the block between its markers in the op's README. ValueError if the README has no markers."""
     path = KERNELS / op / "README.md"
     text = path.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
@@ -353,14 +353,14 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all four")
     flags.add_argument("--op", nargs="+", choices=ops(), default=ops(), help="default: all")
-    flags.add_argument("--full", action="store_true", help="every row of the tables, not the common ones (minutes)")
+    flags.add_argument("--full", action="store_true", help="every row of the tables, not only common ones (minutes)")
     flags.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    flags.add_argument("--write-readme", action="store_true", help="put the common table in each op's README too")
+    flags.add_argument("--write-readme", action="store_true", help="also write the common table into each op's README")
     return flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: everything inside its budget; 1: something outside it, named on stderr."""
+    """Return 0 if everything is inside its budget, else 1, with the excess on stderr."""
     given = parser().parse_args(argv)
     if importlib.util.find_spec("triton") is None:
         raise ImportError("bench --aot: triton is needed: pip install 'prudent[test]'")

@@ -17,9 +17,7 @@ _ROUNDING = (
 
 
 class Check(NamedTuple):
-    """The result of comparing ours with fp64. Errors are those of the worst output: largest difference / largest
-    reference value.
-    """
+    """Our error against fp64, and eager's: largest difference / largest reference value, for the worst output."""
 
     passed: bool
     output: str
@@ -32,9 +30,10 @@ class Check(NamedTuple):
 class Work:
     """A case with its tensors on a device.
 
-    inputs: input sets, used in turn. variants: the timed functions, each called with one input set; "ours" and "eager"
-    are always present; the table keeps this order. check: compares ours with the fp64 reference on the first input set.
-    grad: the variants compute gradients; if False they run under `torch.no_grad()`. notes: why a variant is missing.
+    inputs: input sets, used in turn. variants: the timed functions, in the table's order, each called with one input
+    set; "ours" and "eager" are always present. check: compares ours with the fp64 reference on the first input set.
+    grad: whether the variants compute gradients; if not, they run under `torch.no_grad()`. notes: why a variant is
+    missing.
     """
 
     inputs: list[tuple[Any, ...]]
@@ -46,10 +45,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """One op, mode, shape and dtype. Tensors are allocated by `make`, not before.
+    """One op, mode, shape and dtype. `make` allocates its tensors.
 
-    bytes_moved: the least possible traffic: every input of a pass read once and every output written once; forward and
-    backward are two passes. flops: of the matrix products, or of the formula if it has none.
+    bytes_moved: the least possible traffic, with every input of a pass read once and every output written once; forward
+    and backward are two passes. flops: of the matrix products, or of the formula if it has none.
     """
 
     op: str
@@ -79,7 +78,7 @@ def num_sets(device: torch.device) -> int:
 def compiled_variants(function: Callable[..., Any], device: torch.device) -> dict[str, Callable[..., Any]]:
     """`function` under torch.compile; on a GPU also with max-autotune.
 
-    CUDA graphs stay off: they copy the inputs into buffers of their own, which is more traffic than these ops have.
+    CUDA graphs stay off, because they copy the inputs into buffers: more traffic than these ops have.
     """
     found = {"compiled": torch.compile(function, fullgraph=True, dynamic=False)}
     if device.type == "cuda":
@@ -88,7 +87,7 @@ def compiled_variants(function: Callable[..., Any], device: torch.device) -> dic
 
 
 def compare(ours: Mapping[str, Tensor], eager: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Check:
-    """Compute each output's relative error against fp64 and `judge` it."""
+    """`judge` the relative error of each output against fp64."""
     return judge(
         {name: (relative_error(ours[name], want), relative_error(eager[name], want)) for name, want in exact.items()}
     )

@@ -25,8 +25,8 @@ def default_size(device: str) -> str:
 
 
 def select(device: str, size: str | None = None, names: Sequence[str] = ()) -> list[Case]:
-    """The cases of the ops `names` (none: all ops) for a device type. Size full includes small's shapes; None is full
-    on a GPU and small elsewhere. Raises ValueError for an unknown size or op.
+    """The cases of the ops `names` (none: all ops) for a device type. Size full includes the shapes of small; None is
+    full on a GPU and small elsewhere. Raises ValueError for an unknown size or op.
     """
     size = size or default_size(device)
     if size not in SIZES:

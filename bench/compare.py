@@ -2,9 +2,9 @@
 
     python -m prudent.bench.compare OLD.json NEW.json
 
-A case is called faster or slower only if the two runs' quantile ranges (0.2 to 0.8) do not overlap. The table also
-shows each run's ratio to eager, which stays comparable across machines, unlike the times. Exits with 0, or with 2 and
-one sentence if a file cannot be read.
+A case counts as faster or slower only if the quantile ranges (0.2 to 0.8) of the two runs do not overlap. The table
+also shows each run's ratio to eager, which is comparable across machines, unlike the times. The exit code is 0, or 2
+with one sentence if a file cannot be read.
 """
 
 from __future__ import annotations

@@ -7,14 +7,14 @@ All candidates of a case run in turns in one process on the same tensors; the ta
     linear     F.linear(hidden, weight) alone, weight [2K, D] in hidden's dtype: one read of the features
     ours       prudent.ensemble_reward: with the trunk's RMSNorm, without it, with the norm and sampling
     eager      RMSNorm as transformers writes it, F.linear, softplus, trade-off of the nominal and the worst head
-    compiled   torch.compile of that
-    gradients  forward + backward of the same three, for hidden, weight, bias and norm weight; `head gradients` without
-               hidden, as on a frozen trunk
-    fresh      writing zeros to a new tensor like hidden: the cost of its gradient before any arithmetic
+    compiled   torch.compile of eager
+    gradients  forward + backward of ours, eager and compiled, for hidden, weight, bias and norm weight; `head
+               gradients` without hidden, as on a frozen trunk
+    fresh      writing zeros to a new tensor like hidden: the cost of allocating its gradient
 
 Before a case is timed, ours is checked against the reference in fp64; a case that fails is reported without times.
-`--out FILE` writes FILE.json (times, commit, date, machine, versions) and FILE.md; a run that adds cases to an existing
-FILE keeps the others.
+`--out FILE` writes FILE.json (times, commit, date, machine, versions) and FILE.md, and keeps other cases of an existing
+FILE.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .machine import cpu_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEADS, NORM_EPS, STD_FLOOR, LAM = 5, 1e-6, 1e-3, 0.4
-FEW_ROWS = 64  # with at most so many rows the call's overhead dominates, and a turn times CALLS calls
+FEW_ROWS = 64  # up to this number of rows, the call's overhead dominates, and a turn times CALLS calls
 CALLS = 200
 
 Score = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -125,7 +125,7 @@ class Case:
         self.bias = torch.randn(2 * HEADS, generator=g)
         self.norm = (1 + 0.1 * torch.randn(dim, generator=g)).to(DTYPES[dtype])
         self.seed, self.d_reward = torch.tensor([7]), torch.randn(rows, generator=g)
-        torch.compiler.reset()  # each case compiles anew: torch limits recompilations over the whole process
+        torch.compiler.reset()  # torch limits recompilations in the whole process, so each case starts anew
         self.compiled: Score = torch.compile(composed, dynamic=False)
 
     @property
@@ -163,8 +163,8 @@ class Case:
         return found
 
     def check(self) -> str:
-        """'' if ours is right, else what is wrong: its error against fp64 must be at most eager's and 2e-5 of the
-        largest value.
+        """'' if ours is right, else the fault: its error against fp64 must be at most eager's and 2e-5 of the largest
+        value.
         """
         leaves = [t.double().requires_grad_() for t in self.tensors]
         x, w, b, g = leaves
@@ -182,7 +182,7 @@ class Case:
 
 
 def measure(case: Case, seconds: float) -> Times:
-    """Time candidates in turns for about `seconds`: name -> seconds a call, one number a turn."""
+    """Time candidates in turns for about `seconds`: name -> seconds per call, one number per turn."""
     candidates, times, turn = case.candidates(), Times(), 0
     with torch.no_grad():
         for run, _ in candidates.values():
@@ -262,7 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["8192x4096", "65536x1024", "16x4096"], metavar="ROWSxDIM")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of turns for each case")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of measuring, for each case (default %(default)s)")
     parser.add_argument("--out", type=Path, help="FILE: writes FILE.json and FILE.md")
     given = parser.parse_args()
     path = given.out and given.out.with_suffix(".json")

@@ -1,16 +1,16 @@
 """Build, check and time prudent on a GPU machine without a network, in one command.
 
-    python bench/gpu_check.py --minutes 9 --out runs/gpu   in a checkout, nothing installed but torch and triton
+    python bench/gpu_check.py --minutes 9 --out runs/gpu   in a checkout, with only torch and triton installed
     python bench/gpu_check.py --dry                        the same on a CPU: interpreted, tiny sizes, no GPU numbers
 
-Stages: build (the native library), machine (its ceilings and versions), tests (every op's Triton cases and every other
-test of it that takes the device), determinism (100 runs), graphs (CUDA-graph capture and replay), sanitizer
-(compute-sanitizer, where present), timing (against eager, torch.compile, liger-kernel and cut-cross-entropy, where
-installed). Each stage runs in child processes with a time limit of its own, and the next runs even if one fails; an op
-that fails a correctness stage is not timed. gpu_check.json, gpu_check.md and gpu_check.log in --out are rewritten after
-each stage. If one call cannot last long enough for all stages, run `--stages tests determinism graphs sanitizer`, then
-`--stages timing`. The tests stage uses pytest if it is installed; otherwise carry the wheels of pytest, pluggy and
-iniconfig.
+Stages: build (the native library), machine (its ceilings and versions), tests (every op's Triton cases, and its other
+tests that use the device), determinism (100 runs), graphs (CUDA-graph capture and replay), sanitizer
+(compute-sanitizer, if present), timing (against eager, torch.compile and, if installed, liger-kernel and
+cut-cross-entropy). Each stage runs in child processes with its own time limit, and the next stage runs even if one
+fails; an op that fails a correctness stage is not timed. gpu_check.json, gpu_check.md and gpu_check.log in --out are
+rewritten after each stage. If the time of one call is too short for all stages, run `--stages tests determinism graphs
+sanitizer`, then `--stages timing`. The tests stage needs pytest: if the machine lacks it, bring the wheels of pytest,
+pluggy and iniconfig.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _start_as_package() -> None:
-    """Restart as a module when run as a script. The checkout's root is the package, whatever its folder is called: put
-    a folder with a link of the right name on the path, which child processes inherit.
+    """Restart as a module if run as a script. The checkout's root is the package, whatever the folder's name: put a
+    folder with a link of the right name on the path, which child processes inherit.
     """
     folder = Path(tempfile.mkdtemp(prefix="prudent-"))
     (folder / "prudent").symlink_to(ROOT, target_is_directory=True)
@@ -56,11 +56,11 @@ if __name__ == "__main__" and not __package__:
 
 from .gpu_goals import goals_table, markdown, verdicts  # noqa: E402
 
-# time limit of a stage in seconds, cut to the time left; timing takes all that is left
+# time limit of a stage in seconds, at most the time left; timing takes all that is left
 STAGES = {
     "build": 180, "machine": 90, "tests": 240, "determinism": 60, "graphs": 60, "sanitizer": 120, "timing": 3600,
 }  # fmt: skip
-_CARRY = "pytest is not installed, so the ops' test cases did not run: carry the wheels of pytest, pluggy and iniconfig"
+_CARRY = "pytest is not installed, so the ops' test cases did not run: bring the wheels of pytest, pluggy and iniconfig"
 
 
 class Check:
@@ -90,7 +90,7 @@ class Check:
         return self.end - time.monotonic()
 
     def run(self, stage: str) -> None:
-        """One stage: passed, failed or skipped, with its notes, into the report."""
+        """Run one stage and add its result (passed, failed or skipped) and notes to the report."""
         began = time.monotonic()
         print(f"{stage} ...", flush=True)
         try:
@@ -136,9 +136,9 @@ class Check:
         return code, found
 
     def stage_build(self, limit: float) -> tuple[str, list[str]]:
-        """Build the native library as setup.py does in place, else by cmake; a dry run keeps the present library."""
+        """Build the native library in place with setup.py, else with cmake; a dry run keeps the present library."""
         if self.dry and (ROOT / "_C.so").exists():
-            return "passed", ["dry: the library that is there was kept"]
+            return "passed", ["dry: kept the present library"]
         code, text = self.call([sys.executable, "setup.py", "build_ext", "--inplace"], limit)
         if code == 0:
             return "passed", []
@@ -209,12 +209,12 @@ class Check:
         return "failed" if code != 0 or found["failed"] else "passed", found["notes"]
 
     def stage_sanitizer(self, limit: float) -> tuple[str, list[str]]:
-        """Run memcheck (a finding fails every op) and racecheck (findings are only reported) over small shapes. torch's
-        caching allocator is off, because it hides an access past the end of a tensor."""
+        """Run memcheck (a finding fails every op) and racecheck (findings are only reported) on small shapes, without
+        torch's caching allocator, which hides an access past the end of a tensor."""
         end, tool = time.monotonic() + limit, shutil.which("compute-sanitizer")
         if self.dry or tool is None:
             status, notes = self.correctness("small", limit)
-            absent = "dry: without compute-sanitizer" if self.dry else "compute-sanitizer is not here: run without it"
+            absent = "dry: without compute-sanitizer" if self.dry else "no compute-sanitizer: run without it"
             return status, [absent, *notes]
         watched = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--error-exitcode", "9"]
         canary = [*watched, sys.executable, "-c", "import torch; torch.zeros(8, device='cuda').cpu()"]
@@ -232,7 +232,7 @@ class Check:
         return status, notes
 
     def stage_timing(self, limit: float) -> tuple[str, list[str]]:
-        """Time the goals' cases first, then the others. A case that kills its process is named; the rest run in a new
+        """Time the goals' cases first, then the others. If a case kills its process, name it and run the rest in a new
         process.
         """
         if not self.report["machine"]:
@@ -272,8 +272,8 @@ _COUNTS = (("tests",), ("failures", "errors"), ("skipped",))
 
 
 def test_files() -> dict[str, list[str]]:
-    """op -> test files, as paths in the checkout: its Triton cases first, then its op tests and the test files of its
-    folder that use DEVICE (the GPU if there is one).
+    """op -> its test files, as paths in the checkout: the Triton cases first, then the op tests and the other files of
+    its folder that use DEVICE (the GPU if there is one).
     """
     kernels = ROOT / "tests" / "kernels"
     found = {}
@@ -293,7 +293,7 @@ def without_bandwidth(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_tests(file: str, count: int = 2) -> list[str]:
-    """The first tests of a file without parameters and marks, which a dry run runs."""
+    """The first tests of a file without parameters and marks, for a dry run."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     plain = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.decorator_list]
     return [f"{file}::{name}" for name in plain if name.startswith("test_")][:count]

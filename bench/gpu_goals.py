@@ -1,4 +1,4 @@
-"""The goals of a GPU run as data, and their verdicts on a run's JSON. Needs no torch."""
+"""The goals of a GPU run, and the verdicts on a run's JSON. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The stages of `bench/gpu_check.py`, each run in a child process so that a broken GPU context ends that stage alone.
+"""The stages of `bench/gpu_check.py`, each run in a child process so that a broken GPU context ends only that stage.
 
 A stage rewrites its JSON file after each finding, so that a killed stage keeps its findings: notes (sentences), failed
-(ops) and the stage's own keys.
+(ops) and keys of its own.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ OPS: dict[str, tuple[Callable[[torch.device, Tensor], Call], bool]] = {
 
 
 def _same(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Equal and finite: the inputs are ordinary, so a NaN is a fault even if it repeats."""
+    """Whether both are equal and finite: a NaN is a fault even if it repeats, because the inputs are ordinary."""
     return all(bool(x.isfinite().all()) and torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -179,7 +179,7 @@ def _captured(call: Call, device: torch.device) -> Call:
 
 
 def graphs(result: Result, device: torch.device, dry: bool) -> None:
-    """A replayed graph gives eager's bits; a new seed changes the result of a sampling op and of no other."""
+    """A replayed graph gives the eager call's bits; a new seed changes the results of sampling ops only."""
 
     def check(call: Call, seed: Tensor, sampled: bool) -> str:
         replay = _captured(call, device)
@@ -193,8 +193,8 @@ def graphs(result: Result, device: torch.device, dry: bool) -> None:
         seed.add_(1)
         other = [t.clone() for t in replay()]
         if _same(first, other) == sampled:
-            return "a refreshed seed leaves a replay as it was" if sampled else "a seed it does not take moves it"
-        return "" if _same(other, call()) else "with a refreshed seed a replay differs from the eager call"
+            return "a new seed does not change a replay" if sampled else "a new seed changes a replay without sampling"
+        return "" if _same(other, call()) else "with a new seed a replay differs from the eager call"
 
     _each(result, device, check)
 
@@ -212,7 +212,7 @@ def small(result: Result, device: torch.device, dry: bool) -> None:
 
 
 def describe(result: Result, device: torch.device, dry: bool) -> None:
-    """Report the machine with its measured bandwidths, the packages that later stages lack, and the cases to time."""
+    """Report the machine with its measured rates, missing packages of later stages, and the cases to time."""
     for name, why in (("triton", "no kernel runs"), ("liger_kernel", "no comparison"), ("cut_cross_entropy", "none")):
         if find_spec(name) is None:
             result.note(f"{name} is not installed: {why}")
@@ -269,7 +269,7 @@ def _backward_work(rows: int, dim: int, device: torch.device) -> Work:
 
 
 def timing(result: Result, device: torch.device, dry: bool, names: list[str], ceilings: Path, seconds: float) -> None:
-    """Measure the cases in turn; the file names the current case before it runs, in case it kills the process."""
+    """Measure the cases one by one; write each name to the file before the case runs, which may kill the process."""
     known = {case.name: case for case in timed_cases(dry)}
     here = machine.Machine(**json.loads(ceilings.read_text(encoding="utf-8")))
     for name in names:
@@ -296,8 +296,8 @@ def _without_tuning(case: Case) -> Case:
 
 
 def launches(case: Case, device: torch.device, calls: int = 20) -> dict[str, Any]:
-    """kernels: the number that one call of ours launches; device_us: their device time, a median over calls, each after
-    a write that empties the L2 cache.
+    """kernels: the number of kernels that one call of ours launches; device_us: their device time, the median over
+    calls, each after a write that empties the L2 cache.
     """
     work = case.make(device)
     flush = torch.empty(1 << 30, dtype=torch.uint8, device=device)
@@ -318,14 +318,14 @@ def launches(case: Case, device: torch.device, calls: int = 20) -> dict[str, Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one stage. Its findings are in the file; the exit code says only whether it finished."""
+    """Run one stage. The file has its findings; the exit code only says whether it finished."""
     flags = argparse.ArgumentParser(prog="python -m prudent.bench.gpu_stages", description=__doc__)
     flags.add_argument("stage", choices=["describe", "determinism", "graphs", "small", "timing"])
     flags.add_argument("result", type=Path)
     flags.add_argument("--dry", action="store_true")
     flags.add_argument("--cases", nargs="*", default=[])
     flags.add_argument("--machine", type=Path, help="JSON of the machine's ceilings, for timing")
-    flags.add_argument("--seconds", type=float, default=3.0, help="of rounds, for each timed case")
+    flags.add_argument("--seconds", type=float, default=3.0, help="of measuring, for each timed case")
     given = flags.parse_args(argv)
     device, result = torch.device("cpu" if given.dry else "cuda"), Result(given.result)
     result.save()

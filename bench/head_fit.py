@@ -1,10 +1,10 @@
-"""Training reward heads on cached features: `fit_heads`, whose step is `preference_step`, against autograd.
+"""Time the training of reward heads on cached features: `fit_heads` with `preference_step` against autograd.
 
     python -m prudent.bench.head_fit [--pairs 20000] [--dims 576 4096] [--out bench/results]
 
-Both run the same shuffled batches, AdamW and schedule on bfloat16 features. A round times one whole `fit_heads` of each
-side, and the sides take turns to be first. The ratio is taken within a round, so that both saw the same load on the
-machine. Writes head_fit.json and head_fit.md.
+Both run the same shuffled batches, AdamW and schedule on bfloat16 features. A round times one whole fit of each side,
+and the sides take turns to be first. Ratios are within a round, so that both sides see the same load on the machine.
+Writes head_fit.json and head_fit.md.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Autograd(fit._State):
 
 
 def made_features(pairs: int, dim: int, seed: int = 0) -> fit.PairFeatures:
-    """Features [P, D] in bfloat16, of unlike scale and offset from dimension to dimension; p_hat [P]."""
+    """Random features [P, D] in bfloat16, with a different scale and offset in each dimension, and p_hat [P]."""
     g = torch.Generator().manual_seed(seed)
     scale, offset = torch.logspace(-1, 1, dim), torch.logspace(1, -1, dim)
     sides = [(torch.randn(pairs, dim, generator=g) * scale + offset).bfloat16() for _ in range(2)]
@@ -64,7 +64,7 @@ def made_features(pairs: int, dim: int, seed: int = 0) -> fit.PairFeatures:
 
 
 def train(side: str, data: fit.PairFeatures, config: FitConfig) -> fit.Fit:
-    """`fit_heads` as it is (`preference_step`), or with every step by autograd."""
+    """Run `fit_heads` unchanged (`preference_step`), or with every step by autograd."""
     p_hat = data.p_hat if config.stage == "brme" else None
     state = fit._State if side == "preference_step" else Autograd
     with mock.patch.object(fit, "_State", state):
@@ -72,10 +72,10 @@ def train(side: str, data: fit.PairFeatures, config: FitConfig) -> fit.Fit:
 
 
 def measure(data: fit.PairFeatures, config: FitConfig, rounds: int) -> dict[str, Any]:
-    """Seconds of each side in each round, of the clock and of the processor, and how far apart the heads end."""
+    """Wall and processor seconds of each side in each round, and the difference between the two trained heads."""
     times: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
     heads = {}
-    for number in range(-1, rounds):  # the first only warms up
+    for number in range(-1, rounds):  # the first round is a warm-up
         for side in SIDES if number % 2 == 0 else reversed(SIDES):
             wall, cpu = time.perf_counter(), time.process_time()
             heads[side] = train(side, data, config).head.weight
@@ -95,7 +95,7 @@ def measure(data: fit.PairFeatures, config: FitConfig, rounds: int) -> dict[str,
 
 
 def summary(row: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """clock, processor -> (median, least, greatest) over rounds of autograd's seconds over preference_step's."""
+    """clock, processor -> autograd's seconds / preference_step's: (median, least, greatest) over rounds."""
     found = {}
     for i, name in enumerate(("clock", "processor")):
         sides = zip(row["seconds"]["autograd"], row["seconds"]["preference_step"], strict=True)
@@ -105,7 +105,7 @@ def summary(row: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The Markdown table: medians of an epoch's seconds, and the ratios with their spread over rounds."""
+    """The Markdown table: median seconds of an epoch, and the ratios with their range over rounds."""
     yield "| loss | features | preference_step | autograd | times as long, by the clock | by the processor | weights |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     for row in rows:

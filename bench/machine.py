@@ -1,4 +1,4 @@
-"""Describe what a result depends on beside the code: the machine with its measured rates, the commit, the versions."""
+"""Describe the conditions of a result: the machine with its measured rates, the commit, the versions."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ..kernels import native
 from .case import DTYPES
 
 _ROOT = Path(__file__).resolve().parents[1]
-_READ = {"cpu": 1 << 30, "cuda": 8 << 30}  # bytes: far beyond any last-level cache
+_READ = {"cpu": 1 << 30, "cuda": 8 << 30}  # bytes, far more than any last-level cache
 _MATRIX = {"cpu": 2048, "cuda": 8192}
 _PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy")
 
 
 @dataclass
 class Machine:
-    """bandwidth: bytes a second of the fastest plain read found. matrix: dtype -> operations a second of F.linear."""
+    """bandwidth: bytes a second of the fastest measured read. matrix: dtype -> operations a second of F.linear."""
 
     device: str
     name: str
@@ -48,7 +48,7 @@ class Machine:
 
 
 def again(machine: Machine, seen: Iterable[float] = (), quick: bool = False) -> Machine:
-    """Measure the rates again after the cases and keep the highest; `seen`: bandwidths measured beside cases."""
+    """Measure the rates again after the cases and keep the highest; `seen`: bandwidths measured with the cases."""
     device = torch.device(machine.device)
     bandwidth, matrix = _ceilings(device, quick)
     highest = {name: max(rate, machine.matrix[name]) for name, rate in matrix.items()}
@@ -84,7 +84,7 @@ def describe(device: str | torch.device, quick: bool = False) -> Machine:
 
 
 def read_bandwidth(device: torch.device, size: int) -> float:
-    """Bytes a second of the fastest of four reductions of a buffer of `size` bytes, vectorised, on torch's threads."""
+    """Bytes a second of the fastest of four vectorised reductions of a buffer of `size` bytes, on torch's threads."""
     buffer = torch.ones(size // 4, device=device)
     rows = buffer.view(-1, 4096)
     readers: tuple[Callable[[], Any], ...] = (
@@ -97,7 +97,7 @@ def read_bandwidth(device: torch.device, size: int) -> float:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, width: int) -> float:
-    """Floating-point operations a second of F.linear on two square matrices, the precision as torch is set."""
+    """Floating-point operations a second of F.linear on two square matrices, in torch's present precision."""
     a = torch.randn(width, width, device=device).to(dtype)
     return 2 * width**3 / _least_time(lambda: F.linear(a, a), device)
 

@@ -1,9 +1,9 @@
 """Measure time and memory of a case's variants side by side: `run(cases, device, size)` gives one Row a case.
 
-Every round calls each variant once, in a rotating order, so that a change of clock or a neighbour's load affects all of
-them alike. Results are the median over the rounds with the quantiles 0.2 and 0.8. On a GPU, events time a call after a
-write of a buffer far larger than the L2 cache; the host queues the call during that write, so the events measure the
-device alone.
+Every round calls each variant once, in a rotating order, so that a change of clock or of the machine's load affects all
+of them alike. Results are the median over the rounds with the quantiles 0.2 and 0.8. On a GPU, events time a call after
+a write of a buffer far larger than the L2 cache; the host queues the call during that write, so the events measure only
+the device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .case import Case, Check, Work
 from .machine import read_bandwidth
 
-SECONDS = {"smoke": 0.05, "small": 3.0, "full": 3.0}  # of measuring, for each case
+SECONDS = {"smoke": 0.05, "small": 3.0, "full": 3.0}  # of measuring, per case
 ROUNDS = (5, 400)  # at least, at most
 _SAMPLE = 5e-4  # seconds: a faster call is repeated within one sample, so that the clock's cost is below 0.1 %
 _READ = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes of the buffer that measures a row's read bandwidth
@@ -52,9 +52,9 @@ class Timing:
 class Row:
     """A measured case. It has no times if its check failed or did not run.
 
-    bandwidth: bytes a second read just before or after the case, the higher of the two: a shared machine's changes
-    within minutes. memory: a variant's peak bytes beyond its inputs and outputs. notes: why something is missing.
-    samples: each variant's seconds a call, round by round; not written to the results.
+    bandwidth: read bandwidth in bytes a second, the higher of two measurements just before and after the case, because
+    a shared machine's changes within minutes. memory: a variant's peak bytes beyond its inputs and outputs. notes: why
+    something is missing. samples: each variant's seconds per call, by round; not written to the results.
     """
 
     name: str
@@ -137,7 +137,7 @@ def _measure(work: Work, row: Row, device: torch.device, seconds: float) -> None
 
 
 def _ready(work: Work, row: Row) -> dict[str, _Call]:
-    """The variants, compiled and warmed up. A variant that cannot run is left out with a note, unless it is ours."""
+    """The variants, compiled and warmed up. One that cannot run is left out with a note; if it is ours, raise."""
     calls = {}
     for name, function in work.variants.items():
         call = _Call(function, work.inputs)

@@ -3,8 +3,8 @@
     python -m prudent.bench.nominal_head --model DIR|smollm2 [...] --data PAIRS.jsonl [...] --cache DIR --output DIR
 
 For every model, data set and seed: split by prompt, train stage 1 (Bradley-Terry, one head) and stage 2 (BRME, K heads)
-on the frozen trunk's features, and measure accuracy on the held-out pairs. The seed moves the split, the initial
-weights, the order and the partition of the pairs among heads. Writes nominal_head.json (every number) and
+on the frozen trunk's features, and measure accuracy on the held-out pairs. The seed changes the split, the initial
+weights, the order of the pairs and their assignment to heads. Writes nominal_head.json (every number) and
 nominal_head.md (the table).
 """
 
@@ -48,7 +48,7 @@ Sides = tuple[Tensor, Tensor]
 
 
 class Study:
-    """The features that one model gives of one data set; `run` trains and scores heads on them for one seed."""
+    """One model's features of one data set; `run` trains and scores heads on them for one seed."""
 
     def __init__(
         self, pairs: list[PreferencePair], features: dict[tuple[str, str], Tensor], heads: int, held_out: float
@@ -111,7 +111,7 @@ def study_features(scorer: Scorer, pairs: list[PreferencePair], folder: Path) ->
 def summarise(runs: list[tuple[list[str], dict[str, Sides]]]) -> dict[str, Any]:
     """Accuracies on the held-out pairs of all seeds together, with intervals that resample prompts.
 
-    A prompt's pairs depend on each other, in one seed and across seeds.
+    The resampling unit is the prompt, because a prompt's pairs depend on each other, within and across seeds.
     """
     groups = group_labels(prompt for prompts, _ in runs for prompt in prompts)
     pooled = {n: tuple(torch.cat([sides[n][i] for _, sides in runs]) for i in (0, 1)) for n in SCORERS}
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", required=True, help="local folder, hub name or smollm2; repeatable")
     parser.add_argument("--data", action="append", required=True, help="file of preference pairs; repeat for several")
     parser.add_argument("--output", type=Path, required=True, help="folder for nominal_head.json and nominal_head.md")
-    parser.add_argument("--cache", type=Path, required=True, help="folder for the features, which a second run reuses")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for the features, which later runs reuse")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default %(default)s)")
     parser.add_argument("--heads", type=int, default=5, help="K (default %(default)s)")
     parser.add_argument("--held-out", type=float, default=0.25, help="share of prompts held out (default %(default)s)")

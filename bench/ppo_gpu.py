@@ -1,16 +1,16 @@
-"""Measure the PPO loop on a GPU in one call: memory at 8B and 14B shapes, speed against the card's limits and TRL 1.12.
+"""Measure the PPO loop on a GPU in one call: memory at 8B and 14B shapes, speed against the GPU's limits and TRL 1.12.
 
     python -m prudent.bench.ppo_gpu --out runs/ppo_gpu --trl-path FOLDER
     python -m prudent.bench.ppo_gpu --dry        the same on a CPU: tiny shapes, no GPU numbers
 
-FOLDER has TRL 1.12: pip install --no-deps --target FOLDER trl==1.12.0. Random weights of the true shapes: nothing is
-downloaded. Each part runs in a process of its own, limited to its memory goal by set_per_process_memory_fraction; the
-next part runs even if one fails. ppo_gpu.json and .md are rewritten after each.
+FOLDER has TRL 1.12: pip install --no-deps --target FOLDER trl==1.12.0. The weights are random with the true shapes, so
+nothing is downloaded. Each part runs in its own process, limited to its memory goal by set_per_process_memory_fraction;
+the next part runs even if one fails. ppo_gpu.json and .md are rewritten after each part.
 
-Rollout step: time from one token of all rows to the next, against the time of reading the weights once at the measured
-bandwidth. Update: 4 operations a weight and token (forward, and the gradient by the input: the trunk is frozen; the
-head counts for response tokens), without the work that checkpointing or padding adds, against the measured bf16 matrix
-rate.
+Rollout step: the time from one token of all rows to the next, over the time of reading the weights once at the measured
+bandwidth. Update: the share of the measured bf16 matrix rate, counting 4 operations per weight and token (forward, and
+the gradient by the input, because the trunk is frozen; the head only for response tokens), without the work that
+checkpointing or padding adds.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def loop_part(name: str, dry: bool) -> dict[str, Any]:
 
 
 def _multiplied(loop: OurLoop) -> tuple[int, int]:
-    """Weights that a token is multiplied by, in the trunk and in the head; an embedding lookup multiplies by none."""
+    """The number of weights that multiply a token, in the trunk and in the head; embedding lookups do not count."""
     model = loop.policy.model
     inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     whole = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -112,7 +112,7 @@ def _multiplied(loop: OurLoop) -> tuple[int, int]:
 
 
 def _phases(loop: OurLoop, device: torch.device) -> tuple[dict[str, float], dict[str, int]]:
-    """Seconds and peak bytes of each phase in the second step; `token`: one more token of every row."""
+    """Seconds and peak bytes of each phase in the second step; `token` is one more token of every row."""
     seconds: dict[str, float] = {}
     peaks: dict[str, int] = {}
 
@@ -144,7 +144,7 @@ def _phases(loop: OurLoop, device: torch.device) -> tuple[dict[str, float], dict
 
 
 def trl_part(dry: bool, python: str, path: str) -> dict[str, Any]:
-    """Our loop and TRL's on the 1B shape: the rates, the peaks, and their ratios."""
+    """Compare our loop with TRL's on the 1B shape: rates, peaks, and their ratios."""
     from ..rlhf.models.shapes import SHAPES
 
     fields = SMALL if dry else {k: v for k, v in SHAPES[SIDE_BY_SIDE].items() if k != "model_type"}
@@ -191,10 +191,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--out", type=Path, default=Path("runs/ppo_gpu"), help="folder of the results")
     flags.add_argument("--dry", action="store_true", help="on a CPU, end to end, with no GPU numbers")
-    flags.add_argument("--minutes", type=float, default=8, help="at most, for each part (default %(default)s)")
+    flags.add_argument("--minutes", type=float, default=8, help="time limit of each part (default %(default)s)")
     flags.add_argument("--parts", nargs="+", choices=(*PARTS, "trl"), default=[*PARTS, "trl"])
     flags.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL 1.12 (default: this)")
-    flags.add_argument("--trl-path", default="", help="a folder with TRL 1.12, put before everything else on the path")
+    flags.add_argument("--trl-path", default="", help="a folder with TRL 1.12, put first on the path")
     flags.add_argument("--part", choices=tuple(PARTS), help=argparse.SUPPRESS)
     flags.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     given = flags.parse_args(argv)

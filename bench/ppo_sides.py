@@ -3,9 +3,9 @@ epochs.
 
     python -m prudent.bench.ppo_sides SIDE SETTINGS.json RESULT.json      SIDE: ours or trl
 
-Every response has its full length on both sides (no stop token ends one), so that a sample is the same work. TRL 1.12
-is the last release with PPO (trl.experimental.ppo); any other is refused. The result has the seconds of each step after
-the first or, with `memory`, the peak of tensor memory since before the models were made.
+Every response has its full length on both sides (no stop token ends one), so that a sample is the same work. Only TRL
+1.12 is accepted, the last release with PPO (trl.experimental.ppo). The result has the seconds of each step after the
+first or, with `memory`, the peak of tensor memory, with the models' own.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Sides:
     micro_rows: int = 16
     steps: int = 5
     heads: int = 5
-    memory: bool = False  # the peak of two steps, instead of times
+    memory: bool = False  # measure the peak memory of two steps instead of times
 
     @classmethod
     def read(cls, path: Path) -> Sides:
@@ -57,8 +57,8 @@ class Sides:
 
 
 def load(sides: Sides) -> Any:
-    """The causal language model in its dtype, on the device. Its weights are copied, because a
-    memory-mapped file does not count as an allocation."""
+    """Load the causal language model in its dtype, on the device. Its weights are copied, because a memory-mapped file
+    does not count as an allocation."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     dtype = getattr(torch, sides.dtype)
@@ -71,7 +71,7 @@ def load(sides: Sides) -> Any:
 
 
 def prompt_ids(sides: Sides, vocabulary: int, step: int = 0) -> list[list[int]]:
-    """Random ids of one length, from 3 up: 0, 1 and 2 are often special."""
+    """Random ids of one length, 3 or above, because 0, 1 and 2 are often special tokens."""
     generator = torch.Generator().manual_seed(step)
     shape = (sides.prompts, sides.prompt_tokens)
     rows: list[list[int]] = torch.randint(3, vocabulary, shape, generator=generator).tolist()
@@ -148,7 +148,7 @@ def _timed(step: Callable[[int], None], sides: Sides) -> list[float]:
 
 
 def trl(sides: Sides) -> list[float]:
-    """Seconds of each step of TRL's trainer, from one on_step_end to the next; the first from the start of train()."""
+    """Seconds of each step of TRL's trainer, from one on_step_end to the next, or from train() to the first."""
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForSequenceClassification, TrainerCallback
 
@@ -219,7 +219,7 @@ def tokenizer(vocabulary: int) -> Any:
 
 
 def run(side: str, sides: Sides) -> dict[str, Any]:
-    """{"seconds": a step's, from the second on} or, with `memory`, {"peak": bytes}."""
+    """{"seconds": of each step but the first} or, with `memory`, {"peak": bytes}."""
     work = {"ours": ours, "trl": trl}[side]
     if not sides.memory:
         return {"seconds": work(sides)[1:]}

@@ -3,9 +3,9 @@
     python -m prudent.bench.ppo_trl --trl-path FOLDER --model MODEL --out bench/results
 
 FOLDER has TRL 1.12: pip install --no-deps --target FOLDER trl==1.12.0. Both sides run the same model, prompts, lengths,
-epochs and minibatches, each in a process of its own, in turns. TRL keeps a reward model and a value model beside the
-policy, and a reference if the policy is trained whole; our loop reads one trunk for all of them. The comparison
-measures that difference, with five heads on our side and one on theirs. A mode that is not run keeps its earlier rows.
+epochs and minibatches, each in its own process, in turns. TRL keeps a reward model and a value model beside the policy,
+and a reference if all weights are trained; our loop uses one trunk for all of them. The comparison measures that
+difference, with five reward heads on our side and one on theirs. A mode that is not run keeps its earlier rows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SMALL = {
 
 
 def child(side: str, sides: Sides, python: str, path: str, limit: float = 600) -> dict[str, Any]:
-    """Run `ppo_sides` in a process of its own: its result, or {"error": sentence}."""
+    """Run `ppo_sides` in its own process and return its result, or {"error": sentence}."""
     with tempfile.TemporaryDirectory() as folder:
         settings, result = Path(folder) / "settings.json", Path(folder) / "result.json"
         sides.write(settings)
@@ -129,9 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--model", default="", help="folder of a causal language model (default: a small random Llama)")
     flags.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL 1.12 (default: this)")
-    flags.add_argument("--trl-path", default="", help="a folder with TRL 1.12, put before everything else on the path")
-    flags.add_argument("--mode", action="append", choices=MODES, help="only this; repeatable")
-    flags.add_argument("--rounds", type=int, default=2, help="processes a side and mode (default %(default)s)")
+    flags.add_argument("--trl-path", default="", help="a folder with TRL 1.12, put first on the path")
+    flags.add_argument("--mode", action="append", choices=MODES, help="only this mode; repeatable")
+    flags.add_argument("--rounds", type=int, default=2, help="processes for each side and mode (default %(default)s)")
     for name in SIZES:
         help_text = "(default %(default)s)"
         flags.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Sides, name), help=help_text)

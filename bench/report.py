@@ -54,7 +54,7 @@ def write(rows: Sequence[Row], machine: Machine, folder: Path | str, stem: str |
 
 
 def to_json(rows: Sequence[Row], machine: Machine) -> dict[str, Any]:
-    """{schema, machine, rows}; rows without their samples, with their ratios and bandwidth shares."""
+    """{schema, machine, rows}; rows have ratios and bandwidth shares, but not their samples."""
     listed = []
     for row in rows:
         fields = asdict(row)
@@ -68,7 +68,7 @@ def to_json(rows: Sequence[Row], machine: Machine) -> dict[str, Any]:
 
 
 def _finite(check: Check) -> dict[str, Any]:
-    """The check with infinite values as None, for JSON has no infinity."""
+    """The check with None for infinite values, because JSON has no infinity."""
     return {
         k: None if isinstance(v, float) and v in (float("inf"), float("-inf")) else v
         for k, v in check._asdict().items()
@@ -76,7 +76,7 @@ def _finite(check: Check) -> dict[str, Any]:
 
 
 def load(path: Path | str) -> tuple[list[Row], Machine]:
-    """Read the JSON file that `write` wrote; ValueError if it is no such file."""
+    """Read a JSON file of `write`; ValueError for any other file."""
     expected = "expected the JSON file of a `make bench`"
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -96,7 +96,7 @@ def load(path: Path | str) -> tuple[list[Row], Machine]:
 def merged(path: Path, rows: Sequence[Row], machine: Machine) -> tuple[list[Row], Machine]:
     """These rows and the rows of `path` that they do not replace, in the cases' order, with the higher ceilings.
 
-    Without a file, these rows alone. ValueError if the file is from another commit or kind of machine.
+    If there is no file, only these rows. ValueError if the file is from another commit or kind of machine.
     """
     if not path.exists():
         return list(rows), machine
@@ -140,14 +140,14 @@ def to_csv(rows: Sequence[Row], machine: Machine) -> str:
 
 
 def state(row: Row) -> str:
-    """ "passed", "check failed" or "not measured"; shown in place of the times if there are none."""
+    """ "passed", "check failed" or "not measured"; the table shows it if there are no times."""
     if row.check is None or (row.passed and not row.timings):
         return "not measured"
     return "passed" if row.passed else "check failed"
 
 
 def table(rows: Sequence[Row], machine: Machine) -> str:
-    """The table for the terminal: a block for each op and mode, aligned across blocks."""
+    """The table for the terminal: one block for each op and mode, with aligned columns."""
     blank = [""] * (len(_COLUMNS) - 1)
     cells: list[Sequence[str]] = [_COLUMNS]
     titles: dict[int, str] = {}  # line number -> the block that it belongs to
@@ -167,7 +167,7 @@ def table(rows: Sequence[Row], machine: Machine) -> str:
 
 
 def _padded(cells: list[str]) -> list[str]:
-    """The cells of a row without times, filled up to all columns."""
+    """The cells of a row, padded to all columns if the row has no times."""
     return [*cells, *[""] * (len(_COLUMNS) - len(cells))]
 
 
@@ -225,7 +225,7 @@ def markdown(rows: Sequence[Row], machine: Machine, picture: str | None) -> str:
 
 
 def seconds(value: float) -> str:
-    """Three digits and a unit: 41.2 us, 2.31 ms, 1.20 s."""
+    """Seconds as three digits and a unit: 41.2 us, 2.31 ms, 1.20 s."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if value * factor >= 1 or unit == "us":
             return f"{_three(value * factor)} {unit}"
@@ -233,7 +233,7 @@ def seconds(value: float) -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes in three digits and a decimal unit; "-" for none."""
+    """Bytes as three digits and a decimal unit; "-" for None."""
     if value is None:
         return "-"
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

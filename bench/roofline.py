@@ -74,7 +74,7 @@ def _panel(axes: Any, rows: Sequence[Row], machine: Machine, dtype: str) -> None
 
 
 def _side_by_side(intensities: Sequence[float]) -> list[float]:
-    """Positions of the cases on the x axis: cases within 4 % of one another are drawn 7 % apart, around their true
+    """Positions of the cases on the x axis: cases within 4 % of each other are drawn 7 % apart, around their true
     position.
     """
     order = sorted(range(len(intensities)), key=lambda i: intensities[i])
@@ -92,7 +92,7 @@ def _side_by_side(intensities: Sequence[float]) -> list[float]:
 
 
 def _plain_ticks(axis: Any) -> None:
-    """Ticks at 1, 2, 5, 10: over a decade or two, powers of ten alone are too few."""
+    """Ticks at 1, 2, 5, 10: over one or two decades, powers of ten are too few."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))

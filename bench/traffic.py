@@ -3,9 +3,9 @@
     prudent bench --traffic [--op ensemble_reward ...] [--json]
 
 The kernels run under Triton's interpreter on small shapes, in a child process. Every load and store is counted for the
-argument whose memory it touches: all bytes, and the distinct ones. Per-row tensors must cross device memory; reading or
-writing each once is the minimum, called the floor here. A tensor that all rows share (a weight) is read again by each
-block of rows, and is small enough to come from cache.
+argument whose memory it touches: all bytes, and distinct bytes. Per-row tensors must cross device memory; reading or
+writing each once is the minimum, called the floor here. Each block of rows reads a shared tensor (a weight) again; it is
+small enough to come from cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .traffic_count import Report
 
 
 def table(reports: Sequence[Report]) -> str:
-    """One block per call: the tensors of its launches, then bytes a row beside the floor."""
+    """One block per call: the tensors of its launches, then bytes per row and the floor."""
     lines = []
     for report in reports:
         lines.append(f"{report.op}, {report.mode}")
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     """The flags of `prudent bench --traffic`."""
     flags = argparse.ArgumentParser(
         prog="prudent bench --traffic",
-        description="Count the bytes that the Triton kernels ask for, under the interpreter, with no GPU.",
+        description="Count the bytes that the Triton kernels load and store, under the interpreter, without a GPU.",
     )
     flags.add_argument("--op", nargs="+", metavar="OP", default=[], help="default: all")
     flags.add_argument("--json", action="store_true", help="print every count as JSON")
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table. The interpreter must be on when triton is imported, so without it start a child process."""
+    """Print the table, in a child process if needed: the interpreter must be on when triton is imported."""
     given = parser().parse_args(argv)
     if importlib.util.find_spec("triton") is None:
         raise ImportError("bench --traffic: triton is needed: pip install 'prudent[test]'")

@@ -1,4 +1,4 @@
-"""The calls that bench/traffic.py counts, small enough for the interpreter. `CASES`: how to count each."""
+"""The calls that bench/traffic.py counts, small enough for the interpreter. `CASES` has a function to count each."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ..kernels.preference_step import triton as preference  # type: ignore[attr-
 from ..kernels.preference_step.contract import Inputs as PreferenceInputs
 from .traffic_count import Report, counting
 
-ROWS, STORED, DIM, HEADS = 48, 80, 256, 5  # all different, so that a size tells its dimension
+ROWS, STORED, DIM, HEADS = 48, 80, 256, 5  # all different, so that a size identifies its dimension
 TOKENS, VOCABULARY = 100, 500
 
 
 def _report(op: str, mode: str, call: Callable[[], Any], inputs: Sequence[Any], rows: tuple[int, ...]) -> Report:
-    """Count `call`, which returns its outputs. The floor is each tensor with rows of `inputs` and outputs, once."""
+    """Count `call`, which returns its outputs. The floor is one access to each per-row tensor of inputs and outputs."""
     with counting() as accesses:
         outputs = call()
     once = [t for t in (*inputs, *outputs) if isinstance(t, Tensor) and any(size in rows for size in t.shape)]
@@ -94,7 +94,7 @@ def _advantages(op: str, mode: str) -> Report:
 
 
 def _logprob(op: str, mode: str) -> Report:
-    """The vendor's matrix products are not counted: the floor is that of the tiles of logits, which they write."""
+    """The vendor's matrix products are not counted, so the floor is that of the tiles of logits, which they write."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(ROWS, DIM, generator=g), torch.randn(VOCABULARY, DIM, generator=g)
     inputs = LogprobInputs(hidden, weight, torch.randint(VOCABULARY, (ROWS,), generator=g), 1.0, None, None)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# methods of the interpreter's builder: which argument has the pointers, which the mask, does it read, does it write
+# method of the interpreter's builder -> (index of the pointers, index of the mask, whether it reads, whether it writes)
 _COUNTED: dict[str, tuple[int, int | None, bool, bool]] = {
     "create_masked_load": (0, 1, True, False),
     "create_masked_store": (0, 2, False, True),
@@ -21,7 +21,7 @@ _COUNTED: dict[str, tuple[int, int | None, bool, bool]] = {
 
 @dataclass
 class Access:
-    """Bytes that one launch read from and wrote to one argument: all of them, and the distinct ones."""
+    """Bytes that one launch read from and wrote to one argument: all bytes, and distinct bytes."""
 
     kernel: str
     tensor: str
@@ -58,13 +58,13 @@ class _Region:
 
 @contextlib.contextmanager
 def counting() -> Iterator[list[Access]]:
-    """Inside the block, count every interpreted launch: the list gets one Access for each of its tensors."""
+    """Inside the block, count every interpreted launch: append one Access for each of its tensors to the list."""
     from triton.runtime import interpreter
 
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     missing = [name for name in _COUNTED if not hasattr(builder, name)]
     if missing:
-        raise ImportError(f"bench --traffic: this triton's interpreter has no {', '.join(missing)} to count")
+        raise ImportError(f"bench --traffic: the interpreter of this triton lacks {', '.join(missing)}")
     found: list[Access] = []
     regions: list[_Region] = []
     originals = {name: getattr(builder, name) for name in _COUNTED}
@@ -109,10 +109,10 @@ def counting() -> Iterator[list[Access]]:
 
 @dataclass
 class Report:
-    """The accesses of one call of an op. A tensor has rows if one of its sizes is in `rows` (rows of the call, rows
+    """The accesses of one call of an op. A tensor is per-row if one of its sizes is in `rows` (rows of the call, rows
     stored).
 
-    floor: bytes a row, if each input that has rows is read once and each output that has rows is written once.
+    floor: bytes per row if each per-row input is read once and each per-row output is written once.
     """
 
     op: str
@@ -125,7 +125,7 @@ class Report:
         return any(size in self.rows for size in access.shape)
 
     def asked(self) -> float:
-        """Bytes a row that the kernels read and write, over all tensors with rows, scratch included."""
+        """Bytes per row that the kernels read and write, in all per-row tensors, scratch included."""
         return sum(a.read + a.written for a in self.accesses if self.has_rows(a)) / self.rows[0]
 
     def distinct(self) -> float:
@@ -133,5 +133,5 @@ class Report:
         return sum(a.distinct_read + a.distinct_written for a in self.accesses if self.has_rows(a)) / self.rows[0]
 
     def of(self, tensor: str) -> list[Access]:
-        """The launches' accesses to one argument."""
+        """All launches' accesses to one argument."""
         return [access for access in self.accesses if access.tensor == tensor]

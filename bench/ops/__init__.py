@@ -1,1 +1,1 @@
-"""The benchmark cases of each op: shapes, checks, and the variants it is timed against."""
+"""The benchmark cases of each op: shapes, checks, and the variants to compare with."""

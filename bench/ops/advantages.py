@@ -1,4 +1,4 @@
-"""`advantages` against the same reward shaping, GAE and whitening as trainers write them: a loop over time."""
+"""Cases of `advantages`: against the same reward shaping, GAE and whitening as a loop over time, as in trainers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GAMMA, LAM, KL_COEF = 1.0, 0.95, 0.05
 SHAPES = {"smoke": ((4, 8),), "small": ((256, 512),), "full": ((1024, 2048),)}  # [B, T]
 _UNROLLED = 16  # steps: torch.compile unrolls the loop, so its compile time grows with T
 _OUTPUTS = ("advantage", "returns", "reward")
-_OPERATIONS = 15  # a token: difference and price of KL, temporal difference, recurrence, return, moments, whitening
+_OPERATIONS = 15  # per token: KL and its penalty, temporal difference, recurrence, return, moments, whitening
 
 
 def composed(
@@ -78,7 +78,19 @@ def _check(tensors: tuple[Any, ...]) -> Check:
     score, logprob, ref_logprob, value = (t.double() for t in tensors[:4])
     mask = tensors[4]
     inputs = Inputs(
-        score, logprob, ref_logprob, value, mask, GAMMA, LAM, KL_COEF, "k1", float("inf"), "skip", "last", "sample"
+        score=score,
+        logprob=logprob,
+        ref_logprob=ref_logprob,
+        value=value,
+        mask=mask,
+        gamma=GAMMA,
+        lam=LAM,
+        kl_coef=KL_COEF,
+        kl_estimator="k1",
+        kl_clip=float("inf"),
+        holes="skip",
+        score_at="last",
+        whiten="sample",
     )
     exact = dict(zip(_OUTPUTS, reference.forward(inputs)[:3], strict=True))
     ours, eager = (dict(zip(_OUTPUTS, f(*tensors), strict=True)) for f in (fused, composed))
@@ -90,7 +102,7 @@ def cases() -> Iterator[Case]:
         for dtype, kind in DTYPES.items():
             for batch, length in shapes:
                 tokens = batch * length
-                # scores, log-probabilities, values and mask read; three outputs, a flag a sequence, six numbers written
+                # read: scores, log-probabilities, values, mask; written: three outputs, a flag a sequence, six numbers
                 moved = 4 * batch + 3 * kind.itemsize * tokens + tokens + 3 * 4 * tokens + batch + 6 * 4
                 make = partial(_make, batch, length, dtype)
                 shape = f"{batch} x {length}"

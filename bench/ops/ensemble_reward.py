@@ -1,4 +1,4 @@
-"""`ensemble_reward` against the same heads composed from torch's ops, as transformers writes the norm."""
+"""Cases of `ensemble_reward`: against the same heads composed from torch's ops, with transformers' RMSNorm."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def composed(
     norm_weight: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(reward, mean, std, reward_sum) in plain torch: as a trainer would write it, with its roundings."""
+    """(reward, mean, std, reward_sum) in plain torch, as a trainer would write it, with the same roundings."""
     x = hidden if rows is None else hidden[rows]
     if norm_weight is not None:
         x32 = x.float()
@@ -55,7 +55,7 @@ def fused(
 
 
 def _gradients(score: Any, tensors: tuple[Any, ...], upstream: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Forward and backward from gradients of the means and stds (as BRME's loss gives) to every parameter."""
+    """Forward and backward, from gradients of the means and stds (as with BRME's loss) to every parameter."""
     leaves = [t for t in tensors if t is not None and t.requires_grad]
     _, mean, std, _ = score(*tensors)
     return torch.autograd.grad((mean, std), leaves, upstream)
@@ -109,8 +109,8 @@ def _exact(tensors: tuple[Any, ...], rows: slice) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _check_forward(tensors: tuple[Any, ...]) -> Check:
-    """Check means and stds against fp64. The reward jumps where another head gets the least std, so it is checked
-    against the fp64 aggregation of our own means and stds.
+    """Check means and stds against fp64, and the reward against the fp64 aggregation of our own means and stds, because
+    it jumps when another head has the least std.
     """
     parts = [_exact(tensors, slice(i, i + _CHUNK)) for i in range(0, _scored(tensors), _CHUNK)]
     exact_mean, exact_std = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -150,15 +150,15 @@ def _check_gradients(tensors: tuple[Any, ...], upstream: tuple[Tensor, Tensor]) 
 
 
 def forward_bytes(rows: int, dim: int, dtype: str, norm: bool, gather: bool = False) -> int:
-    """Features, weight, bias, norm weight and row indices read; reward, means, stds and their sum written."""
+    """Read: features, weight, bias, norm weight, row indices. Written: reward, means, stds, reward sum."""
     storage = DTYPES[dtype].itemsize
     read = storage * dim * (rows + 2 * HEADS + norm) + 4 * 2 * HEADS + 8 * rows * gather
     return read + 4 * (rows * (1 + 2 * HEADS) + 1)
 
 
 def backward_bytes(rows: int, dim: int, dtype: str, norm: bool) -> int:
-    """The features, the parameters, the upstream gradients and the tensor that the forward saved (contract.py) read; a
-    gradient of each parameter and of the features written.
+    """Read: the features, the parameters, the upstream gradients and the forward's saved tensor (contract.py). Written:
+    the gradients of each parameter and of the features.
     """
     storage = DTYPES[dtype].itemsize
     parameters = storage * dim * (2 * HEADS + norm) + 4 * 2 * HEADS

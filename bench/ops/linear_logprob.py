@@ -1,5 +1,5 @@
-"""`linear_logprob` against logits, log-softmax and entropy in plain torch and, on a GPU, against the fused losses of
-liger-kernel and cut-cross-entropy if installed, which give the target's log-probability and no entropy."""
+"""Cases of `linear_logprob`: against logits, log-softmax and entropy in plain torch and, on a GPU, the fused losses of
+liger-kernel and cut-cross-entropy if installed, which give the target's log-probability but no entropy."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def _gradients(
 
 
 def peers(device: torch.device, grad: bool) -> dict[str, Callable[..., Any]]:
-    """Other libraries' fused losses, on a GPU. They return a sum, so that one upstream gradient serves. The gradient
-    filter of cut-cross-entropy is off: it skips small gradients, and on random inputs nearly all are small.
+    """Other libraries' fused losses, on a GPU, with sum reduction, so that the upstream gradient is one number. The
+    gradient filter of cut-cross-entropy is off: it skips small gradients, and on random inputs nearly all are small.
     """
     if device.type != "cuda":
         return {}
@@ -96,7 +96,7 @@ def _make(rows: int, dim: int, vocabulary: int, dtype: str, grad: bool, device: 
 
 
 def _chunks(tensors: tuple[Any, ...]) -> Iterator[tuple[slice, Inputs]]:
-    """fp64 inputs, some rows at a time: a whole [T, V] in fp64 would not fit in memory."""
+    """fp64 inputs in chunks of rows: a whole [T, V] in fp64 would not fit in memory."""
     hidden, weight, target = tensors
     wide = weight.detach().double()
     for i in range(0, len(hidden), _CHUNK):
@@ -130,8 +130,8 @@ def _check_gradients(tensors: tuple[Any, ...], upstream: tuple[Tensor, Tensor]) 
 
 
 def pass_bytes(rows: int, dim: int, vocabulary: int, dtype: str, grad: bool) -> int:
-    """Hidden, weight and targets read, three numbers a row written; the backward reads them, entropy, lse and two
-    upstream gradients, and writes both gradients."""
+    """Forward: read hidden, weight and targets, write three numbers a row. Backward: read these, entropy, lse and two
+    upstream gradients, write both gradients."""
     operands = DTYPES[dtype].itemsize * dim * (rows + vocabulary)
     forward = operands + 8 * rows + 3 * 4 * rows
     return forward + (2 * operands + 8 * rows + 4 * 4 * rows if grad else 0)
@@ -145,7 +145,7 @@ def cases() -> Iterator[Case]:
                 devices = ("cuda",) if size == "full" else ("cpu", "cuda")
                 for mode, grad in (("forward", False), ("forward + backward", True)):
                     moved = pass_bytes(rows, dim, vocabulary, dtype, grad)
-                    # products of the formulas; a product that an implementation computes twice counts once
+                    # the formulas' products; one that an implementation computes twice counts once
                     flops = 3 * product if grad else product
                     make = partial(_make, rows, dim, vocabulary, dtype, grad)
                     yield Case("linear_logprob", mode, shape, dtype, size, moved, flops, make, devices)

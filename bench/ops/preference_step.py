@@ -1,4 +1,4 @@
-"""`preference_step` against loss and autograd composed from torch's ops."""
+"""Cases of `preference_step`: against the loss composed from torch's ops, with autograd."""
 
 from __future__ import annotations
 
@@ -81,14 +81,29 @@ def _check(tensors: tuple[Any, ...], loss: str) -> Check:
     x, w, b = (t.detach().double() for t in (features, weight, bias))
     head_id, p_hat = targets or (None, None)
     p_hat = None if p_hat is None else p_hat.double()
-    exact = reference.step(Inputs(x, w, b, None, head_id, p_hat, None, None, loss, ALPHA, 0.0, 0.0, STD_FLOOR))
+    inputs = Inputs(
+        features=x,
+        weight=w,
+        bias=b,
+        rows=None,
+        head_id=head_id,
+        p_hat=p_hat,
+        margin=None,
+        seed=None,
+        loss=loss,
+        alpha=ALPHA,
+        bsr=0.0,
+        centre=0.0,
+        std_floor=STD_FLOOR,
+    )
+    exact = reference.step(inputs)
     ours, eager = fused(*tensors), _by_autograd(_LOSSES[loss], *tensors)
     named = (dict(zip(_OUTPUTS, outputs[:3], strict=True)) for outputs in (ours, eager, exact))
     return compare(*named)
 
 
 def step_bytes(rows: int, dim: int, dtype: str, loss: str) -> int:
-    """Features, weight, bias, each pair's head and probability read; both gradients and three numbers written."""
+    """Read: features, weight, bias, each pair's head and probability. Written: both gradients and three numbers."""
     storage = DTYPES[dtype].itemsize
     parameters = storage * 2 * HEADS * dim + 4 * 2 * HEADS
     return storage * rows * dim + 2 * parameters + (12 * (rows // 2) if loss == "brme" else 0) + 3 * 4
@@ -98,7 +113,7 @@ def cases() -> Iterator[Case]:
     for size, shapes in ROWS.items():
         for dtype in DTYPES:
             for rows, dim in shapes:
-                for loss, columns in (("bt", HEADS), ("brme", 2)):  # the columns that a row's product and gradient need
+                for loss, columns in (("bt", HEADS), ("brme", 2)):  # columns of a row's product and gradient
                     flops = 4 * rows * dim * columns
                     make = partial(_make, rows, dim, dtype, loss)
                     moved = step_bytes(rows, dim, dtype, loss)

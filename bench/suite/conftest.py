@@ -1,6 +1,6 @@
 """Options of `make bench`, one measurement for each case, and the table and files at the end.
 
-This folder is no package: pytest would import the packages above it a second time, under the checkout's name.
+This folder is not a package, or pytest would import the packages above it a second time, under the checkout's name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from prudent.bench import cases, machine, measure, report
 from prudent.bench.case import SIZES, Case
 
-_TIMED = ("ours", "eager", "compiled")  # the variants that every case has; the table also shows the others
+_TIMED = ("ours", "eager", "compiled")  # the tests' variants; the table also shows others
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class Bench:
-    """The run: the machine, measured before the first case, and the rows so far."""
+    """The state of a run: the machine, measured before the first case, and the rows so far."""
 
     def __init__(self, config: pytest.Config):
         self.device = str(config.getoption("--device"))
@@ -36,7 +36,7 @@ class Bench:
         self.rows: dict[str, measure.Row] = {}
 
     def row(self, case: Case) -> measure.Row:
-        """The case's row; the first call measures all variants of the case in alternation."""
+        """The case's row; the first call measures all variants of the case in turns."""
         if self.machine is None:
             self.machine = machine.describe(self.device, quick=self.size == "smoke")
         if case.name not in self.rows:

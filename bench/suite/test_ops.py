@@ -1,10 +1,10 @@
 """Every variant of every case as a pytest-benchmark test: `make bench`, or `pytest --confcutdir=bench/suite
 bench/suite`.
 
-pytest-benchmark runs all rounds of one function before the next function, so a change of clock or a neighbour's load
-would affect one variant alone and falsify the ratio. `measure` therefore alternates the variants of a case, and each
-test plays the recorded samples to pytest-benchmark's public interface: `pedantic` with a clock that advances by one
-sample a round. Its statistics, JSON, comparison and histogram then work as on any other test.
+pytest-benchmark runs all rounds of one function before the next function, so a change of clock or of the machine's load
+would affect only one variant and falsify the ratio. `measure` therefore times the variants of a case in turns, and each
+test replays the recorded samples through pytest-benchmark's public interface: `pedantic` with a clock that advances by
+one sample a round. Its statistics, JSON, comparison and histogram work as for any other test.
 """
 
 from __future__ import annotations

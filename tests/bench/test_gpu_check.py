@@ -84,7 +84,7 @@ def test_what_changes_from_run_to_run_or_ignores_its_seed_is_found(
         "lost: run 2 of 3 has other bits, or a value that is not finite", "broken: IndexError: list index out of range",
     ]  # fmt: skip
     gpu_stages.graphs(result, torch.device("cpu"), True)
-    assert "deaf: a refreshed seed leaves a replay as it was" in result.content["notes"]
+    assert "deaf: a new seed does not change a replay" in result.content["notes"]
     assert "lost: a value is not finite" in result.content["notes"]
     assert result.content["failed"] == ["restless", "lost", "broken", "deaf"]
 
