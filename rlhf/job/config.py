@@ -19,7 +19,7 @@ Config = TypeVar("Config", bound="JobConfig")
 
 
 class JobConfig(BaseModel):
-    """Base of every job's config: immutable, without unknown keys, NaN or infinity.
+    """Base class of every job's config: immutable; it refuses unknown keys, NaN and infinity.
 
     Every key has a description of one sentence. A config made in Python (`TrainConfig(model=...)`) converts types as
     pydantic does; `load_config`, which reads what people type, is strict: "3" is not 3, and 1 is not true.
@@ -36,11 +36,11 @@ class _Loader(yaml.SafeLoader):
     """A safe YAML loader that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3) and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As `yaml.SafeLoader`; ConstructorError for a key that the mapping has already."""
+        """Construct a mapping as `yaml.SafeLoader` does; raise ConstructorError for a key that occurs twice."""
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
         if twice is not None and twice != "<<":
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"the duplicate key {twice!r}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -71,15 +71,15 @@ def load_config(cls: type[Config], file: Path | str | None = None, sets: Iterabl
         _put(values, key.split("."), value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
     _refuse_unwritable(values)
     try:
-        # from JSON, pydantic's strict mode still makes a string a path and a list a tuple
+        # validate JSON: only there does pydantic's strict mode accept a string for a path and a list for a tuple
         return cls.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         overridden = [*(entry.partition("=")[0].strip() for entry in sets), *given]
-        said = _explained(cls, error)
+        reasons = _explained(cls, error)
         in_file = file is not None and not any(
-            f"{key}.".startswith(f"{other}.") for key in said for other in overridden
+            f"{key}.".startswith(f"{other}.") for key in reasons for other in overridden
         )
-        raise ValueError((f"{file}: " if in_file else "") + "; ".join(said.values())) from None
+        raise ValueError((f"{file}: " if in_file else "") + "; ".join(reasons.values())) from None
 
 
 def _refuse_unwritable(values: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def config_keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
-    """Return every dotted key of a config class, with the keys of groups in place of the groups."""
+    """Return every dotted key of a config class; a group is replaced by its keys."""
     keys = []
     for name, field in cls.model_fields.items():
         group = _group(field.annotation)
@@ -179,7 +179,7 @@ def _template(cls: type[BaseModel], values: dict[str, Any], names: Iterable[str]
 
 
 def allowed_values(field: FieldInfo) -> str:
-    """Return what a key takes, such as "a whole number >= 1 or null"."""
+    """Return the values that a key accepts, such as "a whole number >= 1 or null"."""
     return _described(field.annotation, field.metadata)
 
 
@@ -218,12 +218,12 @@ _EXPECTED = {
 
 def _explained(cls: type[BaseModel], error: ValidationError) -> dict[str, str]:
     """Return key -> sentence. For a union pydantic reports every alternative; one sentence names them all."""
-    said: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for detail in error.errors():
         key, alternatives = _place(cls, detail["loc"])
-        if key not in said:
-            said[key] = _explain(cls, key, detail, " or ".join(map(_described, alternatives)))
-    return said
+        if key not in reasons:
+            reasons[key] = _explain(cls, key, detail, " or ".join(map(_described, alternatives)))
+    return reasons
 
 
 def _place(cls: type[BaseModel], loc: tuple[Any, ...]) -> tuple[str, list[Any]]:

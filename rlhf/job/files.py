@@ -36,13 +36,15 @@ def cause(error: BaseException) -> str:
 
 
 def explain_os_error(error: OSError, output: Path | str | None) -> str:
-    """Return "PATH: the operating system's message", after "output: " if PATH is the output, in, beside or above it.
+    """Return "PATH: the operating system's message".
+
+    "output: " goes before it if PATH is the output, or lies in, beside or above it.
 
     output: the job's output file or folder, if it has one.
     """
     if error.errno is None or error.strerror is None:
         return str(error)
-    if error.filename is None:  # of an open file: most likely the output, on a full disk
+    if error.filename is None:  # the file was open already: most likely the output, on a full disk
         return error.strerror if output is None else f"output: {output}: {error.strerror}"
     name = os.fsdecode(error.filename)
     if output is not None:
@@ -173,7 +175,7 @@ def refuse_mistyped(key: str, name: str) -> None:
         raise ValueError(f"{key}: {name}: no such file or folder")
     if "/" in name and path.parent.is_dir() and not _downloaded(name):
         raise ValueError(
-            f"{key}: {name}: no such file or folder (the hub is not asked, because {path.parent} is a folder here)"
+            f"{key}: {name}: no such file or folder (not looked up on the hub, because {path.parent} is a local folder)"
         )
 
 
@@ -199,10 +201,10 @@ def read_json(path: Path | str) -> dict[str, Any]:
 def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
     """Return the objects of a JSON-lines log, in order; [] if there is no such file.
 
-    A last line without its end, which a killed process may leave, is ignored.
+    An unfinished last line, which a killed process may leave, is ignored.
 
     Raises:
-        ValueError: for any other line that is no JSON object; it names file and line.
+        ValueError: for any other line that is not a JSON object; it names file and line.
     """
     path = Path(path)
     if not path.exists():
@@ -212,14 +214,12 @@ def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
         try:
             rows.append(_object(line))
         except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number}: expected a JSON object, got {error}: take the line out of the file"
-            ) from None
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got {error}: remove the line") from None
     return rows
 
 
 def repaired_json_lines(path: Path | str) -> list[dict[str, Any]]:
-    """Cut an unfinished last line off a JSON-lines log, so that it can be appended to; then `read_json_lines`."""
+    """Cut an unfinished last line off a JSON-lines log, so that it can be appended to; return the log's objects."""
     path = Path(path)
     if path.exists():
         content = path.read_bytes()
@@ -230,13 +230,13 @@ def repaired_json_lines(path: Path | str) -> list[dict[str, Any]]:
 
 
 def _object(content: bytes) -> dict[str, Any]:
-    """Return the JSON object in `content`; ValueError says what it is instead."""
+    """Return the JSON object in `content`; raise ValueError with what it is instead."""
     if not content.strip():
         raise ValueError("nothing")
     try:
         value = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"bytes that are no UTF-8 ({error.reason} at byte {error.start})") from None
+        raise ValueError(f"bytes that are not UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"broken JSON ({error.msg} at character {error.pos})") from None
     if not isinstance(value, dict):

@@ -15,7 +15,7 @@ from .config import JobConfig, config_keys, load_config
 from .files import atomic_write_text
 
 _LOCK, _OWNER = ".lock", ".lock.pid"
-_WAIT = 0.2  # seconds: a process that is ending removes its lock file, and the next has to open a new one
+_WAIT = 0.2  # seconds: a process that ends removes its lock file, and the next one must create it again
 
 
 @contextmanager

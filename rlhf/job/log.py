@@ -19,10 +19,10 @@ from .files import read_json_lines, repaired_json_lines, writing
 
 
 class RunLog:
-    """Appends to `folder`/metrics.jsonl, one object a call, and to `folder`/tensorboard/ if TensorBoard is installed.
+    """Append to `folder`/metrics.jsonl, one object per call, and to `folder`/tensorboard/ if TensorBoard is installed.
 
-    A resumed run computes the steps after its last checkpoint again. A row whose step and names are in the file already
-    is not written twice. An unfinished last line of a killed process is cut off.
+    A resumed run repeats the steps after its last checkpoint, so a row whose step and names are in the file already is
+    not written again. An unfinished last line of a killed process is cut off.
     """
 
     def __init__(self, folder: Path | str) -> None:

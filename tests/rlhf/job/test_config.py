@@ -115,8 +115,8 @@ def test_a_missing_value_and_every_mistake_are_named() -> None:
     [
         ("- 1\n", "expected a mapping of keys to values, got list"),
         ("a: [\n", "expected YAML"),
-        ("seed: 1\nseed: 2\n", "expected YAML, got the key 'seed' twice"),
-        ("fit: {lr: 1, lr: 2}\n", "expected YAML, got the key 'lr' twice"),
+        ("seed: 1\nseed: 2\n", "expected YAML, got the duplicate key 'seed'"),
+        ("fit: {lr: 1, lr: 2}\n", "expected YAML, got the duplicate key 'lr'"),
         ("model: " + "[" * 5000, "expected YAML, got maximum recursion depth"),
         ("modell: x\n", "c.yaml: unknown key 'modell': did you mean 'model'"),
     ],

@@ -217,7 +217,7 @@ def test_the_cause_is_the_systems_words_or_else_the_first_line() -> None:
         (b"{broken", "got broken JSON (Expecting property name"),
         (b"", "got nothing"),
         (b"[1, 2]", "got a list"),
-        (b'{"a": "\xff"}', "got bytes that are no UTF-8 (invalid start byte at byte 7)"),
+        (b'{"a": "\xff"}', "got bytes that are not UTF-8 (invalid start byte at byte 7)"),
     ],
 )
 def test_json_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, says: str) -> None:
@@ -227,7 +227,7 @@ def test_json_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, says:
     with pytest.raises(ValueError, match="expected a JSON object") as raised:
         read_json(whole)
     assert str(raised.value).startswith(f"{whole}: expected a JSON object, {says}")
-    with pytest.raises(ValueError, match="take the line out") as raised:
+    with pytest.raises(ValueError, match="remove the line") as raised:
         read_json_lines(log)
     assert str(raised.value).startswith(f"{log}, line 2: expected a JSON object, {says}")
 

@@ -44,7 +44,7 @@ def test_closing_twice_is_harmless(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", ["[1,2]", "", "{broken", "7"])
 def test_a_line_that_is_no_object_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "time": 0}}\n{line}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: expected a JSON object, got .*: take the line out"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: expected a JSON object, got .*: remove the line"):
         RunLog(tmp_path)
 
 
