@@ -7,7 +7,7 @@ from typing import Any
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Render the template file `template`; every text is escaped, and a missing value is an error.
+    """Render the template file `template`; every value is escaped, and a missing one is an error.
 
     Raises ImportError, naming the extra, if jinja2 is not installed.
     """

@@ -60,7 +60,7 @@ _STYLE: Any = {
     "legend.fontsize": 9.5,
     "figure.facecolor": "white",
     "svg.fonttype": "path",
-    "svg.hashsalt": "prudent",  # the same picture gives the same bytes
+    "svg.hashsalt": "prudent",  # equal pictures give equal bytes
 }
 
 

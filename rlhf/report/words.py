@@ -15,7 +15,7 @@ def count(number: int, what: str) -> str:
 
 
 def plain_text(text: str | Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> str:
-    """A text as it is, messages as the lines of their contents; tool calls are written as JSON."""
+    """Return a text unchanged, and messages as their contents and tool calls (as JSON), one per line."""
     if isinstance(text, str):
         return text
     if isinstance(text, Mapping) and "text" in text:
@@ -79,9 +79,9 @@ def verdict(
 
 
 def accuracy_cells(found: Mapping[str, Any], *, sign: bool = False) -> list[str]:
-    """An accuracy, or with `sign` a difference of two, and its interval in per cent: ["71.9", "65.0 to 80.0"].
+    """An accuracy, or with `sign` a difference of two, and its interval in percent: ["71.9", "65.0 to 80.0"].
 
-    found: has "value", "low" and "high", as `Interval._asdict()`; what is None becomes "-".
+    found: has "value", "low" and "high", as `Interval._asdict()`; None becomes "-".
     """
     form = "+.1f" if sign else ".1f"
     value, low, high = (
@@ -98,7 +98,7 @@ def few_prompts(prompts: int) -> str:
 
 
 def truncated_texts(truncated: int, texts: int) -> str:
-    """How many of `texts` were longer than the model reads and lost their beginning; "" if none did."""
+    """Say how many of `texts` were longer than the model reads and lost their beginning; "" if none did."""
     if not truncated:
         return ""
     verb = "was" if truncated == 1 else "were"
