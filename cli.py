@@ -70,7 +70,7 @@ def _add_job(commands: Any, name: str, job: Job) -> None:
 
 
 def _add_flag(sub: argparse.ArgumentParser, config: type[JobConfig], key: str) -> None:
-    """Add the flag of a config key, with the type, default and description that the config gives it."""
+    """Add the flag of a config key, with the key's type, default and description."""
     field, default = config_field(config, key), config_default(config, key)
     kind, repeatable = field.annotation, get_origin(field.annotation) is tuple
     text = f"{field.description}" + " Repeatable." * repeatable
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> Any:
     if arguments.quiet:
         from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()  # of transformers, for weights that are read or written
+        disable_progress_bar()  # transformers shows one when it reads or writes weights
     try:
         return getattr(module, job.run)(config, progress=not arguments.quiet, **options)
     except OSError as error:
@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> Any:
 
 
 def bench(argv: Sequence[str]) -> int:
-    """Pass the flags after `bench` to the module that the first of them names, else to the microbenchmarks."""
+    """Pass the flags after `bench` to the module that the first flag selects, else to the microbenchmarks."""
     part = BENCHES.get(argv[0]) if argv else None
     module = import_module(f".bench.{part or '__main__'}", __package__)
     return int(module.main(argv[1:] if part else argv))
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # if standard output carries the scores, the summary goes to standard error
         print(result, file=sys.stderr if getattr(result, "output", None) == "-" else sys.stdout, flush=True)
-    except BrokenPipeError:  # `prudent train --keys | head`: the reader has what it wanted
+    except BrokenPipeError:  # `prudent train --keys | head`: the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again when it flushes
     return int(getattr(result, "failed", False))
 

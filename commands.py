@@ -37,11 +37,11 @@ JOBS = {
         "demo.demo",
         "DemoConfig",
         "run_demo",
-        "run the whole path on a small model and write a report",
+        "run the whole pipeline on a small model and write a report",
         """Sample responses from a real model, make preference pairs with a quarter of the labels flipped, train a
 single Bradley-Terry head and a BRME ensemble on the trunk's features, let best-of-n exploit both, train the model
-itself by PPO against each, and write report.html. After an interrupt the same command continues; after the end it
-prints its table again.
+itself by PPO against each, and write report.html. The same command continues an interrupted run; after a finished one
+it prints the table again.
 
 examples:
   prudent demo
@@ -76,9 +76,9 @@ the stage-1 head, this run's ensemble (pet.start=brme) or a reward model that yo
 Data: JSON lines, Parquet, or the name of a Hugging Face data set (NAME:SPLIT for another split than train). A row has
 prompt, chosen and rejected; or chosen and rejected that share their beginning; or lists of messages; or several
 responses with scores. It may have a margin. The prompt may be spread over the columns system, history, context,
-instruction, question, input and tools; a column that looks like content and is not read is named. If the tokeniser has
-a chat template, prompt and response become a user's and an assistant's message; if not, they are joined as they are, so
-end the prompt with a space where one is needed.
+instruction, question, input and tools; a warning names any column that looks like content and is not read. If the
+tokeniser has a chat template, prompt and response become a user's and an assistant's message; if not, they are joined
+unchanged, so end the prompt with a space if one is needed.
 
 examples:
   prudent train --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl --output runs/reward
@@ -108,8 +108,8 @@ examples:
         "run_score",
         "write the reward of every line of a file",
         """Read JSON lines and write the same lines with reward, nominal, worst, and the mean and std of every head. A
-line holds prompt and response, or messages, or a pair (chosen, rejected). The order stays; memory does not grow with
-the file.
+line holds prompt and response, or messages, or a pair (chosen, rejected). The order is kept; memory use does not grow
+with the file.
 
 examples:
   prudent score --model runs/reward/model --data responses.jsonl --output scored.jsonl
@@ -152,11 +152,11 @@ examples:
         "PlanConfig",
         "run_plan",
         "compute the memory of a PPO run, without weights or a GPU",
-        """Memory of each phase of `prudent ppo` (rollout, scoring, update) by term, and the largest micro-batch that
-fits; if none fits, the settings that help. --model is a built-in shape (llama3-8b, qwen2.5-14b, ...), a config.json, a
-model's folder or a hub name. The keys are those of `prudent ppo`, so its YAML file serves here too. --verify runs the
-loop itself on tensors without data, which takes minutes for a large model, and exits with 1 if the tracked peak of a
-phase differs from the plan by more than 10 %.
+        """Print the memory of each phase of `prudent ppo` (rollout, scoring, update) by term, and the largest
+micro-batch that fits; if none fits, the settings that help. --model is a built-in shape (llama3-8b, qwen2.5-14b, ...),
+a config.json, a model's folder or a hub name. The keys are those of `prudent ppo`, so its YAML file works here too.
+--verify runs the loop itself on tensors without data, which takes minutes for a large model, and exits with 1 if the
+tracked peak of a phase differs from the plan by more than 10 %.
 
 examples:
   prudent plan --model llama3-8b --gpu 40GB --set rollout.max_new_tokens=512
@@ -184,12 +184,12 @@ examples:
         "train a policy against a reward, and watch for reward hacking",
         """One trunk serves policy, reference, critic and reward: LoRA on (policy), LoRA off (reference), a value head,
 and the ensemble's heads if they fit the trunk. Every step logs reward, KL, length and how much the heads disagree.
---gold adds a second judge; --stop-when ends the run, or rolls it back, when a number moves. The run folder holds the
-policy, metrics.jsonl, TensorBoard files, samples and report.html.
+--gold adds a second reward, which is only watched; --stop-when ends the run, or rolls it back, when a metric meets a
+condition. The run folder holds the policy, metrics.jsonl, TensorBoard files, samples and report.html.
 
 A reward is a folder of `prudent train`, any sequence classifier, a function (MODULE:FUNCTION or FILE.py:FUNCTION,
 called with prompts and responses) or a URL. --recipe pet trains the reward as well: Bradley-Terry on --data, PET
-against the best of n of the model's own samples, then best-of-n and PPO without KL on it.
+against the best of n of the model's own samples, then best-of-n and PPO without KL on that reward.
 
 examples:
   prudent ppo --model NAME_OR_PATH --prompts prompts.txt --reward runs/reward/model --output runs/ppo
@@ -235,9 +235,9 @@ STUDIES = {
         "BRME's toy: does PPO on a pessimistic reward find the optimal actor?",
         """BRME's toy of 8 prompts and 8 responses (arXiv 2409.15360, section 4, figure 1). 16 preference pairs leave
 most of the 64 cells without a label, and a policy trained by PPO on one reward model moves there. Three more reward
-models of other seeds are the uncertainty set. Every seed repeats all of it; the table says how often each reward leads
-to the optimal actor. What the paper leaves open (widths, rates, steps) is a key, and a second table shows how much
-depends on it. Writes toy.json, toy.md and toy.png.
+models of other seeds are the uncertainty set. Each seed repeats the whole experiment; the table says how often each
+reward leads to the optimal actor. Settings that the paper does not give (widths, rates, steps) are keys, and a second
+table shows how much the result depends on them. Writes toy.json, toy.md and toy.png.
 
 examples:
   prudent study toy
@@ -264,8 +264,8 @@ examples:
         "run_stochastic",
         "lemma 1's stochastic case: what do meaningless rewards do to a good policy?",
         """BRME (arXiv 2409.15360), section 6.2 and appendix E: a reward that is the same for every response leaves the
-policy alone, a random one hurts, and the least of five random ones hurts less. Policies that solve the toy are trained
-on each, with several optimisers; the study measures what is left of them over many seeds.
+policy unchanged, a random one hurts it, and the minimum of five random ones hurts it less. Policies that solve the toy
+are trained on each reward, with several optimisers; the study measures over many seeds how well they still solve it.
 Writes stochastic.json, stochastic.md and stochastic.png.
 
 examples:
@@ -281,7 +281,7 @@ examples:
         "run_learning",
         "PPO on a small language model: gold against proxy reward for every lambda, the single head, and PET",
         """A language model's own samples, ordered by VADER with a quarter of the labels flipped, train a single head, a
-BRME ensemble, and PET on both. PPO then maximises each of them, and VADER judges the result. Each reward, seed and KL
+BRME ensemble, and PET on both. PPO then maximises each of them, and VADER scores the result. Each reward, seed and KL
 coefficient has a PPO run of its own, several at a time; finished runs are not repeated.
 Writes learning.json, learning.md and learning.png; runs/ holds every run with its own report.
 
@@ -306,14 +306,14 @@ examples:
 }
 
 STUDY_ABOUT = """Test claims about pessimism over many seeds. Each study writes its table, its picture and every number,
-whatever they show. `prudent study STUDY --help` says more.
+whether or not they support the claim. `prudent study STUDY --help` says more.
 
 examples:
   prudent study toy
   prudent study stochastic
   prudent study learning --model path/to/stories260k"""
 
-# first flag after `prudent bench` -> module under `prudent.bench` that reads the rest
+# first flag after `prudent bench` -> module under `prudent.bench` that parses the remaining flags
 BENCHES = {"--aot": "aot", "--traffic": "traffic", "--gpu-check": "gpu_check"}
 BENCH_ABOUT = """Measure the kernels. By default every op is timed against eager and torch.compile, with its share of
 the machine's measured read bandwidth. One of these flags, given first, chooses another benchmark; it takes the flags
