@@ -1,15 +1,15 @@
-"""Join the columns of a row that are its prompt, and find the columns that nothing reads.
+"""Join the columns that make up a row's prompt, and find the columns that nothing reads.
 
-    column                                              what becomes of it
+    column                                              use
     tools                                               given to the chat template; a list, or a list written as JSON
-    system, system_prompt, system_message               a system turn before everything else; a text before the prompt's
-                                                        if the tokeniser has no chat template
+    system, system_prompt, system_message               a system turn before all others; without a chat template, a text
+                                                        before the prompt's
     history                                             turns before the prompt: messages, or [question, answer] pairs
     context, prompt, instruction, question, query, input    the prompt: texts, joined in this order by a blank line
 
-A text that another of these columns holds already, as lines of its own, is not repeated. One of the last six may be a
-list of messages; what the others say must then be in it. With tools or a history, a prompt that is a text becomes the
-last user turn.
+A text that another of these columns contains, as lines of its own, is not repeated. One of the last six may be a list
+of messages, which must then contain the texts of the others. With tools or a history, a prompt that is a text becomes
+the last user turn.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Messages: TypeAlias = list[dict[str, Any]]
 Text: TypeAlias = str | Messages
 Prompt: TypeAlias = str | Messages | dict[str, Any]  # the last: {"messages", "tools"} or {"system", "text"}
 
-ARRAY = "expected JSON lines, one object a line, got an array: write each of its objects on a line of its own"
+ARRAY = "expected JSON lines, one object per line, got an array: write each of its objects on a line of its own"
 _SYSTEM = ("system", "system_prompt", "system_message")
 _TEXTS = ("context", "prompt", "instruction", "question", "query", "input")
 PROMPT_COLUMNS = ("tools", *_SYSTEM, "history", *_TEXTS)
-# of a message: what chat templates read
+# keys of a message that chat templates read
 _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "tool_plan", *REASONING)
-# columns whose texts describe a row and are no part of it
+# metadata columns: their texts describe a row and are not its content
 _ABOUT = {
     "id", "source", "model", "category", "task", "dataset", "language", "lang", "license", "url", "date", "subset",
     "timestamp", "split", "topic", "tags", "author", "annotator", "name", "type", "key", "hash", "version",
@@ -40,12 +40,12 @@ _ABOUT = {
 
 
 class RowError(ValueError):
-    """What is wrong with a row; the reader adds file and line."""
+    """A row cannot be used; its reader adds file and line."""
 
 
 @dataclass(frozen=True)
 class PromptColumns:
-    """What a row's columns say of its prompt. `text` is None if it has none of them."""
+    """The parts of a row's prompt, by column. `text` is None if no column gives a text."""
 
     text: Text | None
     system: str | None
@@ -53,7 +53,7 @@ class PromptColumns:
     tools: list[Any]
 
     def prompt(self, text: Text) -> Prompt:
-        """The prompt that ends with `text`, the system turn, history and tools included. Raises RowError."""
+        """Return the prompt: system turn, history and tools, then `text`. Raises RowError."""
         if not (self.system or self.history or self.tools):
             return text
         if isinstance(text, str) and self.system and not (self.history or self.tools):
@@ -70,7 +70,7 @@ class PromptColumns:
 
 
 def object_of_row(row: Any) -> Mapping[str, Any]:
-    """`row`, if it is an object. Raises RowError."""
+    """Return `row` if it is an object; otherwise raise RowError."""
     if isinstance(row, RowError):
         raise row
     if isinstance(row, Mapping):
@@ -81,12 +81,12 @@ def object_of_row(row: Any) -> Mapping[str, Any]:
 
 
 def first(row: Mapping[str, Any], names: Iterable[str]) -> Any:
-    """The value of the first of `names` that is there; Parquet and `datasets` write None for an absent field."""
+    """Return the first value under `names` that is not None; Parquet and `datasets` write None for a missing field."""
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def text_of(value: Any, name: str) -> Text:
-    """A text, or messages with the keys that chat templates read. Raises RowError."""
+    """Return a text unchanged, or messages with only the keys that chat templates read. Raises RowError."""
     if isinstance(value, str):
         return value
     if not isinstance(value, Sequence) or not value:
@@ -98,7 +98,7 @@ def text_of(value: Any, name: str) -> Text:
 
 
 def prompt_columns(row: Mapping[str, Any]) -> PromptColumns:
-    """Read the prompt's columns, as the module describes. Raises RowError for one that cannot be read or joined."""
+    """Read the columns listed at the top of this file. Raises RowError for one that cannot be read or joined."""
     systems = {name: row[name] for name in _SYSTEM if row.get(name)}
     for name, value in systems.items():
         if not isinstance(value, str):
@@ -110,18 +110,20 @@ def prompt_columns(row: Mapping[str, Any]) -> PromptColumns:
 
 
 def refuse_lost(row: Mapping[str, Any], held: Iterable[Mapping[str, Any]]) -> None:
-    """Raise RowError for a prompt column with a text that none of the messages `held` has."""
+    """Raise RowError for a prompt column whose text is in none of the messages `held`."""
     contents = "\n".join(str(message.get("content", "")) for message in held)
     for name in _TEXTS:
         value = row.get(name)
         if isinstance(value, str) and not _holds(contents, value):
-            raise RowError(f"{name}: expected a text that the messages hold, got one that would be lost: {value!r:.60}")
+            raise RowError(
+                f"{name}: expected a text that the messages contain, got one that would be lost: {value!r:.60}"
+            )
 
 
 def unread_columns(row: Mapping[str, Any], read: Collection[str], known: Collection[str] = ()) -> list[str]:
-    """The columns of `row`, apart from `read` and `known`, that look like content that nothing else of it holds.
+    """Return the columns of `row` outside `read` and `known` that look like content and are not in the columns `read`.
 
-    Content is a text of three words or more, also inside lists and objects; a message's keys are looked at too.
+    Content is a text of three words or more, also inside lists and objects. Unread keys of messages count as columns.
     """
     found = []
     whole = ""
@@ -147,7 +149,7 @@ def _candidates(row: Mapping[str, Any], read: Collection[str]) -> Iterator[tuple
 
 
 def _strings(value: Any, keys: Collection[str] | None = None) -> Iterator[str]:
-    """The texts in `value`; keys: which ones of a message are read, None: all."""
+    """Yield the texts in `value`. keys: the keys to read of a message; None: all."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -178,18 +180,18 @@ def _text(row: Mapping[str, Any], earlier: str) -> Text | None:
         others = [*kept, *texts[i + 1 :]]
         if text.strip() and not any(_holds(other, text) for other in others if other != text or other in kept):
             kept.append(text)
-    # a prompt of one column stays as it is, to the last blank
+    # the last column keeps its trailing blanks, so that a prompt of one column is unchanged
     return "\n\n".join([*(text.rstrip() for text in kept[:-1]), kept[-1]]) if kept else texts[0]
 
 
 def _holds(whole: str, part: str) -> bool:
-    """Whether `part` is in `whole` as lines of its own, or behind a label ("Question: ...")."""
+    """Return whether `part` is in `whole` as lines of its own, or after a label ("Question: ...")."""
     part = part.strip()
     return not part or re.search(rf"(?:^|\n|: ?)[ \t]*{re.escape(part)}[ \t]*(?:\n|$)", whole) is not None
 
 
 def _history(value: Any) -> tuple[Messages, str]:
-    """(turns, or a text that goes before the prompt's)."""
+    """Return (turns, text that goes before the prompt's); one of the two is empty."""
     if not value or isinstance(value, str):
         return [], value or ""
     if isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value):

@@ -1,4 +1,4 @@
-"""Gold scorers: deterministic judges that define the truth of an experiment."""
+"""Gold scorers: deterministic scorers that stand for the true reward in an experiment."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Protocol
 
 
 class GoldScorer(Protocol):
-    """A deterministic judge of responses; the report shows `name` and `meaning`."""
+    """A deterministic scorer of responses; the report shows `name` and `meaning`."""
 
     name: str
     meaning: str
 
     def __call__(self, responses: Sequence[str]) -> list[float]:
-        """One finite number a response, higher is better."""
+        """Return one finite number per response; higher is better."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Preference pairs in the formats people have, as one list: read, check, count, split by prompt."""
+"""Read preference pairs in their common formats; check, count and split them by prompt."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Encode = Callable[[Any, str], Any]  # (item, its name in errors), as `Scorer.enc
 class PreferencePair:
     """One prompt with the preferred and the rejected response, each a text or a list of messages.
 
-    A prompt may also be {"messages", "tools"} or {"system", "text"}. Two texts join as they are: prompt + response is
-    the whole sequence. `margin`: how much the annotator preferred the chosen response (Bradley-Terry's margin). Scores:
-    annotations of each response, on their own scale. `where`: file and line, for errors; it is not compared.
+    A prompt may also be {"messages", "tools"} or {"system", "text"}. Two texts are joined unchanged: prompt + response
+    is the whole sequence. `margin`: how much the annotator preferred the chosen response (Bradley-Terry's margin).
+    Scores: annotations of each response, on their own scale. `where`: file and line, for errors; it is not compared.
     """
 
     prompt: Prompt
@@ -39,7 +39,7 @@ class PreferencePair:
 
     @property
     def prompt_key(self) -> str:
-        """One string per distinct prompt."""
+        """A string that is equal for equal prompts only."""
         return _key(self.prompt)
 
     def items(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -50,7 +50,7 @@ class PreferencePair:
 class PairData(NamedTuple):
     """pairs, and counts of rows, pairs, prompts, bad_rows, duplicates, equal (responses), below_gap.
 
-    counts["unread_columns"] lists the columns that look like content and that no pair holds.
+    counts["unread_columns"] lists the columns that look like content and that no pair contains.
     """
 
     pairs: list[PreferencePair]
@@ -66,25 +66,25 @@ def load_pairs(
     progress: bool = False,
     key: str = "data",
 ) -> PairData:
-    """Preference pairs from a JSON-lines or Parquet file, or a Hugging Face dataset.
+    """Load preference pairs from a JSON-lines or Parquet file, or a Hugging Face data set.
 
     A row is one of
     - prompt, chosen, rejected: texts, or lists of messages;
-    - chosen, rejected: the prompt is what both begin with (whole messages; of texts, up to the last "Assistant:" turn
+    - chosen, rejected: the prompt is their shared beginning (whole messages; of texts, up to the last "Assistant:" turn
       that both have, as in HH-RLHF, else up to the last blank of the shared prefix);
     - prompt, and responses (or completions): a list of texts or {"response": ...} with scores, or with a parallel list
-      `scores`: UltraFeedback. Every two responses whose scores differ by `min_score_gap` make a pair.
-    `columns` lists the columns that together are the prompt: system, history, instruction, input and others, tools.
-    Beside the first two: margin (or strength), source, and score_chosen and score_rejected, where a pair whose scores
-    differ by less than `min_score_gap` is dropped (BRME 5.2: "greater than or equal to 2").
-    A column that looks like content and that nothing reads is named on stderr.
+      `scores`: UltraFeedback. Every two responses whose scores differ by at least `min_score_gap` make a pair.
+    The prompt may be spread over several columns (system, history, instruction, input, tools, ...); columns.py lists
+    them. The first two formats may also have margin (or strength), source, score_chosen and score_rejected; a pair
+    whose scores differ by less than `min_score_gap` is dropped (BRME 5.2: "greater than or equal to 2").
+    A warning on stderr names the columns that look like content and that nothing reads.
 
     Args:
         file_or_name: a file that ends in .jsonl, .json (JSON lines too) or .parquet; a folder of
-            `Dataset.save_to_disk` or `DatasetDict.save_to_disk`; or a data set's name. ":SPLIT" behind a folder or name
-            takes another split than `train`.
+            `Dataset.save_to_disk` or `DatasetDict.save_to_disk`; or a data set's name. ":SPLIT" after a folder or name
+            selects another split than `train`.
         min_score_gap: > 0, on the scores' own scale.
-        skip_bad_rows: count broken rows and go on, instead of refusing the file.
+        skip_bad_rows: count broken rows and continue instead of raising at the first.
         limit: stop after this many rows.
         key: the config key that errors name.
 
@@ -93,7 +93,7 @@ def load_pairs(
         dropped.
 
     Raises:
-        ValueError: naming key, file and line, for a broken row; for a file that is missing, empty or without a usable
+        ValueError: for a broken row, naming key, file and line; for a file that is missing, empty or without a usable
             pair.
     """
     if not min_score_gap > 0:
@@ -143,7 +143,7 @@ def load_pairs(
 
 
 def name_unread(key: str, name: str, columns: Iterable[str]) -> list[str]:
-    """Say once on stderr which columns look like content and are not read; returns them."""
+    """Name once on stderr the columns that look like content and are not read; return them."""
     found = list(columns)
     if found:
         say_once(f"{key}: {name}: not read, although it looks like content: {', '.join(found)}")
@@ -151,7 +151,7 @@ def name_unread(key: str, name: str, columns: Iterable[str]) -> list[str]:
 
 
 def text_reader(tokenizer: Any) -> Encode:
-    """An encoder that finds out whether `tokenizer` can read an item, before any model is loaded."""
+    """Return an encoder to check, before any model is loaded, that `tokenizer` can read an item."""
     return ItemEncoder(tokenizer, append_eos=False, max_length=None, vocab_size=1 << 62).encode
 
 
@@ -165,20 +165,21 @@ def readable_pairs(
     progress: bool = False,
     key: str = "data",
 ) -> list[list[PreferencePair]]:
-    """The pairs of each part that every encoder reads: its chat template and tokeniser refuse neither side.
+    """Return the pairs of each part whose two sides the chat template and tokeniser of every encoder accept.
 
-    Where another job has to find the same held-out prompts, split first: the split then depends on the data alone.
+    Split before this call if another job must find the same held-out prompts: the split then depends on the data alone.
 
     Args:
+        parts: lists of pairs, such as training and held-out pairs.
         encoders: read both sides.
         prompt_encoders: read the prompt up to where the response begins, as a policy does.
-        counts: of `load_pairs`; bad_rows, pairs and prompts are corrected by what is left out.
+        counts: of `load_pairs`; bad_rows, pairs and prompts are corrected in place.
         skip_bad_rows: leave pairs out instead of raising at the first.
         key: the config key that errors name.
 
     Raises:
-        ValueError: naming key, file and line, for the first pair that cannot be read; without `skip_bad_rows` for any,
-            with it if the first part has none that can.
+        ValueError: naming key, file and line of the first pair that cannot be read: without `skip_bad_rows` if there is
+            one, with it if no pair of the first part can be read.
     """
     bad: dict[str, str] = {}  # where -> why
 
@@ -205,25 +206,25 @@ def readable_pairs(
     counts["prompts"] -= len({pair.prompt_key for pair in before}) - len({pair.prompt_key for pair in after})
     if parts[0] and not kept[0]:
         reason = next(iter(bad.values()))
-        raise ValueError(f"{key}: expected a pair that the tokeniser can read, got none; the first is {reason}")
+        raise ValueError(f"{key}: expected a pair that the tokeniser can read, got none; the first error: {reason}")
     return kept
 
 
 def both_sides(pairs: Sequence[PreferencePair]) -> list[dict[str, Any]]:
-    """Every chosen sequence, then every rejected one, as `Scorer` takes them."""
+    """Return every chosen sequence, then every rejected one, as `Scorer` takes them."""
     both = [pair.items() for pair in pairs]
     return [chosen for chosen, _ in both] + [rejected for _, rejected in both]
 
 
 def names_of_sides(pairs: Sequence[PreferencePair]) -> list[str]:
-    """What errors call the items of `both_sides`: file, line and side."""
+    """Return the names that errors give the items of `both_sides`: file, line and side."""
     return [f"{pair.where or f'pair {i}'}, {side}" for side in ("chosen", "rejected") for i, pair in enumerate(pairs)]
 
 
 def split_by_prompt(
     pairs: list[PreferencePair], fraction: float, seed: int
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """(train, held out): `fraction` of the prompts, at least one, are held out with all their pairs; 0 holds out none.
+    """Return (train, held out): `fraction` of the prompts, at least one, with all their pairs; 0 holds out none.
 
     Pairs of one prompt share its text and often a response, so a split by row would hold out texts that training has
     seen. Which prompts are held out depends on the set of prompts and the seed, not on the order of rows.

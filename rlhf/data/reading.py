@@ -1,4 +1,4 @@
-"""Read rows from JSON lines, Parquet files and Hugging Face data sets, each with the place that it came from."""
+"""Read rows from JSON lines, Parquet files and Hugging Face data sets, each with its file and line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..job.files import refuse_mistyped
 from .rows import ARRAY, RowError
 
 FILES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-_MAX_DEPTH = 100  # levels of nesting; what Python's recursion limit allows depends on who calls
+_MAX_DEPTH = 100  # levels of nesting; Python's recursion limit is no fixed bound, because the callers use part of it
 
 
 def check_source(key: str, name: str, endings: Collection[str] = tuple(FILES)) -> None:
@@ -70,9 +70,9 @@ def text_lines(key: str, path: Path) -> Iterator[tuple[int, str]]:
 
 
 def value_of_line(line: bytes, parse_constant: Callable[[str], Any] | None = None) -> Any:
-    """The JSON value of a line. Raises RowError, also for nesting over 100 levels and for half a surrogate pair.
+    """Return the JSON value of a line. Raises RowError, also for nesting over 100 levels and for half a surrogate pair.
 
-    parse_constant: what becomes of NaN and Infinity, as in `json.loads`.
+    parse_constant: makes the value of NaN and Infinity, as in `json.loads`.
     """
     try:
         text = line.decode("utf-8-sig").rstrip("\r\n")  # tools on Windows begin a file with a byte order mark
@@ -80,13 +80,13 @@ def value_of_line(line: bytes, parse_constant: Callable[[str], Any] | None = Non
     except UnicodeDecodeError as error:
         raise RowError(f"expected UTF-8, got {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
-        if line.lstrip().startswith(b"["):  # over several lines
+        if line.lstrip().startswith(b"["):  # an array over several lines
             raise RowError(ARRAY) from None
-        raise RowError(f"expected one JSON object a line, got {error.msg}: column {error.colno}") from None
+        raise RowError(f"expected one JSON object per line, got {error.msg}: column {error.colno}") from None
     except RecursionError:
         raise RowError(_TOO_DEEP) from None
     except ValueError as error:
-        raise RowError(f"expected one JSON object a line, got {error}") from None
+        raise RowError(f"expected one JSON object per line, got {error}") from None
     if line.count(b"[") + line.count(b"{") > _MAX_DEPTH and _is_too_deep(value):
         raise RowError(_TOO_DEEP)
     if b"\\ud" in line.lower():
@@ -153,7 +153,7 @@ def _dataset_rows(key: str, name: str) -> Iterator[tuple[str, Any]]:
             rows = _split_of(datasets.load_from_disk(repository), split)
         else:
             rows = datasets.load_dataset(repository, split=split or "train")
-    except Exception as error:  # offline, unknown name, unknown split, broken file: a class each, the text says which
+    except Exception as error:  # offline, unknown name, unknown split, broken file: each has its own exception class
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{key}: {name}: neither a file nor a dataset that loads with split {split or 'train'!r}: {reason}"
@@ -163,12 +163,12 @@ def _dataset_rows(key: str, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether `folder` was written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    """Return whether `folder` was written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def _split_of(saved: Any, split: str) -> Any:
-    """The rows of a saved data set. A single saved data set is its only split, whatever `save_to_disk` called it."""
+    """Return the rows of a split of a saved data set; a data set saved without splits is read whole."""
     if not isinstance(saved, dict):
         if split and split != str(saved.split):
             raise ValueError(f"the folder holds one data set without splits: leave out ':{split}'")
@@ -179,7 +179,7 @@ def _split_of(saved: Any, split: str) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A column's value without keys that are None: Arrow gives each object the keys of all objects of its column."""
+    """Remove keys whose value is None: Arrow gives each object the keys of all objects in its column."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

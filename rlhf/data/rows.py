@@ -37,7 +37,7 @@ _SCORE_REJECTED = ("score_rejected", "rejected_score")
 
 
 def pairs_of_row(row: Any, min_score_gap: float) -> tuple[list[dict[str, Any]], int]:
-    """(the fields of each pair, how many pairs had too small a score gap). Raises RowError."""
+    """Return (the fields of each pair, number of pairs whose score gap is too small). Raises RowError."""
     row = object_of_row(row)
     source = row.get("source")
     if source is not None and not isinstance(source, str):
@@ -61,7 +61,7 @@ def pairs_of_row(row: Any, min_score_gap: float) -> tuple[list[dict[str, Any]], 
 
 
 def prompt_of_row(row: Any) -> Prompt:
-    """The prompt in a row's columns, or the one that its pair of responses shares. Raises RowError."""
+    """Return the prompt in a row's columns, or the one that its chosen and rejected share. Raises RowError."""
     row = object_of_row(row)
     columns = prompt_columns(row)
     if columns.text is not None:
@@ -76,7 +76,7 @@ def prompt_of_row(row: Any) -> Prompt:
 
 
 def items_of_row(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What `Scorer` reads of a row: one item, or the chosen and the rejected of a pair. Raises RowError."""
+    """Return a row's items for `Scorer`: one, or the chosen and the rejected of a pair. Raises RowError."""
     if _is_pair(row):
         fields = _given_pair(row)
         return [{"prompt": fields["prompt"], "response": fields[side]} for side in SIDES]
@@ -84,7 +84,7 @@ def items_of_row(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     options = {"complete": row["complete"]} if "complete" in row else {}
     if row.get("messages") is not None:
         messages = row["messages"]
-        if messages != []:  # the encoder says what is wrong with no messages
+        if messages != []:  # the encoder refuses an empty list with an error of its own
             messages = text_of(messages, "messages")
         if isinstance(messages, str):
             raise RowError("messages: expected messages (role, content), got str")
@@ -99,19 +99,19 @@ def items_of_row(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def unread_of_pairs(row: Mapping[str, Any]) -> list[str]:
-    """The columns that look like content and that no pair of the row holds."""
+    """Return the columns that look like content and that no pair of the row contains."""
     return unread_columns(row, (*PROMPT_COLUMNS, *(SIDES if _is_pair(row) else _RESPONSES)))
 
 
 def unread_of_prompt(row: Mapping[str, Any]) -> list[str]:
-    """The columns that look like content and that are neither in the row's prompt nor a response to it."""
+    """Return the columns that look like content and that are neither in the row's prompt nor a response to it."""
     responses = (*SIDES, *_RESPONSES, *_RESPONSE)
     known = PROMPT_COLUMNS if prompt_columns(row).text is not None else (*PROMPT_COLUMNS, *SIDES)
     return unread_columns(row, known, responses)
 
 
 def unread_of_items(row: Mapping[str, Any]) -> list[str]:
-    """The columns that look like content and that `prudent score` does not read of the row."""
+    """Return the columns of the row that look like content and that `prudent score` does not read."""
     read = SIDES if _is_pair(row) else ("messages",) if row.get("messages") is not None else ("response",)
     return unread_columns(row, (*PROMPT_COLUMNS, *read))
 
@@ -145,13 +145,13 @@ def _given_pair(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) of two whole texts; each pair joins back to what came."""
-    if chosen == rejected:  # counted and dropped as an equal pair, whatever the prompt is
+    """Split two whole texts into (prompt, chosen, rejected); prompt + response restores each text."""
+    if chosen == rejected:  # the caller drops and counts it as an equal pair, whatever the prompt is
         return "", chosen, rejected
     length = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     shared = chosen[:length] if length is not None else min(chosen, rejected, key=len)
     turn = shared.rfind("\n\nAssistant:")
-    # else a word both answers begin with stays whole in one of them: cut before the last blank
+    # without a turn, cut before the last blank, so that the first word that differs is not split
     end = turn + len("\n\nAssistant:") if turn >= 0 else max(shared.rfind(blank) for blank in " \n\t")
     if end <= 0:
         raise RowError("expected a prompt, or chosen and rejected that begin with the same prompt, got neither")
@@ -168,9 +168,9 @@ def _split_messages(
             break
         shared += 1
     if chosen == rejected:
-        shared = max(shared - 1, 0)  # an equal pair, for the caller to count
+        shared = max(shared - 1, 0)  # the caller counts it as an equal pair
     if prompt is None or (isinstance(prompt, str) and shared):
-        # a prompt given as a text beside whole conversations (ultrafeedback_binarized) repeats what they begin with
+        # a text prompt beside whole conversations (ultrafeedback_binarized) repeats their first messages
         prompt = chosen[:shared]
         if not prompt:
             raise RowError("expected a prompt, or chosen and rejected that begin with the same messages, got neither")
@@ -200,7 +200,7 @@ def _scored_pairs(row: Mapping[str, Any], min_score_gap: float) -> tuple[list[di
         text = _scored_response(response, i)
         score = _number(response if scores is None else {"score": scores[i]}, _SCORE)
         if score is None:
-            raise RowError(f"responses: expected a score with each response, got none at {i}")
+            raise RowError(f"responses: expected a score with each response, got none at index {i}")
         scored.append((_response(prompt, text), score))
     pairs, below = [], 0
     for (better, high), (worse, low) in permutations(scored, 2):
@@ -214,7 +214,7 @@ def _scored_pairs(row: Mapping[str, Any], min_score_gap: float) -> tuple[list[di
 
 
 def _scored_response(response: Any, i: int) -> Text:
-    """A response with a score: a text, an object with a field for it, or the keys of a message."""
+    """Return the text of a scored response: the response itself, one of its fields, or a message made of its keys."""
     if isinstance(response, str):
         return response
     if isinstance(response, Mapping):
@@ -223,11 +223,11 @@ def _scored_response(response: Any, i: int) -> Text:
             return text_of([{"role": "assistant", "content": text, **response}], f"responses[{i}]")
         if text is not None:
             return text_of(text, f"responses[{i}]")
-    raise RowError(f"responses: expected texts or objects with a field response, got one without at {i}")
+    raise RowError(f"responses: expected texts or objects with a field response, got one without it at index {i}")
 
 
 def _response(prompt: Prompt, response: Text) -> Text:
-    """A response in the form of its prompt: an assistant's message unless the prompt is a text."""
+    """Return a response in the form of its prompt: an assistant's message unless the prompt is a text."""
     if isinstance(prompt, str) or "text" in prompt or not isinstance(response, str):
         return response
     return [{"role": "assistant", "content": response}]

@@ -64,7 +64,7 @@ def test_every_known_column_is_in_the_prompt(row: dict[str, Any], prompt: Any) -
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": [_turn("user", "Hi")], "question": "Who?"}, "question: expected a text that the messages hold"),
+        ({"prompt": [_turn("user", "Hi")], "question": "Who?"}, "question: expected a text that the messages contain"),
         (
             {"prompt": [_turn("user", "Hi")], "input": [_turn("user", "Hi")]},
             "prompt and input: expected messages in one",

@@ -208,7 +208,7 @@ def test_one_instruction_with_two_inputs_is_two_prompts(tmp_path: Path) -> None:
 def test_a_prompt_that_the_conversations_lack_is_refused(tmp_path: Path) -> None:
     chats = {"chosen": [_user("q"), _assistant("a")], "rejected": [_user("q"), _assistant("b")]}
     with pytest.raises(
-        ValueError, match="line 1: prompt: expected a text that the messages hold, got one that would be"
+        ValueError, match="line 1: prompt: expected a text that the messages contain, got one that would be"
     ):
         _load(tmp_path, {"prompt": "Be brief.", **chats})
 
@@ -251,7 +251,7 @@ def test_pairs_that_an_encoder_cannot_read_are_refused_by_line_or_left_out_and_c
     assert [[pair.prompt for pair in part] for part in kept] == [["p", "r"], ["s"]]
     assert (counts["pairs"], counts["prompts"], counts["bad_rows"]) == (3, 3, 1)
     with pytest.raises(
-        ValueError, match=r"data: expected a pair that the tokeniser can read, got none; the first is .*line 1"
+        ValueError, match=r"data: expected a pair that the tokeniser can read, got none; the first error: .*line 1"
     ):
         readable_pairs(parts, [_refusing("b")], dict(data.counts), skip_bad_rows=True)
 
@@ -262,21 +262,21 @@ _GOOD = json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"})
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{broken", "expected one JSON object a line, got Expecting property name"),
-        ('["a"]', "expected JSON lines, one object a line, got an array"),
+        ("{broken", "expected one JSON object per line, got Expecting property name"),
+        ('["a"]', "expected JSON lines, one object per line, got an array"),
         ("null", "expected an object with fields, got null"),
         ('{"text": "x"}', "expected the fields chosen and rejected, or prompt and responses with scores, got text"),
         ('{"prompt": "p", "chosen": "a", "rejected": null}', "expected chosen and rejected, but rejected is null"),
         ('{"prompt": "p", "chosen": null, "rejected": "b"}', "expected chosen and rejected, but chosen is null"),
         ('{"prompt": "p", "chosen": "a', "got Unterminated string starting at: column 27"),
-        ("[" + "1" * 5000 + "]", "expected one JSON object a line, got Exceeds the limit"),
+        ("[" + "1" * 5000 + "]", "expected one JSON object per line, got Exceeds the limit"),
         ('{"prompt": "p", "chosen": 3, "rejected": "b"}', "chosen: expected a text or a list of messages, got int"),
         ('{"prompt": "p", "chosen": [{"role": "user"}], "rejected": []}', "chosen: expected messages with a role"),
         ('{"prompt": "p", "chosen": "a", "rejected": [{"role": "u", "content": "x"}]}', "got one of each"),
         ('{"chosen": "alpha", "rejected": "beta"}', "begin with the same prompt, got neither"),
         ('{"prompt": "p", "chosen": "a", "rejected": "b", "margin": "big"}', "margin: expected a finite number"),
         ('{"prompt": "p", "chosen": "a", "rejected": "b", "margin": NaN}', "margin: expected a finite number, got nan"),
-        ('{"prompt": "p", "responses": ["a", "b"]}', "expected a score with each response, got none at 0"),
+        ('{"prompt": "p", "responses": ["a", "b"]}', "expected a score with each response, got none at index 0"),
         ('{"prompt": "p", "responses": ["a", "b"], "scores": [1]}', "scores: expected a list of 2 numbers"),
         ('{"responses": ["a"], "scores": [1]}', "expected a prompt beside the responses"),
         ('{"prompt": "p", "chosen": "a", "rejected": "b", "source": 1}', "source: expected a string, got int"),

@@ -74,8 +74,8 @@ def test_another_aggregation_changes_the_reward_and_nothing_else(make):
 
 
 BROKEN = [
-    ('{"prompt": "the food"', "JSON object a line"),
-    ("[1, 2]", "one object a line, got an array"),
+    ('{"prompt": "the food"', "JSON object per line"),
+    ("[1, 2]", "one object per line, got an array"),
     ('{"prompt": "the food"}', "prompt and response, messages, or chosen and rejected, got prompt"),
     ('{"prompt": "a", "response": "b", "reward": 1}', "a field 'reward' already"),
     ('{"prompt": "a", "response": 3}', "response: expected a text or a list of messages, got int"),
@@ -126,7 +126,7 @@ def test_a_column_that_looks_like_content_is_named_once_over_all_chunks(make, ca
 
 def test_a_prompt_beside_messages_that_lack_it_is_refused(make):
     with pytest.raises(
-        ValueError, match="line 1: prompt: expected a text that the messages hold, got one that would be"
+        ValueError, match="line 1: prompt: expected a text that the messages contain, got one that would be"
     ):
         run_score(make([{**ROWS[2], "prompt": "be brief"}]), progress=False)
 
