@@ -1,7 +1,7 @@
-"""Save and load a reward as a LoRA with heads, to be added to a policy's trunk; `prudent train` with mode lora does.
+"""Save and load a reward as a LoRA with heads, which PPO adds to a policy's trunk; `prudent train` mode lora saves one.
 
-A folder holds a LoRA in peft's format, named as in the causal language model (so that PeftModel.from_pretrained loads
-it on that), the heads (head.safetensors, head.json) and the tokeniser.
+A folder holds a LoRA in peft's format with the causal language model's names (so that PeftModel.from_pretrained can
+load it onto that model), the heads (head.safetensors, head.json) and the tokeniser.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ...engine.weights import reading_weights
 from ..job.files import read_json
 
 _WEIGHTS = "adapter_model.safetensors"  # peft's name
-_SETTINGS = ("hidden_size", "num_heads", "aggregation", "std_floor", "append_eos")  # of head.json
-_ROOT = "base_model.model."  # peft's, before every name in the model it wraps
+_SETTINGS = ("hidden_size", "num_heads", "aggregation", "std_floor", "append_eos")  # required in head.json
+_ROOT = "base_model.model."  # peft's prefix of every name in the model that it wraps
 
 
 @contextmanager
 def peft_hushed() -> Iterator[None]:
-    """Silence a deprecation that peft 0.21 causes in transformers 5.23 and that its users cannot mend."""
+    """Silence a deprecation warning of transformers 5.23 that peft 0.21 causes and its users cannot fix."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield
@@ -40,7 +40,7 @@ def save_lora(
 
     Args:
         model: the PeftModel.
-        adapter: the LoRA's name in the model; the saved one has none.
+        adapter: the LoRA's name in the model; it is saved without a name.
         folder: an existing folder.
         base: the base model's name in the saved configuration; None keeps the one that peft found.
         trunk_prefix: (name of the trunk in the wrapped model, name to save it under), if they differ.
@@ -68,9 +68,9 @@ def _renamed(name: str, prefix: str, other: str) -> str:
 def save_head(
     head: EnsembleHead, folder: Path, *, append_eos: bool = True, max_score_length: int | None = None
 ) -> None:
-    """Weights, calibration and settings of an ensemble head: head.safetensors and head.json.
+    """Save weights, calibration and settings of an ensemble head as head.safetensors and head.json.
 
-    append_eos, max_score_length: of the texts that the heads were trained on; see `EnsembleRewardConfig`.
+    append_eos, max_score_length: how the heads' training texts were read; see `EnsembleRewardConfig`.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     save_file(tensors, folder / "head.safetensors")
@@ -86,12 +86,12 @@ def save_head(
 
 
 def is_reward_adapter(folder: Path | str) -> bool:
-    """Whether `folder` holds a LoRA with heads."""
+    """Return whether `folder` holds a LoRA with heads."""
     return all((Path(folder) / name).is_file() for name in ("adapter_config.json", _WEIGHTS, "head.json"))
 
 
 def adapter_settings(folder: Path | str) -> dict[str, Any]:
-    """The settings of heads in a folder that `save_head` wrote. ValueError if one is missing."""
+    """Read head.json of a folder that `save_head` wrote. Raises ValueError if a setting is missing."""
     folder = Path(folder)
     settings: dict[str, Any] = read_json(folder / "head.json")
     missing = [name for name in _SETTINGS if name not in settings]
@@ -101,7 +101,7 @@ def adapter_settings(folder: Path | str) -> dict[str, Any]:
 
 
 def load_head(folder: Path | str) -> EnsembleHead:
-    """The heads of a folder that `save_head` wrote, frozen, in eval mode, on the CPU, in fp32.
+    """Load the heads that `save_head` wrote: frozen, in eval mode, on the CPU, in fp32.
 
     Raises:
         ValueError: for a folder without heads, or with heads that do not fit its settings.

@@ -9,33 +9,33 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-# families whose layers hand unknown keyword arguments on to the attention function and mask causally, nothing more
+# families whose layers pass unknown keyword arguments to the attention function and use a causal mask only
 SHARING_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def causal_lm(model: Any) -> Any:
-    """The causal language model inside a peft wrapper, adapters in place; any other model is itself."""
+    """Return the causal language model inside a peft wrapper, with its adapters; any other model unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-# transformers 5.24 calls every cache `cache`; before, the last name was Mamba's and the other that of all others
+# transformers 5.24 calls every cache `cache`; before, Mamba's was `cache_params` and all others `past_key_values`
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def cache_argument(trunk: Any) -> str:
-    """The name under which the forward pass of a model of transformers takes its cache."""
+    """Return the name of the cache argument of a transformers model's forward pass."""
     names = inspect.signature(trunk.forward).parameters
     return next((name for name in _CACHE_NAMES if name in names), "past_key_values")
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in an output of transformers; None if it has none."""
-    known = output.keys()  # attributes of the old names exist beside the new one, and warn
+    """Return the cache in an output of transformers; None if it has none."""
+    known = output.keys()  # the old names still exist as attributes, but reading them warns
     return next((output[name] for name in _CACHE_NAMES if name in known), None)
 
 
 def logit_scale(config: Any) -> float:
-    """The factor on a causal language model's logits, by whatever name its configuration has it; 1 for most."""
+    """Return the factor on a causal language model's logits, under any name that configurations use; 1 for most."""
     scale = 1.0
     for name, divides in (("logit_scale", False), ("lm_head_multiplier", False), ("logits_scaling", True)):
         value = getattr(config, name, None)
@@ -55,5 +55,5 @@ def next_logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers, which one on the meta device or under FakeTensorMode does not."""
+    """Return whether a tensor holds numbers; one on the meta device or under FakeTensorMode does not."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))

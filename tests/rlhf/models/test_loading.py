@@ -160,7 +160,7 @@ def test_append_eos_is_said_of_a_classifier_and_known_of_an_ensemble(run: Path, 
     assert scorer.encode("my day") == load_scorer(str(classifier), 64, None, False).encode("my day")[:-1]
     load_reward("model", str(run), append_eos=True)
     with pytest.raises(
-        ValueError, match=r"append_eos: expected True, as model .*/run/model was trained with, or nothing"
+        ValueError, match=r"append_eos: expected True, with which model .*/run/model was trained, or null"
     ):
         load_reward("model", str(run), append_eos=False)
     assert (says_append_eos("model", str(run)), says_append_eos("model", str(classifier))) == (True, False)
@@ -187,9 +187,7 @@ def test_a_folder_with_code_of_its_own_is_refused_without_a_question(
 
 
 def test_an_adapter_or_a_run_folder_where_a_model_is_expected_leads_to_the_model(run: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"adapter, a LoRA without the model that it changes \(merged, it is .*run/model\)"
-    ):
+    with pytest.raises(ValueError, match=r"adapter, a LoRA without its base model \(the merged model is .*run/model\)"):
         load_scorer(str(run / "adapter"), 64, None, False)
     with pytest.raises(ValueError, match=r"run, a run folder whose model is .*run/model: "):
         load_language_model("model", str(run))
@@ -197,7 +195,7 @@ def test_an_adapter_or_a_run_folder_where_a_model_is_expected_leads_to_the_model
 
 def test_a_reward_model_where_a_language_model_is_expected_is_refused_in_few_words(run: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"model: expected a causal language model, got the reward model .*, which scores"
+        ValueError, match=r"model: expected a causal language model, got the reward model .*, which cannot generate"
     ) as raised:
         load_language_model("model", str(run / "model"))
     assert len(str(raised.value)) < 600 + len(str(run))
@@ -217,7 +215,7 @@ def test_a_language_model_that_lacks_tensors_is_refused(lm: Path) -> None:
         ("/no/such", "no such file or folder"),
         ("./here", "no such file or folder"),
         ("runs/reward/model", "no such file or folder"),
-        ("runs/mdoel", "no such file or folder (the hub is not asked, because runs is a folder here)"),
+        ("runs/mdoel", "no such file or folder (not looked up on the hub, because runs is a local folder)"),
     ],
 )
 def test_a_mistyped_path_is_refused_before_a_hub_is_asked(

@@ -219,7 +219,7 @@ def test_what_is_no_causal_language_model_is_refused_in_a_sentence(
     AutoConfig.for_model("t5").save_pretrained(tmp_path / "t5")
     monkeypatch.chdir(tmp_path)
     for name, said in (
-        ("./reward", "expected a causal language model, got the reward model ./reward, which scores texts"),
+        ("./reward", "expected a causal language model, got the reward model ./reward, which cannot generate text"),
         ("./t5", "expected a causal language model, got ./t5, of model type t5"),
         ("reward/nope", "reward/nope: no such file or folder"),
     ):
