@@ -1,4 +1,4 @@
-"""Check, before a run begins, that a model can be sampled from and by which engines."""
+"""Check, before a run begins, that a model can be sampled from, and which engines suit it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .shared_prefix import decoder
 
 @torch.no_grad()
 def check_logits(model: Any) -> None:
-    """ValueError if the logits are not the output layer on the last hidden states, softcapped or not.
+    """Raise ValueError unless the logits are the output layer on the last hidden states, scaled and capped (config).
 
-    Engines draw from the latter, and the update computes probabilities from it.
+    Engines compute logits in this way, and the update computes probabilities from it.
     """
     lm = causal_lm(model)
     if not has_values(lm.get_input_embeddings().weight):
@@ -34,7 +34,7 @@ def check_logits(model: Any) -> None:
 
 @torch.no_grad()
 def caches_attention_alone(model: Any) -> bool:
-    """Whether the cache of every layer is keys and values, which engines static and continuous take it for.
+    """Return whether every layer caches keys and values only, as engines static and continuous assume.
 
     Layers of linear attention and of state spaces cache a state instead.
     """
@@ -50,15 +50,15 @@ def caches_attention_alone(model: Any) -> bool:
 
 
 def takes_padding(model: Any) -> bool:
-    """Whether prompts of several lengths can be decoded in one batch, padded on the left.
+    """Return whether prompts of several lengths can be decoded in one batch, padded on the left.
 
     Raises:
-        ValueError: for a model that cannot even decode prompts of one length: token by token with a cache, it gives
-            other hidden states than in one pass.
+        ValueError: for a model that cannot decode even prompts of one length: its hidden states, token by token with a
+            cache, are not those of one pass.
     """
     lm = causal_lm(model)
     if lm.config.model_type in SHARING_MODELS or not has_values(lm.get_input_embeddings().weight):
-        return True  # the tests hold these to the one pass
+        return True  # the tests compare these families with one pass
     vocab = lm.config.get_text_config().vocab_size
     if _why_not(lm, vocab, (5, 3)) is None:
         return True
@@ -81,11 +81,11 @@ def _why_not(lm: Any, vocab: int, lengths: tuple[int, int]) -> str | None:
     try:
         with decoder(lm, prompts, 2, 2) as batch:
             got = torch.stack([batch.feed(fed[:, 0]), batch.feed(fed[:, 1])], dim=1).float()
-    except Exception as error:  # code of any family
+    except Exception as error:  # the code of any family may raise any error
         reason = " ".join(str(error).split())[:200]
         return reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"
     off = float((got - want).norm() / want.norm())
-    # rounding in half precision, whatever experts it routes a token to, against another text
+    # half precision rounds, and may route a token to other experts; hidden states of another text differ by more
     if off <= (0.01 if lm.dtype == torch.float32 else 0.1):
         return None
     return f"its hidden states are {off:.0%} off"

@@ -1,4 +1,4 @@
-"""The config of a rollout: how many responses, how long, sampled how."""
+"""The config of a rollout: number, length and sampling of responses."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from ..job.config import JobConfig
 
 
 class RolloutConfig(JobConfig):
-    """How responses are drawn."""
+    """How responses are sampled."""
 
-    prompts_per_step: int = Field(default=64, ge=1, description="Prompts in a step.")
+    prompts_per_step: int = Field(default=64, ge=1, description="Number of prompts in a step.")
     samples_per_prompt: int = Field(
-        default=1, ge=1, description="Responses to each prompt; estimators rloo and group need at least 2."
+        default=1, ge=1, description="Number of responses to each prompt; estimators rloo and group need at least 2."
     )
     max_new_tokens: int = Field(default=64, ge=1, description="Largest number of tokens in a response.")
     min_new_tokens: int = Field(default=0, ge=0, description="Number of tokens before which a response cannot stop.")
     max_prompt_tokens: int | None = Field(
-        default=None, ge=1, description="Longest prompt accepted, in tokens; null: what the model holds."
+        default=None, ge=1, description="Largest number of tokens in a prompt; null: as many as fit the model."
     )
-    temperature: float = Field(default=1.0, gt=0, description="Temperature of sampling; 1: the policy itself.")
+    temperature: float = Field(
+        default=1.0, gt=0, description="Temperature of sampling; 1: the policy's own distribution."
+    )
     top_k: int = Field(
         default=0,
         ge=0,
@@ -32,6 +34,6 @@ class RolloutConfig(JobConfig):
     )
     engine: Literal["auto", "shared_prefix", "static", "continuous"] = Field(
         default="auto",
-        description="Engine that draws the responses; auto: the fastest that suits device, model and keys.",
+        description="Engine that samples the responses; auto: the fastest that suits device, model and keys.",
     )
-    batch_rows: int = Field(default=256, ge=1, description="Responses drawn at once.")
+    batch_rows: int = Field(default=256, ge=1, description="Number of responses sampled in one batch.")

@@ -1,4 +1,4 @@
-"""The engines that draw responses: prompts shared on a CPU, a CUDA graph of one token, transformers' own batching."""
+"""The engines that sample responses: shared prompts, a static cache with a CUDA graph, and continuous batching."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from .shared_prefix import Sampled, attending, sample_batch, shares_prefix
 from .tokens import Rule
 
 _ATTENTION = "prudent_static"
-_CHECK_EVERY = 16  # tokens between two looks, each of which waits for the GPU, at whether every row has stopped
+_CHECK_EVERY = 16  # tokens between two checks whether every row has stopped; each check waits for the GPU
 _Drawn = tuple[list[list[int]], list[bool]]
 
 
 def prompt_groups(prompts: list[list[int]]) -> tuple[list[list[int]], int]:
-    """(G prompts, S): N = G x S rows whose equal prompts stand together; S is 1 where their numbers differ."""
+    """Group N = G x S rows whose equal prompts are adjacent: (G prompts, S); S is 1 if the prompts' counts differ."""
     runs = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
     counts = {count for _, count in runs}
     return ([prompt for prompt, _ in runs], counts.pop()) if len(counts) == 1 else (prompts, 1)
 
 
 class SharedPrefix:
-    """Each prompt is read once, its samples attend to one copy of it, and finished rows leave the batch.
+    """Read each prompt once and let its samples attend to one copy of it; finished rows leave the batch.
 
-    The engine for a CPU, and for every family. Families outside `SHARING_MODELS` get a copy of the prompt's cache for
-    every sample.
+    This engine is the best on a CPU and works for every family; families outside `SHARING_MODELS` get a copy of the
+    prompt's cache for every sample.
     """
 
     name = "shared_prefix"
 
     def __init__(self, rule: Rule, padded: bool = True) -> None:
-        """padded: whether prompts of several lengths share a batch; some families are wrong behind padding."""
+        """padded: whether prompts of several lengths share a batch; some families are wrong after padding."""
         self.rule, self.padded = rule, padded
 
     def __call__(self, model: Any, prompts: list[list[int]], uniform: Tensor) -> _Drawn:
@@ -60,10 +60,10 @@ class SharedPrefix:
 
 
 class Static:
-    """Decoding with a cache of fixed size; on a GPU one token of all rows is one CUDA graph, launched again and again.
+    """Decode with a cache of fixed size; on a GPU, one token of all rows is one CUDA graph, which is replayed.
 
-    Prompts are padded on the left. Graph and cache are given back when the rows are done: the update needs the memory,
-    and capturing one forward pass again takes less than a few tokens do eagerly. On a CPU the same steps run without a
+    Prompts are padded on the left. Graph and cache are freed when the rows are done: the update needs the memory, and
+    to capture a forward pass again takes less time than a few eager tokens. On a CPU the same steps run without a
     graph.
     """
 
@@ -80,7 +80,7 @@ class Static:
         limit = uniform.shape[1]
         distinct, samples = prompt_groups(prompts)
         width = max(map(len, distinct))
-        # one position more than is read, and a multiple of 16, as attention kernels want their masks
+        # one position more than is read, rounded up to a multiple of 16, to which attention kernels align their masks
         size = -(-(width + limit + 1) // 16) * 16
         _refuse_windows(model, size)
         _refuse_dynamic_rope(model)
@@ -109,9 +109,9 @@ class Static:
 
 
 class _Step:
-    """One token of all N rows: every tensor stays where it is, so that a captured step can be launched again.
+    """Decode one token of all N rows; every tensor keeps its address, so that a captured step can be replayed.
 
-    mask: [N, 1, 1, L], True where a row attends, or 0 there and the least number elsewhere; handed on as it is.
+    mask: [N, 1, 1, L], True where a row attends, or additive: 0 there and the dtype's least number elsewhere.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class _Step:
         self.mask.index_fill_(3, self.column, self._attended)
         rule.stop = rule.stop.to(device)  # once: a graph cannot copy from the CPU
         names = inspect.signature(model.base_model.forward).parameters
-        # transformers 5 below 5.2 finds its place in the cache by this
+        # transformers before 5.2 needs it to find its place in the cache
         self._extra: dict[str, Any] = {"cache_position": self.column} if "cache_position" in names else {}
         self._extra[cache_argument(model.base_model)] = cache
 
@@ -147,7 +147,7 @@ class _Step:
         self.take(next_logits(self.model, hidden))
 
     def take(self, logits: Tensor) -> None:
-        """Draw from [N, V] logits; rows that have stopped keep their zeros."""
+        """Draw from [N, V] logits; rows that have stopped get 0."""
         drawn = self.rule.draw(logits, self.uniform.index_select(1, self.step)[:, 0], self.step)
         drawn = drawn.masked_fill(self.done, 0)
         self.tokens.index_copy_(1, self.step, drawn[:, None])
@@ -157,7 +157,7 @@ class _Step:
 
 
 def _run(step: _Step, limit: int) -> None:
-    """The tokens after the first. On a GPU the second and third warm the kernels up and the rest is one graph."""
+    """Decode the tokens after the first. On a GPU the second and third warm up the kernels; the rest replay a graph."""
     on_gpu = step.tokens.device.type == "cuda"
     replay: Any = step
     for number in range(1, limit):
@@ -179,10 +179,10 @@ def _run(step: _Step, limit: int) -> None:
 
 
 def _decoding_attention(model: Any, size: int) -> str:
-    """What one token attends with to a cache of `size` positions under a mask: ours, or one of the model's own.
+    """Return the attention by which one token reads a masked cache of `size` positions: ours or one of the model's.
 
-    flash-attn takes no mask over a cache. Scores that are softcapped are right in eager alone, where transformers
-    gives such a family no SDPA.
+    flash-attn takes no mask over a cache. Softcapped scores are right in eager attention only; transformers offers such
+    families no SDPA.
     """
     if shares_prefix(model, size):
         return _ATTENTION
@@ -193,7 +193,7 @@ def _decoding_attention(model: Any, size: int) -> str:
 
 
 def _static_cache(read: Any, width: int, samples: int, size: int) -> Cache:
-    """The prompts' cache [G, Hkv, P, d] as one of `size` positions and G x S rows; `read` gives its layers up."""
+    """Copy the prompts' cache [G, Hkv, P, d] into one of `size` positions and G x S rows; the layers of `read` go."""
     layers: list[Any] = []
     place = {"cache_position": torch.arange(width, device=read.layers[0].keys.device)}
     for layer in read.layers:
@@ -219,7 +219,7 @@ def _refuse_windows(model: Any, size: int) -> None:
 
 
 def _refuse_dynamic_rope(model: Any) -> None:
-    """A frequency that follows the length is computed anew on the CPU's word at every token: no graph captures it."""
+    """Refuse rope_type dynamic: the CPU decides at every token if frequencies change, which a graph cannot capture."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each kind of layer
@@ -240,10 +240,10 @@ def _attend(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """[B, H, 1, d] queries on [B, Hkv, L, d] keys: the H / Hkv heads that share keys stand as so many queries.
+    """Attend with [B, H, 1, d] queries to [B, Hkv, L, d] keys; the heads that share keys become H / Hkv queries.
 
-    Grouped heads and a mask together send SDPA to its slow path, and transformers therefore copies the keys H / Hkv
-    times at every token.
+    SDPA takes its slow path for grouped heads with a mask, and transformers therefore copies the keys H / Hkv times at
+    every token.
     """
     batch, heads, _, dim = query.shape
     groups = key.shape[1]
@@ -257,16 +257,15 @@ AttentionInterface.register(_ATTENTION, _attend)
 
 
 def has_continuous_batching() -> bool:
-    """Whether transformers has the continuous batching that `Continuous` asks; the first releases of 5 have not."""
+    """Return whether transformers has the continuous batching that `Continuous` needs; early releases of 5 lack it."""
     return hasattr(transformers, "ContinuousBatchingConfig")
 
 
 class Continuous:
-    """transformers' continuous batching: rows join and leave at every token, keys and values lie in pages.
+    """transformers' continuous batching: rows join and leave at every token; keys and values are stored in pages.
 
-    It draws its own random numbers: from a seed that is a digest of `uniform`, in the order in which rows come. The
-    same rows get the same responses, but in another batch a row gets another one, unlike with the other engines. On a
-    CPU it works and is slow.
+    It draws its own random numbers, seeded by a digest of `uniform`, in the order of the rows. The same batch gets the
+    same responses, but unlike with the other engines a row's response depends on its batch. On a CPU it is slow.
     """
 
     name = "continuous"
@@ -275,7 +274,7 @@ class Continuous:
         if not has_continuous_batching():
             raise ValueError(
                 "rollout.engine: expected a transformers with ContinuousBatchingConfig for continuous, got "
-                f"{transformers.__version__}; shared_prefix and static do without"
+                f"{transformers.__version__}; shared_prefix and static do not need it"
             )
         if rule.min_new_tokens:
             raise ValueError(
@@ -290,7 +289,7 @@ class Continuous:
         model = causal_lm(model)
         attention = model.config._attn_implementation
         if attention == "eager" and getattr(model.config, "attn_logit_softcapping", None):
-            raise ValueError(  # transformers' eager attention over pages leaves the cap out
+            raise ValueError(  # transformers' eager attention over pages ignores the cap
                 f"rollout.engine: expected shared_prefix for {model.config.model_type} without flash-attn, "
                 "whose attention scores are softcapped, got continuous"
             )
@@ -308,7 +307,7 @@ class Continuous:
         seed = int.from_bytes(hashlib.sha256(uniform.numpy().tobytes()).digest()[:6], "big")
         on_gpu = model.device.type == "cuda"
         options = _paging(prompts, limit, seed)
-        # transformers switches the attention, and where it fails before its first row not back
+        # transformers changes the attention, and does not restore it if it fails before the first row
         with torch.random.fork_rng(devices=[model.device] if on_gpu else []), attending(model, attention):
             torch.manual_seed(seed)
             outputs = model.generate_batch(prompts, generation_config=generation, **options)
@@ -316,13 +315,13 @@ class Continuous:
         errors = {str(output.error) for output in answers if output.error is not None}
         if len(answers) != len(prompts) or errors or not all(output.generated_tokens for output in answers):
             why = ", ".join(sorted(errors)) or f"{len(answers)} rows of {len(prompts)}"
-            raise RuntimeError(f"rollout.engine: continuous batching failed ({why}); shared_prefix needs none of it")
+            raise RuntimeError(f"rollout.engine: continuous batching failed ({why}); shared_prefix does not use it")
         responses = [list(output.generated_tokens[:limit]) for output in answers]
         return responses, [response[-1] in stop for response in responses]
 
 
 def _paging(prompts: list[list[int]], limit: int, seed: int) -> dict[str, Any]:
-    """Room for these rows and no more: left to itself, the cache takes nine tenths of the free memory."""
+    """Return options that limit the cache to these rows; by default it takes nine tenths of the free memory."""
     kind = transformers.ContinuousBatchingConfig
     known = {field.name for field in dataclasses.fields(kind)}
     page = 32
@@ -331,7 +330,7 @@ def _paging(prompts: list[list[int]], limit: int, seed: int) -> dict[str, Any]:
         "num_blocks": sum(-(-(len(prompt) + limit) // page) + 1 for prompt in prompts),
         "max_batch_tokens": max(len(prompts), 4096),
         "seed": seed,
-        "auto_switch_to_flash": False,  # which attention runs is the policy's choice
+        "auto_switch_to_flash": False,  # the policy's config chooses the attention
     }
     return {"continuous_batching_config": kind(**{name: value for name, value in wanted.items() if name in known})}
 

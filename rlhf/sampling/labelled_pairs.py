@@ -1,4 +1,4 @@
-"""Preference pairs from a gold scorer, with labels flipped on purpose."""
+"""Make preference pairs from a gold scorer, with a share of the labels flipped."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .stored import Rollout
 
 
 class GoldPairs(NamedTuple):
-    """P pairs of sampled responses, true order: `better` and `worse` by the gold scorer.
+    """P pairs of sampled responses in their true order: the gold scorer prefers `better` to `worse`.
 
     prompt         [P] the prompt's number       better, worse  [P] numbers of its two responses
     flipped        [P] bool, whether the label says the opposite
-    drawn, ties    how many pairs were drawn, and how many of them the gold scorer could not tell apart
+    drawn, ties    number of pairs drawn, and of those to whose responses gold gives equal scores
     """
 
     prompt: list[int]
@@ -29,7 +29,7 @@ class GoldPairs(NamedTuple):
     ties: int
 
     def features(self, rollouts: Sequence[Rollout], noisy: bool) -> tuple[Tensor, Tensor]:
-        """(chosen [P, D], rejected [P, D]) by the noisy labels or by the true ones."""
+        """Return (chosen [P, D], rejected [P, D]) by the noisy labels or by the true ones."""
         sides = [
             torch.stack([rollouts[p].features[r] for p, r in zip(self.prompt, column, strict=True)])
             for column in (self.better, self.worse)
@@ -40,7 +40,7 @@ class GoldPairs(NamedTuple):
         return torch.where(flip, sides[1], sides[0]), torch.where(flip, sides[0], sides[1])
 
     def rows(self, rollouts: Sequence[Rollout], gold: Sequence[Tensor], noisy: bool) -> list[dict[str, Any]]:
-        """What goes into a JSON-lines file that `prudent train` and `prudent eval` read."""
+        """Return rows for a JSON-lines file that `prudent train` and `prudent eval` read."""
         rows = []
         for p, better, worse, flipped in zip(self.prompt, self.better, self.worse, self.flipped.tolist(), strict=True):
             chosen, rejected = (worse, better) if noisy and flipped else (better, worse)
@@ -68,7 +68,7 @@ def make_pairs(
         label_noise: the share flipped, exact to within one pair.
 
     Raises:
-        ValueError: if the gold scorer tells no drawn pair apart.
+        ValueError: if all drawn pairs are ties.
     """
     draw = random.Random(seed)
     kept: list[tuple[int, int, int]] = []

@@ -26,7 +26,7 @@ _PROMPTS = Path(__file__).with_name("prompts.txt")
 
 
 def read_prompts(file: Path | None, held_out: int) -> list[str]:
-    """The different prompts of a text file, one a line, without blank lines. ValueError if too few remain."""
+    """Read the distinct prompts of a text file, one per line; blank lines are ignored. ValueError if too few remain."""
     prompts = list(dict.fromkeys(line.strip() for _, line in text_lines("prompts", file or _PROMPTS)))
     if len(prompts) < held_out + 2:
         raise ValueError(
@@ -43,10 +43,10 @@ class Prompt(NamedTuple):
 
 
 def longest_prompt(config: RolloutConfig, model_config: Any, turn: Turn) -> int | None:
-    """How many tokens a prompt may have so that a response and its closing fit the model; None: any number.
+    """Return the largest number of prompt tokens with which a response and its closing fit the model; None: any number.
 
     Raises:
-        ValueError: if the model's positions hold no prompt beside `max_new_tokens`.
+        ValueError: if `max_new_tokens` leaves no position for a prompt.
     """
     positions = longest_in_company(model_config)
     if positions is None:
@@ -74,12 +74,13 @@ def load_prompts(
     skip_bad_rows: bool = False,
     progress: bool = False,
 ) -> list[Prompt]:
-    """The prompts of a file or data set, in its order, each once.
+    """Load the distinct prompts of a file or data set, in its order.
 
     Args:
-        source: a .txt file, one prompt a line (blank lines are none); or what `load_pairs` reads (.jsonl, .json,
-            .parquet, a data set), where a row states its prompt in the columns that `data.columns` lists, or is a
-            preference pair, whose prompt is taken. A column that looks like content and is not read is named on stderr.
+        source: a .txt file, one prompt per line (blank lines are ignored); or anything that `load_pairs` reads (.jsonl,
+            .json, .parquet, a data set), whose rows give a prompt in the columns that `data.columns` lists, or are
+            preference pairs, of which the prompt is read. A warning on stderr names columns that look like content and
+            are not read.
         turn: the policy's tokeniser and template.
         max_tokens: longer prompts are refused, because a prompt without its beginning is another; see
             `longest_prompt`.
@@ -140,7 +141,7 @@ def _tokenised(item: rows.Prompt, turn: Turn, max_tokens: int | None) -> Prompt:
         last: Any = (item.get("text") or item["messages"]) if isinstance(item, dict) else item
         shown = last if isinstance(last, str) else str(last[-1].get("content", ""))
         raise RowError(
-            f"expected at most {max_tokens} tokens, so that a response fits behind, got {len(ids)}: {shown[:60]!r}"
+            f"expected at most {max_tokens} tokens, so that a response fits after them, got {len(ids)}: {shown[:60]!r}"
         )
     return Prompt(item, ids)
 
@@ -162,11 +163,11 @@ def _items(name: str) -> Iterator[tuple[str, Any]]:
 
 
 def prompt_order(count: int, step: int, per_step: int, seed: int) -> list[int]:
-    """The numbers of the `per_step` prompts of step `step` (from 0), all different.
+    """Return the numbers of the `per_step` prompts of step `step` (from 0), all different.
 
-    Each epoch shuffles all `count` prompts and cuts them into whole steps; the fewer than `per_step` prompts left over
-    at its end are not used in that epoch. The result depends on these four numbers alone, so a resumed run needs no
-    record of the order.
+    Each epoch shuffles all `count` prompts and cuts them into whole steps; fewer than `per_step` prompts remain, which
+    are not used in that epoch. The result depends on the four arguments alone, so a resumed run needs no record of the
+    order.
 
     Raises:
         ValueError: for fewer prompts than a step takes.

@@ -1,4 +1,4 @@
-"""Choose the engine that draws responses; all have one interface, `Sampler`."""
+"""Choose the engine that samples responses; all have one interface, `Sampler`."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from .turn import Ending
 
 
 class Sampler(Protocol):
-    """An engine. Equal prompts stand together, so that their samples may share keys and values."""
+    """The interface of engines. Equal prompts must be adjacent, so that their samples may share keys and values."""
 
     @property
     def name(self) -> str:
-        """What `rollout.engine` calls it."""
+        """Its value of `rollout.engine`."""
         ...
 
     def __call__(self, model: Any, prompts: list[list[int]], uniform: Tensor) -> tuple[list[list[int]], list[bool]]:
-        """Draw one response a row.
+        """Draw one response per row.
 
         Args:
-            model: a causal language model of transformers, peft-wrapped or not, in eval mode, its adapters as wanted.
+            model: a causal language model of transformers, peft-wrapped or not, in eval mode, its adapters switched as
+                needed.
             prompts: N lists of token ids, of any lengths.
-            uniform: [N, max_new_tokens] fp32 in [0, 1) on the CPU; token t of row i spends uniform[i, t].
+            uniform: [N, max_new_tokens] fp32 in [0, 1) on the CPU; token t of row i is drawn with uniform[i, t].
 
         Returns:
-            The N responses, the stop token included where one was drawn, and whether one was (False: cut).
+            The N responses, each with its stop token if one was drawn, and whether one was (False: cut off).
         """
         ...
 
@@ -42,19 +43,19 @@ class Sampler(Protocol):
 def open_sampler(
     config: RolloutConfig, model: Any, stop: set[int], device: torch.device | str, ending: Ending | None = None
 ) -> Sampler:
-    """The engine that `config.engine` names; auto: shared_prefix on a CPU, the faster of the other two on a GPU.
+    """Open the engine that `config.engine` names; auto: shared_prefix on a CPU, the faster of the other two on a GPU.
 
     Args:
         config: how tokens are drawn. With top_k, top_p or min_new_tokens the responses come from a truncated
-            distribution, whose probabilities the update does not know: it takes those of the whole vocabulary.
-        model: what will be sampled from; a few tokens are read with it, to check that the engine is right for it.
+            distribution, but the update computes probabilities over the whole vocabulary.
+        model: the model to sample from; it reads a few tokens, to check that the engine is right for it.
         stop: ids that end a response (`Turn.stop`).
-        device: where the model is.
-        ending: where the text of a response ends (`Turn.ending`); None: at a stop id alone.
+        device: of the model.
+        ending: finds where the text of a response ends (`Turn.ending`); None: at a stop id only.
 
     Raises:
-        ValueError: for no stop id; min_new_tokens above max_new_tokens, or with engine continuous; a model that does
-            more to its logits, cannot be decoded, or not by the engine that is named.
+        ValueError: for no stop id; for min_new_tokens above max_new_tokens, or with engine continuous; for a model with
+            unknown operations on its logits, or that cannot be decoded, or not by the named engine.
     """
     if not stop:
         raise ValueError("stop: expected at least one token id that ends a response, got none")
@@ -88,10 +89,10 @@ def _engine(config: RolloutConfig, model: Any, rule: Rule, device: torch.device 
 
 
 class EndedByText:
-    """An engine whose responses end where their text says, which no single token need tell; see `Ending`.
+    """Wrap an engine, and end its responses at a text that may not be a token of its own; see `Ending`.
 
-    The engine draws on behind such an end, up to a stop id or the limit, and the response is cut at it: random numbers
-    belong to their row and token, so that the response is the one that would have been drawn.
+    The engine draws past the ending, up to a stop id or the limit, and the response is cut at the ending. Each random
+    number belongs to a row and token, so the response is the same as if drawing had stopped there.
     """
 
     def __init__(self, engine: Sampler, ending: Ending, min_new_tokens: int) -> None:
@@ -99,7 +100,7 @@ class EndedByText:
 
     @property
     def name(self) -> str:
-        """The engine's."""
+        """The engine's name."""
         return self._engine.name
 
     def __call__(self, model: Any, prompts: list[list[int]], uniform: Tensor) -> tuple[list[list[int]], list[bool]]:
@@ -110,22 +111,22 @@ class EndedByText:
 
 
 def rows_at_once(config: RolloutConfig, prompts: int) -> int:
-    """Rows of a full batch: at most rollout.batch_rows, and whole groups of a prompt's samples where one fits."""
+    """Rows of a full batch: at most rollout.batch_rows, in whole groups of a prompt's samples if possible."""
     count = config.samples_per_prompt
     rows = min(config.batch_rows, prompts * count)
     return rows - rows % count if count <= rows else rows
 
 
 class Faster:
-    """Times two engines on the first full batch, says so, and is the faster one from then on.
+    """Time the engines on the first full batch, print the result, and use the fastest from then on.
 
-    Fewer rows than `rows` come before that (a run keeps the texts of a few prompts first) and say nothing of a full
-    batch's speed: the first engine that does not fail draws them.
+    Batches of fewer than `rows` rows may come first (a run samples a few prompts for its report at the start). They say
+    nothing about the speed of a full batch; the first engine that does not fail samples them.
 
     Args:
-        engines: those that are timed.
-        otherwise: draws where all of them fail.
-        rows: of a full batch.
+        engines: the engines to time.
+        otherwise: the engine to use if all of them fail.
+        rows: number of rows of a full batch.
     """
 
     def __init__(self, *engines: Sampler, otherwise: Sampler, rows: int = 1) -> None:
@@ -146,7 +147,7 @@ class Faster:
                 engine(model, prompts[:8], uniform[:8, :8])  # loads kernels
                 start = time.perf_counter()
                 drawn = engine(model, prompts, uniform)
-            except Exception as error:  # whatever it is, another engine goes on
+            except Exception as error:  # any error: another engine takes over
                 notes.append(f"{engine.name} failed ({' '.join(str(error).split())[:200]})")
                 continue
             seconds = time.perf_counter() - start
@@ -165,6 +166,6 @@ class Faster:
         for engine in self._engines:
             try:
                 return engine(model, prompts, uniform)
-            except Exception:  # said when a full batch is timed
+            except Exception:  # reported when a full batch is timed
                 continue
         return self._otherwise(model, prompts, uniform)

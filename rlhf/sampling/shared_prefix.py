@@ -1,9 +1,9 @@
-"""Many samples of one or more prompts, fast on a CPU: each prompt is read once and its keys and values are shared.
+"""Sample many responses per prompt, fast on a CPU: each prompt is read once and its keys and values are shared.
 
 transformers' own cache keeps a copy of the prompt for every sample and grows by concatenation: with 256 samples of one
 48-token prompt, SmolLM2-135M in bf16 on two AVX512-BF16 cores spends 15 % of a step in its matrix products. Here a
-prompt's keys and values stay one block that all its samples attend to in one product, the samples' own go into
-a buffer of the final length, and a finished sample leaves the batch.
+prompt's keys and values stay one block that all its samples attend to in one product, the samples' own keys and values
+go into a buffer of the final length, and a finished sample leaves the batch.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _ATTENTION = "prudent_shared_prefix"
 class Sampled(NamedTuple):
     """G prompts x S samples, row g * S + s.
 
-    tokens    [G * S] lists of response ids, the stop token included where one was drawn
+    tokens    [G * S] lists of response ids, with the stop token if one was drawn
     stopped   [G * S] whether the last id is a stop token (False: cut at max_new_tokens)
-    features  [G * S, D] the trunk's last hidden state after the closing tokens, which stand in the stop token's place,
+    features  [G * S, D] the trunk's last hidden state after the closing tokens, which replace the stop token,
               in the trunk's dtype, on the CPU; None without closing tokens
     """
 
@@ -41,12 +41,12 @@ class Sampled(NamedTuple):
 class _SharedLayer(CacheLayerMixin):
     """One layer's keys and values: the prompts' [G, Hkv, P, d], and the samples' own [G, Hkv, S, T, d].
 
-    padding [G, 1, P] is True behind the end of a shorter prompt; None where all prompts have one length.
+    padding [G, 1, P] is True after the end of a shorter prompt; None if all prompts have one length.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, padding: Tensor | None, samples: int, capacity: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.prefix = (keys.float(), values.float())  # fp32: attention is a small part, and exact
+        self.prefix = (keys.float(), values.float())  # exact in fp32, and attention is a small part of the time
         self.padding = padding
         groups, heads, _, dim = keys.shape
         self.own = tuple(keys.new_empty((groups, heads, samples, capacity, dim), dtype=torch.float32) for _ in range(2))
@@ -57,7 +57,7 @@ class _SharedLayer(CacheLayerMixin):
         """Nothing to do: the constructor has the shapes."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write [G * S, Hkv, 1, d] in place; returns what came, for the attention reads this layer itself."""
+        """Write [G * S, Hkv, 1, d] in place; return the arguments, because the attention reads this layer itself."""
         for buffer, new in zip(self.own, (key_states, value_states), strict=True):
             groups, heads, samples, _, dim = buffer.shape
             buffer[:, :, :, self.length] = new.view(groups, samples, heads, dim).transpose(1, 2)
@@ -125,14 +125,14 @@ AttentionInterface.register(_ATTENTION, _attend)
 
 
 def shares_prefix(model: PreTrainedModel, length: int) -> bool:
-    """Whether `model` can decode `length` positions on shared prompts; otherwise every sample has its own copy."""
+    """Return whether `model` can decode `length` positions on shared prompts; otherwise every sample has a copy."""
     window = getattr(model.config, "sliding_window", None)
     return model.config.model_type in SHARING_MODELS and (window is None or length <= window)
 
 
 @contextmanager
 def attending(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """`model` with the attention registered as `name` for the length of a block."""
+    """Give `model` the attention registered as `name` for the length of the block."""
     usual = model.config._attn_implementation
     model.set_attn_implementation(name)
     try:
@@ -142,26 +142,26 @@ def attending(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 class Decoder:
-    """G prompts read once, and S samples of each that read on, a token at a time; finished rows leave.
+    """Read G prompts once, then S samples of each, token by token; finished rows leave the batch.
 
     Attributes:
         hidden: [G, D] the trunk's last hidden states after the prompts.
-        grid: [G', S'] numbers of the rows still there; row g * S + s is sample s of prompt g.
+        grid: [G', S'] numbers of the remaining rows; row g * S + s is sample s of prompt g.
     """
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], samples: int, capacity: int) -> None:
-        """Use `decoder`, which gives the model its attention back. capacity: the most tokens that a sample reads."""
+        """Use `decoder` instead: it restores the model's attention. capacity: the most tokens that a sample reads."""
         self._trunk = model.base_model
         lengths = torch.tensor([len(ids) for ids in prompts])
         width = int(lengths.max())
         self._even = bool((lengths == width).all())
         self._lengths = lengths.repeat_interleave(samples).to(model.device)
-        self._mask: Tensor | None = None  # of the copied cache, where prompts have several lengths
+        self._mask: Tensor | None = None  # of the copied cache, if prompts have several lengths
         self._read = 0
         self.sharing = shares_prefix(model, width + capacity)
         self.grid = torch.arange(len(prompts) * samples).view(len(prompts), samples)
-        # shared prompts are padded behind, where causal attention needs no mask; copied ones before, as
-        # transformers has it. What stands there is of no consequence
+        # shared prompts are padded on the right, where causal attention needs no mask; copied ones on the left, as
+        # transformers does; the ids of the padding do not matter
         padding = [[0] * (width - len(ids)) for ids in prompts]
         both = zip(prompts, padding, strict=True)
         rows = [[*ids, *pad] if self.sharing else [*pad, *ids] for ids, pad in both]
@@ -234,7 +234,7 @@ class Decoder:
 
 @contextmanager
 def decoder(model: Any, prompts: Sequence[Sequence[int]], samples: int, capacity: int) -> Iterator[Decoder]:
-    """A `Decoder`; on the way out the model has its own attention again.
+    """Open a `Decoder`; at the end of the block the model has its own attention again.
 
     Args:
         model: a causal language model of transformers, in eval mode.
@@ -262,10 +262,10 @@ def sample_batch(
         model: a causal language model of transformers, in eval mode.
         prompts: G lists of token ids, of any lengths.
         samples: S.
-        uniform: [G * S, max_new_tokens] numbers in [0, 1): token t of row i spends uniform[i, t], so that the same
-            numbers give the same responses.
-        rule: how a token is drawn, and which end a response.
-        closing: ids read after every response, cut ones too; the features are those after the last of them.
+        uniform: [G * S, max_new_tokens] numbers in [0, 1): token t of row i is drawn with uniform[i, t], so that the
+            same numbers give the same responses.
+        rule: how a token is drawn, and which tokens end a response.
+        closing: ids read after every response, cut ones too; the features are the hidden states after the last of them.
     """
     limit = uniform.shape[1]
     with decoder(model, prompts, samples, limit + len(closing)) as batch:
@@ -287,7 +287,7 @@ def sample_batch(
 
 
 class _Rows:
-    """What has been drawn for each row, and what the row reads next. All rows that draw have drawn `step` tokens."""
+    """The tokens drawn for each row, and those it reads next. All rows that still draw have drawn `step` tokens."""
 
     def __init__(self, count: int, rule: Rule, closing: Sequence[int], limit: int) -> None:
         self.tokens: list[list[int]] = [[] for _ in range(count)]
@@ -300,7 +300,7 @@ class _Rows:
         self._stop, self._closing, self._limit = set(rule.stop.tolist()), list(closing), limit
 
     def take(self, rows: Tensor, drawn: list[int]) -> int:
-        """Add the tokens drawn for `rows`; returns how many they were."""
+        """Add the tokens drawn for `rows`; return their number."""
         self.step += 1
         for row, token in zip(rows.tolist(), drawn, strict=True):
             self.tokens[row].append(token)
@@ -317,12 +317,12 @@ class _Rows:
         return self._queue[row].pop(0) if self._queue[row] else 0
 
     def keep_features(self, fed: Tensor, hidden: Tensor) -> None:
-        """Rows that have just read their last closing token are done; their hidden state is the feature."""
+        """Finish the rows that have just read their last closing token; their hidden state is the feature."""
         for position, row in enumerate(fed.tolist()):
             if self._closed[row] and not self._queue[row] and not self.done[row]:
                 self.done[row] = True
                 self.features[row] = hidden[position].cpu().clone()
 
     def drawing(self, fed: Tensor) -> Tensor:
-        """Positions in `fed` whose rows draw another token now."""
+        """Return the positions in `fed` whose rows draw another token now."""
         return torch.tensor([i for i, row in enumerate(fed.tolist()) if not self._closed[row]], dtype=torch.int64)

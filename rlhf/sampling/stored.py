@@ -1,8 +1,8 @@
-"""Responses of a language model to many prompts, stored as they come: an interrupted run goes on where it was.
+"""Sample responses to many prompts and store each batch at once, so that an interrupted run can continue.
 
-A folder holds samples.jsonl, one line a prompt, and features/, one safetensors file a batch with the trunk's hidden
-states of the same responses. Which prompts share a batch follows from the prompts alone, and every prompt has random
-numbers of its own; so the same request gives the same file however often it was interrupted.
+A folder holds samples.jsonl, one line per prompt, and features/, one safetensors file per batch with the trunk's hidden
+states of the same responses. The batches depend on the prompts alone, and every prompt has its own random numbers; so
+the same request gives the same file however often it was interrupted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Request(NamedTuple):
 class Rollout(NamedTuple):
     """The responses to one prompt: texts, whether each ended by itself, and features [S, D] in the trunk's dtype.
 
-    Features are the trunk's last hidden states on what `Turn.read` makes of prompt and text, as a `Scorer` reads them.
+    Features are the trunk's last hidden states on the ids that `Turn.read` gives for prompt and text, as in a `Scorer`.
     """
 
     prompt: Prompt
@@ -51,7 +51,7 @@ class Rollout(NamedTuple):
 
 
 def plan(lengths: Sequence[int], samples: Sequence[int], batch_rows: int) -> list[list[int]]:
-    """Batches of request numbers: one prompt length and one number of samples each, about `batch_rows` rows at most."""
+    """Batch request numbers by prompt length and number of samples, at most `batch_rows` rows (or one prompt) each."""
     groups: dict[tuple[int, int], list[int]] = {}
     for index, key in enumerate(zip(lengths, samples, strict=True)):
         groups.setdefault(key, []).append(index)
@@ -63,7 +63,7 @@ def plan(lengths: Sequence[int], samples: Sequence[int], batch_rows: int) -> lis
 
 
 def uniforms(request: Request, sampling: Sampling, seed: int) -> Tensor:
-    """[S, max_new_tokens] numbers in [0, 1) that belong to this prompt and seed."""
+    """[S, max_new_tokens] numbers in [0, 1) that depend on this prompt and seed alone."""
     return keyed_uniforms(f"{seed}\n{request.prompt}", request.samples, sampling.max_new_tokens)
 
 
@@ -78,11 +78,11 @@ def sample(
     batch_rows: int = 256,
     progress: bool = True,
 ) -> list[Rollout]:
-    """The responses to every request, sampled or read back from `folder`; in the requests' order.
+    """Return the responses to every request, sampled or read from `folder`, in the requests' order.
 
     Raises:
-        ValueError: if `folder` holds other prompts' responses, two requests are for one prompt, or a prompt leaves
-            the model no room for a response.
+        ValueError: if `folder` holds responses to other prompts, two requests have the same prompt, or a prompt is too
+            long for a response to fit the model.
     """
     folder = Path(folder)
     if len({json.dumps(request.prompt) for request in requests}) != len(requests):
@@ -121,10 +121,10 @@ class _Texts(NamedTuple):
 
 
 def _as_texts(model: Any, turn: Turn, items: list[Prompt], prompts: list[list[int]], drawn: Sampled) -> _Texts:
-    """What was drawn, as texts with the features of these texts.
+    """Turn sampled tokens into texts and the features of these texts.
 
-    A text read through the template may have other tokens than were drawn: templates write or remove think blocks, and
-    a tokeniser has several ways to spell a text. The trunk reads such texts again.
+    A text read through the template may have other tokens than those that were drawn: templates write or remove think
+    blocks, and several token sequences decode to one text. The trunk reads such texts again.
     """
     assert drawn.features is not None
     count = len(drawn.tokens) // len(items)
@@ -156,8 +156,8 @@ def _check_length(model: Any, requests: Sequence[Request], prompts: Sequence[lis
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     if limit is not None and len(prompts[longest]) + room > limit:
         raise ValueError(
-            f"prompts: expected at most {limit - room} tokens each, so that {room} more fit the model's {limit}, "
-            f"got {len(prompts[longest])}: {str(requests[longest].prompt)[:60]!r}"
+            f"prompts: expected at most {limit - room} tokens each, so that {room} more fit the model's {limit} "
+            f"positions, got {len(prompts[longest])}: {str(requests[longest].prompt)[:60]!r}"
         )
 
 
@@ -186,7 +186,7 @@ class _Store:
         return all(i in self.rows for i in batch) and self._features(number).is_file()
 
     def add(self, number: int, batch: list[int], drawn: _Texts) -> None:
-        """The features first, whole, then the lines that are not there yet: a kill between leaves nothing wrong."""
+        """Write the features, atomically, then the lines that are missing; a kill between the two does no harm."""
         count = len(drawn.texts) // len(batch)
         with atomic_file(self._features(number)) as temporary:
             save_file({"features": drawn.features.view(len(batch), count, -1)}, temporary)

@@ -1,4 +1,4 @@
-"""Draw tokens from logits with random numbers that belong to a key, and know which of them end a response."""
+"""Draw tokens from logits with random numbers that depend on a key alone, and find the tokens that end a response."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 def keyed_uniforms(key: str, *shape: int) -> Tensor:
-    """fp32 numbers in [0, 1) on the CPU that belong to `key`, whatever else is sampled."""
+    """Return fp32 random numbers in [0, 1) on the CPU that depend on `key` and `shape` alone."""
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.rand(shape, generator=generator)
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn: the `top_k` likeliest (0: all), of those the least set with mass `top_p`, at `temperature`.
+    """How tokens are drawn: at `temperature`, from the `top_k` likeliest (0: all), cut to the fewest with mass `top_p`.
 
-    With top_k 0 and top_p 1 that is softmax(logits / temperature) and nothing else.
+    With top_k 0 and top_p 1 the distribution is softmax(logits / temperature).
     """
 
     max_new_tokens: int = 24
@@ -29,7 +29,7 @@ class Sampling(NamedTuple):
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """[N, V] logits and [N] numbers in [0, 1) -> [N] token ids, by the inverse of the distribution function."""
+    """[N, V] logits and [N] numbers in [0, 1) -> [N] token ids, by the inverse of the cumulative distribution."""
     ids = None
     if sampling.top_k or sampling.top_p < 1:
         logits, ids = logits.topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]), dim=-1)
@@ -39,7 +39,7 @@ def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
         probability = probability * (before < sampling.top_p)
     mass = probability.cumsum(dim=-1)
     total = mass[:, -1:]
-    # rounding may make the product the whole mass, which no token reaches
+    # the product may round up to the whole mass, which would select an index behind the last token
     goal = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     pick = (mass <= goal).sum(dim=-1, keepdim=True)
     return (pick if ids is None else ids.gather(1, pick))[:, 0]
@@ -50,7 +50,7 @@ class Rule:
 
     Attributes:
         sampling: see `Sampling`.
-        min_new_tokens: before so many tokens no stop id is drawn.
+        min_new_tokens: no stop id is drawn before this many tokens.
         stop: [M] ids that end a response.
     """
 
@@ -59,7 +59,7 @@ class Rule:
         self.stop = torch.tensor(sorted(stop), dtype=torch.int64)
 
     def draw(self, logits: Tensor, uniform: Tensor, step: int | Tensor) -> Tensor:
-        """[N, V] logits and [N] numbers in [0, 1) -> [N] ids; `step`: how many tokens came before."""
+        """[N, V] logits and [N] numbers in [0, 1) -> [N] ids; `step`: number of tokens drawn before."""
         if self.min_new_tokens:
             early = torch.as_tensor(step, device=logits.device) < self.min_new_tokens
             stop = self.stop.to(logits.device)
@@ -68,5 +68,5 @@ class Rule:
         return draw_tokens(logits, uniform, self.sampling)
 
     def ends(self, drawn: Tensor) -> Tensor:
-        """[N] ids -> [N] bool."""
+        """[N] ids -> [N] bool: which of them end a response."""
         return (drawn[:, None] == self.stop.to(drawn.device)).any(dim=1)

@@ -1,4 +1,4 @@
-"""A prompt's token ids, what closes its response, and the response's text."""
+"""Turn a prompt into token ids, close its response, and turn the response's ids into text."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..job.log import say_once
 
 
 class Turn:
-    """A prompt's token ids and what is read after its response, by the rules that `Scorer` reads whole sequences.
+    """Tokenise prompts and responses by the rules by which `Scorer` reads whole sequences.
 
     Attributes:
         closing: ids that close a complete response: the end of the assistant's turn, or EOS. Heads read the last of
             them; a response that was cut off is closed too, so that every reward is read at the same kind of token.
-        stop: ids that end a response while it is drawn.
-        ending: where the text of a drawn response ends.
+        stop: ids that end a response during sampling.
+        ending: finds where the text of a sampled response ends.
     """
 
     def __init__(self, tokenizer: Any, model: Any) -> None:
@@ -30,53 +30,52 @@ class Turn:
             cut, whole = (self._ids({"prompt": "a", "response": "b", "complete": c}) for c in (False, True))
         except ValueError as error:
             raise ValueError(
-                "tokenizer: expected a chat template that writes a response as it is, so that one can be sampled, got: "
-                f"{' '.join(str(error).split())[:200]}"
+                "tokenizer: expected a chat template that writes a response unchanged, so that one can be sampled, "
+                f"got: {' '.join(str(error).split())[:200]}"
             ) from error
         if whole[: len(cut)] != cut or len(whole) == len(cut):
             raise ValueError("tokenizer: expected a chat template or EOS token that closes a response after its text")
         self.closing = whole[len(cut) :]
         self.ending = Ending(tokenizer)
         eos = getattr(model.generation_config, "eos_token_id", None)
-        # no special token is part of a response: read back from its text, the response would be another
+        # no special token is part of a response: its text, tokenised again, would be another response
         self.stop = {*self.ending.stop, *tokenizer.all_special_ids, *(eos if isinstance(eos, list) else [eos])} - {None}
         self.stop = {token for token in self.stop if token < size}
         if self.ending.text:
             say_once(
                 f"sampling: a response ends at its first {self.ending.text!r}, because the chat template closes a turn "
-                "with it and no special token"
+                "with this text and without a special token"
             )
 
     def _ids(self, item: dict[str, Any]) -> list[int]:
         return self._encoder.encode(item)[0]
 
     def prompt(self, item: Prompt) -> list[int]:
-        """The ids up to where the response begins; messages need a tokeniser with a chat template."""
+        """Return the ids up to where the response begins; messages need a tokeniser with a chat template."""
         return self._ids({"prompt": item, "response": "", "complete": False})
 
     def text(self, prompt: list[int], response: list[int], stopped: bool = False) -> str:
-        """A response's text; see `Ending.said`."""
+        """Return a response's text; see `Ending.said`."""
         return self.ending.said(prompt, response, stopped)
 
     def whole(self, item: Prompt, response: Text) -> list[int]:
-        """The ids of a prompt and its complete response, closed."""
+        """Return the ids of a prompt and its complete response, closed."""
         return self._ids({"prompt": item, "response": response})
 
     def read(self, item: Prompt, response: Text) -> list[int]:
-        """`whole` as a `Scorer` on this model reads it: without its beginning where the model has too few positions."""
+        """Return `whole` as a `Scorer` on this model reads it, cut at the start to the model's number of positions."""
         return self._reader.encode({"prompt": item, "response": response})[0]
 
 
 class Ending:
-    """Where the text of a response ends, by the chat template of a tokeniser.
+    """Find where the text of a response ends, according to a tokeniser's chat template.
 
     Most templates close a turn with a special token, some with plain text in front of it, some with plain text alone
-    (one newline or two). Plain text may be several tokens, or a part of one: it is looked for in the response's text.
+    (one newline or two). Plain text may be several tokens, or a part of one, so it is searched for in the decoded text.
 
     Attributes:
-        text: the plain text that alone closes a turn; "" for templates that close it with a special token, and without
-            a template, where EOS does.
-        lead: the plain text in front of the special token that closes a turn: no part of the response.
+        text: the plain text that closes a turn alone; "" if a special token closes it, or without a template EOS.
+        lead: the plain text in front of the special token that closes a turn; it is not part of the response.
         stop: ids that end a response: the special token that closes a turn, or every token that contains `text`.
     """
 
@@ -97,7 +96,7 @@ class Ending:
             self.stop = {token for token, text in enumerate(texts) if closing in text}
 
     def cut(self, response: list[int], stopped: bool, least: int = 0) -> tuple[list[int], bool]:
-        """A drawn response up to the token that completes `text`, and whether it ended by itself.
+        """Cut a sampled response after the token that completes `text`; return it, and whether it ended by itself.
 
         least: an ending in the first `least` tokens does not count (`rollout.min_new_tokens`).
         """
@@ -108,20 +107,20 @@ class Ending:
         return response[:end], True
 
     def _place(self, response: list[int], before: int) -> int:
-        """Where in the response's text `text` stands, completed after the first `before` tokens; -1: nowhere."""
+        """Return the index of the first `text` in the decoded response that ends after `before` tokens; -1 if none."""
         start = len(self._decoded(response[:before])) - len(self.text) + 1
         return self._decoded(response).find(self.text, max(start, 0))
 
     def said(self, prompt: list[int], response: list[int], stopped: bool) -> str:
-        """The text of a response, without what ended it.
+        """Return the text of a response without the ending.
 
         Args:
             prompt: its ids.
             response: as drawn, its stop token included.
             stopped: whether the last id ended it; False: it was cut off.
 
-        Where prompt and response are joined as they are, the text keeps the blank it begins with, which a SentencePiece
-        tokeniser leaves out of what it decodes on its own.
+        Without a chat template the text keeps its leading blank, which a SentencePiece tokeniser drops when it decodes
+        the response alone.
         """
         if not stopped:
             return self._joined(prompt, response)
@@ -141,7 +140,7 @@ class Ending:
 
 
 def _closing_text(tokenizer: Any) -> str:
-    """What a chat template writes behind the text of a complete response; "" without a template."""
+    """Return the text that a chat template writes after a complete response; "" without a template."""
     if not tokenizer.chat_template:
         return ""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -151,5 +150,5 @@ def _closing_text(tokenizer: Any) -> str:
 
 
 def _marks(tokenizer: Any) -> set[str]:
-    """The special tokens, and the added ones: some tokenisers do not call their end of a turn special."""
+    """Return special and added tokens: some tokenisers do not declare their end-of-turn token special."""
     return {mark for mark in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()) if mark.strip()}

@@ -74,10 +74,14 @@ def test_parquet_is_read(tmp_path: Path, turn: Turn) -> None:
     [
         ("p.jsonl", {"text": "a"}, "p.jsonl, line 2: expected the field prompt, got text"),
         ("p.jsonl", {"prompt": None}, "p.jsonl, line 2: prompt: expected a text or a list of messages, got null"),
-        ("p.jsonl", "[1]", "p.jsonl, line 2: expected JSON lines, one object a line, got an array"),
+        ("p.jsonl", "[1]", "p.jsonl, line 2: expected JSON lines, one object per line, got an array"),
         ("p.jsonl", {"prompt": " "}, "line 2: expected a prompt with some text, got an empty one"),
-        ("p.jsonl", "{", "line 2: expected one JSON object a line"),
-        ("p.txt", "food " * 30, r"line 2: expected at most 20 tokens, so that a response fits behind, got 33: 'food f"),
+        ("p.jsonl", "{", "line 2: expected one JSON object per line"),
+        (
+            "p.txt",
+            "food " * 30,
+            r"line 2: expected at most 20 tokens, so that a response fits after them, got 33: 'food f",
+        ),
     ],
 )
 def test_a_prompt_that_cannot_be_used_is_named(tmp_path: Path, turn: Turn, name: str, row: Any, message: str) -> None:

@@ -126,7 +126,7 @@ def test_a_prompt_given_twice_is_refused(chat: tuple[Any, Any], tmp_path: Path) 
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(chat: tuple[Any, Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"at most 119 tokens each, .* the model's 128, got 203: 'food food"):
+    with pytest.raises(ValueError, match=r"at most 119 tokens each, .* the model's 128 positions, got 203: 'food food"):
         _sample(chat, tmp_path, [REQUESTS[0], Request("food " * 200, 2)])
 
 

@@ -82,7 +82,7 @@ def test_the_run_says_that_plain_text_ends_responses(kind: str, capsys: pytest.C
 
 
 def test_a_template_that_alters_responses_is_refused() -> None:
-    with pytest.raises(ValueError, match="tokenizer: expected a chat template that writes a response as it is"):
+    with pytest.raises(ValueError, match="tokenizer: expected a chat template that writes a response unchanged"):
         Turn(a_tokenizer(ALTERS), a_model(vocab_size=320))
 
 
