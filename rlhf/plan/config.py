@@ -11,7 +11,7 @@ from ..ppo.config import PPOConfig, RewardConfig
 
 
 class PlanConfig(PPOConfig):
-    """A `PPOConfig` (the same file serves both), of which prompts, output and the reward's source may be missing."""
+    """A `PPOConfig` (one file serves both) in which prompts, output and the reward's source may be missing."""
 
     model: str = Field(description="Built-in shape, config.json, local folder or hub name of the policy.")
     prompts: str = Field(default="", description="Prompts of `prudent ppo`, which the plan does not read.")
@@ -25,7 +25,9 @@ class PlanConfig(PPOConfig):
         description="Memory of the card, e.g. 80GB (10^9 bytes) or 80GiB (2^30), unless memory_budget is less.",
     )
     heads: int = Field(default=5, ge=1, description="Heads of a reward on the policy's trunk, K.")
-    verify: bool = Field(default=False, description="Run the loop on tensors without data and compare.")
+    verify: bool = Field(
+        default=False, description="Run the loop on tensors without data and compare its memory with the plan."
+    )
 
     @field_validator("gpu")
     @classmethod

@@ -1,4 +1,4 @@
-"""`prudent plan`: the memory of a PPO run, phase by phase, from configs alone: no weights, no GPU."""
+"""Run `prudent plan`: compute the memory of each phase of a PPO run from configs alone, without weights or a GPU."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..ppo.policy.precision import trunk_dtype
 from ..report.words import count
 from .config import PlanConfig
 
-TOLERANCE = 0.1  # of the tracked peak, within which the plan is to lie
-FLOOR = 16 << 20  # bytes that it may be off by in any case: a tiny model's peak is of small tensors, which no plan has
+TOLERANCE = 0.1  # largest error of the plan, as a share of the tracked peak
+FLOOR = 16 << 20  # bytes of error that are always allowed: a tiny model's peak is small tensors, which the plan omits
 
 
 class PlanResult(NamedTuple):
-    """budget: at `micro_tokens`, or at one sample where none fits. limit: bytes. verified: phase -> tracked bytes."""
+    """budget: at `micro_tokens`, or at one sample if none fits. limit: bytes. verified: phase -> tracked bytes."""
 
     budget: Budget
     limit: int
@@ -28,11 +28,11 @@ class PlanResult(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Whether the plan was compared with the loop and is off by more than `TOLERANCE` and `FLOOR` in a phase."""
+        """Whether the plan was verified and differs from the loop by more than `TOLERANCE` and `FLOOR` in a phase."""
         return any(self._off(phase) > FLOOR for phase in self.verified or {})
 
     def _off(self, phase: str) -> int:
-        """Bytes between plan and loop if they are more than `TOLERANCE`, else 0."""
+        """Return the difference of plan and loop in bytes if it exceeds `TOLERANCE`, else 0."""
         assert self.verified is not None
         off = abs(self.budget.tensors(phase) - self.verified[phase])
         return off if off > TOLERANCE * self.verified[phase] else 0
@@ -62,7 +62,7 @@ class PlanResult(NamedTuple):
             for phase, tracked in self.verified.items():
                 planned = budget.tensors(phase) / 2**30
                 off = self._off(phase)
-                small = f"  {off / 2**20:.1f} MiB: too little to judge" if 0 < off <= FLOOR else ""
+                small = f"  {off / 2**20:.1f} MiB off, which is allowed" if 0 < off <= FLOOR else ""
                 lines.append(f"{phase:<20}{planned:>10.2f}{tracked / 2**30:>10.2f}{self.ratio(phase):>8.3f}{small}")
             verdict = "is not" if self.failed else "is"
             lines.append(
@@ -109,8 +109,8 @@ def run_plan(config: PlanConfig, *, progress: bool = True) -> PlanResult:
         return result
     if job.masked or job.eager or job.reward == "adapter":
         raise ValueError(
-            "verify: expected no eager attention, packing only with flash-attn, and a reward on the frozen trunk or "
-            "elsewhere: the others are planned, and not run without data"
+            "verify: expected no eager attention, packing only with flash-attn, and no reward with a LoRA of its own: "
+            "these can be planned but not verified"
         )
     from .verify import trace
 

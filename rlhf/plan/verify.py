@@ -85,7 +85,7 @@ class Tracker(MemTracker):
 
 
 class _Scratch(TorchDispatchMode):
-    """Allocate linear_logprob's scratch for the length of each call: the op's fake does not."""
+    """Allocate linear_logprob's scratch memory for the length of each call, because the op's fake version does not."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         scratch = None
@@ -105,7 +105,7 @@ _READS: dict[Any, Any] = {
 
 
 class _NoReading(TorchFunctionMode):
-    """Give 1 where the loop reads a fake tensor's value."""
+    """Return 1 whenever the loop reads a fake tensor's value."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS and isinstance(args[0], FakeTensor):
@@ -117,14 +117,14 @@ def _ones(shape: Any) -> Any:
     return [_ones(shape[1:]) for _ in range(shape[0])] if shape else 1
 
 
-def _tolist(tensor: FakeTensor) -> Any:  # FakeTensor's own goes past torch functions
+def _tolist(tensor: FakeTensor) -> Any:  # FakeTensor's own bypasses _NoReading
     return _ones(tensor.shape)
 
 
 def fake_module(module: nn.Module) -> dict[int, Any]:
-    """Replace a module's tensors, on the meta device, by fake ones on the CPU; call under a FakeTensorMode.
+    """Replace a module's meta tensors by fake ones on the CPU; call under a FakeTensorMode.
 
-    Returns id of a tensor -> its fake.
+    Returns the id of each tensor -> its fake.
     """
     fakes: dict[int, Any] = {}
     for part in module.modules():
@@ -165,15 +165,15 @@ def trace(
     heads: int | None,
     progress: bool = True,
 ) -> Traced:
-    """One step of the loop on a model of `model_config`'s shape: prompts and responses of full length, static cache.
+    """Trace a step of the loop on a model of `model_config`'s shape: full-length prompts and responses, static cache.
 
-    Every sample is drawn; one micro-batch is scored, and one minibatch of two micro-batches updates, as the others
-    would take the same memory. Decoding stops after 16 tokens: its cache has its full size from the first.
+    Every sample is drawn; one micro-batch is scored, and one minibatch of two micro-batches is trained on, because the
+    others would take the same memory. Decoding stops after 16 tokens: the cache has its full size from the first.
 
     Args:
         config: its `update.micro_tokens` is a number.
         dtype: of the trunk's weights.
-        heads: K of a reward on the trunk's hidden states; None: none there.
+        heads: K of a reward on the trunk's hidden states; None: no such reward.
     """
     from transformers import AutoModelForCausalLM
 
@@ -204,7 +204,7 @@ def trace(
 
 
 class _Loop:
-    """The three phases, each with its peak."""
+    """Run the three phases and measure the peak of each."""
 
     def __init__(self, policy: Any, config: PPOConfig, prompt_tokens: int, progress: bool) -> None:
         self.policy, self.config, self.progress = policy, config, progress
@@ -224,7 +224,7 @@ class _Loop:
         tracker.track_external(self.policy)
         peaks = {}
         with tracker, _Scratch():  # type: ignore[no-untyped-call]
-            # the update first, for the optimizer's moments are there from the first step on
+            # the update first, because the optimizer's moments exist from the first step on
             for phase, work in (("update", self.update), ("rollout", self.rollout), ("scoring", self.scoring)):
                 if self.progress:
                     print(f"verify: {phase} ...", file=sys.stderr, flush=True)
@@ -285,7 +285,7 @@ class _Loop:
 
 
 class _NoReward:
-    """A reward from outside the policy, which takes none of its memory."""
+    """A reward from outside the policy, which takes none of the policy's memory."""
 
     name = "none"
     num_heads: int | None = None
