@@ -38,8 +38,8 @@ class BestOfN(NamedTuple):
     proxy, gold      [M]           mean over prompts of the expected reward of the proxy's pick from n responses
     proxy_se, gold_se  [M]         standard error over prompts (ddof 1); NaN where P is 1
     gold_per_prompt  [P, M]        for paired comparisons of two proxies on the same samples
-    proxy_spread, gold_spread      standard deviation within prompts (root of the mean variance): the unit in which the
-                                   curves of different proxies compare
+    proxy_spread, gold_spread      standard deviation within prompts (root of the mean variance): the unit in which
+                                   curves of different proxies can be compared
     """
 
     n: Tensor
@@ -100,7 +100,7 @@ def bon_kl(n: float) -> float:
 def best_of_n_weights(num_samples: int, n: int) -> Tensor:
     """[N] float64: the chance that the i-th smallest of N is the largest of n drawn without replacement (Coste)."""
     i = torch.arange(1, num_samples + 1, dtype=torch.float64)
-    # C(i-1, n-1) / C(N, n) by logarithms; the constant goes with the final normalisation (the weights sum to 1)
+    # C(i-1, n-1) / C(N, n) by logarithms; the constant cancels in the final normalisation (the weights sum to 1)
     log_weight = torch.lgamma(i) - torch.lgamma((i - n + 1).clamp_min(1))
     log_weight = log_weight.masked_fill(i < n, -math.inf)
     return torch.softmax(log_weight, dim=0)
@@ -116,7 +116,7 @@ def _mean_over_ties(proxy: Tensor, gold: Tensor) -> Tensor:
 
 
 def best_of_n_curve(proxy: Tensor, gold: Tensor, ns: Sequence[int]) -> BestOfN:
-    """Unbiased best-of-n from N scored samples a prompt: the mean over every subset of n (2310.02743 eq. 7-8).
+    """Unbiased best-of-n from N scored samples per prompt: the mean over every subset of n (2310.02743 eq. 7-8).
 
     Samples with equal proxy share their mean gold reward, which is the expectation when a tie is broken at random.
 
@@ -218,7 +218,7 @@ def study(proxies: Mapping[str, Tensor], gold: Tensor, *, resamples: int = 2000,
 
 
 def findings(result: Study) -> list[str]:
-    """Two sentences that follow from the intervals: whether pessimism wins, and whether a scorer is over-optimised."""
+    """Two sentences, decided by the intervals: whether pessimism wins, and whether a scorer is over-optimised."""
     n, prompts = result.comparisons[0].n, result.oracle.gold_per_prompt.shape[0]
     found = {(c.scorer, c.against): c.verdict for c in result.comparisons}
     winners = [name for name in PESSIMISTIC if all(found[name, r] == "higher" for r in REFERENCES)]

@@ -1,4 +1,4 @@
-"""`prudent eval`: a reward model on preference pairs, as a table, a JSON file and pictures."""
+"""Run `prudent eval`: evaluate a reward model on preference pairs, as a table, a JSON file and pictures."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from .scored_pairs import SINGLE, Pairs, Side, finite_pairs, pairs_of
 __all__ = ["EvalConfig", "EvalResult", "evaluate_heads", "run_eval"]
 
 _PICTURES = ("accuracy", "margin", "coverage", "reliability", "head_correlation", "scoring", "std")
-_BLOCK_ROWS = 8192  # of features on the device at once
+_BLOCK_ROWS = 8192  # rows of features on the device at once
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """folder: where eval.json and the pictures are; metrics: what eval.json says; str() is a short table."""
+    """folder: holds eval.json and the pictures; metrics: the content of eval.json; str() is a short table."""
 
     folder: Path
     metrics: dict[str, Any]
@@ -49,19 +49,19 @@ class EvalResult:
     def __str__(self) -> str:
         files = ", ".join(["eval.json", *(path.name for path in self.pictures)])
         cut = self.metrics["truncated"]
-        said = truncated_texts(cut["texts"], cut["of"])
-        return "\n\n".join([format_metrics(self.metrics), *([said] if said else []), f"{self.folder}: {files}"])
+        warning = truncated_texts(cut["texts"], cut["of"])
+        return "\n\n".join([format_metrics(self.metrics), *([warning] if warning else []), f"{self.folder}: {files}"])
 
 
 def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
     """Score the pairs of `config.data` with `config.model` and write the evaluation to the folder `config.output`.
 
-    Pairs with a reward that is not finite are left out and counted. With skip_bad_rows so are rows that the chat
+    Pairs with a reward that is not finite are left out and counted. With skip_bad_rows, so are rows that the chat
     template or the tokeniser of the model, or of `compare`, cannot read.
 
     Raises:
         ValueError: for data, an aggregation or a model that cannot be used.
-        ImportError: if pictures are asked for and matplotlib is not installed; before anything is scored.
+        ImportError: before anything is scored, if pictures are requested and matplotlib is not installed.
     """
     spec = None if config.aggregation is None else Aggregation.parse(config.aggregation)
     if config.pictures:
@@ -128,7 +128,7 @@ def _load(config: EvalConfig, key: str, progress: bool) -> PairData:
 
 
 def _scorer(config: EvalConfig, key: str, progress: bool) -> Scorer:
-    """The scorer of the model that `key` names; `append_eos` is for those of two models that do not say it."""
+    """Load the scorer of the model under `key`; `append_eos` applies to models whose config does not record it."""
     name, append_eos = str(getattr(config, key)), config.append_eos
     if config.compare is not None and says_append_eos(key, name):
         other = {"model": ("compare", config.compare), "compare": ("model", config.model)}[key]
@@ -158,8 +158,8 @@ def _readable(
 def _features(
     scorer: Scorer, pairs: Sequence[PreferencePair], config: EvalConfig, progress: bool
 ) -> tuple[tuple[Tensor, Tensor], int]:
-    """Hidden states of the chosen and of the rejected responses, [P, D] each, on the CPU in the trunk's dtype; and how
-    many of the 2P texts lost their beginning."""
+    """Hidden states of the chosen and of the rejected responses, [P, D] each, on the CPU in the trunk's dtype; and the
+    number of the 2P texts that lost their beginning."""
     items = both_sides(pairs)
     if config.features is None:
         names = names_of_sides(pairs)
@@ -173,7 +173,7 @@ def _features(
 
 @torch.no_grad()
 def _outputs(head: EnsembleHead, features: tuple[Tensor, Tensor]) -> tuple[Side, Side]:
-    """The heads on both sides, on the CPU."""
+    """Compute the heads on both sides; return their outputs on the CPU."""
     sides = []
     for side in features:
         blocks = [head(block.to(head.weight.device), aggregation="mean") for block in side.split(_BLOCK_ROWS)]
@@ -188,7 +188,7 @@ def _compared(
     pairs: Sequence[PreferencePair],
     progress: bool,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name -> the compared model's own reward of both sides [P]; if its trunk is the same, from the same features."""
+    """Name -> the compared model's rewards of both sides [P]; the features are reused if its trunk is the same."""
     if len(scorers) == 1:
         return {}
     scorer, other = scorers
@@ -205,7 +205,7 @@ def _compared(
 
 
 def _given_scores(pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
-    """The annotations' scores of both sides [P], NaN where a response has none."""
+    """The annotated scores of both sides [P], NaN for a response without one."""
     return (
         torch.tensor([math.nan if pair.chosen_score is None else pair.chosen_score for pair in pairs]),
         torch.tensor([math.nan if pair.rejected_score is None else pair.rejected_score for pair in pairs]),

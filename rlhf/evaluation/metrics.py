@@ -13,7 +13,7 @@ from . import statistics
 from .scored_pairs import SINGLE, UNTRAINED, HeadOutput, Pairs, Side, finite_pairs, pairs_of
 from .statistics import Interval
 
-SOURCE_PAIRS = 20  # smaller sources are standardised together: the z-scores of two rewards are always +1 and -1
+SOURCE_PAIRS = 20  # smaller sources are standardised together: with two rewards, z-scores are always +1 and -1
 RANK_ROWS = 2048  # of each side: an SVD of 4096 x 4096 takes about a minute on one core
 
 
@@ -32,19 +32,19 @@ def evaluate_heads(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Evaluate K heads on P preference pairs by their means; no sampling noise enters.
+    """Evaluate K heads on P preference pairs by their means, without sampling noise.
 
     Args:
         chosen, rejected: the heads' mean and std [P, K], calibrated, row i of both the same pair.
         aggregation: the reward under test, without its centring, which shifts both rewards of a pair equally.
         std_ref: [K] each head's typical std (`EnsembleHead.std_ref`), for nominal=relative_std.
         prompts: [P] keys; intervals resample prompts. None: every pair is its own prompt.
-        sources: [P] keys of the data source; z-scores (margin, scoring) are taken per source, those of fewer than
-            20 pairs together.
+        sources: [P] keys of the data source; z-scores (margin, scoring) are taken per source; sources of fewer than
+            20 pairs are taken together.
         scores: given scores, chosen [P] and rejected [P]; NaN where a pair has none.
         compare: other scorers' rewards of the same pairs: name -> (chosen [P], rejected [P]).
         features: the trunk's hidden states, chosen [P, D] and rejected [P, D].
-        foreign: heads' outputs on pairs of other data, to test if std or disagreement detects them.
+        foreign: the heads' outputs on pairs of other data, to test if std or disagreement detects them.
         resamples, seed: of the bootstrap; intervals are 95 % percentile intervals over prompts.
 
     Returns:
@@ -104,7 +104,7 @@ def _labels(keys: Sequence[Hashable] | None, finite: Tensor) -> Tensor:
     if keys is None:
         return torch.arange(int(finite.sum()))
     if len(keys) != len(finite):
-        raise ValueError(f"evaluate_heads: expected {len(finite)} prompts and sources, one a pair, got {len(keys)}")
+        raise ValueError(f"evaluate_heads: expected {len(finite)} prompts and sources, one per pair, got {len(keys)}")
     return statistics.group_labels(key for key, good in zip(keys, finite.tolist(), strict=True) if good)
 
 
@@ -132,7 +132,7 @@ def pool_small_groups(labels: Tensor, least: int) -> tuple[Tensor, Tensor]:
 
 
 def source_labels(keys: Sequence[Hashable], finite: Tensor, reasons: dict[str, str] | None = None) -> Tensor:
-    """[P'] int64: the group in which each finite pair is standardised; merged sources are noted in `reasons`."""
+    """[P'] int64: the group in which each finite pair is standardised; `reasons` records merged sources."""
     labels = _labels(keys, finite)
     return _pooled(labels, SOURCE_PAIRS, "pairs", "margin.*", {} if reasons is None else reasons)
 
@@ -217,7 +217,7 @@ def _auroc(
     if bool((signal == signal[0]).all()):
         reasons[path] = "the signal is the same everywhere (one head, or a std that was never trained)"
     elif bool(positive.all()) or not bool(positive.any()):
-        reasons[path] = "nothing to tell apart: all pairs are right, or all wrong"
+        reasons[path] = "only one class: all pairs are right, or all are wrong"
     else:
         interval = statistics.auroc_interval(signal, positive, groups, **options)
     return interval._asdict()
@@ -232,7 +232,7 @@ def _own_or_foreign(
     options: dict[str, int],
     reasons: dict[str, str],
 ) -> dict[str, Any] | None:
-    """Signal -> AUROC of foreign against own data. Foreign pairs count as a prompt each."""
+    """Signal -> AUROC of foreign against own data. Each foreign pair counts as a prompt of its own."""
     path = "signals.own_or_foreign"
     if foreign is None:
         reasons[path] = "no foreign data given"

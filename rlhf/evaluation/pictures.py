@@ -50,7 +50,7 @@ __all__ = [
 def best_of_n(curves: Mapping[str, BestOfN], *, gold_label: str = "gold reward") -> Figure:
     """Gold reward of the proxy's pick among n (band: one standard error over prompts), and the proxy's own gain.
 
-    curves: scorer name -> `best_of_n_curve`. The proxies' gains are in their within-prompt standard deviations, for
+    curves: scorer name -> `best_of_n_curve`. The proxies' gains are in their within-prompt standard deviations, because
     their units differ. The upper axis gives the KL of best-of-n from the policy.
     """
     figure, (left, right) = panels(2, width=4.3, height=3.9)
@@ -248,7 +248,7 @@ def scoring(under: Mapping[str, float]) -> Figure:
 def training_curves(history: Sequence[Mapping[str, Any]], *, x: str = "step") -> Figure:
     """One panel per metric of records such as those of metrics.jsonl; `train/loss` and `eval/loss` share a panel.
 
-    A record without `x` is skipped, as are `time` and values that are not finite numbers.
+    Records without `x`, `time`, and values that are not finite numbers are skipped.
     """
     series: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for record in history:

@@ -15,13 +15,13 @@ from .statistics import Bin, Interval, normalised_margin
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LONGER = "longer response"  # a baseline: the longer response is the better one
+LONGER = "longer response"  # a baseline that prefers the longer response
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """The dictionary of `evaluate_heads` as text of about 30 lines.
+    """Format the dictionary of `evaluate_heads` as text of about 30 lines.
 
-    The counts of `load_pairs` are read too if they are there, under `data`.
+    `metrics["data"]` may hold the counts of `load_pairs`.
     """
     m = metrics
     opening = [f"{count(m['pairs'], 'pair')}, {count(m['prompts'], 'prompt')}, {count(m['heads'], 'head')}"]
@@ -62,7 +62,7 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
 
 
 def _dropped(counts: Mapping[str, int]) -> str:
-    """What `load_pairs` left out of the data, in one line; "" if that is nothing."""
+    """Say in one line what `load_pairs` left out of the data; "" if nothing."""
     names = {
         "bad_rows": "broken rows",
         "duplicates": "duplicates",
@@ -114,7 +114,7 @@ def draw(
     foreign: Pairs | None,
     sources: Tensor | None,
 ) -> list[Path]:
-    """Write the pictures to `folder`, each atomically; returns their paths.
+    """Write the pictures to `folder`, each atomically; return their paths.
 
     sources: [P] int64, the groups in which margins are standardised (`metrics.source_labels`), as in the metrics.
     """

@@ -1,4 +1,4 @@
-"""Run `prudent score`: add rewards to every line of a JSON-lines file, in order, resumable to the same bytes."""
+"""Run `prudent score`: add rewards to every line of a JSON-lines file, in order; a resumed run writes equal bytes."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from ..models.features import model_fingerprint
 from ..models.loading import load_scorer
 from .config import ScoreConfig
 
-CHUNK_ROWS = 256  # rows read, scored and written at a time: the memory a file takes, and the most a kill costs
+CHUNK_ROWS = 256  # rows read, scored and written at a time; bounds the memory, and the work that a kill loses
 _SIDES = ("chosen", "rejected")
 _FIELDS = ("reward", "nominal", "worst", "mean", "std")
-_OUTPUT = (*_FIELDS, "scores", "error")  # fields that a row of the input may not have: they would pass for results
+_OUTPUT = (*_FIELDS, "scores", "error")  # fields that a row of the input may not have: they would look like results
 
 
 @dataclass
@@ -46,7 +46,7 @@ class ScoreResult:
 
     def __str__(self) -> str:
         where = "standard output" if self.output == "-" else self.output
-        lines = [f"{where}: {self.rows} rows" + (f", {self.kept} of them from before" if self.kept else "")]
+        lines = [f"{where}: {self.rows} rows" + (f", {self.kept} of them from an earlier run" if self.kept else "")]
         for count, meaning in (
             (self.bad_rows, "broken rows, written with a null reward and the error"),
             (self.nonfinite, "responses whose reward is not finite, written as null"),
@@ -59,18 +59,18 @@ class ScoreResult:
 
 @dataclass
 class _Row:
-    """A line of input: its object, the items to score (two of a pair), or the error that the line has."""
+    """A line of input: its object, the items to score (two of a pair), or the line's error."""
 
     where: str
     size: int  # bytes
     value: dict[str, Any]
     items: list[dict[str, Any]]
     error: str | None = None
-    unread: tuple[str, ...] = ()  # columns that look like content and that no item holds
+    unread: tuple[str, ...] = ()  # columns that look like content and that no item contains
 
     @property
     def own(self) -> dict[str, Any]:
-        """The fields that go into the output as they came."""
+        """The fields that are copied to the output unchanged."""
         return {key: value for key, value in self.value.items() if key not in _OUTPUT}
 
 
@@ -81,15 +81,15 @@ def run_score(
 
     A row is a prompt with a `response` (texts or messages), {"messages"}, or a pair {"chosen", "rejected"}, with or
     without a prompt. Prompts and pairs are read as `load_pairs` reads them, from the same columns. The output has one
-    line a row, in order (blank lines are no rows): the row's own fields, and beside them
+    line per row, in order (blank lines are skipped): the row's own fields, and
         reward, nominal, worst   floats; null if not finite
         mean, std                lists of K floats
     or, for a pair, `scores`: {"chosen": the five, "rejected": the five}. Rewards are calibrated and not sampled. A row
-    that has one of these fields already, or `error`, is a broken row: an old score could pass for a new one.
+    that has one of these fields already, or `error`, is a broken row: an old score could be taken for a new one.
     A broken row that is skipped has its own fields, a null `reward` and the `error`.
 
-    Rows are scored in chunks of 256, so the memory does not grow with the file. Beside the output lies
-    `<output>.config.json`, which says how it was made.
+    Rows are scored in chunks of 256, so the memory does not grow with the file. `<output>.config.json` records how the
+    output was made.
 
     Args:
         config: see `ScoreConfig`.
@@ -100,11 +100,14 @@ def run_score(
 
     Raises:
         ValueError: for a broken row, naming file and line (unless skip_bad_rows); for an aggregation or model that
-            cannot be used; for an output that exists, or for one to resume that another model or config has made.
+            cannot be used; for an output that exists already, or that cannot be resumed because another model or config
+            made it.
     """
     spec = None if config.aggregation is None else Aggregation.parse(config.aggregation)
     if spec is not None and spec.centre != "none":
-        raise ValueError(f"score: aggregation: expected centre=none, for rows are scored one by one, got {str(spec)!r}")
+        raise ValueError(
+            f"score: aggregation: expected centre=none, because rows are scored one by one, got {str(spec)!r}"
+        )
     if config.data != "-" and not Path(config.data).is_file():
         found = "expected a file, got a folder" if Path(config.data).is_dir() else "no such file"
         raise ValueError(f"data: {config.data}: {found}")
@@ -119,7 +122,7 @@ def run_score(
     with writing(config.output), ExitStack() as stack:  # closing the file writes too
         rows = _read_rows(stack.enter_context(_source(config.data)), config.data)
         done = _skip(rows, kept, config)
-        _begin(config, kept_bytes, made)  # an existing output is not touched before data and model are known to fit
+        _begin(config, kept_bytes, made)  # changes an existing output only now that data and model are known to fit
         target = stack.enter_context(_target(config.output))
         stack.enter_context(_quiet())
         options: dict[str, Any] = {"unit": "B", "unit_scale": True, "delay": 1, "disable": not progress}
@@ -140,13 +143,13 @@ def _record(config: ScoreConfig) -> Path:
 
 
 def _made_by(config: ScoreConfig, scorer: Scorer | None = None) -> dict[str, Any]:
-    """What a resumed run must share with the run that it continues. batch_tokens may change."""
+    """Settings that a resumed run must share with the run that it continues. batch_tokens may change."""
     made = config.model_dump(mode="json", exclude={"output", "batch_tokens"})
     return made if scorer is None else {**made, "weights": _weights(scorer)}
 
 
 def _weights(scorer: Scorer) -> str:
-    """What tells the model from another one that has been saved under its name."""
+    """Fingerprint the model, to detect another one saved under the same name."""
     digest = hashlib.sha256(model_fingerprint(scorer.model).encode())
     for name, tensor in sorted(scorer.model.score.state_dict().items()):
         digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -171,7 +174,7 @@ def _kept(config: ScoreConfig, resume: bool, overwrite: bool) -> tuple[int, int]
     if output.is_dir():
         raise ValueError(f"output: expected a file, got {output}, a folder")
     if output.stat().st_size == 0:
-        return 0, 0  # a run that was refused at its first rows has left it
+        return 0, 0  # left by a run that was refused at its first rows
     if config.data != "-" and output.samefile(config.data):
         raise ValueError(f"output: expected another file than the data, got {output}")
     if overwrite:
@@ -208,7 +211,7 @@ def _begin(config: ScoreConfig, kept_bytes: int, made: Mapping[str, Any]) -> Non
 
 
 def _skip(rows: Iterator[_Row], kept: int, config: ScoreConfig) -> int:
-    """Skip the rows whose lines are kept; returns their bytes. The last kept line must belong to the last of them."""
+    """Skip the rows whose lines are kept; return their bytes. The last kept line must belong to the last such row."""
     size = 0
     row = None
     for row in islice(rows, kept):
@@ -222,13 +225,14 @@ def _skip(rows: Iterator[_Row], kept: int, config: ScoreConfig) -> int:
             written = None
         if not isinstance(written, dict) or any(written.get(key) != value for key, value in row.own.items()):
             raise ValueError(
-                f"output: {config.output} cannot be resumed: line {kept} is not of {row.where}; has a file changed?"
+                f"output: {config.output} cannot be resumed: line {kept} does not belong to {row.where}; "
+                "has a file changed?"
             )
     return size
 
 
 def _read_rows(file: Iterable[bytes], name: str) -> Iterator[_Row]:
-    """The lines that are not blank; a broken line comes with its error."""
+    """Yield the lines that are not blank; a broken line has its error."""
     for number, line in enumerate(file, 1):
         if line.strip():
             row = _Row(f"{name}, line {number}", len(line), {}, [])
@@ -251,7 +255,7 @@ def _no_constant(name: str) -> float:
 def _score(
     rows: list[_Row], scorer: Scorer, spec: Aggregation, config: ScoreConfig, result: ScoreResult
 ) -> list[bytes]:
-    """The output lines of one chunk; adds to the result's counts."""
+    """Return the output lines of one chunk; add to the result's counts."""
     _refuse(rows, config)
     try:
         scores = scorer.score([item for row in rows for item in row.items], aggregation=spec)
@@ -274,7 +278,7 @@ def _refuse(rows: Iterable[_Row], config: ScoreConfig) -> None:
 
 
 def _try_encoding(row: _Row, scorer: Scorer) -> None:
-    """Make this a broken row if the scorer cannot read it."""
+    """Mark the row as broken if the scorer cannot read it."""
     try:
         for item in row.items:
             scorer.encode(item)
@@ -318,7 +322,7 @@ def _target(name: str) -> AbstractContextManager[IO[bytes]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the scorer's warnings, which would come once a chunk; the result has the counts."""
+    """Silence the scorer's warnings, which would repeat for every chunk; the result has the counts."""
     logger = logging.getLogger(Scorer.__module__)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Rewards and signals of uncertainty that K heads give for preference pairs."""
+"""Compute the rewards and uncertainty signals of K heads on preference pairs."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Pairs:
         return nominal_reward(side.std, side.std, self.spec, self.std_ref)
 
     def unsureness(self, margin: Tensor) -> dict[str, Tensor]:
-        """Signals [P] that a pair is ranked wrong; larger means less sure. margin [P]: the scorer's.
+        """Signals [P] that a pair is ranked wrong; larger means less certain. margin [P]: the scorer's.
 
         std: predicted std of the difference of the two nominal rewards; disagreement: population std of the heads'
         margins; small margin: minus the margin's size. One head has no std, which Bradley-Terry does not train.
@@ -128,7 +128,7 @@ def finite_pairs(
 def pairs_of(
     chosen: HeadOutput, rejected: HeadOutput, rows: Tensor, spec: Aggregation, std_ref: Tensor | None
 ) -> Pairs:
-    """The pairs that `rows` [P] bool selects."""
+    """Return the pairs that `rows` [P] bool selects."""
     sides = [
         Side(s.mean.detach().double().cpu()[rows], s.std.detach().double().cpu()[rows]) for s in (chosen, rejected)
     ]

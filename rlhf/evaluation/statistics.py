@@ -64,13 +64,13 @@ def bootstrap(
     """Percentile bootstrap of a weighted statistic over whole groups (prompts): rows of one prompt are not independent.
 
     Args:
-        statistic: row weights [R, P] float64 -> [R] values (NaN where a resample does not define one: left out).
+        statistic: row weights [R, P] float64 -> [R] values; NaN, if a resample does not define one, is left out.
         num_rows: P.
         groups: [P] int64 labels 0..G-1; None: every row is its own group.
         resamples: number of bootstrap samples; seed: of their draw; level: coverage of the interval.
 
     Returns:
-        Interval; low and high are None with fewer than 2 groups, all three None without rows or where undefined.
+        Interval; low and high are None with fewer than 2 groups; all three are None without rows or if undefined.
     """
     if num_rows == 0:
         return Interval(None, None, None)
@@ -163,7 +163,7 @@ def ellipse_area(chosen: Tensor, rejected: Tensor) -> float:
 def normalised_area(chosen: Tensor, rejected: Tensor) -> float:
     """`ellipse_area` of the rewards over their own std, both sides pooled: pi if the sides are unrelated, at most pi.
 
-    Without a unit, so scorers compare; 0 where every reward is the same.
+    It has no unit, so scorers can be compared; 0 if every reward is the same.
     """
     z = standardise(torch.cat([chosen, rejected]))
     return ellipse_area(z[: len(chosen)], z[len(chosen) :])
@@ -190,7 +190,7 @@ def rank_correlation(first: Tensor, second: Tensor) -> float | None:
 
 
 def share_interval(hits: int, trials: int) -> Interval:
-    """The share of hits with its 95 % Wilson score interval, which keeps its width at 0 and at all."""
+    """The share of hits with its 95 % Wilson score interval, whose width is above 0 even for no hits or all hits."""
     from scipy.stats import binomtest
 
     low, high = binomtest(hits, trials).proportion_ci(method="wilson")
@@ -198,7 +198,7 @@ def share_interval(hits: int, trials: int) -> Interval:
 
 
 def auroc(signal: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
-    """P(signal of a positive > signal of a negative), ties a half; NaN where a class has no weight.
+    """P(signal of a positive > signal of a negative), ties counting one half; NaN if a class has no weight.
 
     signal [P], positive [P] bool, weights [R, P] float64 -> [R]; without weights R = 1.
     """
@@ -217,7 +217,7 @@ def auroc(signal: Tensor, positive: Tensor, weights: Tensor | None = None) -> Te
 def auroc_interval(
     signal: Tensor, positive: Tensor, groups: Tensor | None = None, *, resamples: int = 1000, seed: int = 0
 ) -> Interval:
-    """AUROC with its bootstrap interval over groups; all None where one class is empty."""
+    """AUROC with its bootstrap interval over groups; all None if one class is empty."""
     return bootstrap(lambda w: auroc(signal, positive, w), len(signal), groups, resamples=resamples, seed=seed)
 
 

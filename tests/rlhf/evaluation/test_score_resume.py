@@ -77,7 +77,7 @@ def test_resume_refuses_data_that_changed_under_the_kept_lines(make):
     run_score(config, progress=False)
     before = Path(config.output).read_bytes()
     make([{**ROWS[0], "id": 8}] * 6)
-    with pytest.raises(ValueError, match=r"line 4 is not of .*in\.jsonl, line 4"):
+    with pytest.raises(ValueError, match=r"line 4 does not belong to .*in\.jsonl, line 4"):
         run_score(config, resume=True, progress=False)
     assert Path(config.output).read_bytes() == before
 
@@ -129,8 +129,12 @@ def test_resume_refuses_a_model_that_was_trained_anew_under_its_name(make, model
     ("name", "line", "says"),
     [
         ("out.jsonl.config.json", "{broken", r"out\.jsonl\.config\.json: expected a JSON object, got broken JSON"),
-        ("out.jsonl", "{broken", r"output: .*out\.jsonl cannot be resumed: line 4 is not of .*in\.jsonl, line 4"),
-        ("out.jsonl", "[1]", r"output: .*out\.jsonl cannot be resumed: line 4 is not of .*in\.jsonl, line 4"),
+        (
+            "out.jsonl",
+            "{broken",
+            r"output: .*out\.jsonl cannot be resumed: line 4 does not belong to .*in\.jsonl, line 4",
+        ),
+        ("out.jsonl", "[1]", r"output: .*out\.jsonl cannot be resumed: line 4 does not belong to .*in\.jsonl, line 4"),
     ],
 )
 def test_a_resumed_output_that_was_damaged_is_named(make, name, line, says):
