@@ -14,7 +14,7 @@ from ..job.config import JobConfig
 class FitConfig(JobConfig):
     """How reward heads are trained, in either stage.
 
-    lr, epochs and batch_size apply to heads on standardised features: the scale of the features plays no part in them.
+    lr, epochs and batch_size apply to heads on standardised features, so they do not depend on the features' scale.
     """
 
     stage: Literal["bt", "brme"] = Field(
@@ -27,7 +27,7 @@ class FitConfig(JobConfig):
         ge=1,
         description="Largest number of optimizer steps, which may end an epoch early; null: no limit.",
     )
-    batch_size: int = Field(default=64, ge=1, description="Pairs in an optimizer step.")
+    batch_size: int = Field(default=64, ge=1, description="Number of pairs in an optimizer step.")
     lr: float = Field(default=3e-3, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(default=0.01, ge=0, description="Weight decay of AdamW.")
     warmup: float = Field(
@@ -36,7 +36,7 @@ class FitConfig(JobConfig):
     alpha: float = Field(default=4.0, gt=0, description="Width of the targets of eq. 8, which lie within +-alpha / 2.")
     noise: Literal["closed", "sampled"] = Field(
         default="closed",
-        description="Eq. 8 as its exact expectation (closed) or with noise drawn at each step (sampled).",
+        description="Compute eq. 8 as its exact expectation (closed) or with noise drawn at each step (sampled).",
     )
     std_floor: float = Field(default=STD_FLOOR, ge=0, description="Smallest standard deviation of a head.")
     bsr: float = Field(
@@ -44,7 +44,7 @@ class FitConfig(JobConfig):
     )
     bsr_scope: Literal["micro", "global"] = Field(
         default="micro",
-        description="Batch whose reward sum bsr squares: a micro-batch, or the whole step (the same if mode is head).",
+        description="Batch whose reward sum bsr squares: a micro-batch, or the whole step (the same in mode head).",
     )
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of initial weights, order and noise.")
 
@@ -57,13 +57,14 @@ class BradleyTerryConfig(FitConfig):
 
 
 class BRMEConfig(FitConfig):
-    """Stage 2: K Gaussian heads, eq. 8, each starting fresh: copies of stage 1's head would differ by their data alone.
+    """Stage 2: K Gaussian heads, eq. 8, from fresh weights: copies of stage 1's head would differ by their data alone.
 
-    alpha sets the width of the targets, +-alpha / 2, against the fresh heads' outputs of about N(0, 1), which outlive
-    training where data is scarce; at 4 the targets are wider than that start.
+    alpha sets the width of the targets, +-alpha / 2. Fresh heads give outputs of about N(0, 1), which survive training
+    where data is scarce; at 4 the targets are wider than these outputs.
 
-    max_steps keeps std alive: under eq. 8 and Adam its bias falls by about the learning rate at every step. With the
-    linear decay that is lr * steps / 2 = 3 over 2000 steps, a std of 0.03; 10 epochs of 60,000 pairs end at the floor.
+    max_steps keeps std from collapsing: under eq. 8 and Adam, the bias of std falls by about the learning rate at every
+    step. With the linear decay that is lr * steps / 2 = 3 over 2000 steps, a std of 0.03; 10 epochs of 60,000 pairs end
+    at the floor.
     """
 
     stage: Literal["brme"] = Field(default="brme", description="The loss of this stage, eq. 8 of arXiv 2409.15360.")
@@ -84,13 +85,13 @@ class TrunkConfig(JobConfig):
         default=1.0, gt=0, description="Passes over the training pairs; reward models tend to overfit in the second."
     )
     max_steps: int | None = Field(default=None, ge=1, description="Largest number of optimizer steps; null: no limit.")
-    batch_size: int = Field(default=8, ge=1, description="Pairs in a micro-batch on each device.")
-    accumulation: int = Field(default=1, ge=1, description="Micro-batches in an optimizer step.")
+    batch_size: int = Field(default=8, ge=1, description="Number of pairs in a micro-batch on each device.")
+    accumulation: int = Field(default=1, ge=1, description="Number of micro-batches in an optimizer step.")
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
     warmup: float = Field(
         default=0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises to its peak."
     )
-    save_every: int = Field(default=100, ge=1, description="Steps between evaluations, each with a checkpoint.")
+    save_every: int = Field(default=100, ge=1, description="Steps between evaluations, each saved as a checkpoint.")
     lora_rank: int = Field(default=16, ge=1, description="Rank of the LoRA adapter in mode lora.")
     lora_alpha: int = Field(default=32, ge=1, description="Scale of the LoRA adapter, divided by lora_rank.")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability before the LoRA adapter.")
@@ -102,20 +103,21 @@ class TrunkConfig(JobConfig):
 class PETConfig(JobConfig):
     """PET (arXiv 2505.20556): pessimism against the best of n reference samples. beta and n are the paper's.
 
-    Public sources describe PET in three different ways, and the paper settles none of them:
+    Public sources describe PET in three different ways, and the paper does not decide between them:
 
     reference  what the best sample is compared with. chosen: the pair's preferred response. dataset: the preferred or
                the rejected one, each half the time. sample: one more response of the reference policy to each prompt,
                outside the n, as the expectation over pi_ref says.
-    hinge      none: best - reference as it is. all: its positive part, which is the same as letting the reference
-               response take part in the max. active: the mean over the prompts where it is positive.
+    hinge      none: best - reference unchanged. all: its positive part, which is the same as including the reference
+               response in the max. active: the mean over the prompts where it is positive.
     detach_reference  the reference's reward is a constant in the gradient.
 
-    Without a hinge, chosen and dataset leave the objective without a lower bound wherever some reward separates the
-    data's responses from the policy's own; only few steps at a falling rate end it then, and a warning says so.
+    Without a hinge, the objective with reference chosen or dataset has no lower bound if some reward separates the
+    data's responses from the policy's own. Only the number of steps and the falling rate limit it then; a warning
+    reports this.
 
-    lr, epochs and batch_size apply to heads on standardised features: the trunk is frozen. To train it, train it with
-    stage bt or brme in mode lora or full, and give that model as `start`.
+    lr, epochs and batch_size apply to heads on standardised features; the trunk is frozen. To train the trunk, first
+    run stage bt or brme in mode lora or full, and give that model as `start`.
     """
 
     start: str = Field(
@@ -136,11 +138,11 @@ class PETConfig(JobConfig):
         default=False, description="Treat the reference's reward as a constant in the gradient."
     )
     prompts: int | None = Field(
-        default=None, ge=1, description="Number of training prompts that are sampled; null: all."
+        default=None, ge=1, description="Number of training prompts to sample responses for; null: all."
     )
     epochs: int = Field(default=10, ge=1, description="Passes over the training pairs.")
     max_steps: int | None = Field(default=None, ge=1, description="Largest number of optimizer steps; null: no limit.")
-    batch_size: int = Field(default=64, ge=1, description="Pairs in an optimizer step.")
+    batch_size: int = Field(default=64, ge=1, description="Number of pairs in an optimizer step.")
     lr: float = Field(default=1e-3, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
     warmup: float = Field(
@@ -149,12 +151,14 @@ class PETConfig(JobConfig):
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of samples, order and references.")
     # how the reference policy is sampled; these defaults draw from the policy itself
     max_new_tokens: int = Field(default=128, ge=1, description="Largest number of tokens in a sampled response.")
-    temperature: float = Field(default=1.0, gt=0, description="Temperature of sampling; 1: the policy itself.")
+    temperature: float = Field(
+        default=1.0, gt=0, description="Temperature of sampling; 1: the policy's own distribution."
+    )
     top_k: int = Field(default=0, ge=0, description="Number of most likely tokens to sample from; 0: all.")
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="Probability mass of the most likely tokens to sample from; 1: all."
     )
-    batch_rows: int = Field(default=256, ge=1, description="Responses sampled at once.")
+    batch_rows: int = Field(default=256, ge=1, description="Number of responses sampled in one batch.")
     cache: Path | None = Field(
         default=None, description="Folder of samples that several runs share; null: reference/ in the run folder."
     )
@@ -176,11 +180,11 @@ class TrainConfig(JobConfig):
     )
     stage: Literal["bt", "brme", "pet"] = Field(
         default="brme",
-        description="Last stage: Bradley-Terry, then the ensemble, or pet.start made pessimistic against best-of-n.",
+        description="Last stage: bt (Bradley-Terry), brme (then the ensemble), or pet (pet.start made pessimistic).",
     )
     aggregation: str = Field(
         default="tradeoff:0.4",
-        description="How the saved model makes one reward of K heads, e.g. tradeoff:0.4, min, mean or lcb:1.",
+        description="How the saved model combines K heads into one reward, e.g. tradeoff:0.4, min, mean or lcb:1.",
     )
     min_score_gap: float = Field(
         default=2.0,
@@ -223,7 +227,7 @@ class TrainConfig(JobConfig):
 
     @property
     def start(self) -> str | None:
-        """The reward model that stage pet starts from where it is given; None: it is trained in this run."""
+        """The given reward model that stage pet starts from; None if this run trains it."""
         return self.pet.start if self.stage == "pet" and self.pet.start not in ("bt", "brme") else None
 
     @property
@@ -237,15 +241,15 @@ _LOOP_KEYS = ("lr", "epochs", "max_steps", "batch_size", "weight_decay", "warmup
 
 
 def refuse_unread(config: TrainConfig, mode: str) -> None:
-    """Raise ValueError for a key that was set and that this mode, or a given stage 1, leaves unread; say what works."""
-    where = f"mode {mode}" + (" (what auto is on this machine)" if config.mode == "auto" else "")
+    """Raise ValueError for a key that was set but is not read in this mode or with a given stage 1; say what to set."""
+    where = f"mode {mode}" + (" (chosen by auto on this machine)" if config.mode == "auto" else "")
     if config.stage != "pet":
         for key in _changed(config.pet):
             raise ValueError(f"pet.{key}: has no effect with stage {config.stage}: set stage to pet")
     if config.stage == "pet" and mode != "head":
         raise ValueError(
-            "mode: expected head with stage pet, which trains heads on a trunk that stands (train that with stage bt "
-            f"or brme and give it as pet.start), got {mode}"
+            "mode: expected head with stage pet, which trains heads on a frozen trunk (train the trunk with stage bt "
+            f"or brme and give the model as pet.start), got {mode}"
         )
     if config.start is not None:
         for group in ("bt", "brme"):
@@ -260,7 +264,7 @@ def refuse_unread(config: TrainConfig, mode: str) -> None:
                 f"reward as pet.start, got {config.stage1}"
             )
         if config.stage == "bt":
-            raise ValueError("stage: expected brme beside stage1, which leaves nothing to do for bt, got bt")
+            raise ValueError("stage: expected brme with stage1, which takes the place of stage bt, got bt")
         for key in _changed(config.bt):
             raise ValueError(f"bt.{key}: has no effect beside stage1, which is trained already: leave one of them out")
     for group in ("bt", "brme") if mode != "head" else ():

@@ -4,12 +4,12 @@ Features of a frozen trunk differ in scale by orders of magnitude between dimens
 trained on standardised features, so that one learning rate fits all, and the scaling is folded into the returned head,
 which acts on raw features: W' = W / s, b' = b - W m / s.
 
-Centring also keeps std alive. Eq. 8 pulls every std down at every step. On features with a mean, this pull moves all D
-weights along the mean at once, and std reaches its floor in the first epochs. On centred features it moves the bias
-alone, by about lr a step, and `max_steps` bounds the number of steps.
+Centring also keeps std from collapsing. Eq. 8 lowers every std at every step. On features with a nonzero mean, this
+moves all D weights along the mean at once, and std reaches its floor in the first epochs. On centred features it moves
+the bias alone, by about lr per step, and `max_steps` bounds the number of steps.
 
 The learning rate warms up over 5 % of the steps and decays linearly to 0 (BSR's recipe), so the last epoch is returned:
-choosing the best epoch on the held-out pairs would bias what is measured on them.
+to choose the best epoch on the held-out pairs would bias the metrics measured on them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 
-_CACHED_BYTES = 4 << 30  # up to here all standardised features are kept in fp32; beyond, each batch is standardised
+_CACHED_BYTES = 4 << 30  # up to this size all standardised features are kept in fp32; above, per batch
 
 
 class PairFeatures(NamedTuple):
@@ -57,7 +57,7 @@ class PairFeatures(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """head: acts on raw features, not calibrated. history: one dict of numbers an epoch."""
+    """head: acts on raw features, not calibrated. history: one dict of numbers per epoch."""
 
     head: EnsembleHead
     history: list[dict[str, float]]
@@ -103,12 +103,12 @@ def standardise(*features: Tensor) -> Scaling:
 
 
 def _blocks(features: Tensor) -> tuple[Tensor, ...]:
-    """Rows in blocks whose fp64 copy stays in a processor's cache."""
+    """Split the rows into blocks whose fp64 copy stays in a processor's cache."""
     return features.split(max(1, (1 << 18) // max(1, features[:1].numel())))
 
 
 def _total(features: Tensor) -> float:
-    """The sum in fp64; not finite if some element is not. One reading from a GPU."""
+    """The sum in fp64; not finite if some element is not. One transfer from a GPU."""
     return float(torch.stack([block.sum(dtype=torch.float64) for block in _blocks(features)]).sum())
 
 
@@ -131,7 +131,7 @@ def fit_heads(
         chosen, rejected: [P, D] features, any floating dtype, on the device to train on.
         p_hat: [P] in (0, 1), stage 1's probability that chosen wins; required in stage "brme", refused in "bt".
         margin: [P], in stage "bt" alone.
-        evaluation: held-out pairs, measured after every epoch.
+        evaluation: held-out pairs, evaluated after every epoch.
         aggregation: of the returned head; None: "mean" for stage "bt", "tradeoff:0.4" for "brme".
         log: receives every epoch's numbers, prefixed with the stage.
         checkpoint: file that holds the state after every epoch; if it exists, training resumes from it.
@@ -234,7 +234,7 @@ def _noise_key(seed: int, step: int, device: torch.device) -> Tensor:
 def pair_metrics(
     out: EnsembleOutput, config: FitConfig, p_hat: Tensor | None = None, margin: Tensor | None = None
 ) -> dict[str, float]:
-    """Measure P scored pairs; `out` has 2P rows, chosen first.
+    """Compute metrics of P scored pairs; `out` has 2P rows, chosen first.
 
     Returns the accuracies of the nominal (least std), mean and worst reward, where a tie counts as wrong; the stage's
     loss; and the mean std. Eq. 8 is averaged over all heads, because none was trained on these pairs.
@@ -268,9 +268,9 @@ def _check(data: PairFeatures, config: FitConfig) -> None:
             raise ValueError(f"{name}: expected shape [{pairs}], got {list(value.shape)}")
     if (data.p_hat is None) == (config.stage == "brme"):
         got = "none" if data.p_hat is None else "one"
-        raise ValueError(f"p_hat: expected for stage 'brme' and for it alone, got {got} for stage {config.stage!r}")
+        raise ValueError(f"p_hat: expected for stage 'brme' only, got {got} for stage {config.stage!r}")
     if data.margin is not None and (config.stage == "brme" or not bool(data.margin.isfinite().all())):
-        raise ValueError("margin: expected finite values, for stage 'bt' alone")
+        raise ValueError("margin: expected finite values, for stage 'bt' only")
     # in float32, as eq. 8 reads them: 1 - 1e-9 is 1 there
     if data.p_hat is not None and not bool(((data.p_hat.float() > 0) & (data.p_hat.float() < 1)).all()):
         raise ValueError(
@@ -293,5 +293,5 @@ def _check_features(chosen: Tensor, rejected: Tensor, what: str, dim: int | None
 
 
 def _digest(data: PairFeatures) -> list[float]:
-    """Sums that tell this data from other data, to refuse the checkpoint of another run."""
+    """Sums that distinguish this data from other data, to refuse the checkpoint of another run."""
     return [_total(t) for t in data if t is not None]

@@ -20,14 +20,14 @@ from .two_stage import fit_two_stages
 
 
 class FrozenResult(NamedTuple):
-    """scored: "single", "start" (before PET) and "final", those that there are. pet: what train.json says of PET."""
+    """scored: "single" (stage 1), "start" (before PET), "final", if the run has them. pet: PET's part of train.json."""
 
     scored: dict[str, Scored]
     pet: dict[str, Any] | None
 
 
 class _Loaded(NamedTuple):
-    """model: the trunk, with the heads of a reward model that was given. policy: what stage pet samples, or None."""
+    """model: the trunk with fresh heads or those of a given reward model. policy: sampled by stage pet, or None."""
 
     model: EnsembleRewardModel
     policy: Any
@@ -73,7 +73,7 @@ def train_frozen(run: Run) -> FrozenResult:
 
 
 def _load(run: Run) -> _Loaded:
-    """The models of the run, with one trunk in memory where the policy and the reward have the same."""
+    """Load the run's models; if policy and reward have the same trunk, it is in memory once."""
     config = run.config
     if config.stage != "pet":
         return _Loaded(run.load(1) if config.stage1 is None else run.placed(load_stage1(config)), None)

@@ -52,7 +52,7 @@ class HeadTraining:
         head: on the device of the features; a bias that requires a gradient is trained, without weight decay.
         pairs: P.
         stage: its name in errors.
-        identity: fingerprint of config and data; only a checkpoint with the same one is resumed from.
+        identity: fingerprint of config and data; only a checkpoint with the same fingerprint is resumed.
         checkpoint: file that holds the state after every epoch; if it exists, training resumes from it.
     """
 
@@ -93,8 +93,8 @@ class HeadTraining:
                 gradients of the head's parameters, which are None when it is called.
 
         Returns:
-            The numbers [steps, m], still on the device: reading them at every step would make a GPU wait; and the last
-            step's learning rate.
+            The numbers [steps, m], still on the device, because to read them at every step would make a GPU wait; and
+            the last step's learning rate.
         """
         config, device = self._loop, self.head.weight.device
         generator = torch.Generator().manual_seed((config.seed << 32) + epoch)
@@ -134,13 +134,13 @@ class HeadTraining:
             with reading_weights(checkpoint):
                 saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
         except ValueError as error:
-            logger.warning("%s: the stage starts again", error)
+            logger.warning("%s: the stage restarts", error)
             return
         if saved["identity"] != self._identity:
             theirs, ours = json.loads(saved["identity"]), json.loads(self._identity)
             other = [name for name in ours if theirs.get(name) != ours[name]]
             raise ValueError(
-                f"checkpoint {checkpoint}: expected one of this run, got one of other {' and '.join(other)}"
+                f"checkpoint {checkpoint}: expected one of this run, got one with another {' and '.join(other)}"
             )
         self.epoch, self.history, self.before = saved["epoch"], saved["history"], saved["before"]
         self.head.load_state_dict(saved["head"])

@@ -1,7 +1,7 @@
 """The losses of preference training, as scalars: Bradley-Terry, BRME's eq. 8, and batch-sum regularisation.
 
-Every loss is a mean over pairs. The paper leaves this open for eq. 8; with a mean, the scale of the gradient, and with
-it the learning rate, does not depend on the batch size. Notation of BRME (arXiv 2409.15360): P pairs, K heads;
+Every loss is a mean over pairs. The paper does not say this of eq. 8; with a mean, the scale of the gradient, and so
+the best learning rate, does not depend on the batch size. Notation of BRME (arXiv 2409.15360): P pairs, K heads;
 scores of 2P responses are stored chosen first (rows 0..P-1), then rejected (rows P..2P-1).
 """
 
@@ -34,10 +34,10 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None
 def brme(mean: Tensor, std: Tensor, p_hat: Tensor, head: Tensor, alpha: float, noise: Tensor | None = None) -> Tensor:
     """BRME eq. 8: mean over pairs of (r+ - alpha k)^2 + (r- + alpha k)^2, k = p_hat - 1/2, r = mean + std * noise.
 
-    Only the head a pair is assigned to sees it (appendix B.2). Without noise, the exact expectation over N(0, 1) noise:
+    Each pair trains only its assigned head (appendix B.2). Without noise, the exact expectation over N(0, 1) noise:
         E l = (mean+ - alpha k)^2 + std+^2 + (mean- + alpha k)^2 + std-^2,
     which has the same gradient in expectation and no variance. In both forms the loss pulls every std towards 0,
-    whatever the residual: std says how much a region was trained on, not how well it fits, and long training takes it
+    whatever the residual: std shows how much a region was trained on, not how well it fits, and long training lowers it
     to its floor.
 
     Args:

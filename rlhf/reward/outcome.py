@@ -1,4 +1,4 @@
-"""Claim the run folder of `prudent train`, and print its result."""
+"""Open the run folder of `prudent train`, and format its result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TrainResult:
 
     def __str__(self) -> str:
         m = self.metrics
-        head = "was finished before; nothing was done again" if self.finished_before else "finished"
+        head = "was finished before; nothing to do" if self.finished_before else "finished"
         pairs = count(m["train_pairs"], "pair")
         lines = [f"{self.folder}: {head}", f"{pairs} trained on, {m['held_out_pairs']} held out"]
         lines += [f"{what}: {m['dropped'][key]}" for key, what in _DROPPED.items() if m["dropped"][key]]
@@ -41,27 +41,27 @@ class TrainResult:
 
 
 def _truncation_lines(cut: dict[str, Any] | None) -> list[str]:
-    """How many texts were too long, and how many pairs are the same after the cut; no line if no text was."""
+    """Say how many texts were too long, and how many pairs are equal after the cut; no line if no text was too long."""
     if cut is None or not cut["texts"]:
         return []
     lines = [f"{truncated_texts(cut['texts'], cut['of'])} (max_length {cut['max_length']})"]
     if cut["same_pairs"]:
-        lines.append(f"pairs whose two texts are the same after that: {cut['same_pairs']}")
+        lines.append(f"pairs whose two texts are equal after the cut: {cut['same_pairs']}")
     return lines
 
 
 def _accuracy_lines(m: dict[str, Any]) -> list[str]:
-    """The table of held-out accuracies, and which rows the pairs are too few to tell from the best."""
+    """The table of held-out accuracies, and the rows that so few pairs cannot distinguish from the best."""
     rows = [["held-out accuracy, %", "", "95 % interval"]]
     rows += [[f"  {name}", *accuracy_cells(found)] for name, found in m["accuracy"].items()]
     lines = aligned(rows).splitlines()
-    warning = few_prompts(m["held_out_prompts"])  # where the intervals are too narrow, they tell nothing apart
+    warning = few_prompts(m["held_out_prompts"])  # intervals that are too narrow prove no difference
     alike = [name for name, found in m["minus_best"].items() if warning or found["high"] is None or found["high"] >= 0]
     if alike:
         held_out = f"{count(m['held_out_pairs'], 'pair')} of {count(m['held_out_prompts'], 'prompt')}"
         all_rows = len(alike) + 1 == len(m["accuracy"])
         which = "these rows apart" if all_rows else f"the best, {m['best']}, from {', '.join(alike)}"
-        lines.append(f"too few to tell {which}: {held_out}")
+        lines.append(f"{held_out} are too few to tell {which}")
     return [*lines, warning] if warning else lines
 
 
@@ -69,8 +69,8 @@ def _pet_lines(pet: dict[str, Any]) -> list[str]:
     """The numbers before and after PET, with warnings."""
     before, after = pet["before"], pet["after"]
     rows = [("gap, best of n - reference", "gap"), ("Bradley-Terry loss", "bt"), ("accuracy", "accuracy")]
-    asked = count(pet["prompts"], "prompt")
-    lines = [f"PET on {asked}, n = {pet['samples']}, beta = {pet['beta']:g}; before -> after"]
+    prompts = count(pet["prompts"], "prompt")
+    lines = [f"PET on {prompts}, n = {pet['samples']}, beta = {pet['beta']:g}; before -> after"]
     for side, prefix in (("training", ""), ("held-out", "eval_")):
         lines += [
             f"  {f'{side} {name}':<38}{before[prefix + key]:>8.3f} -> {after[prefix + key]:.3f}"
@@ -78,23 +78,23 @@ def _pet_lines(pet: dict[str, Any]) -> list[str]:
             if prefix + key in after
         ]
     if pet["prompts_too_long"]:
-        lines.append(f"prompts too long to be sampled for: {pet['prompts_too_long']}")
+        lines.append(f"prompts too long for a response: {pet['prompts_too_long']}")
     if after["gap"] < 0:
         lines.append(
             "warning: the reference responses now score above the best of the policy's own, so the reward tells the "
-            "two sources apart, which lowers the objective without end; pet.hinge=all or pet.reference=sample prevents "
-            "this"
+            "two sources apart, which lowers the objective without bound; pet.hinge=all or pet.reference=sample "
+            "prevents this"
         )
     return lines
 
 
-# what a resumed run may change; a lower batch_tokens is what helps one that was killed for memory
+# keys that a resumed run may change; a lower batch_tokens helps a run that was killed for memory
 RESUMABLE_CHANGES = ("output", "batch_tokens")
-RUN_FILES = ("metrics.jsonl", "features", "checkpoints", "stage1", "train.json")  # any of them: the run has begun
+RUN_FILES = ("metrics.jsonl", "features", "checkpoints", "stage1", "train.json")  # each shows that a run has begun
 
 
 def open_folder(config: TrainConfig, resume: bool) -> dict[str, Any] | None:
-    """Open the output folder. The final metrics if the run in it is finished, else None."""
+    """Open the output folder; return the final metrics if the run in it is finished, else None."""
     if not open_run_folder(config, RUN_FILES, resumable_changes=RESUMABLE_CHANGES, resume=resume):
         (config.output / "data.json").unlink(missing_ok=True)  # of a run that was refused
         return None

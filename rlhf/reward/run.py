@@ -1,4 +1,4 @@
-"""One run of `prudent train`: its pairs, tokenisers and folder, and what every mode does with them."""
+"""One run of `prudent train`: its pairs, tokenisers and folder, and the operations that all modes share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Sides = tuple[Tensor, Tensor]  # features of P pairs: chosen, rejected [P, D]
 
 
 class Truncation(NamedTuple):
-    """texts, of `of`, that lost their beginning; same: pairs whose two texts are the same to the model."""
+    """`texts` of `of` texts lost their beginning; same: number of pairs whose two texts are the same to the model."""
 
     texts: int
     of: int
@@ -47,16 +47,16 @@ class Scored:
     def rewards(self, aggregation: str) -> Sides:
         """Rewards [P] of chosen and of rejected, on the CPU."""
         assert self.features is not None
-        # not centred: centring each side alone would move one side against the other
+        # not centred: to centre each side alone would shift one side against the other
         outputs = [self.head(side, aggregation=aggregation, centre="none").reward.cpu() for side in self.features]
         return outputs[0], outputs[1]
 
 
 class Run:
-    """The pairs of a run, split; its tokenisers; and its folder, where models and features are kept.
+    """The pairs of a run, split; its tokenisers; and its folder, which keeps models and features.
 
-    mode: head, lora or full. device: where models go. train, held_out: the pairs. tokenizers: "stage1", "model" and
-    "start" are those of the models in these folders; "policy" is that of the language model that stage pet samples.
+    mode: head, lora or full. device: of the models. train, held_out: the pairs. tokenizers: "stage1", "model" and
+    "start" belong to the models in these folders; "policy" belongs to the language model that stage pet samples.
     """
 
     def __init__(self, config: TrainConfig, mode: str, log: RunLog, resume: bool, progress: bool) -> None:
@@ -84,7 +84,7 @@ class Run:
         self.counts = self._count(data.counts)
 
     def _count(self, counts: dict[str, Any]) -> dict[str, Any]:
-        """Write data.json, or check that the data is still what an earlier start of the run has read."""
+        """Write data.json, or check that the data has not changed since an earlier start of the run."""
         digest = hashlib.sha256(repr((self.train, self.held_out)).encode()).hexdigest()[:16]
         summary = {
             "data": self.config.data,
@@ -99,16 +99,16 @@ class Run:
             before = read_json(path)
             if before.get("fingerprint") != digest:
                 raise ValueError(
-                    f"data: {self.config.data} has changed since {self.folder} was begun: choose another folder"
+                    f"data: {self.config.data} has changed since the run in {self.folder} began: choose another folder"
                 )
             summary = {**before, **summary}
         atomic_write_json(path, summary)
         return summary
 
     def load(self, num_heads: int, losses: FitConfig | None = None, trunk: Any = None) -> EnsembleRewardModel:
-        """Fresh heads on the trunk of `config.model`, or on `trunk`, a language model that is loaded already.
+        """Put fresh heads on the trunk of `config.model`, or on `trunk`, a language model that is loaded already.
 
-        losses: of the stage that will train it in modes lora and full; None: frozen, for features.
+        losses: config of the stage that will train the model in modes lora and full; None: frozen, for features.
         """
         config = self.config
         torch.manual_seed(config.seed if losses is None else losses.seed)
@@ -125,12 +125,12 @@ class Run:
         return self.placed(load_trunk("model", config.model, dtype=dtype, **options))
 
     def placed(self, model: Any) -> EnsembleRewardModel:
-        """The reward model on the run's device, in eval mode."""
+        """Move the reward model to the run's device, in eval mode."""
         placed: EnsembleRewardModel = model.to(self.device).eval()
         return placed
 
     def scorer(self, name: str, model: EnsembleRewardModel) -> Scorer:
-        """Read texts as the model in the folder `name`: up to `config.max_length`, or to what is saved with it."""
+        """A scorer that reads texts as the model in the folder `name`, up to `config.max_length` or its own limit."""
         config, tokenizer = self.config, self.tokenizers[name]
         return Scorer(model, tokenizer, batch_tokens=config.batch_tokens, max_length=config.max_length, progress=False)
 
@@ -139,7 +139,7 @@ class Run:
         return self.read(name, model, pairs)[0]
 
     def read(self, name: str, model: EnsembleRewardModel, pairs: Sequence[PreferencePair]) -> tuple[Sides, Truncation]:
-        """`features`, and what was cut off the texts."""
+        """`features`, and the truncation of the texts."""
         texts, names = both_sides(pairs), names_of_sides(pairs)
         scorer = self.scorer(name, model)
         found = compute_features(scorer, texts, self.feature_folder, self.progress, names)
@@ -148,7 +148,7 @@ class Run:
         return (chosen, rejected), Truncation(int(found.truncated.sum()), 2 * len(pairs), int(same.sum()))
 
     def note_truncation(self, train: Truncation, held_out: Truncation, max_length: int | None) -> None:
-        """Keep in data.json, and say, how many texts lost their beginning.
+        """Record in data.json how many texts lost their beginning, and warn.
 
         Raises:
             ValueError: if the two texts of every training pair are the same to the model.
@@ -168,7 +168,7 @@ class Run:
 
     @property
     def feature_folder(self) -> Path:
-        """Where features are cached."""
+        """The folder of cached features."""
         return self.config.features or self.folder / "features"
 
     def margins(self, pairs: list[PreferencePair]) -> Tensor | None:
@@ -178,7 +178,7 @@ class Run:
         return torch.tensor([pair.margin or 0.0 for pair in pairs], device=self.device)
 
     def save(self, name: str, model: EnsembleRewardModel, head: EnsembleHead) -> None:
-        """`head` on the model's trunk in the folder `name`, with the tokeniser; what is there already stays."""
+        """Save `head` on the model's trunk, with the tokeniser, in the folder `name`, unless that exists."""
         target = self.folder / name
         if target.exists():
             return
@@ -189,7 +189,7 @@ class Run:
 
 
 def with_head(model: EnsembleRewardModel, head: EnsembleHead, trunk: Any = None) -> EnsembleRewardModel:
-    """`head` on the model's trunk, or on `trunk`, reading texts as the model does."""
+    """Put `head` on the model's trunk, or on `trunk`; the result reads texts as the model does."""
     reading = ("pooling", "append_eos", "max_score_length", "skip_token_id")
     options = {name: getattr(model.config, name) for name in reading}
     return EnsembleRewardModel.from_trunk(model.model if trunk is None else trunk, head=head, **options)

@@ -1,4 +1,4 @@
-"""Load what a training run starts from, and check that it fits the config."""
+"""Load the models and pairs that a training run starts from, and check that they fit the config."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from .config import TrainConfig
 
 
 def check_given(config: TrainConfig, mode: str) -> None:
-    """Raise ValueError for data that is not there, a `stage1` that cannot be one, or a reward model given as `model`.
+    """Raise ValueError for missing data, a `stage1` that cannot replace stage 1, or a reward model given as `model`
+    alone.
 
-    Configurations alone are read.
+    Only configurations are read.
     """
     check_source("data", config.data)
     if config.stage1 is None:
@@ -36,13 +37,13 @@ def check_given(config: TrainConfig, mode: str) -> None:
 
 
 def _check_eos(key: str, name: str, config: TrainConfig) -> EnsembleRewardConfig | None:
-    """The configuration of an EnsembleRewardModel; None for another classifier, which is checked when it is loaded."""
+    """Check append_eos; return an EnsembleRewardModel's config, or None for a classifier (checked when loaded)."""
     found = load_config(key, name, "a reward model's folder or hub name")
     if not isinstance(found, EnsembleRewardConfig):
         return None
     if config.append_eos not in (None, found.append_eos):
         raise ValueError(
-            f"append_eos: expected {found.append_eos}, as {key} was trained with, or nothing, got {config.append_eos}"
+            f"append_eos: expected {found.append_eos}, with which {key} was trained, or null, got {config.append_eos}"
         )
     return found
 
@@ -58,7 +59,7 @@ def load_stage1(config: TrainConfig) -> EnsembleRewardModel:
 
 
 def load_reward(key: str, name: str, config: TrainConfig) -> EnsembleRewardModel:
-    """The trained reward model that the config's `key` names, with its heads, aggregation and calibration, frozen."""
+    """Load the trained reward model under the config's `key`, with its heads, aggregation and calibration, frozen."""
     model = load_reward_model(key, name, dtype=config.dtype, append_eos=config.append_eos)
     if config.max_length is not None:
         model.config.max_score_length = config.max_length
@@ -70,8 +71,8 @@ def _check_trunk(name: str) -> None:
     found = load_config("model", name, "a language model's folder or hub name")
     if isinstance(found, EnsembleRewardConfig):
         raise ValueError(
-            f"model: expected a language model, got the reward model {name}, whose heads would be dropped: to train "
-            "on from one with a single head, give it as stage1 too"
+            f"model: expected a language model, got the reward model {name}, whose heads would be dropped: to continue "
+            "from one with a single head, give it as stage1 too"
         )
     if any(kind.endswith("ForSequenceClassification") for kind in found.architectures or ()):
         logger.warning("model: %s has a classification head, which is dropped; to keep it, give it as stage1 too", name)
@@ -80,7 +81,7 @@ def _check_trunk(name: str) -> None:
 def split_readable(
     config: TrainConfig, data: PairData, tokenizers: Mapping[str, Any], progress: bool
 ) -> list[list[PreferencePair]]:
-    """[training pairs, held-out pairs], without those that a tokeniser of the run refuses; corrects `data.counts`.
+    """Return [training pairs, held-out pairs] that all tokenisers of the run can read; correct `data.counts`.
 
     tokenizers: see `Run`. Raises ValueError, naming file and line, for the first such pair unless config.skip_bad_rows.
     """

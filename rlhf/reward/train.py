@@ -1,4 +1,4 @@
-"""The job behind `prudent train`: preference pairs to a pessimistic reward model, in two stages, as one run folder."""
+"""Run `prudent train`: train a pessimistic reward model on preference pairs, in two stages, in one run folder."""
 
 from __future__ import annotations
 
@@ -28,22 +28,24 @@ def run_train(config: TrainConfig, *, resume: bool = False, progress: bool = Tru
     features/, checkpoints/, stage1/ (the single-head model: its reward differences are Bradley-Terry logits), model/
     (the final model, calibrated on training features, with its tokeniser), adapter/ (mode lora: the final model's LoRA,
     unmerged, and its heads: `reward_adapter`), train.json (final metrics; written last). Stage pet adds reference/ (the
-    samples it is pessimistic against) and, of an ensemble trained in this run, start/ (what it was before); its model/
-    keeps the calibration of what it started from, so that rewards before and after have one unit.
+    samples it is pessimistic against) and, for an ensemble trained in this run, start/ (the ensemble before PET);
+    model/ keeps the calibration from before PET, so that rewards before and after have one unit.
 
     Args:
         config: see `TrainConfig`.
-        resume: continue a killed run; a run folder that does not exist is begun.
+        resume: continue a killed run; without a run folder, start one.
         progress: show progress bars on stderr.
 
     Raises:
-        ValueError: for data or a config that cannot be used, a key that the mode does not read included; for an output
-            folder that holds another run or anything else, or in which another process trains; for a loss that is not
+        ValueError: for data or a config that cannot be used, including a key that the mode does not read; for an output
+            folder that holds another run or other files, or in which another process trains; for a loss that is not
             finite.
         OSError: for a file that cannot be written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("train: expected one process, got a launcher's several: the run folder has one writer")
+        raise ValueError(
+            f"train: expected one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}: one process writes the run folder"
+        )
     mode = _mode(config)
     refuse_unread(config, mode)
     with locked_folder(config.output):
@@ -56,14 +58,14 @@ def run_train(config: TrainConfig, *, resume: bool = False, progress: bool = Tru
 
 
 def _mode(config: TrainConfig) -> str:
-    """What `auto` is on this machine: head on a CPU and for stage pet, else lora on a GPU."""
+    """Resolve mode auto on this machine: lora on a GPU unless the stage is pet, else head."""
     if config.mode != "auto":
         return config.mode
     return "lora" if torch.cuda.is_available() and config.stage != "pet" else "head"
 
 
 def _trained(run: Run) -> dict[str, Any]:
-    """Train every stage that is not done yet; write train.json and return what it holds."""
+    """Train every stage that is not done yet; write train.json and return its content."""
     pet = None
     if run.mode == "head":
         scored, pet = train_frozen(run)
@@ -83,7 +85,7 @@ def _trained(run: Run) -> dict[str, Any]:
 
 
 def _accuracies(run: Run, scored: Mapping[str, Scored]) -> dict[str, Any]:
-    """Held-out accuracy of each way to read the heads, with its interval over prompts.
+    """Held-out accuracy of each aggregation of the heads, with its interval over prompts.
 
     "accuracy": name -> value, low, high. "best": the name of the highest; "minus_best": each other name -> its accuracy
     minus the best's, with the interval of the paired difference.

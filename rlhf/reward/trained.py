@@ -21,14 +21,14 @@ from .start import load_stage1
 from .trunk import train_trunk
 from .two_stage import preference_probability, seeded
 
-_CALIBRATION_PAIRS = 2000  # their features are computed for it alone: mean and std of a head to about 1.6 %
+_CALIBRATION_PAIRS = 2000  # give a head's mean and std to about 1.6 %; only calibration needs their features
 
 
 def train_whole(run: Run) -> dict[str, Scored]:
-    """Train each stage's trunk and heads, and save the models; what an earlier start of the run has saved is loaded.
+    """Train each stage's trunk and heads, and save the models; models saved by an earlier start of the run are loaded.
 
     Both stages start from the base model, as in the paper ("we train a single-head RM and a 5-head BRME starting from"
-    it): stage 1 stays a model of its own and hands over p_hat alone.
+    it): stage 1 remains a separate model, and stage 2 uses only its p_hat.
     """
     config = run.config
     stage1 = _saved(run, "stage1")
@@ -56,7 +56,7 @@ def train_whole(run: Run) -> dict[str, Scored]:
 
 
 def _saved(run: Run, name: str) -> EnsembleRewardModel | None:
-    """The model that a finished stage has saved, if it is there."""
+    """Load the model that a finished stage has saved; None if there is none."""
     folder = run.folder / name
     return run.placed(load_reward_model("output", str(folder))) if folder.exists() else None
 
@@ -86,7 +86,7 @@ def _train_stage(run: Run, losses: FitConfig, p_hat: tuple[Tensor | None, Tensor
 def _rows(
     run: Run, scorer: Scorer, pairs: list[PreferencePair], heads: list[int], p_hat: Tensor | None
 ) -> tuple[list[dict[str, Any]], Truncation]:
-    """Tokenised pairs as `collate` takes them, and what was cut off their texts."""
+    """Tokenise pairs for `collate`; return the rows and the truncation of their texts."""
     margins = run.margins(pairs) if p_hat is None else None
     labels = {"p_hat": p_hat, "margin": margins}
     columns = {name: [None] * len(pairs) if t is None else t.tolist() for name, t in labels.items()}

@@ -31,10 +31,10 @@ __all__ = ["PairTrainer", "TrunkConfig", "collate", "last_checkpoint", "train_tr
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Rows {chosen, rejected: token ids; p_hat, margin: float or None; head: int} of P pairs -> ids and mask [2P, T],
-    right padded, chosen first; p_hat, margin [P] float32 where given; head [P] int64."""
+    right padded, chosen first; p_hat, margin [P] float32 if given; head [P] int64."""
     sequences = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
     length = max(map(len, sequences))
-    # any id can pad: the model goes by the mask
+    # any id can pad: the model uses the mask
     ids = torch.tensor([[*s, *[0] * (length - len(s))] for s in sequences])
     mask = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences])
     batch = {"input_ids": ids, "attention_mask": mask, "head": torch.tensor([row["head"] for row in rows])}
@@ -118,7 +118,7 @@ class PairTrainer(Trainer):
         return batches, items
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Trainer's; also log the norms of the hidden states, and refuse a loss that is not finite."""
+        """Make Trainer's step; also record the norms of the hidden states, and refuse a loss that is not finite."""
         pairs = len(inputs["head"])
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._micro += 1
@@ -134,7 +134,7 @@ class PairTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's; also write to the run's log."""
+        """Log as Trainer does; also write to the run's log."""
         if "loss" in logs and self._logged:
             rows, self._logged = self._logged, []
             logs = {**logs, **{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}}
@@ -169,7 +169,7 @@ class PairTrainer(Trainer):
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint in `folder`; one without trainer_state.json, which is written last, is not."""
+    """Return the newest complete checkpoint in `folder`; a complete one has trainer_state.json, written last."""
     whole = []
     for path in folder.glob("checkpoint-*"):
         try:
@@ -185,7 +185,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def _is_cut(file: Path) -> bool:
-    """Whether a file of tensors ends too early; both formats tell without reading the tensors."""
+    """Return whether a file of tensors is truncated; both formats show this without reading the tensors."""
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, "pt"):

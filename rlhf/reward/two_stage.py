@@ -15,7 +15,7 @@ from ..job.log import RunLog
 from .config import BradleyTerryConfig, BRMEConfig, PETConfig
 from .fit import PairFeatures, fit_heads
 
-_MARGIN = 1e-7  # that p_hat keeps from 0 and 1
+_MARGIN = 1e-7  # smallest distance of p_hat from 0 and 1
 
 Seeded = TypeVar("Seeded", BradleyTerryConfig, BRMEConfig, PETConfig)
 
@@ -24,7 +24,7 @@ class TwoStages(NamedTuple):
     """The heads of both stages, on raw features, not calibrated.
 
     single: stage 1's one head, whose reward differences are Bradley-Terry logits. final: stage 2's K heads, or `single`
-    where stage 2 was left out.
+    if stage 2 was left out.
     """
 
     single: EnsembleHead
@@ -48,14 +48,14 @@ def fit_two_stages(
     """Train one head by Bradley-Terry (BRME eq. 3), then K heads by eq. 8 on its probabilities.
 
     Args:
-        pairs: training pairs; `margin` is stage 1's, `p_hat` is left empty: stage 1 gives it.
+        pairs: training pairs; stage 1 uses `margin`; `p_hat` is ignored, because stage 1 computes it.
         brme: None stops after stage 1.
         seed: added to the seed of each config.
-        stage1: a trained head to take instead of training stage 1.
-        evaluation: held-out pairs, measured after every epoch of each stage.
+        stage1: a trained head to use instead of training stage 1.
+        evaluation: held-out pairs, evaluated after every epoch of each stage.
         aggregation: the ensemble's; None: `fit_heads`'s default.
         on_stage1: called with stage 1's head before stage 2 begins.
-        checkpoints: folder of bt.pt and brme.pt, from which a killed training goes on.
+        checkpoints: folder of bt.pt and brme.pt, from which a killed training resumes.
 
     Raises:
         ValueError: as `fit_heads`.
@@ -100,9 +100,9 @@ def fit_two_stages(
 def preference_probability(head: EnsembleHead, chosen: Tensor, rejected: Tensor) -> Tensor:
     """p_hat [P] fp64: sigma(r_chosen - r_rejected) of the stage-1 head (BRME eq. 2), from features [P, D] of each side.
 
-    The paper does not clamp p_hat. We keep it 1e-7 off 0 and 1, because a sigmoid saturates and `fit_heads` refuses a
-    probability that is not between them. 1e-7 is about the least that float32, in which eq. 8 is computed, can tell
-    from 1; it moves a target of eq. 8 by alpha * 1e-7 at most.
+    The paper does not clamp p_hat. We keep it at least 1e-7 from 0 and 1, because a sigmoid saturates and `fit_heads`
+    refuses a probability that is not between them. 1e-7 is about the smallest distance from 1 in float32, in which
+    eq. 8 is computed; it moves a target of eq. 8 by alpha * 1e-7 at most.
     """
     difference = head(chosen, aggregation="mean").reward.double() - head(rejected, aggregation="mean").reward.double()
     return torch.sigmoid(difference).clamp(_MARGIN, 1 - _MARGIN)

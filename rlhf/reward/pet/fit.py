@@ -1,8 +1,8 @@
-"""Train PET on cached features: from a trained head, with the samples ranked again at every step.
+"""Train PET on cached features: start from a trained head, and rank the samples again at every step.
 
-The calibration of the start is kept. The aggregated reward of an ensemble is trained on calibrated heads, because min,
-argmin and trade-off depend on the scales between heads. A single head is trained on its own outputs, which are
-Bradley-Terry logits; its shift and scale are restored at the end, so that rewards before and after have one unit.
+The head keeps its calibration. The aggregated reward of an ensemble is trained on calibrated heads, because min, argmin
+and trade-off depend on the scales between heads. A single head is trained on its own outputs, which are Bradley-Terry
+logits; its shift and scale are restored at the end, so that rewards before and after have one unit.
 
 For a single linear head the objective is convex: a max of linear functions, a linear function, and Bradley-Terry.
 """
@@ -49,8 +49,8 @@ class PETFeatures(NamedTuple):
 
 
 class PETFit(NamedTuple):
-    """head: acts on raw features, with the start's calibration. history: one dict of numbers an epoch.
-    before, after: `measure_pet` on the training data; on the held-out data too, as eval_*, where there is some."""
+    """head: acts on raw features, with the start's calibration. history: one dict of numbers per epoch.
+    before, after: `measure_pet` on the training data and, as eval_*, on the held-out data if any."""
 
     head: EnsembleHead
     history: list[dict[str, float]]
@@ -71,14 +71,14 @@ def fit_pet(
 ) -> PETFit:
     """Minimise PET's objective, starting from a trained head. Equal inputs and configs give equal bits.
 
-    x runs over the prompts of the pairs, so that a prompt with more pairs has more weight; both terms are computed on
-    every batch of pairs.
+    The expectation over x runs over the prompts of the pairs, so a prompt with more pairs has more weight; both terms
+    are computed on every batch of pairs.
 
     Args:
         head: the trained start, of K heads; not changed.
         data: on the device to train on; any floating dtype.
-        aggregation: the reward made pessimistic; None: the head's own; of one head, its mean. Never centred.
-        evaluation: held-out pairs, measured after every epoch; its `samples` may be [0, n, D].
+        aggregation: the reward to make pessimistic; None: the head's own; for one head, its mean. Never centred.
+        evaluation: held-out pairs, evaluated after every epoch; its `samples` may be [0, n, D].
         log: receives every epoch's numbers, as pet/NAME.
         checkpoint: file that holds the state after every epoch; if it exists, training resumes from it.
 
@@ -117,7 +117,7 @@ def fit_pet(
 
 @torch.no_grad()
 def measure_pet(reward: Callable[[Tensor], Tensor], data: PETFeatures, config: PETConfig) -> dict[str, float]:
-    """loss, gap, bt and the accuracy of `reward` ([N, D] -> [N]) on whole data; loss and gap only where some pair has
+    """loss, gap, bt and the accuracy of `reward` ([N, D] -> [N]) on all data; loss and gap only if some pair has
     samples. `reference: dataset` is its expectation: half with the chosen, half with the rejected responses."""
     chosen, rejected = reward(data.chosen), reward(data.rejected)
     accuracy = float(pair_correct(chosen, rejected).double().mean())
@@ -157,7 +157,7 @@ class _State(HeadTraining):
         given = [data.chosen, data.rejected, data.samples.flatten(0, 1), data.reference]
         self.scaling = standardise(*(rows for rows in given if rows is not None and len(rows)))
         scaled = _scaled(head, self.scaling)
-        if head.num_heads == 1:  # it cancels in every difference: its gradient is rounding, which Adam would amplify
+        if head.num_heads == 1:  # the bias cancels in differences: its gradient is rounding, which Adam would amplify
             scaled.bias.requires_grad_(False)
         identity = {
             "config": config.model_dump(mode="json"),

@@ -26,7 +26,7 @@ __all__ = ["PETConfig", "PETLoss", "best_samples", "pet_gap", "pet_loss", "takes
 
 
 class PETLoss(NamedTuple):
-    """loss = gap + beta * bt, each a scalar. gap: mean of best - reference (hinged where asked)."""
+    """loss = gap + beta * bt, each a scalar. gap: mean of best - reference, hinged as the config says."""
 
     loss: Tensor
     gap: Tensor

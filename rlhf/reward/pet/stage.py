@@ -29,7 +29,7 @@ class References(NamedTuple):
     """Responses of the reference policy.
 
     rollouts: n (or n + 1) responses to each prompt. row: prompt_key -> index in `rollouts`. skipped: number of prompts
-    too long for a response. own: whether the features kept while sampling are those that the reward reads.
+    too long for a response. own: whether the reward can use the features that were stored while sampling.
     """
 
     rollouts: list[Rollout]
@@ -40,7 +40,7 @@ class References(NamedTuple):
 
 @dataclass(frozen=True)
 class PETStage:
-    """The stage of one run. policy: the language model that is sampled; aggregation: the reward made pessimistic."""
+    """The stage of one run. policy: the language model to sample; aggregation: the reward to make pessimistic."""
 
     run: Run
     policy: Any
@@ -54,7 +54,7 @@ class PETStage:
     def heads(
         self, scorer: Scorer, start: EnsembleHead, train: Sides, held_out: Sides | None
     ) -> tuple[EnsembleHead, dict[str, Any]]:
-        """Train the pessimistic head from `start`. Returns it, and what train.json says of the stage.
+        """Train the pessimistic head from `start`; return it, and the stage's entry in train.json.
 
         scorer: reads texts as the reward does.   train, held_out: features of the run's pairs.
         """
@@ -77,7 +77,7 @@ class PETStage:
         return fit.head, self.summary(references, fit.before, fit.after)
 
     def references(self, scorer: Scorer) -> References:
-        """Sample the policy for the prompts of the training pairs, and of the held-out pairs, which are measured alone.
+        """Sample the policy for the prompts of the training pairs, and of the held-out pairs, which are only evaluated.
 
         Samples of an earlier start of the run are read from its folder.
         """
@@ -93,8 +93,8 @@ class PETStage:
             prompts.update(fits)
         if not any(pair.prompt_key in prompts for pair in run.train):
             raise ValueError(
-                f"pet.max_new_tokens: expected room for {room} tokens behind some prompt in the model's {limit}, "
-                "got none"
+                f"pet.max_new_tokens: expected room for {room} tokens after some prompt in the model's {limit} "
+                "positions, got none"
             )
         count = pet.samples + (pet.reference == "sample")
         sampling = Sampling(pet.max_new_tokens, pet.temperature, pet.top_k or len(tokenizer), pet.top_p)
@@ -117,7 +117,7 @@ class PETStage:
         return flat.view(len(references.rollouts), -1, flat.shape[1])
 
     def _data(self, sides: Sides, pairs: list[PreferencePair], features: Tensor, references: References) -> PETFeatures:
-        """The features of pairs with the samples of their prompts, renumbered from 0."""
+        """The features of pairs and of their prompts' samples, with prompts renumbered from 0."""
         rows = sorted({references.row[p.prompt_key] for p in pairs if p.prompt_key in references.row})
         place = {row: i for i, row in enumerate(rows)}
         prompt = [place[references.row[p.prompt_key]] if p.prompt_key in references.row else -1 for p in pairs]
@@ -128,7 +128,7 @@ class PETStage:
         return PETFeatures(*sides, numbers, own[:, : pet.samples], extra, self.run.margins(pairs))
 
     def summary(self, references: References, before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
-        """The entry of the stage in train.json."""
+        """The stage's entry in train.json."""
         pet = self.pet
         return {
             "start": pet.start,
@@ -166,7 +166,7 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
 
 
 def _reads_alike(model: Any, turn: Turn, scorer: Scorer, longest: int) -> bool:
-    """Whether the features kept while sampling are those the reward reads: same trunk, same tokens, same ending."""
+    """Whether the reward can use the features stored while sampling: same trunk, same tokens, same ending."""
     if scorer.max_length is not None and scorer.max_length < longest:
         return False
     probe = {"prompt": "a", "response": "b"}

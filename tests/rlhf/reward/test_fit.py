@@ -241,7 +241,7 @@ def test_a_checkpoint_of_other_data_or_config_is_refused(tmp_path: Path) -> None
     chosen, rejected = _pairs(50)
     fit_heads(chosen, rejected, BradleyTerryConfig(epochs=1), checkpoint=tmp_path / "c.pt", progress=False)
     for features, config, other in (((rejected, chosen), {}, "data"), ((chosen, rejected), {"lr": 1e-4}, "config")):
-        with pytest.raises(ValueError, match=rf"c\.pt: expected one of this run, got one of other {other}$"):
+        with pytest.raises(ValueError, match=rf"c\.pt: expected one of this run, got one with another {other}$"):
             fit_heads(*features, BradleyTerryConfig(epochs=1, **config), checkpoint=tmp_path / "c.pt", progress=False)
 
 
@@ -295,13 +295,13 @@ def _nan() -> Tensor:
         ({"rejected": torch.zeros(7, D)}, r"rejected: expected chosen's shape \[8, 12\], got \[7, 12\]"),
         ({"chosen": _nan()}, "chosen: expected finite features, got NaN or infinity in row 3"),
         ({"config": BRMEConfig(num_heads=9)}, r"num_heads: expected at most the number of pairs \(8\), got 9"),
-        ({"p_hat": None}, "p_hat: expected for stage 'brme' and for it alone"),
-        ({"config": BradleyTerryConfig()}, "p_hat: expected for stage 'brme' and for it alone"),
+        ({"p_hat": None}, "p_hat: expected for stage 'brme' only"),
+        ({"config": BradleyTerryConfig()}, "p_hat: expected for stage 'brme' only"),
         ({"p_hat": torch.ones(8)}, r"p_hat: expected values in \(0, 1\), got 1\.0 to 1\.0"),
         ({"p_hat": torch.full((8,), 1 - 1e-9, dtype=torch.float64)}, r"p_hat: expected values in \(0, 1\), got 0\.99"),
         ({"p_hat": torch.full((8,), float("nan"))}, r"p_hat: expected values in \(0, 1\), got nan"),
         ({"p_hat": torch.full((7,), 0.5)}, r"p_hat: expected shape \[8\], got \[7\]"),
-        ({"margin": torch.zeros(8)}, "margin: expected finite values, for stage 'bt' alone"),
+        ({"margin": torch.zeros(8)}, "margin: expected finite values, for stage 'bt' only"),
         ({"evaluation": (torch.zeros(2, 3), torch.zeros(2, 3))}, r"evaluation chosen: expected shape \[P, 12\]"),
     ],
 )

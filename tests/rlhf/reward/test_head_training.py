@@ -24,7 +24,7 @@ def test_a_checkpoint_that_is_incomplete_is_named_and_its_stage_starts_again(
     with caplog.at_level(logging.WARNING):
         again = fit_heads(chosen, rejected, config, checkpoint=file, progress=False)
     assert f"{file}: its weights cannot be read (" in caplog.text
-    assert "the stage starts again" in caplog.text
+    assert "the stage restarts" in caplog.text
     assert torch.equal(again.head.weight, whole.head.weight)
     assert len(again.history) == 2
     assert torch.load(file, weights_only=True)["epoch"] == 2

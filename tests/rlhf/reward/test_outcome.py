@@ -28,11 +28,11 @@ def test_rows_that_the_pairs_cannot_tell_apart_are_named() -> None:
     few = _said({"worst": (0.588, 0.0), "nominal": (0.386, 0.01)})
     assert few[0].split() == ["held-out", "accuracy,", "%", "95", "%", "interval"]
     assert few[1].split() == ["worst", "58.8", "48.8", "to", "68.8"]
-    assert few[-1] == "too few to tell these rows apart: 114 pairs of 40 prompts"
+    assert few[-1] == "114 pairs of 40 prompts are too few to tell these rows apart"
     some = _said({"worst": (0.6, 0.0), "mean": (0.59, 0.02), "nominal": (0.3, -0.05)})
-    assert some[-1] == "too few to tell the best, worst, from mean: 114 pairs of 40 prompts"
+    assert some[-1] == "114 pairs of 40 prompts are too few to tell the best, worst, from mean"
     told = _said({"worst": (0.6, 0.0), "nominal": (0.3, -0.05)})
     assert not any("too few" in line for line in told)
     prompts = _said({"worst": (0.6, 0.0), "nominal": (0.3, -0.05)}, prompts=3)
-    assert prompts[-2] == "too few to tell these rows apart: 114 pairs of 3 prompts"
+    assert prompts[-2] == "114 pairs of 3 prompts are too few to tell these rows apart"
     assert prompts[-1].startswith("The intervals resample 3 prompts")

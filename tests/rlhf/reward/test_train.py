@@ -142,7 +142,7 @@ def test_a_finished_run_resumed_says_so_and_does_nothing(
     monkeypatch.setattr("prudent.rlhf.reward.run.load_pairs", None)
     result = run_train(finished, resume=True, progress=False)
     assert result.finished_before
-    assert "was finished before; nothing was done again" in str(result)
+    assert "was finished before; nothing to do" in str(result)
 
 
 def test_a_folder_that_holds_a_run_or_anything_else_is_refused(finished: TrainConfig, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_data_that_changed_under_a_run_is_refused(
         with pytest.raises(TypeError, match="NoneType"):
             run_train(config, progress=False)
     file.write_text("\n".join(data.read_text().splitlines()[:-1]))
-    with pytest.raises(ValueError, match=r"has changed since .* was begun"):
+    with pytest.raises(ValueError, match=r"has changed since the run in .* began"):
         run_train(config, resume=True, progress=False)
 
 

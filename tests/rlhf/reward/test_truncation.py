@@ -50,7 +50,7 @@ def test_train_says_how_many_texts_lost_their_beginning(
     sentence = "5 of 24 texts were too long and read without the beginning"
     assert caplog.text.count(f"data: {sentence}") == 1
     assert f"{sentence} (max_length {LENGTH})" in str(result)
-    assert "pairs whose two texts are the same after that: 1" in str(result)
+    assert "pairs whose two texts are equal after the cut: 1" in str(result)
 
 
 @pytest.mark.parametrize("mode", ["head", "full"])

@@ -298,7 +298,7 @@ def test_killed_after_any_epoch_it_goes_on_to_the_same_bits(tmp_path: Path, monk
     resumed = fit_pet(_head(3, "min"), data, config, **options)
     assert resumed[1:] == whole[1:]
     assert all(torch.equal(a, b) for a, b in zip(whole.head.parameters(), resumed.head.parameters(), strict=True))
-    with pytest.raises(ValueError, match="expected one of this run, got one of other start"):
+    with pytest.raises(ValueError, match="expected one of this run, got one with another start"):
         fit_pet(_head(2, "min"), data, config, **options)
 
 

@@ -148,8 +148,8 @@ def test_what_the_stage_cannot_use_is_refused(finished: TrainConfig, tmp_path: P
         (("stage=bt", "pet.beta=3"), "pet.samples: has no effect with stage bt: set stage to pet"),
         ((f"pet.start={finished.output / 'model'}",), "bt.epochs: has no effect beside pet.start"),
         ((f"stage1={model}",), "stage1: expected none with stage pet"),
-        (("mode=lora",), "mode: expected head with stage pet, which trains heads on a trunk that stands"),
-        (("pet.max_new_tokens=127",), "pet.max_new_tokens: expected room for 128 tokens behind some prompt"),
+        (("mode=lora",), "mode: expected head with stage pet, which trains heads on a frozen trunk"),
+        (("pet.max_new_tokens=127",), "pet.max_new_tokens: expected room for 128 tokens after some prompt"),
         (
             ("pet.start=nowhere", "bt.epochs=10", "bt.lr=0.003", "brme.num_heads=5"),
             "pet.start: nowhere is neither a folder",
@@ -167,7 +167,7 @@ def test_prompts_too_long_for_a_response_are_counted_and_left_to_bradley_terry(
     file.write_text(pairs.read_text() + json.dumps(long) + "\n")
     result = run_train(_config(tiny_chat_folder, file, tmp_path / "run", "max_length=100"), progress=False)
     assert result.metrics["pet"]["prompts_too_long"] == 1
-    assert "prompts too long to be sampled for: 1" in str(result)
+    assert "prompts too long for a response: 1" in str(result)
 
 
 def test_a_gap_below_zero_is_warned_of() -> None:
