@@ -116,7 +116,7 @@ examples:
   prudent score --model runs/reward/model --data responses.jsonl --output scored.jsonl --aggregation lcb:1 --resume
   cat responses.jsonl | prudent score --model runs/reward/model --data - --output - > scored.jsonl""",
         ("model", "data", "output", "aggregation", "batch_tokens", "skip_bad_rows"),
-        ("max_length",),
+        ("max_length", "append_eos"),
         "the same command with --resume continues (from a file, not from standard input)",
         ("resume", "overwrite"),
     ),

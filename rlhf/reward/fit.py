@@ -104,7 +104,8 @@ def standardise(*features: Tensor) -> Scaling:
 
 def _blocks(features: Tensor) -> tuple[Tensor, ...]:
     """Split the rows into blocks whose fp64 copy stays in a processor's cache."""
-    return features.split(max(1, (1 << 18) // max(1, features[:1].numel())))
+    blocks: tuple[Tensor, ...] = features.split(max(1, (1 << 18) // max(1, features[:1].numel())))
+    return blocks
 
 
 def _total(features: Tensor) -> float:
