@@ -4,8 +4,8 @@
 
 The kernels run under Triton's interpreter on small shapes, in a child process. Every load and store is counted for the
 argument whose memory it touches: all bytes, and distinct bytes. Per-row tensors must cross device memory; reading or
-writing each once is the minimum, called the floor here. Each block of rows reads a shared tensor (a weight) again; it is
-small enough to come from cache.
+writing each once is the minimum, called the floor here. Each block of rows reads a shared tensor (a weight) again; it
+is small enough to come from cache.
 """
 
 from __future__ import annotations
