@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from prudent.rlhf.job.log import say_once
 from prudent.rlhf.sampling.config import RolloutConfig
 from prudent.rlhf.sampling.sampler import EndedByText, open_sampler
 from prudent.rlhf.sampling.turn import Ending, Turn
@@ -74,6 +75,7 @@ def test_an_ending_before_the_least_number_of_tokens_does_not_count() -> None:
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_the_run_says_that_plain_text_ends_responses(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    say_once.cache_clear()  # another test may have made it say so
     template, text = PLAIN[kind]
     Turn(a_tokenizer(template), a_model(vocab_size=320))
     assert f"a response ends at its first {text!r}, because the chat template" in capsys.readouterr().err
