@@ -224,7 +224,8 @@ class _Run:
         with self._stage(1):
             chosen, rejected = self._features(train + held)
         with self._stage(2):
-            sizes = {"pairs": len(train), "held_out_pairs": len(held), "prompts": data.counts["prompts"]}
+            sizes = {"pairs": len(train), "held_out_pairs": len(held)}
+            sizes |= {name: data.counts[name] for name in ("prompts", "bad_rows")}
         with self._stage(3):
             cut = len(train)
             reference = torch.cat([chosen[:cut], rejected[:cut]])

@@ -101,7 +101,8 @@ def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
         seed=config.seed,
     )
     cut = {"texts": truncated, "of": 2 * len(pairs), "max_length": scorer.max_length}
-    metrics = {"config": config.model_dump(mode="json"), "data": data.counts, "truncated": cut, **evaluation}
+    counts = {"data": data.counts} | ({} if foreign_data is None else {"foreign_data": foreign_data.counts})
+    metrics = {"config": config.model_dump(mode="json"), **counts, "truncated": cut, **evaluation}
     atomic_write_json(config.output / "eval.json", metrics)
     pictures = []
     if config.pictures:

@@ -27,7 +27,8 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
     opening = [f"{count(m['pairs'], 'pair')}, {count(m['prompts'], 'prompt')}, {count(m['heads'], 'head')}"]
     if m["excluded"]:
         opening.append(f"left out, for rewards that are not finite: {m['excluded']}")
-    opening += [_dropped(m.get("data", {})), few_prompts(m["prompts"])]
+    opening += [_dropped("data", m.get("data", {})), _dropped("foreign", m.get("foreign_data", {}))]
+    opening.append(few_prompts(m["prompts"]))
     rows = [["", "accuracy, %", "95 % interval", "margin", "coverage / std²"]]
     for name, found in m["accuracy"].items():
         margin = f"{m['margin'][name]['mean']:.2f} ± {m['margin'][name]['std']:.2f}"
@@ -61,8 +62,8 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-def _dropped(counts: Mapping[str, int]) -> str:
-    """Say in one line what `load_pairs` left out of the data; "" if nothing."""
+def _dropped(key: str, counts: Mapping[str, int]) -> str:
+    """Say in one line what `load_pairs` left out of the data that the config key `key` names; "" if nothing."""
     names = {
         "bad_rows": "broken rows",
         "duplicates": "duplicates",
@@ -70,7 +71,7 @@ def _dropped(counts: Mapping[str, int]) -> str:
         "below_gap": "below the score gap",
     }
     found = [f"{name} {counts[key]}" for key, name in names.items() if counts.get(key)]
-    return f"left out of the data's {counts['rows']} rows: {', '.join(found)}" if found else ""
+    return f"{key}: left out of {counts['rows']} rows: {', '.join(found)}" if found else ""
 
 
 def _signal_rows(m: Mapping[str, Any]) -> list[list[str]]:

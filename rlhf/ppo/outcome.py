@@ -30,6 +30,7 @@ class PPOResult:
         head = "was finished before; nothing was done again" if self.finished_before else done
         lines = [f"{self.folder}: {head}", *([f"stopped early: {m['stopped']}"] if m["stopped"] else [])]
         lines += [m["faults"]] if m["faults"] else []
+        lines += [f"{key}: broken rows skipped: {bad}" for key, bad in m.get("bad_rows", {}).items() if bad]
         if m["rolled_back_to"] is not None:
             lines.append(f"first and last step, before the policy was rolled back to step {m['rolled_back_to']}:")
         shown = [name for name, value in m["last"].items() if value is not None and m["first"].get(name) is not None]

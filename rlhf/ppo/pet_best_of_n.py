@@ -81,7 +81,7 @@ def prepare(config: PPOConfig, progress: bool) -> Source:
         readers=reward_readers("pet.start", None if config.pet.start in ("bt", "brme") else config.pet.start),
         skip_bad_rows=config.skip_bad_rows,
         progress=progress,
-    )
+    ).prompts
     prompt_order(len(prompts), 0, config.rollout.prompts_per_step, config.seed)  # refuses too few
     used = prompts[: config.best_of_prompts]
     gold = None if config.gold is None else open_gold(config.gold, Texts(tokenizer, used))

@@ -52,6 +52,7 @@ class Run:
     turn: Turn
     prompts: list[Prompt]
     preferences: PreferenceTexts | None  # None without `config.data`
+    bad_rows: dict[str, int]  # "prompts" or "data" -> number of rows skipped
     reward: RewardSource | None  # None: the heads on the policy's trunk
     reading: Reading | None  # how those heads read samples; None: a reward from outside
     sampler: Sampler
@@ -161,6 +162,7 @@ class Run:
             "updates": total(rows, "update/steps"),
             "skipped": total(rows, "update/skipped"),
             "dropped": total(rows, "samples/dropped"),
+            "bad_rows": self.bad_rows,
             "faults": faults(rows, steps),
             "first": {name: rows[0].get(name) if rows else None for name in SHOWN},
             "last": {name: rows[-1].get(name) if rows else None for name in SHOWN},

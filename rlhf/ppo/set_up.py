@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ...engine import Scorer
 from ..data.reading import check_source
 from ..job.log import RunLog
 from ..models.adapter import peft_hushed
 from ..models.loading import load_tokenizer
 from ..sampling.config import RolloutConfig
-from ..sampling.prompts import check_prompts, load_prompts, longest_prompt, prompt_order
+from ..sampling.prompts import Prompt, check_prompts, load_prompts, longest_prompt, prompt_order
 from ..sampling.sampler import open_sampler
 from ..sampling.turn import Turn
 from .advantages import KLController
@@ -22,13 +23,13 @@ from .policy.describe import describe_policy
 from .policy.load import load_model
 from .policy.policy import Policy
 from .rewards.open import open_gold, open_source
-from .rewards.reading import Reading
+from .rewards.reading import HeadEncoder, Reading
 from .rewards.resolve import open_encoder, resolve_reward
 from .rewards.sources import Texts
 from .run import Run
 from .stop import StopRules
 from .update import open_optimizer
-from .watch.baseline import preference_texts
+from .watch.baseline import PreferenceTexts, preference_texts
 from .watch.monitor import Monitor
 
 
@@ -59,35 +60,21 @@ def set_up(
     limit_memory(config, device)
     tokenizer = load_tokenizer("model", config.model) if tokenizer is None else tokenizer
     model = load_model(config, device, model)
+    turn = Turn(tokenizer, model)
 
     reward = resolve_reward(config.reward, model, device)
     refuse_unread_by_reward(config, reward.kind)
+    rules = StopRules(config.stop_when)
+    rules.refuse(unmeasured(config, reward.num_heads))
     encoder = None if reward.on_trunk is None else open_encoder(config.reward.source, model)
-    reads_prompts = encoder or reward.scorer
-    readers = {} if reads_prompts is None else {"reward.source": reads_prompts.encode}
 
-    turn = Turn(tokenizer, model)
-    prompts = load_prompts(
-        config.prompts,
-        turn,
-        longest_prompt(config.rollout, model.config, turn),
-        readers=readers,
-        skip_bad_rows=config.skip_bad_rows,
-        progress=progress,
-    )
-    prompt_order(len(prompts), 0, config.rollout.prompts_per_step, config.seed)  # refuses too few
-    preferences = None
-    if config.data is not None:
-        preferences = preference_texts(
-            config.data, turn, model.config, len(prompts), config.seed, skip_bad_rows=config.skip_bad_rows
-        )
-    texts = Texts(tokenizer, [*prompts, *(preferences.prompts if preferences else [])])
+    data = _read_data(config, turn, model, encoder or reward.scorer, progress)
+    texts = Texts(tokenizer, [*data.prompts, *(data.preferences.prompts if data.preferences else [])])
     source = open_source(config.reward, reward, texts)
-    reading = None if encoder is None else Reading(encoder, texts)
     gold = None if config.gold is None else open_gold(config.gold, texts)
 
     # the run's config from here on: auto has become a number
-    longest = max(len(prompt.ids) for prompt in prompts)
+    longest = max(len(prompt.ids) for prompt in data.prompts)
     config = resolve_micro_tokens(
         config, model.config, device, longest=longest, kind=reward.kind, heads=reward.num_heads or 0
     )
@@ -95,18 +82,16 @@ def set_up(
         policy = Policy(config, model, device=device, reward=reward.on_trunk)
     with policy.sampling() as sampled:
         sampler = open_sampler(config.rollout, sampled, turn.stop, device, turn.ending)
-
-    rules = StopRules(config.stop_when)
-    rules.refuse(unmeasured(config, reward.num_heads))
     return Run(
         config=config,
         policy=policy,
         tokenizer=tokenizer,
         turn=turn,
-        prompts=prompts,
-        preferences=preferences,
+        prompts=data.prompts,
+        preferences=data.preferences,
+        bad_rows=data.bad_rows,
         reward=source,
-        reading=reading,
+        reading=None if encoder is None else Reading(encoder, texts),
         sampler=sampler,
         optimizer=open_optimizer(policy, config),
         controller=KLController(config.kl.coef, config.kl.target, config.kl.horizon),
@@ -116,10 +101,37 @@ def set_up(
         description=[
             describe_policy(policy),
             f"reward source: {config.reward.source} ({reward.kind})",
-            f"sampling: {sampler.name}, {len(prompts)} prompts{_truncated(config)}",
+            f"sampling: {sampler.name}, {len(data.prompts)} prompts{_truncated(config)}",
         ],
         progress=progress,
     )
+
+
+class _Data(NamedTuple):
+    """What a run reads; bad_rows: config key -> number of rows skipped."""
+
+    prompts: list[Prompt]
+    preferences: PreferenceTexts | None
+    bad_rows: dict[str, int]
+
+
+def _read_data(config: PPOConfig, turn: Turn, model: Any, reward: HeadEncoder | Scorer | None, progress: bool) -> _Data:
+    """Read `config.prompts` and `config.data`. reward: encodes what it scores; None if it takes texts."""
+    prompts, bad = load_prompts(
+        config.prompts,
+        turn,
+        longest_prompt(config.rollout, model.config, turn),
+        readers={} if reward is None else {"reward.source": reward.encode},
+        skip_bad_rows=config.skip_bad_rows,
+        progress=progress,
+    )
+    prompt_order(len(prompts), 0, config.rollout.prompts_per_step, config.seed)  # refuses too few
+    if config.data is None:
+        return _Data(prompts, None, {"prompts": bad})
+    preferences = preference_texts(
+        config.data, turn, model.config, len(prompts), config.seed, skip_bad_rows=config.skip_bad_rows
+    )
+    return _Data(prompts, preferences, {"prompts": bad, "data": preferences.bad_rows})
 
 
 def unmeasured(config: PPOConfig, num_heads: int | None) -> dict[str, str]:

@@ -42,6 +42,13 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
+class PromptData(NamedTuple):
+    """The prompts of a source, and how many of its rows were skipped."""
+
+    prompts: list[Prompt]
+    bad_rows: int
+
+
 def longest_prompt(config: RolloutConfig, model_config: Any, turn: Turn) -> int | None:
     """Return the largest number of prompt tokens with which a response and its closing fit the model; None: any number.
 
@@ -73,7 +80,7 @@ def load_prompts(
     readers: Mapping[str, Encode] = MappingProxyType({}),
     skip_bad_rows: bool = False,
     progress: bool = False,
-) -> list[Prompt]:
+) -> PromptData:
     """Load the distinct prompts of a file or data set, in its order.
 
     Args:
@@ -118,7 +125,7 @@ def load_prompts(
         say_once(f"prompts: {name}: {bad} bad row{'s' * (bad != 1)} skipped")
     if not prompts:
         raise ValueError(f"prompts: {name}: expected at least one prompt, got none ({bad} bad rows)")
-    return prompts
+    return PromptData(prompts, bad)
 
 
 def _item(row: Any) -> rows.Prompt:

@@ -88,7 +88,8 @@ def _demo(models: Path, data: Path, out: Path, skip: bool) -> int:
     sets = ["bt.epochs=1", "brme.epochs=1", "brme.num_heads=2", "dtype=float32", f"skip_bad_rows={str(skip).lower()}"]
     config = load_config(DemoConfig, None, sets, model=str(models / "policy"), preferences=str(data), output=out)
     counts = run_demo(config, progress=False).metrics["counts"]
-    return 7 - int(counts["pairs"]) - int(counts["held_out_pairs"])
+    assert counts["pairs"] + counts["held_out_pairs"] == counts["prompts"] == 6
+    return int(counts["bad_rows"])
 
 
 @pytest.mark.parametrize("job", [_head, _pet, _eval, _score, _demo])
@@ -121,8 +122,10 @@ def test_a_prompt_that_the_policys_or_the_rewards_template_refuses(
         ValueError, match=r"prompts: .*days\.jsonl, line 1: reward\.source: the chat template refuses it: no days$"
     ):
         run_ppo(_ppo(models, tmp_path / "days.jsonl", tmp_path / "refused", reward), progress=False)
-    run_ppo(_ppo(models, data, tmp_path / "done", reward, "skip_bad_rows=true"), progress=False)
+    result = run_ppo(_ppo(models, data, tmp_path / "done", reward, "skip_bad_rows=true"), progress=False)
     assert f"prompts: {data}: 2 bad rows skipped\n" in capsys.readouterr().err
+    assert result.metrics["bad_rows"] == {"prompts": 2}
+    assert "prompts: broken rows skipped: 2" in str(result)
 
 
 def test_preference_data_of_ppo_that_the_policys_template_refuses(models: Path, data: Path, tmp_path: Path) -> None:
@@ -132,4 +135,5 @@ def test_preference_data_of_ppo_that_the_policys_template_refuses(models: Path, 
         ValueError, match=r"data: .*pairs\.jsonl, line 3, chosen: the chat template refuses it: no system"
     ):
         run_ppo(_ppo(models, prompts, tmp_path / "refused", f"data={data}"), progress=False)
-    run_ppo(_ppo(models, prompts, tmp_path / "done", f"data={data}", "skip_bad_rows=true"), progress=False)
+    result = run_ppo(_ppo(models, prompts, tmp_path / "done", f"data={data}", "skip_bad_rows=true"), progress=False)
+    assert result.metrics["bad_rows"] == {"prompts": 0, "data": 1}

@@ -16,10 +16,14 @@ PAIRS = 64  # 128 responses give the mean of a std that varies by half to about 
 
 
 class PreferenceTexts(NamedTuple):
-    """Responses of preference pairs as samples; the numbers of their `prompts` continue the run's own."""
+    """Responses of preference pairs as samples; the numbers of their `prompts` continue the run's own.
+
+    bad_rows: how many rows of the data were skipped.
+    """
 
     prompts: list[Prompt]
     samples: Samples
+    bad_rows: int
 
 
 def preference_texts(
@@ -62,5 +66,6 @@ def preference_texts(
             prompts.append(Prompt(pair.prompt, opening))
     if not rows:
         raise ValueError(f"data: expected a response that fits the policy's {limit} positions, got none in {source}")
-    asked, said, numbers, written = (list(column) for column in zip(*rows, strict=True))
-    return PreferenceTexts(prompts, Samples(asked, said, [True] * len(rows), numbers, written))
+    openings, responses, numbers, texts = (list(column) for column in zip(*rows, strict=True))
+    samples = Samples(openings, responses, [True] * len(rows), numbers, texts)
+    return PreferenceTexts(prompts, samples, data.counts["bad_rows"])

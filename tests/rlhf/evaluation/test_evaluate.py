@@ -191,10 +191,19 @@ def test_the_table_says_what_was_left_out_of_the_data(folders, tmp_path):
     rows = [first, first, first | {"rejected": first["chosen"]}, first | {"score_chosen": 0.5, "score_rejected": 0.0}]
     data.write_text(text + "".join(json.dumps(row) + "\n" for row in rows) + "broken\n")
     result = run_eval(config_of(folders, tmp_path, data=str(data), pictures=False, skip_bad_rows=True), progress=False)
-    (line,) = (line for line in str(result).splitlines() if line.startswith("left out of the data's 53 rows: "))
+    (line,) = (line for line in str(result).splitlines() if line.startswith("data: left out of 53 rows: "))
     for part in ("broken rows 1", "equal responses 1", "below the score gap 1"):
         assert part in line
     assert f"duplicates {result.metrics['data']['duplicates']}" in line
+
+
+def test_rows_that_were_left_out_of_the_foreign_pairs_are_counted(folders, tmp_path):
+    foreign = tmp_path / "foreign.jsonl"
+    foreign.write_text(Path(folders.foreign).read_text() + "broken\n")
+    config = config_of(folders, tmp_path, foreign=str(foreign), pictures=False, skip_bad_rows=True)
+    result = run_eval(config, progress=False)
+    assert (result.metrics["data"]["bad_rows"], result.metrics["foreign_data"]["bad_rows"]) == (0, 1)
+    assert "foreign: left out of" in str(result)
 
 
 def test_rewards_that_are_not_finite_are_counted_and_drawn_without(folders, tmp_path, monkeypatch):

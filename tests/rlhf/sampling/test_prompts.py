@@ -40,7 +40,7 @@ def _file(tmp_path: Path, name: str, *rows: Any) -> Path:
 
 
 def test_a_text_file_has_a_prompt_a_line_each_once(tmp_path: Path, turn: Turn) -> None:
-    prompts = load_prompts(_file(tmp_path, "p.txt", "my day", "", "the food was", "my day"), turn)
+    prompts = load_prompts(_file(tmp_path, "p.txt", "my day", "", "the food was", "my day"), turn).prompts
     assert [prompt.item for prompt in prompts] == ["my day", "the food was"]
     assert [prompt.ids for prompt in prompts] == [turn.prompt("my day"), turn.prompt("the food was")]
 
@@ -48,7 +48,7 @@ def test_a_text_file_has_a_prompt_a_line_each_once(tmp_path: Path, turn: Turn) -
 def test_rows_state_a_text_messages_or_a_pair(tmp_path: Path, turn: Turn) -> None:
     chat = [{"role": "user", "content": "my day"}]
     pair = {"chosen": "the film was good", "rejected": "the film was bad"}
-    prompts = load_prompts(_file(tmp_path, "p.jsonl", {"prompt": "the food was"}, {"prompt": chat}, pair), turn)
+    prompts = load_prompts(_file(tmp_path, "p.jsonl", {"prompt": "the food was"}, {"prompt": chat}, pair), turn).prompts
     assert [prompt.item for prompt in prompts] == ["the food was", chat, "the film was"]
     assert prompts[1].ids == turn.prompt("my day")  # the template writes both alike
 
@@ -59,14 +59,14 @@ def test_the_mark_that_windows_tools_begin_a_file_with_is_no_part_of_the_first_p
 ) -> None:
     path = _file(tmp_path, name, row)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert [prompt.item for prompt in load_prompts(path, turn)] == ["my day"]
+    assert [prompt.item for prompt in load_prompts(path, turn).prompts] == ["my day"]
 
 
 def test_parquet_is_read(tmp_path: Path, turn: Turn) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pytest.importorskip("pyarrow").table({"prompt": ["my day", "the hotel"], "other": [1, 2]})
     parquet.write_table(table, tmp_path / "p.parquet")
-    assert [p.item for p in load_prompts(tmp_path / "p.parquet", turn)] == ["my day", "the hotel"]
+    assert [p.item for p in load_prompts(tmp_path / "p.parquet", turn).prompts] == ["my day", "the hotel"]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_prompt_is_joined_from_the_columns_of_its_row(tmp_path: Path, turn: Tu
         {"instruction": "the food", "input": "was warm"},
         {"system": "short", "question": "the food was"},
     ]
-    prompts = load_prompts(_file(tmp_path, "p.jsonl", *rows), turn)
+    prompts = load_prompts(_file(tmp_path, "p.jsonl", *rows), turn).prompts
     system = {"system": "short", "text": "the food was"}
     assert [prompt.item for prompt in prompts] == ["the food\n\nwas cold", "the food\n\nwas warm", system]
     chat = [{"role": "system", "content": "short"}, {"role": "user", "content": "the food was"}]
@@ -116,7 +116,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted_on_request(
         {"prompt": "food"},
     ]
     file = _file(tmp_path, "p.jsonl", *rows)
-    assert [prompt.item for prompt in load_prompts(file, turn, 20, skip_bad_rows=True)] == ["my day", "food"]
+    assert [prompt.item for prompt in load_prompts(file, turn, 20, skip_bad_rows=True).prompts] == ["my day", "food"]
     assert capsys.readouterr().err == f"prompts: {file}: 4 bad rows skipped\n"
 
 
