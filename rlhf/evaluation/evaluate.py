@@ -24,7 +24,7 @@ from ..data.pairs import (
 )
 from ..job.files import atomic_write_json
 from ..models.features import compute_features, model_fingerprint
-from ..models.loading import load_scorer, says_append_eos
+from ..models.loading import load_reward, says_append_eos
 from ..report.style import require_matplotlib
 from ..report.words import plain_text, truncated_texts
 from .config import EvalConfig
@@ -134,7 +134,8 @@ def _scorer(config: EvalConfig, key: str, progress: bool) -> Scorer:
     if config.compare is not None and says_append_eos(key, name):
         other = {"model": ("compare", config.compare), "compare": ("model", config.model)}[key]
         append_eos = append_eos if says_append_eos(*other) else None
-    return load_scorer(name, config.batch_tokens, config.max_length, progress, key=key, append_eos=append_eos)
+    reward = load_reward(key, name, append_eos=append_eos)
+    return reward.scorer(config.batch_tokens, config.max_length, progress)
 
 
 def _readable(

@@ -24,7 +24,7 @@ from ..data.reading import opened, value_of_line
 from ..data.rows import RowError, items_of_row, object_of_row, unread_of_items
 from ..job.files import atomic_write_json, read_json, writing
 from ..models.features import model_fingerprint
-from ..models.loading import load_scorer
+from ..models.loading import load_reward
 from .config import ScoreConfig
 
 CHUNK_ROWS = 256  # rows read, scored and written at a time; bounds the memory, and the work that a kill loses
@@ -112,7 +112,9 @@ def run_score(
         found = "expected a file, got a folder" if Path(config.data).is_dir() else "no such file"
         raise ValueError(f"data: {config.data}: {found}")
     kept, kept_bytes = _kept(config, resume, overwrite)
-    scorer = load_scorer(config.model, config.batch_tokens, config.max_length, progress, append_eos=config.append_eos)
+    scorer = load_reward("model", config.model, append_eos=config.append_eos).scorer(
+        config.batch_tokens, config.max_length, progress
+    )
     made = _made_by(config, scorer)
     _refuse_another_model(config, kept, made)
     spec = (spec or scorer.model.score.aggregation).with_centre("none")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -24,17 +24,15 @@ _REWARD = "a reward model's folder or hub name"
 
 @dataclass(frozen=True)
 class LoadedReward:
-    """A loaded reward model and its kind; its weights are read once.
+    """A loaded reward model; its weights are read once.
 
     key     the config key that named it
     source  the folder or hub name that was read; for a run folder, the model in it
-    kind    ensemble: an `EnsembleRewardModel`; classifier: a one-head sequence classifier, converted to an ensemble
-    model   on the CPU
+    model   on the CPU; a one-head sequence classifier is converted to an ensemble of one head
     """
 
     key: str
     source: str
-    kind: Literal["ensemble", "classifier"]
     model: EnsembleRewardModel
 
     @cached_property
@@ -62,43 +60,22 @@ def load_reward(key: str, name: str, *, dtype: str = "auto", append_eos: bool | 
         ValueError: for another kind of model, files that cannot be read, or a model with code of its own.
     """
     source = model_folder(name)
-    found = load_reward_config(key, source)
-    if isinstance(found, EnsembleRewardConfig):
-        if append_eos not in (None, found.append_eos):
-            raise ValueError(
-                f"append_eos: expected {found.append_eos}, with which {key} {source} was trained, or null, "
-                f"got {append_eos}"
-            )
+    if isinstance(load_reward_config(key, source, append_eos=append_eos), EnsembleRewardConfig):
         model = _load(key, source, _REWARD, EnsembleRewardModel.from_pretrained, dtype=dtype)
-        return LoadedReward(key, source, "ensemble", model)
+        return LoadedReward(key, source, model)
     convert = EnsembleRewardModel.from_sequence_classifier
     model = _load(key, source, _REWARD, convert, dtype=dtype, append_eos=append_eos)
-    return LoadedReward(key, source, "classifier", model)
+    return LoadedReward(key, source, model)
 
 
-def load_reward_model(
-    key: str, name: str, *, dtype: str = "auto", append_eos: bool | None = None
-) -> EnsembleRewardModel:
-    """Return the model of `load_reward`."""
-    return load_reward(key, name, dtype=dtype, append_eos=append_eos).model
-
-
-def load_scorer(
-    model: str,
-    batch_tokens: int,
-    max_length: int | None,
-    progress: bool,
-    *,
-    key: str = "model",
-    append_eos: bool | None = None,
-) -> Scorer:
-    """Return the scorer of `load_reward`."""
-    return load_reward(key, model, append_eos=append_eos).scorer(batch_tokens, max_length, progress)
-
-
-def load_reward_config(key: str, name: str) -> Any:
-    """Return the configuration of the model that `load_reward` would load."""
-    return load_config(key, name, _REWARD)
+def load_reward_config(key: str, name: str, *, append_eos: bool | None = None) -> Any:
+    """Return the configuration that `load_reward` would load; ValueError if an ensemble has another `append_eos`."""
+    found = load_config(key, name, _REWARD)
+    if isinstance(found, EnsembleRewardConfig) and append_eos not in (None, found.append_eos):
+        raise ValueError(
+            f"append_eos: expected {found.append_eos}, with which {key} {name} was trained, or null, got {append_eos}"
+        )
+    return found
 
 
 def says_append_eos(key: str, name: str) -> bool:

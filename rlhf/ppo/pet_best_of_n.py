@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...engine import EnsembleRewardModel, Scorer
 from ..evaluation.best_of_n import best_of_n_curve, powers_of_two
 from ..evaluation.statistics import mean_interval
 from ..job.files import atomic_write_json, atomic_write_text, read_json
 from ..models.features import compute_features
-from ..models.loading import load_language_model, load_reward_model, load_tokenizer
+from ..models.loading import load_language_model, load_reward, load_tokenizer
 from ..report.words import aligned, count, signed
 from ..sampling.prompts import Prompt, check_prompts, load_prompts, longest_prompt, prompt_order, reward_readers
 from ..sampling.stored import Request, Rollout, sample
@@ -136,13 +135,11 @@ def compare_best_of_n(
 
 def _scored(name: Path | str, rollouts: list[Rollout], folder: Path, device: torch.device, progress: bool) -> Tensor:
     """[P, n] rewards; two reward models on one trunk compute its features once."""
-    loaded: Any = load_reward_model("reward", str(name))
-    model: EnsembleRewardModel = loaded.to(device).eval()
-    scorer = Scorer(model, load_tokenizer("reward", str(name)), progress=False)
+    scorer = load_reward("reward", str(name)).scorer()
     items = [{"prompt": r.prompt, "response": text} for r in rollouts for text in r.responses]
     features = compute_features(scorer, items, folder / "scored", progress).features
     with torch.no_grad():
-        reward: Tensor = model.score(features.to(device), centre="none").reward
+        reward: Tensor = scorer.model.score(features.to(device), centre="none").reward
     return reward.view(len(rollouts), -1).cpu()
 
 

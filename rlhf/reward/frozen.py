@@ -15,7 +15,7 @@ from .config import TrainConfig
 from .fit import PairFeatures
 from .pet.stage import PETStage
 from .run import Run, Scored, Truncation, with_head
-from .start import load_reward, load_stage1
+from .start import load_frozen, load_stage1
 from .two_stage import fit_two_stages
 
 
@@ -77,13 +77,13 @@ def _load(run: Run) -> _Loaded:
     config = run.config
     if config.stage != "pet":
         return _Loaded(run.load(1) if config.stage1 is None else run.placed(load_stage1(config)), None)
-    given = None if config.start is None else run.placed(load_reward("pet.start", config.start, config))
+    start = None if config.start is None else run.placed(load_frozen("pet.start", config.start, config))
     policy = load_language_model("model", config.model, config.dtype).to(run.device).eval()
-    if given is None:
+    if start is None:
         return _Loaded(run.load(1, trunk=policy), policy)
-    if model_fingerprint(EnsembleRewardModel.from_trunk(policy)) == model_fingerprint(given):
-        given = with_head(given, given.score, policy)
-    return _Loaded(given, policy)
+    if model_fingerprint(EnsembleRewardModel.from_trunk(policy)) == model_fingerprint(start):
+        start = with_head(start, start.score, policy)
+    return _Loaded(start, policy)
 
 
 def _pessimistic(config: TrainConfig, start: EnsembleHead) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from ...engine import EnsembleRewardConfig, EnsembleRewardModel
 from ..data.pairs import PairData, PreferencePair, readable_pairs, split_by_prompt, text_reader
 from ..data.reading import check_source
-from ..models.loading import load_config, load_reward_model, logger
+from ..models.loading import load_config, load_reward, load_reward_config, logger
 from .config import TrainConfig
 
 
@@ -22,7 +22,7 @@ def check_given(config: TrainConfig, mode: str) -> None:
     if config.stage1 is None:
         _check_trunk(config.model)
         if config.start is not None:
-            _check_eos("pet.start", config.start, config)
+            load_reward_config("pet.start", config.start, append_eos=config.append_eos)
         return
     if mode == "head" and config.model != config.stage1:
         raise ValueError(
@@ -31,21 +31,9 @@ def check_given(config: TrainConfig, mode: str) -> None:
         )
     if config.model != config.stage1:
         _check_trunk(config.model)
-    found = _check_eos("stage1", config.stage1, config)
-    if found is not None and found.num_heads != 1:
+    found = load_reward_config("stage1", config.stage1, append_eos=config.append_eos)
+    if isinstance(found, EnsembleRewardConfig) and found.num_heads != 1:
         raise ValueError(f"stage1: expected a reward model with one head, got {found.num_heads} in {config.stage1}")
-
-
-def _check_eos(key: str, name: str, config: TrainConfig) -> EnsembleRewardConfig | None:
-    """Check append_eos; return an EnsembleRewardModel's config, or None for a classifier (checked when loaded)."""
-    found = load_config(key, name, "a reward model's folder or hub name")
-    if not isinstance(found, EnsembleRewardConfig):
-        return None
-    if config.append_eos not in (None, found.append_eos):
-        raise ValueError(
-            f"append_eos: expected {found.append_eos}, with which {key} was trained, or null, got {config.append_eos}"
-        )
-    return found
 
 
 def load_stage1(config: TrainConfig) -> EnsembleRewardModel:
@@ -53,14 +41,14 @@ def load_stage1(config: TrainConfig) -> EnsembleRewardModel:
 
     Its calibration is removed: Bradley-Terry trained the head's own outputs, not their z-scores.
     """
-    model = load_reward("stage1", str(config.stage1), config)
+    model = load_frozen("stage1", str(config.stage1), config)
     model.score.reset_calibration()
     return model
 
 
-def load_reward(key: str, name: str, config: TrainConfig) -> EnsembleRewardModel:
+def load_frozen(key: str, name: str, config: TrainConfig) -> EnsembleRewardModel:
     """Load the trained reward model under the config's `key`, with its heads, aggregation and calibration, frozen."""
-    model = load_reward_model(key, name, dtype=config.dtype, append_eos=config.append_eos)
+    model = load_reward(key, name, dtype=config.dtype, append_eos=config.append_eos).model
     if config.max_length is not None:
         model.config.max_score_length = config.max_length
     model.requires_grad_(False)

@@ -13,7 +13,7 @@ from ...engine import EnsembleRewardModel, Scorer, calibrate
 from ..data.pairs import PreferencePair, names_of_sides
 from ..job.files import atomic_folder
 from ..models.adapter import save_head
-from ..models.loading import load_reward_model
+from ..models.loading import load_reward
 from .config import FitConfig
 from .losses import partition
 from .run import Run, Scored, Truncation
@@ -58,7 +58,7 @@ def train_whole(run: Run) -> dict[str, Scored]:
 def _saved(run: Run, name: str) -> EnsembleRewardModel | None:
     """Load the model that a finished stage has saved; None if there is none."""
     folder = run.folder / name
-    return run.placed(load_reward_model("output", str(folder))) if folder.exists() else None
+    return run.placed(load_reward("output", str(folder)).model) if folder.exists() else None
 
 
 def _train_stage(run: Run, losses: FitConfig, p_hat: tuple[Tensor | None, Tensor | None]) -> EnsembleRewardModel:

@@ -17,7 +17,7 @@ from prudent import EnsembleRewardModel, Scorer
 from prudent.engine import EnsembleHead
 from prudent.rlhf.data.pairs import load_pairs, split_by_prompt
 from prudent.rlhf.evaluation.evaluate import EvalConfig, run_eval
-from prudent.rlhf.models.loading import load_scorer
+from prudent.rlhf.models.loading import load_reward
 
 WORDS = ["great", "happy", "lovely", "nice", "fine", "bad", "awful", "sad", "boring", "ugly"]
 
@@ -62,7 +62,7 @@ def test_a_model_is_evaluated_from_folder_to_table_json_and_pictures(folders, tm
     names = {"accuracy", "margin", "coverage", "reliability", "head_correlation", "scoring", "std"}
     assert {path.stem for path in result.pictures} == names
     assert {path.name for path in config.output.iterdir()} == {"eval.json", *(f"{name}.png" for name in names)}
-    scorer = load_scorer(config.model, 4096, None, False)
+    scorer = load_reward("model", config.model).scorer()
     items = [pair.items() for pair in load_pairs(config.data).pairs]
     c, r = (scorer.score([item[side] for item in items]) for side in (0, 1))
     for name, field in (("tradeoff:0.4", "reward"), ("nominal", "nominal"), ("worst", "worst")):
@@ -259,7 +259,7 @@ def test_pictures_without_matplotlib_are_refused_before_any_scoring(folders, tmp
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_texts_that_lost_their_beginning_are_counted(folders, tmp_path, cached):
-    scorer = load_scorer(str(folders.root / "ensemble"), 4096, None, False)
+    scorer = load_reward("model", str(folders.root / "ensemble")).scorer()
     lengths = [len(scorer.encode(item)) for pair in load_pairs(folders.pairs).pairs for item in pair.items()]
     limit = sorted(lengths)[len(lengths) // 2]
     features = {"features": tmp_path / "cache"} if cached else {}

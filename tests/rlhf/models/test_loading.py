@@ -19,8 +19,6 @@ from prudent.rlhf.models.loading import (
     load_language_model,
     load_reward,
     load_reward_config,
-    load_reward_model,
-    load_scorer,
     load_tokenizer,
     load_trunk,
     model_folder,
@@ -78,9 +76,9 @@ def _without(name: str) -> Callable[[Path], None]:
         (load_trunk, _cut("model.safetensors"), "model: {}: its weights cannot be read (Error while"),
         (load_language_model, _without("model.safetensors"), "model: expected a causal language model's folder or hub"),
         (load_language_model, _cut("config.json"), "got the folder {}: It looks like the config file at"),
-        (load_reward_model, _cut("config.json"), "model: expected a reward model's folder or hub name, got the folder"),
+        (load_reward, _cut("config.json"), "model: expected a reward model's folder or hub name, got the folder"),
         (
-            load_reward_model,
+            load_reward,
             lambda _: None,
             "model: {}: expected a reward model, got LlamaForCausalLM, a model without a reward head",
         ),
@@ -103,21 +101,20 @@ def test_a_folder_that_cannot_be_read_is_one_sentence_with_the_key_and_the_folde
 def test_a_cut_reward_model_is_named_by_the_key_that_gave_it(run: Path) -> None:
     _cut("model.safetensors")(run / "model")
     with pytest.raises(ValueError, match=re.escape(f"compare: {run / 'model'}: its weights cannot be read (")):
-        load_scorer(str(run), 64, None, False, key="compare")
+        load_reward("compare", str(run))
 
 
 def test_a_run_folder_stands_for_the_model_in_it(run: Path) -> None:
     assert model_folder(run) == str(run / "model")
     assert model_folder(run / "model") == str(run / "model")
-    assert load_scorer(str(run), 64, None, False).model.config.num_heads == 2
+    assert load_reward("model", str(run)).scorer().model.config.num_heads == 2
 
 
-def test_a_reward_is_loaded_with_what_it_turned_out_to_be_and_its_tokeniser_once(run: Path, classifier: Path) -> None:
-    found, other = load_reward("model", str(run)), load_reward("model", str(classifier))
-    assert (found.kind, other.kind) == ("ensemble", "classifier")
-    assert (found.source, found.model.config.num_heads) == (str(run / "model"), 2)
-    assert found.tokenizer is found.tokenizer
-    assert found.scorer().model is found.model
+def test_a_reward_has_one_model_and_one_tokeniser_however_often_they_are_asked_for(run: Path) -> None:
+    reward = load_reward("model", str(run))
+    assert reward.source == str(run / "model")
+    assert reward.tokenizer is reward.tokenizer
+    assert reward.scorer().model is reward.scorer().model is reward.model
 
 
 @torch.no_grad()
@@ -129,13 +126,13 @@ def test_a_classifier_whose_padding_is_eos_scores_as_it_does_itself_alone_and_in
     for text in texts:
         ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])  # as its trainer fed it
         want.append(own(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item())
-    scorer = load_scorer(str(classifier), 4096, None, False)
+    scorer = load_reward("model", str(classifier)).scorer()
     assert scorer.encode(texts[0])[-1] == tokenizer.eos_token_id
     assert scorer.score(texts).reward == pytest.approx(want, abs=1e-5)
     assert [scorer.score([text]).reward[0] for text in texts] == pytest.approx(want, abs=1e-5)
     scorer.model.save_pretrained(classifier.parent / "saved")
     tokenizer.save_pretrained(classifier.parent / "saved")
-    saved = load_scorer(str(classifier.parent / "saved"), 4096, None, False)
+    saved = load_reward("model", str(classifier.parent / "saved")).scorer()
     assert saved.score(texts).reward == pytest.approx(want, abs=1e-5)
 
 
@@ -152,12 +149,12 @@ def test_the_same_where_a_chat_template_ends_in_that_token(classifier: Path, tin
         ids = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")["input_ids"]
         assert ids[0, -1] == own.config.pad_token_id
         want.append(own(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item())
-    assert load_scorer(str(classifier), 4096, None, False).score(chats).reward == pytest.approx(want, abs=1e-5)
+    assert load_reward("model", str(classifier)).scorer().score(chats).reward == pytest.approx(want, abs=1e-5)
 
 
 def test_append_eos_is_said_of_a_classifier_and_known_of_an_ensemble(run: Path, classifier: Path) -> None:
-    scorer = load_scorer(str(classifier), 64, None, False, append_eos=False)
-    assert scorer.encode("my day") == load_scorer(str(classifier), 64, None, False).encode("my day")[:-1]
+    scorer = load_reward("model", str(classifier), append_eos=False).scorer()
+    assert scorer.encode("my day") == load_reward("model", str(classifier)).scorer().encode("my day")[:-1]
     load_reward("model", str(run), append_eos=True)
     with pytest.raises(
         ValueError, match=r"append_eos: expected True, with which model .*/run/model was trained, or null"
@@ -187,8 +184,10 @@ def test_a_folder_with_code_of_its_own_is_refused_without_a_question(
 
 
 def test_an_adapter_or_a_run_folder_where_a_model_is_expected_leads_to_the_model(run: Path) -> None:
-    with pytest.raises(ValueError, match=r"adapter, a LoRA without its base model \(the merged model is .*run/model\)"):
-        load_scorer(str(run / "adapter"), 64, None, False)
+    with pytest.raises(
+        ValueError, match=r"adapter, a LoRA without the model that it changes \(merged, it is .*run/model\)"
+    ):
+        load_reward("model", str(run / "adapter")).scorer()
     with pytest.raises(ValueError, match=r"run, a run folder whose model is .*run/model: "):
         load_language_model("model", str(run))
 

@@ -1,15 +1,17 @@
-"""What a training run starts from: a classifier of another trainer as stage 1."""
+"""What a training run starts from: data and models that are there, or a classifier of another trainer as stage 1."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prudent.engine import EnsembleRewardModel
 from prudent.rlhf.job.config import load_config
+from prudent.rlhf.reward.start import check_given
 from prudent.rlhf.reward.train import TrainConfig, run_train
 
 
@@ -32,3 +34,12 @@ def test_heads_on_a_classifiers_trunk_read_the_token_that_its_own_head_reads(
     assert model.config.skip_token_id == eos
     ended = torch.tensor([[5, 6, 7, eos]])
     torch.testing.assert_close(model.features(ended), model.features(ended[:, :3]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("", "expected a file, a folder or a hub name, got an empty string"), ("no.jsonl", "no such file")],
+)
+def test_data_that_is_not_there_is_refused_before_any_model_is_looked_up(tmp_path: Path, name: str, says: str) -> None:
+    with pytest.raises(ValueError, match=f"^data: .*{says}"):
+        check_given(TrainConfig(model=str(tmp_path / "nowhere"), data=name, output=tmp_path / "run"), "head")

@@ -319,7 +319,10 @@ def test_a_reward_model_where_a_trunk_is_expected_is_refused(
         ({"model": final}, "model: expected a language model, got the reward model"),
         ({"model": single, "stage1": final}, "model: expected stage1's .* because mode head trains on stage 1's own"),
         ({"model": final, "stage1": final}, "stage1: expected a reward model with one head, got 3"),
-        ({"model": single, "stage1": single, "append_eos": False}, "append_eos: expected True, as stage1 was trained"),
+        (
+            {"model": single, "stage1": single, "append_eos": False},
+            "append_eos: expected True, as stage1 .* trained",
+        ),
         ({"model": single, "stage1": single, "stage": "bt"}, "stage: expected brme beside stage1"),
         ({"model": single, "stage1": single, "bt": finished.bt}, "bt.epochs: has no effect beside stage1"),
     ):
@@ -336,18 +339,6 @@ def test_a_reward_model_where_a_trunk_is_expected_is_refused(
 def test_a_model_that_is_not_there_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model: .*nowhere: no such file or folder"):
         run_train(_config(tmp_path / "nowhere", data, tmp_path / "run"), progress=False)
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [("", "expected a file, a folder or a hub name, got an empty string"), ("no.jsonl", "no such file")],
-)
-def test_data_that_is_not_there_is_refused_before_any_model_is_looked_up(
-    finished: TrainConfig, tmp_path: Path, name: str, says: str
-) -> None:
-    absent = {"model": str(tmp_path / "nowhere"), "data": name, "output": tmp_path / "run"}
-    with pytest.raises(ValueError, match=f"^data: .*{says}"):
-        run_train(finished.model_copy(update=absent), progress=False)
 
 
 def test_what_was_left_out_of_the_data_is_said_at_the_end(
