@@ -14,7 +14,10 @@ from ..evaluation.best_of_n import SINGLE, TITLES
 from ..job.files import atomic_write_text
 from ..job.log import read_metrics
 from ..ppo.config import KLConfig, PolicyConfig, PPOConfig, RewardConfig, UpdateConfig
+from ..ppo.loop import run_ppo
 from ..ppo.watch.findings import block_length, by_step, difference, ends, headline, series
+from ..ppo.watch.monitor import read_texts
+from ..ppo.watch.report import before_and_after
 from ..sampling.config import RolloutConfig
 from .config import DemoPPOConfig
 
@@ -73,8 +76,6 @@ def run_arms(ppo: DemoPPOConfig, start: Start, folder: Path, prompts: Sequence[s
     prompts: those that no head was trained on.
     Returns the entry `ppo` of metrics.json: `as_dict`, and the number of `samples` in a step.
     """
-    from ..ppo.loop import run_ppo
-
     atomic_write_text(folder / "ppo" / "prompts.txt", "".join(prompt + "\n" for prompt in prompts))
     ppo = ppo.model_copy(update={"prompts_per_step": min(ppo.prompts_per_step, len(prompts))})
     for name in ARMS:
@@ -133,9 +134,6 @@ def table_rows(ppo: Mapping[str, Any]) -> list[list[str]]:
 
 def page(folder: Path, ppo: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of the demo's page on PPO: the table, the rows of the picture, and responses of both policies."""
-    from ..ppo.watch.monitor import read_texts
-    from ..ppo.watch.report import before_and_after
-
     texts = {}
     for name in ARMS:
         texts[name] = before_and_after(read_texts(folder / "ppo" / name))

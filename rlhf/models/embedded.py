@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..job.files import atomic_folder
 
@@ -57,9 +59,6 @@ def embedded_model(cache: Path | str | None = None) -> Path:
 
 def _convert(source: Path, target: Path) -> None:
     """Convert GGUF to dense safetensors; transformers 5 may keep the weights packed unless they are unpacked here."""
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     dense = {}
     if hasattr(transformers, "GgufConfig"):
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)

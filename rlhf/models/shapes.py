@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import AutoConfig
+
 from ...engine.own_code import refusing_own_code
 from ..job.files import refuse_mistyped
 
@@ -46,8 +48,6 @@ def model_config(name: str, key: str = "model") -> Any:
     Raises:
         ValueError: if `name` is none of these.
     """
-    from transformers import AutoConfig
-
     if name.lower() in SHAPES:
         fields = dict(SHAPES[name.lower()])
         return AutoConfig.for_model(fields.pop("model_type"), **fields)

@@ -8,7 +8,7 @@ import torch
 
 from ..models.shapes import model_config
 from ..ppo.budget import PHASES, TERMS, Budget, Cut, ModelShape, cuts, micro_tokens, parse_size, plan
-from ..ppo.memory import _advice, job_shape
+from ..ppo.memory import advice, job_shape
 from ..ppo.policy.precision import trunk_dtype
 from ..report.words import count
 from .config import PlanConfig
@@ -85,7 +85,7 @@ class PlanResult(NamedTuple):
         takes = f"{term} take{'s' * (not term.endswith('s'))} {budget.terms[worst][term] / 2**30:.1f} GiB"
         return (
             f"does not fit {size}, {passes}: {over / 2**30:.1f} GiB too much in {worst}, where the {takes}; "
-            f"{_advice(self.advice)}"
+            f"{advice(self.advice)}"
         )
 
 

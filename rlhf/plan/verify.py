@@ -20,11 +20,19 @@ from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from ...engine import EnsembleHead
+from ..ppo import batch
 from ..ppo.batch import Experience, Samples, Scored
 from ..ppo.budget import logprob_workspace
 from ..ppo.config import PPOConfig
+from ..ppo.policy.policy import Policy, RewardOnTrunk
+from ..ppo.rewards.sources import Rewards
+from ..ppo.score import score
+from ..ppo.update import MinibatchGradient, Tally, minibatch_step, open_optimizer
+from ..sampling.engines import Static
+from ..sampling.tokens import Rule, Sampling
 
 _CPU = torch.device("cpu")  # a build of torch without CUDA makes no fake CUDA tensors
 TOTAL = "Total"
@@ -175,16 +183,11 @@ def trace(
         dtype: of the trunk's weights.
         heads: K of a reward on the trunk's hidden states; None: no such reward.
     """
-    from transformers import AutoModelForCausalLM
-
-    from ..ppo import batch
-    from ..ppo.policy import policy as policies
-
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     settings = config.model_copy(update={"attn": "sdpa", "packed": False})
-    reward = policies.RewardOnTrunk(EnsembleHead(model_config.hidden_size, heads)) if heads else None
-    policy = policies.Policy(settings, model, device="meta", reward=reward)
+    reward = RewardOnTrunk(EnsembleHead(model_config.hidden_size, heads)) if heads else None
+    policy = Policy(settings, model, device="meta", reward=reward)
     policy.device = _CPU
     with (
         warnings.catch_warnings(),
@@ -197,9 +200,9 @@ def trace(
         mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None),
     ):
         warnings.simplefilter("ignore")
-        parts = {part: {n: id(p) for n, p in named.items()} for part, named in policy._trained.items()}
+        parts = {part: {n: id(p) for n, p in named.items()} for part, named in policy.trained.items()}
         fakes = fake_module(policy)
-        policy._trained = {part: {n: fakes[key] for n, key in named.items()} for part, named in parts.items()}
+        policy.trained = {part: {n: fakes[key] for n, key in named.items()} for part, named in parts.items()}
         return Traced(_Loop(policy, settings, prompt_tokens, progress).run())
 
 
@@ -217,8 +220,6 @@ class _Loop:
         return Samples([self.prompt] * rows, [self.response] * rows, [False] * rows, [0] * rows)
 
     def run(self) -> dict[str, dict[str, int]]:
-        from ..ppo.update import open_optimizer
-
         optimizer = open_optimizer(self.policy, self.config)
         tracker = Tracker()
         tracker.track_external(self.policy)
@@ -236,9 +237,6 @@ class _Loop:
         return peaks
 
     def rollout(self, optimizer: Any) -> None:
-        from ..sampling.engines import Static
-        from ..sampling.tokens import Rule, Sampling
-
         rollout = self.config.rollout
         sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
         sampler = Static(Rule(sampling, rollout.min_new_tokens, {0}))
@@ -249,20 +247,16 @@ class _Loop:
                 sampler(model, prompts, uniform)
 
     def scoring(self, optimizer: Any) -> Scored:
-        from ..ppo.score import score
-
         rows = min(self.rows, self.micro_rows)
         reward = None if self.policy.reward_kind else _NoReward()
         return score(self.policy, reward, self.samples(rows), self.config, closing=[0])
 
     def update(self, optimizer: Any) -> None:
-        from ..ppo.update import MinibatchGradient, _step, _Tally
-
         rows = min(self.rows, 2 * self.micro_rows)
         experience = self.experience(rows)
         self.policy.train()
         gradient = MinibatchGradient(self.policy, experience, self.config, self.config.kl.coef)
-        _step(gradient, optimizer, list(range(rows)), _Tally(1), mock.Mock())
+        minibatch_step(gradient, optimizer, list(range(rows)), Tally(1), mock.Mock())
         optimizer.zero_grad(set_to_none=True)
         self.policy.eval()
 
@@ -291,8 +285,6 @@ class _NoReward:
     num_heads: int | None = None
 
     def __call__(self, samples: Samples) -> Any:
-        from ..ppo.rewards.sources import Rewards
-
         return Rewards(torch.zeros(len(samples.responses)))
 
 

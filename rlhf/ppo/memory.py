@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from transformers import AutoModel
 
 from ..models.loading import model_folder
 from ..models.shapes import model_config
@@ -116,8 +117,6 @@ def _prompt_tokens(config: PPOConfig, model: Any) -> int:
 
 def _other_model(source: str, dtype: torch.dtype) -> int:
     """Bytes of a reward model's weights in `dtype`: by its config, or by its files if that alone makes no model."""
-    from transformers import AutoModel
-
     folder = model_folder(source)
     config = model_config(folder, "reward.source")
     try:
@@ -156,12 +155,13 @@ def auto_micro_tokens(
         need = plan(shape, job, job.tokens)
         raise ValueError(
             f"memory: expected at most {limit / 2**30:.1f} GiB, got {need.peak / 2**30:.1f} GiB with one sample a "
-            f"forward pass; {_advice(cuts(shape, job, limit))}"
+            f"forward pass; {advice(cuts(shape, job, limit))}"
         )
     return found
 
 
-def _advice(found: list[Cut]) -> str:
+def advice(found: list[Cut]) -> str:
+    """Which settings would make the job fit, in words."""
     alone = [cut for cut in found if cut.fits]
     if alone:
         return "any one of these fits: " + "; ".join(f"{c.setting} (-{c.saves / 2**30:.1f} GiB)" for c in alone[:3])

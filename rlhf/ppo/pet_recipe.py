@@ -23,6 +23,7 @@ from ..reward.config import refuse_unread as refuse_unread_by_train
 from ..reward.outcome import RUN_FILES as TRAIN_RUN_FILES
 from ..reward.start import check_given
 from ..reward.train import TrainConfig, run_train
+from . import loop
 from .config import RESUMABLE_CHANGES, PPOConfig, RewardConfig, refuse_unread
 from .outcome import RUN_FILES as PPO_RUN_FILES
 from .pet_best_of_n import compare_best_of_n, prepare
@@ -73,8 +74,6 @@ def run_recipe(config: PPOConfig, *, resume: bool = False, progress: bool = True
     Raises:
         ValueError: for a config that cannot be used or an output folder that holds another run, before any work.
     """
-    from . import loop
-
     if config.recipe == "ppo":
         return loop.run_ppo(config, resume=resume, progress=progress)
     config = resolved(config)
@@ -111,8 +110,6 @@ def _resumable_changes(folder: Path) -> tuple[str, ...]:
 
 
 def _three_steps(config: PPOConfig, progress: bool) -> RecipeResult:
-    from . import loop
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = prepare(config, progress)  # refuses bad prompts and gold scorers before the work
     _say(progress, "[1/3] reward model and PET")

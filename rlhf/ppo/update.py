@@ -117,7 +117,7 @@ def update(
     gradient = MinibatchGradient(policy, experience, config, kl_coef)
     count = min(config.update.minibatches, len(kept))
     tokens = sum(sequence_length(experience.samples, row) for row in kept) * config.update.epochs
-    tally = _Tally(count)
+    tally = Tally(count)
     if not kept:
         tally.skipped = config.update.epochs * config.update.minibatches
     training = policy.training
@@ -128,7 +128,7 @@ def update(
             tqdm(total=tokens, desc="update", unit="tok", unit_scale=True, disable=not progress, leave=False) as bar,
         ):
             for rows in _minibatches(kept, count, config.update.epochs, generator):
-                if not _step(gradient, optimizer, rows, tally, bar):
+                if not minibatch_step(gradient, optimizer, rows, tally, bar):
                     break
     finally:
         policy.train(training)
@@ -163,8 +163,8 @@ class Means(NamedTuple):
     value: float
 
 
-def _step(
-    gradient: MinibatchGradient, optimizer: torch.optim.Optimizer, rows: list[int], tally: _Tally, bar: Any
+def minibatch_step(
+    gradient: MinibatchGradient, optimizer: torch.optim.Optimizer, rows: list[int], tally: Tally, bar: Any
 ) -> bool:
     """Compute a minibatch's gradient and make its step, unless it is skipped. -> whether the update goes on"""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -286,7 +286,7 @@ class MinibatchGradient:
         return float(total) / count
 
 
-class _Tally:
+class Tally:
     """Counts and means of an update's minibatches."""
 
     def __init__(self, minibatches: int) -> None:

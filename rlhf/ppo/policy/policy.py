@@ -90,7 +90,7 @@ class Policy(nn.Module):
         self.model = model
         self.frozen: Any = cast(copy.deepcopy(model), self.dtype).requires_grad_(False) if full else None
         self._adapters = Adapters(self.frozen if full else model, config.model)
-        self._trained: dict[str, dict[str, nn.Parameter]] = {}
+        self.trained: dict[str, dict[str, nn.Parameter]] = {}
         self._add_parts(reward)
         if config.policy.gradient_checkpointing:
             for module in (model, *([self.frozen] if full and config.critic == "adapter" else [])):
@@ -137,12 +137,12 @@ class Policy(nn.Module):
             self.value_head = nn.Linear(width, 1, device=self.device, dtype=torch.float32)
             for parameter in self.value_head.parameters():
                 nn.init.zeros_(parameter)
-        self._trained["actor"] = self._adapters.parameters("actor") if lora else dict(self.model.named_parameters())
+        self.trained["actor"] = self._adapters.parameters("actor") if lora else dict(self.model.named_parameters())
         if config.critic == "adapter":
-            self._trained["critic"] = self._adapters.parameters("critic")
+            self.trained["critic"] = self._adapters.parameters("critic")
         if self.value_head is not None:
-            self._trained["value_head"] = dict(self.value_head.named_parameters())
-        for part in self._trained.values():
+            self.trained["value_head"] = dict(self.value_head.named_parameters())
+        for part in self.trained.values():
             for parameter in part.values():
                 parameter.requires_grad_(True)
         self._adapters.use("actor" if lora else None)
@@ -220,11 +220,11 @@ class Policy(nn.Module):
         rates["value_head"] = update.value_lr or 10 * (
             rates["critic"] if config.critic == "adapter" else rates["actor"]
         )
-        return [{"name": n, "params": list(p.values()), "lr": rates[n]} for n, p in self._trained.items()]
+        return [{"name": n, "params": list(p.values()), "lr": rates[n]} for n, p in self.trained.items()]
 
     def trainable_state(self) -> dict[str, Tensor]:
         """The trained parameters themselves, detached, by part and name."""
-        return {f"{part}/{name}": p.detach() for part, named in self._trained.items() for name, p in named.items()}
+        return {f"{part}/{name}": p.detach() for part, named in self.trained.items() for name, p in named.items()}
 
     @torch.no_grad()
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
@@ -264,7 +264,7 @@ class Policy(nn.Module):
             self._adapters.save("actor", folder)
         else:
             self.model.save_pretrained(folder)
-        if "critic" in self._trained:
+        if "critic" in self.trained:
             (folder / "critic").mkdir(exist_ok=True)
             self._adapters.save("critic", folder / "critic")
         if self.value_head is not None:

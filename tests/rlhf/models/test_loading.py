@@ -184,10 +184,8 @@ def test_a_folder_with_code_of_its_own_is_refused_without_a_question(
 
 
 def test_an_adapter_or_a_run_folder_where_a_model_is_expected_leads_to_the_model(run: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"adapter, a LoRA without the model that it changes \(merged, it is .*run/model\)"
-    ):
-        load_reward("model", str(run / "adapter")).scorer()
+    with pytest.raises(ValueError, match=r"adapter, a LoRA without its base model \(the merged model is .*run/model\)"):
+        load_reward("model", str(run / "adapter"))
     with pytest.raises(ValueError, match=r"run, a run folder whose model is .*run/model: "):
         load_language_model("model", str(run))
 

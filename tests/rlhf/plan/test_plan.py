@@ -22,7 +22,7 @@ from prudent.rlhf.ppo.budget import PHASES, TERMS, Budget, JobShape, ModelShape,
 from prudent.rlhf.ppo.memory import auto_micro_tokens, job_shape
 from prudent.rlhf.ppo.policy.policy import Policy, RewardOnTrunk
 from prudent.rlhf.ppo.score import score
-from prudent.rlhf.ppo.update import MinibatchGradient, _step, _Tally, open_optimizer
+from prudent.rlhf.ppo.update import MinibatchGradient, Tally, minibatch_step, open_optimizer
 from prudent.rlhf.sampling.engines import SharedPrefix, Static
 from prudent.rlhf.sampling.tokens import Rule, Sampling
 
@@ -126,7 +126,7 @@ class Measured:
         experience = self.loop.experience(rows)
         gradient = MinibatchGradient(self.policy, experience, self.given, 0.0)
         self.policy.train()
-        _step(gradient, self.optimizer, list(range(rows)), _Tally(1), mock.Mock())
+        minibatch_step(gradient, self.optimizer, list(range(rows)), Tally(1), mock.Mock())
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.eval()
 
