@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..data.pairs import name_unread
 from ..data.reading import opened, value_of_line
 from ..data.rows import RowError, items_of_row, object_of_row, unread_of_items
 from ..job.files import atomic_write_json, read_json, writing
+from ..job.log import muted
 from ..models.features import model_fingerprint
 from ..models.loading import load_reward
 from .config import ScoreConfig
@@ -126,7 +126,8 @@ def run_score(
         done = _skip(rows, kept, config)
         _begin(config, kept_bytes, made)  # changes an existing output only now that data and model are known to fit
         target = stack.enter_context(_target(config.output))
-        stack.enter_context(_quiet())
+        # its warnings would come once a chunk; the result has the counts
+        stack.enter_context(muted(Scorer.__module__))
         options: dict[str, Any] = {"unit": "B", "unit_scale": True, "delay": 1, "disable": not progress}
         bar = stack.enter_context(tqdm(desc="scoring rows", total=total, initial=done, **options))
         unread: set[str] = set()
@@ -320,15 +321,3 @@ def _source(name: str) -> AbstractContextManager[IO[bytes]]:
 
 def _target(name: str) -> AbstractContextManager[IO[bytes]]:
     return nullcontext(sys.stdout.buffer) if name == "-" else open(name, "ab")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the scorer's warnings, which would repeat for every chunk; the result has the counts."""
-    logger = logging.getLogger(Scorer.__module__)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,6 +82,18 @@ class RunLog:
 def read_metrics(folder: Path | str) -> list[dict[str, Any]]:
     """Return the rows of `folder`/metrics.jsonl; see `read_json_lines`."""
     return read_json_lines(Path(folder) / "metrics.jsonl")
+
+
+@contextmanager
+def muted(name: str) -> Iterator[None]:
+    """Silence the warnings of the logger `name` for a block."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @functools.cache

@@ -6,8 +6,6 @@ import json
 import logging
 import time
 import urllib.parse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from urllib.request import getproxies, proxy_bypass
 
@@ -16,6 +14,7 @@ from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager
 from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, TimeoutError
 from urllib3.util import Retry, make_headers, parse_url
 
+from ...job.log import muted
 from ..batch import Samples
 from .answers import rewards_of
 from .sources import Rewards, Texts
@@ -72,7 +71,8 @@ class HTTPReward:
     def _post(self, body: bytes) -> bytes:
         retries = _Retries(where=self._where, timeout=self._timeout)
         try:
-            with logging_redirect_tqdm(), _urllib3_quiet():
+            # urllib3 warns of each retry too, without the reward's name
+            with logging_redirect_tqdm(), muted("urllib3.connectionpool"):
                 response = self._connections.request(
                     "POST", self.name, body=body, headers=_HEADERS, timeout=self._timeout, retries=retries
                 )
@@ -109,18 +109,6 @@ class _Retries(Retry):
         wait = WAITS[tried - 1]
         logger.warning("%s: try %d of %d: %s; again in %g s", self.where, tried, len(WAITS) + 1, reason, wait)
         time.sleep(wait)
-
-
-@contextmanager
-def _urllib3_quiet() -> Iterator[None]:
-    """Silence urllib3's own warning about each retry for a block: ours says the same, of which reward."""
-    theirs = logging.getLogger("urllib3.connectionpool")
-    before = theirs.level
-    theirs.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        theirs.setLevel(before)
 
 
 def _reason(error: Exception | None, timeout: float) -> str:
