@@ -53,9 +53,9 @@ class Scorer:
     A mapping may have "tools" for the chat template. A mapping with "complete": False holds a truncated response: its
     turn or text gets no end.
 
-    Messages may have tool calls and reasoning (reasoning_content, thinking or reasoning). A chat template that raises,
-    or leaves out tools, tool calls or the last message's reasoning, is an error. Templates that write today's date
-    always get 26 July 2024, so that a text has the same reward on every day.
+    Messages may have tool calls and reasoning (reasoning_content, thinking or reasoning). A chat template that leaves
+    out tools, tool calls, a message's content or the last message's reasoning is refused, as is one that raises.
+    Templates that write today's date always get 26 July 2024, so that a text has the same reward on every day.
 
     How a sequence ends: a complete plain text gets the tokeniser's EOS token if the model's `config.append_eos` is true
     and the tokeniser has not added it; a chat template ends its own turns; token ids stay unchanged.

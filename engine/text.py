@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from numbers import Integral
 from textwrap import shorten
 from typing import Any, TypeAlias
@@ -152,7 +153,7 @@ class ItemEncoder:
         return self._tokens(text, add_special_tokens=False)  # the template writes special tokens itself
 
     def _rendered(self, messages: list[Message], tools: list[Any] | None, options: dict[str, bool]) -> str:
-        """Render the chat template. ItemError if it fails, or leaves out tools, tool calls or the last reasoning."""
+        """Render the chat template. ItemError if it fails, or leaves out a part of the messages or the tools."""
 
         def render(messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
             template = self.tokenizer.get_chat_template(None, tools)
@@ -160,9 +161,10 @@ class ItemEncoder:
             return str(self.tokenizer.apply_chat_template(messages, tools, tokenize=False, **given, **options))
 
         spelling, text = _first_that_works(lambda spelled: render(spelled, tools), _spellings(messages))
-        for what, fewer, fewer_tools in _without_each(spelling, tools):
+        others = chain(_without_each(spelling, tools), _with_other_contents(spelling, tools, text))
+        for what, other, other_tools in others:
             try:
-                left_out = render(fewer, fewer_tools) == text
+                left_out = render(other, other_tools) == text
             except Exception:  # the template needs the part that was removed
                 left_out = False
             if left_out:
@@ -261,6 +263,10 @@ def _loaded(arguments: Any) -> Any:
     return found if isinstance(found, dict) else arguments
 
 
+def _emptied(arguments: Any) -> Any:
+    return type(arguments)() if isinstance(arguments, (dict, str)) else arguments
+
+
 def _dumped(arguments: Any) -> Any:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
@@ -273,8 +279,31 @@ def _without_each(
         yield "tools", messages, None
     if any("tool_calls" in message for message in messages):
         yield "tool calls", [{"content": "", **_leave_out(message, "tool_calls")} for message in messages], tools
-    if messages and any(messages[-1].get(key) for key in REASONING):  # templates drop that of earlier turns on purpose
+    if any(len(message.get("tool_calls", ())) > 1 for message in messages):  # some templates read the first call alone
+        first_calls = [{**m, "tool_calls": m["tool_calls"][:1]} if m.get("tool_calls") else m for m in messages]
+        yield "every tool call of a message", first_calls, tools
+    bare = [{**m, "tool_calls": [_with_arguments(c, _emptied) for c in m["tool_calls"]]} if "tool_calls" in m else m
+            for m in messages]  # fmt: skip
+    if bare != messages:
+        yield "the arguments of tool calls", bare, tools
+    if messages and any(messages[-1].get(key) for key in REASONING):  # templates drop earlier turns' on purpose
         yield "reasoning", [*messages[:-1], _leave_out(messages[-1], *REASONING)], tools
+
+
+def _with_other_contents(
+    messages: list[dict[str, Any]], tools: list[Any] | None, text: str
+) -> Iterator[tuple[str, list[dict[str, Any]], list[Any] | None]]:
+    """(name, messages, tools) with a longer content of each message whose content is not in `text` as it is.
+
+    Templates may drop what an earlier turn says beside its tool calls, on purpose.
+    """
+    for place, message in enumerate(messages):
+        content = message.get("content", "").strip()
+        earlier_call = message.get("tool_calls") and place < len(messages) - 1
+        if content and content not in text and not earlier_call:
+            changed = {**message, "content": f"{message['content']} x"}
+            name = f"the content of message {place + 1} ({message['role']})"
+            yield name, [*messages[:place], changed, *messages[place + 1 :]], tools
 
 
 def _leave_out(message: dict[str, Any], *keys: str) -> dict[str, Any]:

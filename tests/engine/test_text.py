@@ -91,6 +91,65 @@ def test_a_template_that_leaves_something_out_is_refused(make, what, item):
     )
 
 
+ANSWER = {"role": "assistant", "content": "Sunny."}
+TWO_CALLS = [CALL, {"type": "function", "function": {"name": "news", "arguments": {"city": "Oslo"}}}]
+
+
+@pytest.mark.parametrize(
+    ("what", "template", "item"),
+    [
+        (
+            "the content of message 1 (system)",
+            "{% for m in messages if m.role != 'system' %}{{ m.role }}:{{ m.content }};{% endfor %}",
+            {"prompt": {"system": "Be brief.", "text": "Up?"}, "response": "Yes."},
+        ),
+        (
+            "the content of message 2 (tool)",
+            "{% for m in messages if m.role != 'tool' %}{{ m.role }}:{{ m.content }};{% endfor %}",
+            [USER, {"role": "tool", "content": "21 degrees"}, ANSWER],
+        ),
+        (
+            "the content of message 2 (assistant)",
+            "{% for m in messages %}{{ m.tool_calls | tojson if m.tool_calls else m.content }}{% endfor %}",
+            [USER, {**ANSWER, "tool_calls": [CALL]}],
+        ),
+        (
+            "every tool call of a message",
+            "{% for m in messages %}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0] | tojson }}{% endif %}"
+            "{% endfor %}",
+            [USER, {**ANSWER, "tool_calls": TWO_CALLS}],
+        ),
+        (
+            "the arguments of tool calls",
+            "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+            "{% endfor %}",
+            [USER, {**ANSWER, "tool_calls": [CALL]}],
+        ),
+    ],
+)
+def test_a_template_that_leaves_out_a_part_of_a_message_is_refused(make, what, template, item):
+    assert refusal(make(template), item) == f"expected a chat template that writes {what}, got one that leaves it out"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.role }}:{{ m.content | trim | upper }};{% endfor %}",
+        "{% for m in messages %}{{ m.role }}:{{ m.content.split('</think>')[-1] }};{% endfor %}",
+        "{% for m in messages %}{{ m.role }}:{{ m.content | tojson }};{% endfor %}",
+    ],
+)
+def test_a_template_may_write_a_content_in_another_form(make, template):
+    said = {"role": "assistant", "content": ' <think>"a"\n</think> \n'}
+    assert text_of(make(template), [USER, said, USER]).startswith("user:")
+
+
+def test_what_an_earlier_turn_says_beside_its_tool_calls_may_be_left_out_as_templates_do_on_purpose(make):
+    template = "{% for m in messages %}{{ m.tool_calls | tojson if m.tool_calls else m.content }}{% endfor %}"
+    messages = [USER, {**ANSWER, "tool_calls": [CALL]}, {"role": "tool", "content": "21"}, ANSWER]
+    assert text_of(make(template), messages).endswith("21Sunny.")
+
+
 def test_reasoning_of_earlier_turns_may_be_left_out_as_templates_do_on_purpose(make):
     earlier = [USER, {"role": "assistant", "content": "Sunny.", "thinking": "It is noon."}, USER]
     assert text_of(make(CONTENT_ONLY), earlier) == "user:Weather?;assistant:Sunny.;user:Weather?;"
@@ -109,9 +168,8 @@ def test_a_system_prompt_is_a_turn_or_without_a_template_a_text_in_front(make):
 def test_a_template_that_writes_todays_date_writes_the_same_one_on_every_day(make, date):
     template = "{% if strftime_now is defined %}" + date + "{% endif %};" + CONTENT_ONLY
     assert text_of(make(template), [USER]) == "26 Jul 2024;user:Weather?;"
-    assert text_of(make("{{ strftime_now('%A %-d %B, %H:%M:%S %Y-%m-%d') }}"), [USER]) == (
-        "Friday 26 July, 00:00:00 2024-07-26"
-    )
+    template = "{{ strftime_now('%A %-d %B, %H:%M:%S %Y-%m-%d') }} {{ messages[0].content }}"
+    assert text_of(make(template), [USER]) == "Friday 26 July, 00:00:00 2024-07-26 Weather?"
 
 
 def test_the_fixed_date_changes_nothing_else_of_a_template(make):
