@@ -32,6 +32,12 @@ _TEXTS = ("context", "prompt", "instruction", "question", "query", "input")
 PROMPT_COLUMNS = ("tools", *_SYSTEM, "history", *_TEXTS)
 # keys of a message that chat templates read
 _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "tool_plan", *REASONING)
+# keys of a scored response: the names of its text, and the keys of a message
+_RESPONSE_KEYS = ("response", "text", "completion", *_MESSAGE_KEYS)
+# columns that change what a model reads, whatever their values look like
+_CHANGING = {"image", "images", "audio", "audios", "video", "videos", "functions", "chat_template_kwargs"}
+# scripts without blanks between words: Thai, Lao, Burmese, Khmer, kana, Han
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 # metadata columns: their texts describe a row and are not its content
 _ABOUT = {
     "id", "source", "model", "category", "task", "dataset", "language", "lang", "license", "url", "date", "subset",
@@ -91,6 +97,9 @@ def text_of(value: Any, name: str) -> Text:
         return value
     if not isinstance(value, Sequence) or not value:
         raise RowError(f"{name}: expected a text or a list of messages, got {type(value).__name__}")
+    called = next((m["function_call"] for m in value if isinstance(m, Mapping) and m.get("function_call")), None)
+    if called is not None:
+        raise RowError(f"{name}: expected tool_calls, which chat templates read, got function_call {called!r:.60}")
     try:
         return [{key: message[key] for key in _MESSAGE_KEYS if key in message} for message in messages_of(value)]
     except ItemError as error:
@@ -123,40 +132,53 @@ def refuse_lost(row: Mapping[str, Any], held: Iterable[Mapping[str, Any]]) -> No
 def unread_columns(row: Mapping[str, Any], read: Collection[str], known: Collection[str] = ()) -> list[str]:
     """Return the columns of `row` outside `read` and `known` that look like content and are not in the columns `read`.
 
-    Content is a text of three words or more, also inside lists and objects. Unread keys of messages count as columns.
+    Content is a text of three words or more, also inside lists and objects, and every column of images, audio, video,
+    old-style functions or chat template settings. Unread keys of messages and of scored responses count as columns.
     """
     found = []
     whole = ""
     for name, value in _candidates(row, read):
-        if name in known or name in found or name in _ABOUT or name.endswith("_id"):
+        last = name.rpartition(".")[2]
+        if name in known or name in found or last in _ABOUT or last.endswith("_id"):
             continue
-        texts = [text for text in _strings(value) if len(text.split()) >= 3]
+        if last in _CHANGING and value:
+            found.append(name)
+            continue
+        texts = [text for text in _strings(value) if _words(text) >= 3]
         if texts:
-            whole = whole or "\n".join(text for column in read for text in _strings(row.get(column), _MESSAGE_KEYS))
+            whole = whole or "\n".join(
+                text
+                for column in read
+                for text in _strings(row.get(column), None if column == "tools" else _RESPONSE_KEYS)
+            )
             if not all(text.strip() in whole for text in texts):
                 found.append(name)
     return found
+
+
+def _words(text: str) -> int:
+    return max(len(text.split()), len(_UNSPACED.findall(text)) // 2)
 
 
 def _candidates(row: Mapping[str, Any], read: Collection[str]) -> Iterator[tuple[str, Any]]:
     for name, value in row.items():
         if name not in read:
             yield str(name), value
-        elif isinstance(value, list):
-            for message in value:
-                if isinstance(message, Mapping) and "role" in message:
-                    yield from ((f"{name}.{key}", v) for key, v in message.items() if key not in _MESSAGE_KEYS)
+        elif isinstance(value, list) and name != "tools":
+            for part in value:
+                if isinstance(part, Mapping):
+                    known = _MESSAGE_KEYS if "role" in part else _RESPONSE_KEYS
+                    yield from ((f"{name}.{key}", inner) for key, inner in part.items() if key not in known)
 
 
 def _strings(value: Any, keys: Collection[str] | None = None) -> Iterator[str]:
-    """Yield the texts in `value`. keys: the keys to read of a message; None: all."""
+    """Yield the texts in `value`. keys: the keys to read of an object; None: all."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        is_message = keys is not None and "role" in value
         for key, inner in value.items():
-            if not is_message or key in (keys or ()):
-                yield from _strings(inner, keys)
+            if keys is None or key in keys:
+                yield from _strings(inner)
     elif isinstance(value, list):
         for inner in value:
             yield from _strings(inner, keys)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prudent.rlhf.data.columns import RowError, unread_columns
-from prudent.rlhf.data.rows import prompt_of_row
+from prudent.rlhf.data.rows import pairs_of_row, prompt_of_row
 
 TOOL = {"type": "function", "function": {"name": "clock", "parameters": {}}}
 
@@ -92,7 +92,30 @@ def test_columns_that_cannot_be_joined_are_refused_by_name(row: dict[str, Any], 
         ({"prompt": "p", "score": 3, "label": "good one", "other": [1]}, []),
         ({"prompt": "one two three", "full": "one two three"}, []),
         ({"prompt": [{**_turn("user", "p"), "comment": "one two three", "id": "x"}]}, ["prompt.comment"]),
+        (
+            {"prompt": "p", "passage": "\u732b\u306f\u30de\u30c3\u30c8\u306e\u4e0a", "lang_name": "\u4e2d\u6587"},
+            ["passage"],
+        ),
+        ({"prompt": "p", "image": "cat.png", "videos": []}, ["image"]),
+        (
+            {"prompt": "p", "functions": [{"name": "f"}], "chat_template_kwargs": {"think": False}},
+            ["functions", "chat_template_kwargs"],
+        ),
     ],
 )
 def test_a_column_that_looks_like_content_is_found(row: dict[str, Any], found: list[str]) -> None:
     assert unread_columns(row, ("prompt",)) == found
+
+
+def test_what_responses_with_scores_hold_beside_their_text_is_found() -> None:
+    response = {"response": "one two three", "score": 5, "model": "m of n o", "system_prompt": "Talk like a pirate."}
+    row = {"prompt": "p", "responses": [response], "tools": [{"name": "f", "description": "does this and that"}]}
+    assert unread_columns(row, ("prompt", "responses", "tools")) == ["responses.system_prompt"]
+    assert unread_columns({**row, "what": "does this and that"}, ("prompt", "tools"), ("responses",)) == []
+
+
+def test_an_old_function_call_is_refused_because_templates_read_tool_calls() -> None:
+    call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    row = {"prompt": "p", "chosen": [call], "rejected": [_turn("assistant", "a")]}
+    with pytest.raises(RowError, match=r"^chosen: expected tool_calls, which chat templates read, got function_call"):
+        pairs_of_row(row, 2.0)
