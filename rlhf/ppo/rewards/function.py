@@ -21,8 +21,25 @@ _MEANING = {
     **dict.fromkeys(("responses", "response", "completions", "completion"), "responses"),
 }
 _TO_ANY_KEYWORD = ("prompts", "responses", "completions")  # given to **kwargs
-# arguments of OpenRLHF's and verl's reward functions that PPO has not: never taken for prompts or responses
-_OF_OTHER_TRAINERS = {"queries", "query", "labels", "data_source", "solution_str", "ground_truth", "extra_info"}
+# arguments of other trainers' reward functions that PPO has not: never taken for prompts or responses
+_OF_OTHER_TRAINERS = {
+    "queries", "query", "label", "labels", "data_source", "solution_str", "ground_truth", "extra_info", "reference",
+    "references", "target", "targets", "solution", "solutions", "gold",
+}  # fmt: skip
+# names that say the other thing of an argument in first or in second place
+_NOT_FIRST = {
+    "output",
+    "outputs",
+    "answer",
+    "answers",
+    "generation",
+    "generations",
+    "reply",
+    "replies",
+    "text",
+    "texts",
+}
+_NOT_SECOND = {"input", "inputs", "question", "questions", "instruction", "instructions"}
 
 
 class CallableReward:
@@ -96,12 +113,16 @@ def _arguments(function: Callable[..., Any], where: str) -> _Arguments:
 
 
 def _takes_two(parameters: list[inspect.Parameter]) -> bool:
-    """Whether a call with two unnamed arguments fits, and their names are no other trainer's."""
+    """Whether a call with two unnamed arguments fits, and their names do not say that they are something else."""
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     fits = set(needed) <= set(positional[:2]) and (len(positional) >= 2 or any_number)
-    return fits and not _OF_OTHER_TRAINERS & {p.name for p in positional[:2]}
+    names = [p.name for p in positional[:2]]
+    return fits and not any(
+        name in _OF_OTHER_TRAINERS | otherwise
+        for name, otherwise in zip(names, (_NOT_FIRST, _NOT_SECOND), strict=False)
+    )
 
 
 def _function(key: str, source: str) -> Callable[..., Any]:
