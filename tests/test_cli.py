@@ -1,4 +1,4 @@
-"""The `prudent` command: what --help and --keys explain, what is refused, and the exit codes."""
+"""The `prudent` command: --help and --keys, errors, and exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports go one way, nothing imports in a circle, no file is two files long."""
+"""The structure of the package: imports go one way and never in a circle, and no file exceeds 400 lines."""
 
 from __future__ import annotations
 

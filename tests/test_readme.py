@@ -1,4 +1,4 @@
-"""The README's snippets that need no model of yours run as they stand."""
+"""The README's snippets run as they stand, except those that need a model."""
 
 from __future__ import annotations
 

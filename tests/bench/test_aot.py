@@ -1,4 +1,4 @@
-"""`prudent bench --aot`: which launches it compiles, how it specialises them, what it prints and when it fails."""
+"""`prudent bench --aot`: the launches it compiles, their specialisation, its output and its exit codes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_signature_is_what_tritons_launcher_would_make() -> None:
         "factor": "fp32", "BLOCK": "constexpr",
     }  # fmt: skip
     assert constants == {(2,): None, (5,): 1, (7,): 1024}
-    assert set(attributes) == {(0,), (1,), (4,)}  # 16 divides them; `count` is told not to be looked at
+    assert set(attributes) == {(0,), (1,), (4,)}  # 16 divides them; `count` is not to be specialised
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
@@ -56,7 +56,7 @@ def test_the_machine_code_is_read(target: str) -> None:
 
 
 def spilling() -> Launch:
-    """A shipped kernel that holds 8192 columns, told to hold them in one warp: 256 values a thread."""
+    """A shipped kernel with 8192 columns in one warp: 256 values a thread."""
     wide = next(e.launch for e in aot.entries("linear_logprob", "sm_90", True) if "8192 columns" in e.labels[0])
     return wide._replace(config=wide.config._replace(num_warps=1))
 

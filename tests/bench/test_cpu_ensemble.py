@@ -1,4 +1,4 @@
-"""The CPU op timed side by side: nothing is reported of an op whose check fails, and every goal is in the table."""
+"""The timing of the op on a CPU: an op that fails its check gets no times, and every goal is in the table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prudent.bench import cpu_ensemble
 
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes seconds and is torch's own business."""
+    """Leave torch.compile out, which takes seconds and is not under test."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(cpu_ensemble, "CALLS", 2)
 

@@ -1,4 +1,4 @@
-"""`gpu_check`: what it measures against, what it says where it cannot, and that a dry run goes from end to end."""
+"""`gpu_check`: its goals, stages and report, also if a stage cannot run, and a dry run from end to end."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_case_that_takes_its_process_down_is_named_and_the_rest_are_timed(
     assert (status, notes) == ("failed", ["b: exit code 139: illegal access"])
 
 
-def test_what_there_was_no_time_for_is_said(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cases_without_time_left_are_counted(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     check.report["machine"], check.cases = {"name": "some GPU"}, [("op", "a"), ("op", "b"), ("op", "c")]
     late = (None, {"notes": ["out of time"], "failed": [], "rows": [row("a")], "running": "b"})
     monkeypatch.setattr(check, "child", lambda *arguments: late)
@@ -158,7 +158,7 @@ def test_what_there_was_no_time_for_is_said(check: Check, monkeypatch: pytest.Mo
 def sanitized(
     check: Check, monkeypatch: pytest.MonkeyPatch, canary: int, found: dict[str, int]
 ) -> tuple[str, list[str]]:
-    """stage_sanitizer on a machine whose compute-sanitizer ends with these exit codes."""
+    """stage_sanitizer on a machine whose compute-sanitizer exits with these codes."""
     check.dry, check.cases = False, [("ensemble_reward", "forward"), ("advantages", "GAE")]
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: "/bin/compute-sanitizer")
     monkeypatch.setattr(check, "call", lambda command, limit: (canary, "Device not supported"))
@@ -168,22 +168,20 @@ def sanitized(
     return check.stage_sanitizer(10)
 
 
-def test_a_sanitizer_that_cannot_run_condemns_nothing(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sanitizer_that_cannot_run_fails_no_op(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     said = sanitized(check, monkeypatch, 1, {})
     assert said == ("passed", ["compute-sanitizer does not run here: Device not supported"])
     assert check.failed == set()
 
 
-def test_a_bad_access_condemns_every_op_and_a_hazard_is_for_a_reader(
-    check: Check, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_access_fails_every_op_and_a_race_is_only_reported(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sanitized(check, monkeypatch, 0, {"memcheck": 0, "racecheck": 9})[0] == "failed"
     assert check.failed == set()
     assert sanitized(check, monkeypatch, 0, {"memcheck": 9, "racecheck": 0})[0] == "failed"
     assert check.failed == {"ensemble_reward", "advantages"}
 
 
-def test_the_report_says_of_each_case_what_there_is_to_say() -> None:
+def test_the_report_has_times_or_the_failed_check_of_each_case() -> None:
     failed = row("wrong op", timings={}, check={"passed": False}, notes=["far off"])
     lines = [gpu_goals._case_line(r) for r in (row("fine", bandwidth_share=0.5, memory={"ours": 2**20}), failed)]
     assert lines == ["| fine | 1000.0 µs | 50.0 % |  | 1.0 MiB |", "| wrong op | check failed | | far off | |"]

@@ -1,4 +1,4 @@
-"""The head-training bench: both sides train the same heads, and the table says what was measured."""
+"""The bench of head training: both sides train the same heads, and the table shows what was measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The microbenchmarks: what they measure is right, a wrong op gets no times, and what is written can be read again."""
+"""The microbenchmarks: measurements are right, a wrong op gets no times, and written results can be read again."""
 
 from __future__ import annotations
 

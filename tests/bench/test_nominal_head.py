@@ -1,4 +1,4 @@
-"""The nominal head's study: it finds what is there, says what it finds by rule, and reuses its features."""
+"""The study of the nominal head: it finds a known difference, follows a rule in its verdict, and reuses features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU measurement: its goals read what its parts write, it dry-runs on a CPU, and a CPU's numbers are no GPU's."""
+"""The GPU measurement: its goals read what its parts write, and a dry run on a CPU reports no GPU numbers."""
 
 from __future__ import annotations
 

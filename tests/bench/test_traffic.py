@@ -1,4 +1,4 @@
-"""The bytes a row that the kernels load and store, against the least possible."""
+"""The bytes per row that the kernels load and store, against the least possible."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def reports() -> dict[tuple[str, str], Report]:
 
 
 def read_once(report: Report, tensor: str, size: int) -> bool:
-    """Over all launches together, each of the tensor's `size` bytes is asked for once."""
+    """Over all launches together, each of the tensor's `size` bytes is read once."""
     accesses = report.of(tensor)
     return sum(a.read for a in accesses) == sum(a.distinct_read for a in accesses) == size
 
@@ -73,7 +73,7 @@ def test_the_backward_writes_hiddens_gradient_once_and_not_at_all_where_the_trun
 
 
 def test_beyond_the_floor_the_backward_moves_the_products_gradient_alone(reports: Any) -> None:
-    """Padded to 16 columns and with the norm's share beside it: written once and read once, whatever D is."""
+    """16 padded columns and the norm's term: written once and read once, whatever D is."""
     report = reports["ensemble_reward", "backward, norm"]
     assert report.distinct() == report.floor + 2 * (16 + 1) * FP32
 

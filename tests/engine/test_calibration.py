@@ -1,4 +1,4 @@
-"""calibrate: what it puts in the buffers, what that does to the heads, what it refuses."""
+"""calibrate: the buffers it sets, their effect on the heads, and what it refuses."""
 
 from __future__ import annotations
 

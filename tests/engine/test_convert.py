@@ -1,4 +1,4 @@
-"""from_trunk and from_sequence_classifier: what is shared, what is carried over exactly, what is refused."""
+"""from_trunk and from_sequence_classifier: what they share, what they keep exactly, and what they refuse."""
 
 from __future__ import annotations
 

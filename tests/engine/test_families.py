@@ -1,4 +1,4 @@
-"""A text's score is its own: alone, padded left or right, beside longer texts and after them, in every family."""
+"""A text's score does not depend on padding or on other texts of the same or an earlier batch, in every family."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ROPES = {
 
 
 def _sizes() -> dict[str, Any]:
-    """Names that configurations of transformers have for the same few things, and a small value for each."""
+    """A small value for each of the names that transformers' configurations have for sizes."""
     width = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size")
     inner = ("intermediate_size", "ffn_dim", "d_inner", "hidden_dim", "n_inner")
     layers = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -112,7 +112,7 @@ def small_config(kind: str) -> Any:
 
 
 def drawn(model: Any) -> Any:
-    """Weights so large that a shifted position or a neighbour that should not count is seen."""
+    """Draw weights so large that a shifted position or the effect of another text shows."""
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() > 1 and parameter.is_floating_point():
@@ -121,7 +121,7 @@ def drawn(model: Any) -> Any:
 
 
 def small_trunk(kind: str) -> Any:
-    """A trunk of a few thousand weights, or None where these sizes make none that reads token ids alone."""
+    """A trunk of a few thousand weights; None if these sizes make none that reads only token ids."""
     try:
         config = small_config(kind)
         with torch.device("meta"):
@@ -136,7 +136,7 @@ def small_trunk(kind: str) -> Any:
 
 
 def hidden_states(trunk: Any, ids: Tensor) -> Tensor:
-    """What the trunk itself makes of whole rows: [B, T, D]."""
+    """The trunk's own hidden states of whole rows: [B, T, D]."""
     options = {"use_cache": False} if "use_cache" in inspect.signature(trunk.forward).parameters else {}
     states: Tensor = trunk(input_ids=ids, attention_mask=torch.ones_like(ids), **options).last_hidden_state
     return states
@@ -147,7 +147,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
 
 
 def beside(ids: Tensor, other: Tensor, left: bool) -> tuple[Tensor, Tensor]:
-    """One sequence [1, T] padded to a longer one, with a padding id that means something else to the trunk."""
+    """One sequence [1, T] padded to a longer one, with a padding id that is another token to the trunk."""
     room = other.shape[1] - ids.shape[1]
     sides = (room, 0) if left else (0, room)
     mask = torch.cat([pad(torch.ones_like(ids), sides), torch.ones_like(other)])
@@ -155,7 +155,7 @@ def beside(ids: Tensor, other: Tensor, left: bool) -> tuple[Tensor, Tensor]:
 
 
 def faults(trunk: Any) -> Iterator[str]:
-    """What of this trunk's features is not what it should be."""
+    """The ways in which this trunk's features depend on padding or other texts."""
     model = EnsembleRewardModel.from_trunk(trunk, num_heads=1)
     ids, place = tokens(2, 11), 0 if model.config.pooling == "first" else -1
     ids[:, 5] = PAD  # in a text it is a token like any other to the mask, and to some families' positions not

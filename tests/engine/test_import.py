@@ -1,4 +1,4 @@
-"""What importing prudent costs and brings with it."""
+"""`import prudent`: its time, and the packages that it imports."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ def test_a_name_that_does_not_exist_is_an_attribute_error():
 
 @pytest.mark.parametrize("first", ["prudent", "transformers.integrations.hub_kernels"])
 def test_python_in_the_root_of_the_checkout_registers_the_ops_once(first):
-    """There `kernels` is found at the top level, and transformers imports what it finds of that name."""
+    """There, `kernels` is a top-level package, and transformers imports any package of that name."""
     code = f"import {first}, prudent; prudent.EnsembleRewardModel; import kernels; print(kernels is prudent.kernels)"
     assert run(code, REPOSITORY) == "True"

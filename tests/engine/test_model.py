@@ -1,4 +1,4 @@
-"""EnsembleRewardModel: every family of trunk, padding, saving, what trainers ask of it."""
+"""EnsembleRewardModel: every family of trunk, padding, saving, and what trainers need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model folder that names code of its own is refused at once: no question, no answer read, nothing run."""
+"""A model folder that names code of its own is refused at once, without a prompt and without running it."""
 
 from __future__ import annotations
 

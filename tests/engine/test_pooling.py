@@ -1,4 +1,4 @@
-"""A padded batch in one form, and the row of each sequence that the heads read."""
+"""Padding moved to the right, and the token of each sequence that the heads read."""
 
 from __future__ import annotations
 

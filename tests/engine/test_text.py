@@ -1,4 +1,4 @@
-"""ItemEncoder: what reaches a chat template, what it may not leave out, and what an item that cannot be read says."""
+"""ItemEncoder: what a chat template gets, what it may not leave out, and the errors of items that cannot be encoded."""
 
 from __future__ import annotations
 

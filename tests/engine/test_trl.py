@@ -1,4 +1,4 @@
-"""The model as it is in TRL's trainers: one real step of each, on the CPU and without a network."""
+"""The unchanged model in TRL's trainers: one real step of each, on the CPU and without a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which counters a call gets. Tests of their alignment and of graph replay need a GPU: */triton*_cases.py."""
+"""The counters that a call gets. Tests of their alignment and of graph replay need a GPU: */triton*_cases.py."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_captured_call_has_a_row_of_its_own() -> None:
 
 
 def test_every_row_is_aligned_as_a_first_tensor_is() -> None:
-    """Triton compiles anew for a pointer that is not a multiple of 16 bytes, which a capture does not survive."""
+    """Triton compiles again for a pointer that is not a multiple of 16 bytes, and compiling breaks a capture."""
     for row in (arrivals._row(CPU, 1), *(arrivals._row(CPU, None) for _ in range(arrivals.ROWS))):
         assert row.data_ptr() % 16 == 0
 

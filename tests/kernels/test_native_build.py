@@ -38,7 +38,7 @@ def fields(inputs: Any, last: str) -> tuple[str, ...]:
 
 @pytest.fixture
 def fresh_choice() -> Iterator[None]:
-    """What the process decided once is decided again inside the test, and again after it."""
+    """Forget the process's cached choices, before and after the test."""
     caches = (native.load, native._default_index)
     for cache in caches:
         cache.cache_clear()

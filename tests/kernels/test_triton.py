@@ -1,4 +1,4 @@
-"""The Triton execution: under Triton's interpreter everywhere, and on a GPU where there is one.
+"""The Triton execution: under Triton's interpreter on every machine, and on a GPU if there is one.
 
 The cases are in the files triton*_cases.py and run in a child process. `@triton.jit` decides when it decorates a
 function whether that function is interpreted, Triton's own library (`tl.sum`, `tl.zeros`) included. Once this process

@@ -1,4 +1,4 @@
-"""Every shipped Triton configuration compiles, fits, and spills at most two words a thread, for GPUs not at hand.
+"""Every shipped Triton configuration compiles, fits, and spills at most two words a thread; no GPU is needed.
 
 Each op's common launches are compiled for every target, and a quarter of the others in its short table for one target
 each. PRUDENT_TEST_AOT=all compiles every configuration for every target and compares the READMEs' tables with the
@@ -28,7 +28,7 @@ ALL = os.environ.get("PRUDENT_TEST_AOT") == "all"
 
 
 def chosen(op: str, target: str) -> list[aot.Entry]:
-    """What is compiled here of the op's launches for `target`."""
+    """The op's launches for `target` that this test compiles."""
     found, turn = aot.entries(op, target, ALL), list(aot.TARGETS).index(target)
     shown = aot.common(found)
     return [entry for i, entry in enumerate(found) if ALL or i in shown or i % (4 * len(aot.TARGETS)) == 4 * turn]
@@ -46,7 +46,7 @@ def test_a_shipped_configuration_compiles_inside_its_budget(op: str, target: str
 @pytest.mark.skipif(not NEWEST, reason="the tables are those of Triton 3.8 and later")
 @pytest.mark.parametrize("op", aot.ops())
 def test_the_readmes_table_is_the_codes(op: str) -> None:
-    """Its configurations always, what the compiler made of them where everything is compiled anyway."""
+    """Compare the configurations always, and the compiler's results if everything is compiled anyway."""
     text = (aot.KERNELS / op / "README.md").read_text(encoding="utf-8")
     block = aot.BEGIN + text.split(aot.BEGIN)[1].split(aot.END)[0] + aot.END
     found = [entry for target in aot.TARGETS for entry in aot.entries(op, target, False)]

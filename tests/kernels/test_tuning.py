@@ -1,4 +1,4 @@
-"""PRUDENT_AUTOTUNE=1: what is timed and when, and the file of choices. The timer is a fake, so no GPU is needed."""
+"""PRUDENT_AUTOTUNE=1: what it times and when, and the file of choices. The timer is a fake, so no GPU is needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEVICE = torch.device("cuda", 1)
 
 
 class Timer:
-    """Stands for the GPU: `Config`'s time from a table, and what was timed."""
+    """A fake GPU: gives the time of a `Config` from a table, and records what was timed."""
 
     def __init__(self) -> None:
         self.timed: list[Config] = []

@@ -1,4 +1,4 @@
-"""A page as a browser would take it."""
+"""Read an HTML page as a browser does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates of several families' kinds, ours and short: what a finished turn looks like, and what opens the next.
+"""Short chat templates of our own, modelled on several families: how a finished turn looks, and what opens the next.
 
 Each closes turns with <|end|>, which the tests' tokenisers have as EOS, but where its comment says otherwise.
 """

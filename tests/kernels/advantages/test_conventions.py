@@ -1,4 +1,4 @@
-"""The trainers' formulas, written again from their sources token by token, against the op in fp64.
+"""The trainers' formulas, reimplemented from their sources token by token, against the op in fp64.
 
 A comment above each formula names its library, version and function. Results are compared at the unmasked tokens, which
 are those that the trainer's losses read.
@@ -215,7 +215,7 @@ def test_verl(make_batch: Callable[..., Any], kind: str, estimator: str, critic:
 
 
 def test_trainers_differ_only_in_holes_and_the_end(make_batch: Callable[..., Any]) -> None:
-    """Where no token is masked between two others, "skip" and "zero" are one thing; with a hole they are not."""
+    """Without a hole (masked tokens between unmasked ones), "skip" and "zero" are the same; with a hole they differ."""
     for kind in ("right", "left", "prompt"):
         batch = make_batch(kind)
         assert torch.equal(run(batch, holes="skip").advantage, run(batch, holes="zero").advantage)

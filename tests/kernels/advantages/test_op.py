@@ -144,7 +144,7 @@ def test_a_sequence_without_a_token_is_zero_and_does_not_count(
 
 @pytest.mark.parametrize("value", [float("nan"), INF, -INF])
 @pytest.mark.parametrize("where", ["score", "logprob", "value"])
-def test_what_is_not_finite_drops_its_own_sequence_and_no_other(
+def test_a_value_that_is_not_finite_drops_its_own_sequence_and_no_other(
     make_batch: Callable[..., Any], where: str, value: float, poisoned_empty: None
 ) -> None:
     batch = make_batch("full")

@@ -1,4 +1,4 @@
-"""Inputs for the native library's tests, and what its results are compared with: fp64 reference and plain torch."""
+"""Inputs for the tests of the native library, and the results to compare with: fp64 reference and plain torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALL = (True, True, True, True)
 
 
 def backward(execution: Any, grads: Any, inputs: Inputs, needs: Any) -> Any:
-    """The execution's gradients, from what its own forward kept."""
+    """The execution's gradients, from its own forward's saved tensor."""
     return execution.backward(grads, inputs, execution.forward(inputs, True)[4], needs)
 
 
@@ -48,7 +48,7 @@ def double(inputs: Inputs) -> Inputs:
 
 
 def plain(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What people run: the norm and the linear layer in the storage type, as transformers does, then fp32 heads."""
+    """The usual composition: norm and linear layer in the storage type, as in transformers, then fp32 heads."""
     x = inputs.hidden if inputs.rows is None else inputs.hidden[inputs.rows]
     if inputs.norm_weight is not None:
         y = x.float()

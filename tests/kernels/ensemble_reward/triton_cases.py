@@ -34,13 +34,13 @@ ALL = (True, True, True, True)
 
 
 def backward(execution: Any, grads: Any, inputs: Inputs, needs: Any) -> Any:
-    """The execution's gradients, from what its own forward kept."""
+    """The execution's gradients, from its own forward's saved tensor."""
     return execution.backward(grads, inputs, execution.forward(inputs, True)[4], needs)
 
 
 @pytest.fixture(autouse=True)
 def _route(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The public op reaches Triton for CPU tensors too, where the interpreter serves them."""
+    """Route CPU tensors of the public op to Triton too, under the interpreter."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(op, "_backend", lambda inputs: execution)
 
@@ -134,7 +134,7 @@ def test_no_rows_give_empty_outputs_and_zero_gradients() -> None:
 
 
 def plain_torch(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """What people write today, in the hidden states' own precision throughout: norm, linear, softplus."""
+    """The usual composition, all in the precision of the hidden states: norm, linear, softplus."""
     dtype, k = inputs.hidden.dtype, inputs.num_heads
     assert inputs.rows is not None
     assert inputs.bias is not None
@@ -318,7 +318,7 @@ def test_gradients_may_be_absent(present: tuple[int, ...]) -> None:
 
 
 def test_gradients_may_be_expanded_from_one_number() -> None:
-    """What `sum().backward()` sends; a kernel that takes them for contiguous reads out of bounds."""
+    """`sum().backward()` gives such gradients; a kernel that treats them as contiguous reads out of bounds."""
     inputs = make(n=20, d=9, k=3, aggregation="mean,centre=group", group_size=5)
     one = torch.ones((), dtype=torch.float64, device=DEVICE)
     grads = (one.expand(20), one.expand(20, 3), (2 * one).expand(20, 3), one)

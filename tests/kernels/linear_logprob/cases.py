@@ -62,7 +62,7 @@ def exact(inputs: Inputs, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...
 
 
 def unfused(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """What people write: a linear layer, its logits to fp32, log_softmax, a gather."""
+    """The usual composition: a linear layer, its logits in fp32, log_softmax, a gather."""
     logits = F.linear(inputs.hidden, inputs.weight)
     if inputs.softcap is not None:
         logits = inputs.softcap * torch.tanh(logits / inputs.softcap)

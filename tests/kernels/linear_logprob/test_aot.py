@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="under th
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_the_derivative_is_stored_over_its_tile_only_after_every_thread_has_read(target: str) -> None:
-    """The tile's loads, then the program's barrier, then the stores: the two are the same memory."""
+    """The tile's loads, then the program's barrier, then the stores, because both use the same memory."""
     entry = next(
         e for e in aot.entries("linear_logprob", target, False) if e.launch.kernel.__name__ == "gradient_kernel"
     )

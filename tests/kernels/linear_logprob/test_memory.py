@@ -1,4 +1,4 @@
-"""What a call allocates beside its results, as counted by torch's allocator, and the plan that bounds it."""
+"""The memory that a call allocates beyond its results, counted by torch's allocator, and the plan that bounds it."""
 
 from __future__ import annotations
 

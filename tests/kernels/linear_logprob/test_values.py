@@ -147,7 +147,7 @@ def test_unwanted_gradients_cost_no_product(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_ignored_targets_give_zeros_and_reach_nothing(small_tiles: None) -> None:
-    """Their hidden states are not even multiplied: what is no number there stays out of the weight's gradient."""
+    """Their hidden states are not multiplied, so that a NaN there stays out of the weight's gradient."""
     inputs = make(ignored=(0, 5, 10))
     inputs.hidden[[0, 5, 10]] = float("nan")
     outputs, grads = call(inputs), some_grads(inputs)
@@ -215,7 +215,7 @@ def test_a_tied_embedding_gets_both_gradients() -> None:
 
 @pytest.mark.parametrize("scale", [1e4, 1e30])
 def test_large_logits_do_not_overflow(scale: float, small_tiles: None) -> None:
-    """Three rows over 24 tokens of three kinds: one kind far ahead of the others, another one, all alike."""
+    """Three rows over 24 tokens of three kinds: in two, one kind has far larger logits; in the third all are equal."""
     hidden = torch.tensor([[scale], [-scale], [0.0]], device=DEVICE)
     weight = torch.tensor([[1.0], [-1.0], [0.5]] * 8, device=DEVICE)
     out = linear_logprob(hidden, weight, torch.tensor([0, 1, 2], device=DEVICE))
@@ -225,7 +225,7 @@ def test_large_logits_do_not_overflow(scale: float, small_tiles: None) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_no_number_stays_in_its_own_row(bad: float, small_tiles: None) -> None:
+def test_a_nan_stays_in_its_own_row(bad: float, small_tiles: None) -> None:
     inputs = make(dtype=torch.float32)
     clean = call(inputs)
     inputs.hidden[3] = bad

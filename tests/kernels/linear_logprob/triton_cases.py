@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 @pytest.fixture(autouse=True)
 def _route(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The public op reaches Triton for CPU tensors too, where the interpreter serves them; tiles of [4, 16]."""
+    """Route CPU tensors of the public op to Triton too, under the interpreter, with tiles of [4, 16]."""
     monkeypatch.setattr(chunked, "plan", lambda *shapes: Plan(4, 16))
     if DEVICE.type == "cpu":
         monkeypatch.setattr(op, "_backend", lambda inputs: execution)
@@ -163,7 +163,7 @@ def test_the_caps_tanh_is_torchs(dtype: torch.dtype) -> None:
     torch.testing.assert_close(lse, 2.5 * torch.tanh(raw / 2.5), rtol=few, atol=0 if dtype == torch.float32 else few)
 
 
-def test_what_is_no_number_stays_in_its_own_row() -> None:
+def test_a_nan_stays_in_its_own_row() -> None:
     inputs = make(torch.float32)
     clean = execution.forward(inputs, None)
     for bad in (float("nan"), float("inf"), float("-inf")):
@@ -173,7 +173,7 @@ def test_what_is_no_number_stays_in_its_own_row() -> None:
             torch.testing.assert_close(dirty[[0, 1, 2, 4, 5]], expected[[0, 1, 2, 4, 5]])
 
 
-def test_a_target_that_is_no_token_gets_nan_where_nobody_looks() -> None:
+def test_a_target_that_is_no_token_gets_nan_if_values_are_not_checked() -> None:
     inputs = make(torch.float32)
     inputs.target[2] = V
     inputs.target[4] = -1

@@ -32,7 +32,7 @@ def make(
     options: dict[str, Any], pairs: int = 13, d: int = 33, k: int = 5, dtype: torch.dtype = torch.float64,
     device: str | torch.device = "cpu", gathered: bool = False,
 ) -> Inputs:  # fmt: skip
-    """A batch of `pairs`; `gathered`: rows drawn with repeats out of more than there are."""
+    """A batch of `pairs`; `gathered`: its rows are drawn with repeats from a larger set of features."""
     g = torch.Generator().manual_seed(1000 * pairs + 10 * d + k)
     small = torch.float64 if dtype == torch.float64 else torch.float32
     brme_ = options["loss"] == "brme"
@@ -64,7 +64,7 @@ def in_fp64(inputs: Inputs) -> Inputs:
 
 
 def losses_of(out: EnsembleOutput, inputs: Inputs) -> Tensor:
-    """The loss as rlhf/reward/losses.py writes it, on heads that are already there; the centring penalty beside it."""
+    """The loss by rlhf/reward/losses.py from given heads, plus the centring penalty."""
     pairs, reward = inputs.num_pairs, out.mean.mean(dim=1)
     if inputs.loss == "bt":
         loss = bradley_terry(reward[:pairs], reward[pairs:], inputs.margin)
@@ -93,7 +93,7 @@ def composed(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def lowly(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """What people run: the linear layer in the features' own precision, then fp32 heads and losses, and autograd."""
+    """The usual composition: the linear layer in the features' precision, then fp32 heads, losses and autograd."""
     k = inputs.num_heads
     weight, bias = inputs.weight.detach().clone().requires_grad_(), inputs.bias.detach().clone().requires_grad_()
     x = inputs.features if inputs.rows is None else inputs.features[inputs.rows]
@@ -114,7 +114,7 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 
 def as_exact_as_plain_torch(got: Any, inputs: Inputs) -> None:
-    """Our error against fp64 is at most that of the plain computation, and fp32's own rounding of the sums."""
+    """Our error against fp64 is at most that of the plain computation, plus fp32's rounding of the sums."""
     exact, plain = composed(in_fp64(inputs)), lowly(inputs)
     for name, a, b, c in zip(("loss", "dweight", "dbias"), got, exact, plain, strict=False):
         grain = max(torch.finfo(a.dtype).eps, 4e-6) * float(b.abs().max())

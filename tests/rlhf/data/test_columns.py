@@ -1,4 +1,4 @@
-"""The prompt that a row's columns make together; columns that nothing reads."""
+"""The prompt from the columns of a row; columns that nothing reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gold scorer, and what is said when it cannot be had."""
+"""The gold scorer, and the error if its package is missing."""
 
 from __future__ import annotations
 

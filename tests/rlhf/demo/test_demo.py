@@ -1,4 +1,4 @@
-"""The whole demo at a tiny size: what it writes, that it goes on where it was, and what it refuses."""
+"""The whole demo at a tiny size: its files, continuing after an interruption, and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's PPO runs at a tiny size: equal starts, nothing else of the demo changed, resumed, and told honestly."""
+"""The demo's PPO runs at a tiny size: equal starts, no effect on the rest of the demo, resuming, and its claims."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small reward model, and what `prudent score` is told of a file of rows."""
+"""A small reward model, and configs of `prudent score` for a file of rows."""
 
 from __future__ import annotations
 

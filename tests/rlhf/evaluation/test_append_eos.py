@@ -1,4 +1,4 @@
-"""`append_eos` of `prudent score` and `prudent eval`: what a classifier of another trainer reads after a plain text."""
+"""`append_eos` of `prudent score` and `prudent eval`: whether another trainer's classifier reads EOS after a text."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_classifier_is_scored_on_what_its_trainer_fed_it(folder):
         assert scored(folder, "classifier", append_eos) == pytest.approx(own(read).logits.item(), abs=1e-5)
 
 
-def test_an_ensemble_says_it_itself(folder):
+def test_an_ensemble_has_a_setting_that_the_key_must_match(folder):
     assert scored(folder, "ensemble", None) == scored(folder, "ensemble", False)
     with pytest.raises(ValueError, match=r"append_eos: expected False, with which model .* was trained, .*, got True"):
         scored(folder, "ensemble", True)
@@ -65,7 +65,7 @@ def test_an_ensemble_says_it_itself(folder):
         evaluated(folder, model="ensemble", append_eos=True)
 
 
-def test_of_two_models_it_is_for_the_one_that_does_not_say(folder):
+def test_with_two_models_the_key_is_for_the_one_without_a_setting(folder):
     evaluated(folder, model="ensemble", compare="classifier", append_eos=True)
     evaluated(folder, model="classifier", compare="ensemble", append_eos=True)
     evaluated(folder, model="classifier", compare="classifier", append_eos=False)

@@ -1,4 +1,4 @@
-"""Rewards, language models and tokenisers that a config names: what they are, and one sentence for what is none."""
+"""Load the rewards, language models and tokenisers that a config names; errors are one sentence with the key."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def test_a_mistyped_path_is_refused_before_a_hub_is_asked(
 
 
 @pytest.mark.parametrize("name", ["runs/model", "gpt2", "google/gemma-2b", "runs/cached"])
-def test_what_is_there_or_may_be_a_hubs_is_let_through(
+def test_an_existing_path_or_a_possible_hub_name_passes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -118,7 +118,7 @@ def gradients(policy: Policy, batch: TokenBatch) -> dict[str, Tensor]:
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor an operator gives out, of those that have the vocabulary beside other rows."""
+    """Record the number of elements of the largest tensor that an operator returns."""
 
     def __init__(self) -> None:
         super().__init__()

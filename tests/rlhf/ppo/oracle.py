@@ -1,4 +1,4 @@
-"""A table for a policy, every response enumerated in fp64: expectations and gradients that know nothing of PPO.
+"""A tabular policy with every response enumerated in fp64: exact expectations and gradients, independent of PPO.
 
 The policy's probabilities are quarters, so a finite set of samples *is* its distribution: each response of at most T
 tokens as often as its probability times 4^T says. A mean over the set is then an expectation.

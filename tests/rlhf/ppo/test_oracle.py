@@ -1,8 +1,8 @@
-"""PPO against an independent oracle: a table for a policy, every response enumerated, closed forms in fp64.
+"""PPO against an independent oracle: a tabular policy, every response enumerated, closed forms in fp64.
 
 The policy's probabilities are quarters, so a finite set of samples *is* its distribution: each response of at most T
-tokens as often as its probability times 4^T says. A mean over the set is then an expectation, and what `shape` and
-`update` do with it is held to formulas that know nothing of ratios, clips, masks or micro-batches.
+tokens as often as its probability times 4^T says. A mean over the set is then an expectation, and the results of
+`shape` and `update` are compared with formulas that have no ratios, clips, masks or micro-batches.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Engines say the same from the same numbers, whatever family, attention and company, or refuse."""
+"""Engines draw the same tokens from the same random numbers, whatever family, attention and batch, or refuse."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ATTENTIONS.remove(("gemma2", "sdpa"))  # which cannot cap scores
 
 @pytest.mark.parametrize("engine", [SharedPrefix, Static])
 @pytest.mark.parametrize(("family", "attention"), ATTENTIONS)
-def test_every_row_says_what_it_says_alone_without_a_cache(family: str, attention: str, engine: Any) -> None:
+def test_every_row_gets_the_tokens_that_it_gets_alone_without_a_cache(family: str, attention: str, engine: Any) -> None:
     model, rule = a_model(family), a_rule(temperature=1.3)
     model.set_attn_implementation(attention)
     prompts, uniform = some_prompts([5, 9, 1, 6], samples=3), numbers(12, 12)

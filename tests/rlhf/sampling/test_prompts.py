@@ -1,4 +1,4 @@
-"""Prompts from the files people have, each once, none too long; an order that needs no memory."""
+"""Prompts from files in common formats, each once, none too long; an order that needs no state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`prudent study learning`: rewards from the model's own samples, runs that are done once, the table of their ends."""
+"""`prudent study learning`: rewards from the model's own samples, runs that are not repeated, the table of results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all studies share: the command that reproduces their numbers, and the folder that they write into."""
+"""The parts that all studies share: the command that reproduces their numbers, and their output folder."""
 
 from __future__ import annotations
 

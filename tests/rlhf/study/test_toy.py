@@ -1,4 +1,4 @@
-"""`prudent study toy`: the world it builds, PPO that finds what it is given, and a result anybody can draw again."""
+"""`prudent study toy`: the world it builds, PPO that finds the truth if it is the reward, and reproducible results."""
 
 from __future__ import annotations
 

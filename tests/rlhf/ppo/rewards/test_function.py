@@ -1,4 +1,4 @@
-"""Rewards from a function or a lexicon: what each is given, and what becomes of its answer."""
+"""Rewards from a function or a lexicon: their arguments, and how their results are used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A reward on the policy's trunk says of a sample what `Scorer` says of its prompt and text, whatever the template."""
+"""A reward on the policy's trunk equals `Scorer`'s reward of the sample's prompt and text, whatever the template."""
 
 from __future__ import annotations
 

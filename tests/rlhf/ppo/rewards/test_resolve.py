@@ -1,4 +1,4 @@
-"""Which kind a reward source is, and rewards of models: what they read and give."""
+"""Find the kind of a reward source; what rewards of models read and return."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards from a server: what it is sent, when it is asked again, and what becomes of its answer."""
+"""Rewards from a server: the requests, when they are repeated, and how the answers are used."""
 
 from __future__ import annotations
 

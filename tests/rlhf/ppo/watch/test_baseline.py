@@ -1,4 +1,4 @@
-"""Preference data as if it had been sampled: what the reward was trained on, read as the policy's own text is."""
+"""Preference data as a baseline: read like the policy's own samples."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ class TestMonitor:
         assert [row["reward/head_std_ratio"] for row in rows] == [1, 2]
         assert [row["reward/disagreement_ratio"] for row in rows] == [1, 1]
 
-    def test_or_against_what_the_reward_was_trained_on(self, tmp_path: Path) -> None:
+    def test_doubt_is_measured_against_preference_data_if_given(self, tmp_path: Path) -> None:
         with RunLog(tmp_path) as log, Monitor(_config(tmp_path), log, CPU, None, _decode) as watch:
             known = _experience()
             assert known.head_std is not None
@@ -170,7 +170,7 @@ class TestMonitor:
                 assert math.isnan(watch.observe(step, _experience(), {}, 0.0)["gold/mean"])
         assert caplog.messages == ["gold: mine.py:judge gave no finite number for any of the 3 responses of step 0"]
 
-    def test_texts_with_their_numbers_each_once(self, tmp_path: Path) -> None:
+    def test_each_text_is_written_once_with_its_numbers(self, tmp_path: Path) -> None:
         for _ in range(2):  # as a resumed run does
             with RunLog(tmp_path) as log, Monitor(_config(tmp_path), log, CPU, _gold, _decode) as watch:
                 watch.texts(0, _experience())
