@@ -21,7 +21,7 @@ class KLController:
         e = clip(KL / target - 1, -0.2, 0.2)        coef <- coef * (1 + e * n / horizon)
 
     after each step of n sequences. Without a target, coef is constant. It stays above 0 if horizon > 0.2 n, which
-    `PPOConfig` checks. `coef` is the whole state.
+    `PPOConfig` checks. `coef` is the only state.
     """
 
     def __init__(self, coef: float, target: float | None = None, horizon: int = 10_000) -> None:
@@ -47,7 +47,7 @@ def shape(scored: Scored, config: PPOConfig, kl_coef: float) -> Experience:
 
     KL_t is each token's estimate by kl.estimator. It enters the reward only with kl.place reward; with rloo and group
     it is then part of s, before the baseline. With rloo and group all tokens of a response share one A, and returns are
-    None, as there is no critic to fit. Means, centring and whitening run over the samples that are kept.
+    None, because there is no critic to fit. Means, centring and whitening run over the samples that are kept.
 
     A sample is dropped if its reward, or one of its log-probabilities or values, is not finite. The other samples of
     its prompt keep advantages relative to each other; a sample left alone gets 0.
@@ -144,7 +144,7 @@ def _score(scored: Scored, config: PPOConfig, kept: Tensor, group: Tensor) -> Te
 def _moments(score: Tensor, group: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Count, sum and sum of squared deviations of each row's group, over kept rows: [N] fp64.
 
-    Computed on the CPU, where index_add adds in a fixed order; moving N numbers a step costs nothing.
+    Computed on the CPU, where index_add adds in a fixed order; to move N numbers per step costs nothing.
     """
     kept = kept.cpu()
     value = torch.where(kept, score.double().cpu(), 0.0)

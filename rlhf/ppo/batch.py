@@ -1,4 +1,4 @@
-"""Samples, the tensors of a forward pass over them, and the numbers known of every response token."""
+"""Samples, the tensors of a forward pass over them, and the results of scoring them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Samples(NamedTuple):
     """N sampled responses; the samples of one prompt are adjacent.
 
     prompts       N lists of ids up to where the response begins (samples of a prompt share one list)
-    responses     N lists of drawn ids, the stop token included where one was drawn; at least one token each
+    responses     N lists of drawn ids, with the stop token if one was drawn; at least one token each
     stopped       N: whether the last id is a drawn stop token (False: cut at max_new_tokens)
     prompt_index  N: number of the prompt in the run's list of prompts
-    texts         N responses as texts, where they were texts before they were tokens; None: the ids say
+    texts         N responses as texts, if the ids were made from texts; None: decode the ids
     """
 
     prompts: list[list[int]]
@@ -97,11 +97,11 @@ def token_batch(
     packed: bool,
     device: torch.device | str,
 ) -> TokenBatch:
-    """The tensors of one forward pass over the samples `indices`, in that order.
+    """Make the tensors of one forward pass over the samples `indices`, in that order.
 
     With `closing`, a sequence is prompt + response + closing, and closing replaces a drawn stop token: a reward is then
     read at the same kind of token whether the response ended or was cut off, see `sampling.turn.Turn`. The stop token
-    is a target all the same. Without `closing`, a sequence is prompt + response without the last token, which predicts
+    is still a target. Without `closing`, a sequence is prompt + response without the last token, which predicts
     nothing.
 
     Raises:

@@ -26,15 +26,15 @@ TERMS = (
 CONTEXT = 1 << 30
 FRAGMENTS = 0.05
 _LEAST = 10**6  # bytes: the smallest size that is accepted
-_WORTH = 0.01  # of the peak: what a change must save to be listed
+_WORTH = 0.01  # share of the peak that a change must save to be listed
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes: a number, or text such as 80GB (10^9), 80GiB (2^30), 512MB, 1.5TB. Cards are sold in GB and hold a little
-    more.
+    """Return the bytes of a number or a text such as 80GB (10^9), 80GiB (2^30), 512MB, 1.5TB. Cards are sold in GB and
+    hold a little more.
 
     Raises:
-        ValueError: for anything else, and for less than 1 MB: a bare 80 was meant in another unit.
+        ValueError: for anything else, and for less than 1 MB, such as a bare 80, which was meant in another unit.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)b?\s*", str(text), re.IGNORECASE)
     if not found or (found[3] and not found[2]):
@@ -51,9 +51,9 @@ def logprob_workspace(
 ) -> int:
     """Scratch bytes of `linear_logprob` on `rows` hidden states; device "gpu" or "cpu".
 
-    A tile of logits, the rows' vectors, and backward the hidden gradient of a chunk of rows: kernels/linear_logprob/
-    README.md, Memory. On a CPU the exponentials take a second tile, and fp32 sums of 16-bit operands up to two and a
-    half more.
+    It holds a tile of logits, the rows' vectors, and in the backward pass the hidden gradient of a chunk of rows; see
+    Memory in kernels/linear_logprob/README.md. On a CPU the exponentials take a second tile, and fp32 sums of 16-bit
+    operands up to two and a half more.
     """
     tile = logprob_plan(rows, dim, vocabulary, dtype, torch.float32, device)
     chunk, wide = min(tile.rows, rows), dtype == torch.float32
@@ -123,7 +123,7 @@ class ModelShape(NamedTuple):
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of one token's keys and values at one byte a number."""
+        """Bytes of one token's keys and values at one byte per number."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
@@ -196,7 +196,7 @@ class Budget(NamedTuple):
 
 
 def plan(shape: ModelShape, job: JobShape, micro_tokens: int) -> Budget:
-    """Every phase's terms with forward passes of `micro_tokens` tokens, or of one sample where that is longer."""
+    """Every phase's terms with forward passes of `micro_tokens` tokens, or of one sample if that is longer."""
     layer = Layer(shape, job)
     fixed = _resident(shape, job)
     phases = {
@@ -217,7 +217,7 @@ def plan(shape: ModelShape, job: JobShape, micro_tokens: int) -> Budget:
 def micro_tokens(shape: ModelShape, job: JobShape, limit: int) -> int:
     """The most tokens in one forward and backward pass with which every phase stays within `limit` bytes.
 
-    Whole samples of the greatest length, up to all of a step's; 0 where not even one fits.
+    They are whole samples of the greatest length, at most all of a step's; 0 if not even one fits.
     """
     low, high = 0, job.prompts * job.samples
     while low < high:
@@ -230,7 +230,7 @@ def micro_tokens(shape: ModelShape, job: JobShape, limit: int) -> int:
 
 
 class Cut(NamedTuple):
-    """A change of the job that helps: the setting to make, and the bytes of the peak that it takes off."""
+    """A change of the job that helps: the setting to make, and the bytes that it takes off the peak."""
 
     setting: str
     saves: int
@@ -300,14 +300,14 @@ def _rollout(shape: ModelShape, job: JobShape, layer: Layer) -> Terms:
         length = -(-(job.tokens + 1) // 16) * 16
         cache = width * shape.kv_bytes * rows * length
     prompt_cache = job.dtype.itemsize * shape.kv_bytes * read
-    # mixed weights are sampled from as copies in bf16
+    # with mixed precision, sampling uses copies of the weights in bf16
     copies = job.dtype.itemsize * shape.parameters if job.mixed else 0
     layer = Layer(shape, replace(job, mixed=False))
     reading = layer.forward(read)
-    # logits in the trunk's dtype, then fp32 logits, probabilities and their sum, or also the sorted ids
+    # logits in the trunk's dtype, then fp32 logits, probabilities and their sum; the sorted ids too if truncated
     drawing = rows * shape.vocabulary * (job.dtype.itemsize + 4 * 3 + (12 if job.truncated_sampling else 0))
     drawing = max(drawing, layer.forward(rows))
-    # while the cache grows to its length, one layer of the prompts' own is left
+    # while the cache is copied to its full length, one layer of the prompts' cache remains
     if prompt_cache + reading > cache + drawing:
         return {"parameters": copies, "KV cache": prompt_cache, "activations": reading}
     return {"parameters": copies, "KV cache": cache, "activations": drawing}
@@ -328,7 +328,7 @@ def _scoring(shape: ModelShape, job: JobShape, layer: Layer, micro_tokens: int) 
     if job.mixed:  # the head in bf16
         after += width * shape.vocabulary * shape.hidden
     forward = layer.forward(tokens)
-    # either inside the trunk, or at the head with the hidden states of both roles
+    # the peak is inside the trunk, or at the head with the hidden states of both roles
     if forward >= after + workspace:
         return {"activations": forward}
     return {"activations": after, "logprob workspace": workspace}
@@ -344,12 +344,12 @@ def _update(shape: ModelShape, job: JobShape, layer: Layer, micro_tokens: int) -
     rows = responses * hidden * (width + (width * (width < 4) + 4 if job.critic == "shared" else 0))
     head = tokens * hidden * width + rows + 2 * responses * hidden * width
     norm, inside, bottom = layer.last_norm(tokens), layer.backward(tokens, job.tokens), 0
-    if job.mode == "full":  # the head's gradient of this micro-batch beside that of those before
+    if job.mode == "full":  # the head's gradient of this micro-batch, beside the sum of earlier ones
         table = shape.vocabulary * hidden
         gradient = (4 if job.mixed else width) * table
         # mixed: in bf16, beside the head in bf16 and the workspace; then in fp32 too
         head += max(2 * width * table, width * table + gradient - workspace) if job.mixed else gradient
-        if shape.tied:  # it waits for the embedding's, which comes once all saved tensors are freed, and their sum
+        if shape.tied:  # it is kept for the sum with the embedding's, computed after all saved tensors are freed
             norm, inside, bottom = norm + gradient, inside + gradient, 3 * gradient - saved
     top = max(head + workspace, norm, inside, bottom)
     terms = {"gradients": gradients, "activations": saved + top}

@@ -1,4 +1,4 @@
-"""Bytes that a decoder layer saves for its backward pass, and needs while it runs; see `budget`."""
+"""Compute the bytes that a decoder layer saves for its backward pass, and needs while it runs; see `budget`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 class Layer:
     """A layer of a `ModelShape` in a `JobShape`: D features, F in the feed-forward layer, A = heads * head_dim of the
-    queries, G of the keys; b bytes a number of the trunk."""
+    queries, G of the keys; b bytes per number of the trunk."""
 
     def __init__(self, shape: Any, job: Any) -> None:
         self.layers: int = shape.layers
@@ -21,7 +21,7 @@ class Layer:
         self.job = job
         self.lora: bool = job.mode == "lora"
         sizes = [self.b * i * o for i, o in shape.adapted] if job.mixed else [0]
-        self.casts, self.cast = sum(sizes), max(sizes)  # bytes of autocast's copies: all, the largest
+        self.casts, self.cast = sum(sizes), max(sizes)  # bytes of autocast's copies: of all, and of the largest
 
     def token(self, length: int) -> int:
         """Bytes that autograd saves for one token in one layer, in sequences of `length`."""
@@ -49,7 +49,7 @@ class Layer:
 
     def saved(self, tokens: int, length: int) -> int:
         """Bytes that all layers save in a pass of `tokens`; only their inputs if checkpointed. With LoRA the first norm
-        saves nothing, as its input needs no gradient; the final norm's share makes up for it."""
+        saves nothing, because its input needs no gradient; the final norm saves as much instead."""
         final = 0 if self.lora else tokens * (4 + self.b) * self.d
         if self.job.checkpointing:
             return self.layers * tokens * (4 if self.job.mixed else self.b) * self.d + final

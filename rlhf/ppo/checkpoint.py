@@ -17,7 +17,7 @@ from ..job.files import atomic_folder, atomic_write_json, cause, read_json
 
 logger = logging.getLogger(__name__)
 
-KEPT = 2  # newest ones, besides the last good one: they may hold a policy that has just gone wrong
+KEPT = 2  # newest checkpoints; the last good one is kept too, because these may hold a policy that has just gone wrong
 _NAME = re.compile(r"step-(\d{6,})")
 _CHUNK = 1 << 24  # bytes read at once
 
@@ -32,7 +32,7 @@ class State(TypedDict):
 
 
 class Saved(NamedTuple):
-    """What a checkpoint holds: the policy's trained tensors, the optimizer's state, and small state."""
+    """The content of a checkpoint: the policy's trained tensors, the optimizer's state, and small state."""
 
     policy: dict[str, Tensor]
     optimizer: dict[str, Any]
@@ -40,7 +40,7 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The folders `folder`/step-%06d, where step counts the updates that were done.
+    """The folders `folder`/step-%06d; step is the number of updates done.
 
     A folder appears by one rename, after its files are on the disk. state.json holds size and checksum of state.pt; a
     folder in which they do not match is damaged (by a copy, or a broken disk) and is skipped. The size is checked
@@ -80,19 +80,19 @@ class Checkpoints:
 
     def _pass_over(self, step: int) -> bool:
         self._damaged.add(step)
-        logger.warning("checkpoints: %s is damaged (cut short, or its bytes changed): skipped", self.path(step))
+        logger.warning("checkpoints: %s is damaged (truncated, or its bytes changed): skipped", self.path(step))
         return False
 
     def save(self, step: int, saved: Saved) -> None:
         """Write the checkpoint of `step`.
 
         Raises:
-            OSError: one sentence, if it could not be written (a full disk, say); existing checkpoints stay as they are.
+            OSError: if it could not be written (on a full disk, for example); existing checkpoints are unchanged.
         """
         try:
             with atomic_folder(self.path(step)) as temporary:
                 file = temporary / "state.pt"
-                with file.open("wb") as stream:  # its errors say why, unlike those of torch's own writer
+                with file.open("wb") as stream:  # its errors give the reason, unlike those of torch's own writer
                     summed = _Summed(stream)
                     torch.save({"policy": saved.policy, "optimizer": saved.optimizer}, summed)  # type: ignore[arg-type]
                 known = {"step": step, "bytes": file.stat().st_size, "crc32": summed.crc32}
@@ -102,14 +102,14 @@ class Checkpoints:
             kept = self.steps()
             raise OSError(
                 f"output: the checkpoint of step {step} could not be written to {self.folder} ({cause(error)}); "
-                + (f"the last whole one is of step {kept[-1]}" if kept else "none was written before")
-                + "; make room and go on with --resume"
+                + (f"the last complete one is of step {kept[-1]}" if kept else "none was written before")
+                + "; free some space and continue with --resume"
             ) from error
 
     def newest(self, bad_since: int | None = None) -> tuple[int, Saved] | None:
         """(step, content) of the newest undamaged checkpoint, from before step `bad_since` if given; None without one.
 
-        The checkpoint of step s holds the policy that step s samples from: it is good if step s still was.
+        The checkpoint of step s holds the policy that step s samples from, so it is good if step s was good.
         """
         while (step := self.last_good(bad_since)) is not None:
             saved = self.load(step)

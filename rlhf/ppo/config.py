@@ -1,4 +1,4 @@
-"""What can be chosen about a PPO run, and why the defaults are what they are."""
+"""The config of `prudent ppo`, and the check that a run reads every key that was set."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .budget import parse_size
 from .stop import parse_rule
 
 TRACKERS = ("wandb", "trackio")
-KL_ERROR_BOUND = 0.2  # of the proportional error of the KL controller (arXiv 1909.08593, section 2.2)
+KL_ERROR_BOUND = 0.2  # bound on the proportional error of the KL controller (arXiv 1909.08593, section 2.2)
 Kind = Literal["shared", "adapter", "model", "callable", "http"]
 _CALLABLE = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")
 
 
 class PolicyConfig(JobConfig):
-    """Which weights are trained. The reference is always the trunk as loaded."""
+    """Which weights are trained. The reference is always the trunk with its loaded weights."""
 
     mode: Literal["lora", "full"] = Field(
         default="lora", description="Train a LoRA adapter, or all weights beside a frozen copy as the reference."
@@ -43,9 +43,9 @@ class PolicyConfig(JobConfig):
 class RewardConfig(JobConfig):
     """Where rewards come from.
 
-    kind, by what `source` names:
+    The kind depends on `source`:
     shared    an EnsembleRewardModel whose trunk is the policy's: its heads read the frozen trunk's features
-    adapter   what `prudent train` with mode lora saved (adapter/): its LoRA on the policy's trunk, and its heads
+    adapter   the folder adapter/ of `prudent train` with mode lora: its LoRA on the policy's trunk, and its heads
     model     any EnsembleRewardModel or one-head sequence classifier, with its own tokeniser
     callable  MODULE:FUNCTION or FILE.py:FUNCTION, called with prompts and responses (lists of texts) -> numbers
     http      a URL that answers {"prompts": [...], "responses": [...]} with {"rewards": [...]}
@@ -62,16 +62,16 @@ class RewardConfig(JobConfig):
     )
     aggregation: str = Field(
         default="tradeoff:0.4",
-        description='How K heads make one reward, e.g. tradeoff:0.4, min, mean or lcb:1; "": the model\'s own.',
+        description='How K heads are combined into one reward, e.g. tradeoff:0.4, min or lcb:1; "": the model\'s own.',
     )
     centre: Literal["none", "batch", "group"] = Field(
-        default="none", description="Mean to subtract from rewards: none, the step's, or that of the prompt's samples."
+        default="none", description="Mean to subtract from rewards: none, of the step, or of the prompt's samples."
     )
     missing_eos_penalty: float = Field(
-        default=0.0, ge=0, description="Subtracted from the reward of a response that was cut off."
+        default=0.0, ge=0, description="Penalty subtracted from the reward of a response that was cut off."
     )
     clip: float | None = Field(default=None, gt=0, description="Bound on the absolute reward; null: none.")
-    timeout: float = Field(default=60.0, gt=0, description="Seconds to wait for an answer of an http reward.")
+    timeout: float = Field(default=60.0, gt=0, description="Seconds to wait for the answer of an http reward.")
     append_eos: bool | None = Field(
         default=None,
         description="Whether a classifier trained elsewhere (kind model) read EOS after texts; null: yes for decoders.",
@@ -84,7 +84,7 @@ class RewardConfig(JobConfig):
 
 
 class KLConfig(JobConfig):
-    """What keeps the policy near the reference."""
+    """The KL and chi-squared penalties, which keep the policy near the reference."""
 
     coef: float = Field(default=0.05, ge=0, description="Weight of the KL divergence from the reference; 0: none.")
     place: Literal["reward", "loss"] = Field(default="reward", description="Where the KL divergence is added.")
@@ -114,7 +114,7 @@ class KLConfig(JobConfig):
 
 
 class UpdateConfig(JobConfig):
-    """One PPO step on what was sampled."""
+    """The update on one step's samples."""
 
     estimator: Literal["gae", "rloo", "group"] = Field(
         default="gae",
@@ -170,7 +170,7 @@ class PPOConfig(JobConfig):
 
     model: str = Field(description="Policy, a causal language model: local folder or hub name.")
     prompts: str = Field(
-        description="Prompts: a text file with one a line, or JSON lines, Parquet or a data set with the column prompt."
+        description="Prompts: a text file (one per line), JSON lines, Parquet or a data set with the column prompt."
     )
     output: Path = Field(description="Run folder.")
     reward: RewardConfig = Field(default=RewardConfig(), description="Where rewards come from.")
@@ -180,7 +180,7 @@ class PPOConfig(JobConfig):
     )
     data: str | None = Field(
         default=None,
-        description="Preference pairs: what recipe pet trains on, and what the heads' std on samples is compared with.",
+        description="Preference pairs: training data of recipe pet, and the baseline of the heads' std on samples.",
     )
     skip_bad_rows: bool = Field(
         default=False,
@@ -201,16 +201,16 @@ class PPOConfig(JobConfig):
         default=None, description="Memory that the process may use of the GPU's, e.g. 80GB; null: all."
     )
     policy: PolicyConfig = Field(default=PolicyConfig(), description="Which weights are trained.")
-    rollout: RolloutConfig = Field(default=RolloutConfig(), description="How responses are drawn.")
-    kl: KLConfig = Field(default=KLConfig(), description="What keeps the policy near the reference.")
+    rollout: RolloutConfig = Field(default=RolloutConfig(), description="How responses are sampled.")
+    kl: KLConfig = Field(default=KLConfig(), description="Penalties that keep the policy near the reference.")
     update: UpdateConfig = Field(default=UpdateConfig(), description="The PPO update.")
     pet: PETConfig = Field(default=PETConfig(), description="The reward's training in recipe pet.")
     best_of_prompts: int = Field(
-        default=64, ge=2, description="Prompts on which recipe pet compares best-of-n of its rewards."
+        default=64, ge=2, description="Number of prompts on which recipe pet compares best-of-n of its rewards."
     )
     gold: str | None = Field(
         default=None,
-        description="Second judge, never trained on: vader, MODULE:FUNCTION, FILE.py:FUNCTION or a URL; null: none.",
+        description="Second reward, never trained on: vader, MODULE:FUNCTION, FILE.py:FUNCTION or a URL; null: none.",
     )
     save_every: int = Field(default=10, ge=1, description="Steps between checkpoints.")
     sample_every: int = Field(default=10, ge=1, description="Steps between sample texts in samples.jsonl.")
@@ -284,16 +284,16 @@ class PPOConfig(JobConfig):
     def micro_tokens(self) -> int:
         """`update.micro_tokens` as a number; ValueError for auto, which `memory.resolve_micro_tokens` resolves."""
         if self.update.micro_tokens == "auto":
-            raise ValueError("update.micro_tokens: expected a number, got auto, which is to be resolved first")
+            raise ValueError("update.micro_tokens: expected a number, got auto, which must be resolved first")
         return self.update.micro_tokens
 
 
-# what a resumed run may change: nothing that the policy depends on, but for how many steps there are
+# keys that a resumed run may change: none that the policy depends on, except the number of steps
 RESUMABLE_CHANGES = ("output", "steps", "save_every", "memory_budget", "trackers", "stop_when", "gold")
 
 
 def kind_by_name(config: RewardConfig) -> Kind | None:
-    """The kind that `config.kind` or the source's name says; None if the source's files must be inspected."""
+    """Return the kind by `config.kind` or the source's name; None if the source's files must be inspected."""
     source = config.source
     if config.kind != "auto":
         return config.kind
@@ -304,10 +304,10 @@ def kind_by_name(config: RewardConfig) -> Kind | None:
 
 
 def refuse_unread(config: PPOConfig, device: str) -> None:
-    """Raise ValueError for a key that was set but that nothing in this combination reads, saying what would read it.
+    """Raise ValueError for a key that was set but that nothing in this combination reads; say what would read it.
 
-    Keys that depend on the kind of the reward are checked here if the source's name tells the kind, and by
-    `refuse_unread_by_reward` once the source has been inspected otherwise.
+    Keys that depend on the kind of the reward are checked here if the source's name shows the kind; otherwise
+    `refuse_unread_by_reward` checks them once the source has been inspected.
     """
     full, critic, estimator = config.policy.mode == "full", config.critic, config.update.estimator
     for keys, unread, why in (
@@ -320,7 +320,7 @@ def refuse_unread(config: PPOConfig, device: str) -> None:
         (
             ("policy.critic",),
             critic != "none" and estimator != "gae",
-            f"estimator {estimator}, which asks no critic: gae does",
+            f"estimator {estimator}, which uses no critic: gae does",
         ),
         (("update.lam",), estimator != "gae", f"estimator {estimator}: gae reads it"),
         (("kl.place", "kl.estimator"), not config.kl.coef, "kl.coef 0: set one above 0"),
@@ -332,7 +332,7 @@ def refuse_unread(config: PPOConfig, device: str) -> None:
     if kind is not None:
         refuse_unread_by_reward(config, kind)
     if config.memory_budget is not None and device == "cpu":
-        raise ValueError("memory_budget: has no effect on a CPU: it limits what a process takes of a GPU's memory")
+        raise ValueError("memory_budget: has no effect on a CPU: it limits the GPU memory of the process")
 
 
 def refuse_unread_by_reward(config: PPOConfig, kind: Kind) -> None:
@@ -341,7 +341,7 @@ def refuse_unread_by_reward(config: PPOConfig, kind: Kind) -> None:
         _refuse_set(config, ["reward.timeout"], f"reward.kind {kind}: http reads it")
     if kind in ("callable", "http"):
         _refuse_set(config, ["reward.aggregation"], f"reward.kind {kind}: the heads of a model read it")
-        _refuse_set(config, ["data"], f"reward.kind {kind}: a reward without heads has no doubt to compare")
+        _refuse_set(config, ["data"], f"reward.kind {kind}: a reward without heads has no uncertainty to compare")
 
 
 def _refuse_set(config: PPOConfig, keys: Iterable[str], why: str) -> None:

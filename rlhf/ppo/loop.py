@@ -1,4 +1,4 @@
-"""The job behind `prudent ppo`: draw, score, shape, update, watch; `_learn` reads top to bottom."""
+"""Run `prudent ppo`: sample, score, compute advantages, update and monitor, step by step; the loop is `_learn`."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def run_ppo(
 
     The run folder (`config.output`): config.yaml (resolved), metrics.jsonl, tensorboard/, samples.jsonl (texts),
     checkpoints/step-%06d/, policy/ (the trained policy and its tokeniser), report.html, ppo.json (written last).
-    Random numbers depend only on seed and step: a run that was killed and resumed gives the same numbers as an unbroken
-    one, on a CPU bit for bit. The caller's random state is restored.
+    Random numbers depend only on seed and step: a run that was killed and resumed gives the same numbers as an
+    uninterrupted one, on a CPU bit for bit. The caller's random state is restored.
 
     Args:
         config: see `PPOConfig`.
         resume: continue a run that was killed, or that had fewer `steps`; in a new folder, start one.
-        progress: say what runs, and show a progress bar, on stderr.
+        progress: describe the run and show a progress bar on stderr.
         model, tokenizer: a loaded causal language model and its tokeniser, instead of `config.model`.
 
     Raises:
@@ -47,7 +47,9 @@ def run_ppo(
         OSError: when a file cannot be written; `resume` continues from the last checkpoint, which is complete.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("ppo: expected one process, got a launcher's several: the run folder has one writer")
+        raise ValueError(
+            f"ppo: expected one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}: one process writes the run folder"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refuse_unread(config, device.type)
     require_trackers(config)
@@ -56,14 +58,14 @@ def run_ppo(
         if finished is not None:
             return PPOResult(config.output, finished, finished_before=True)
         with torch.random.fork_rng(), RunLog(config.output) as log:
-            torch.manual_seed(config.seed)  # what the adapters start from
+            torch.manual_seed(config.seed)  # for the adapters' initial weights
             run = set_up(config, log, device, progress=progress, model=model, tokenizer=tokenizer)
             with run.monitor:
                 return PPOResult(config.output, _learn(run, resume))
 
 
 def _learn(run: Run, resume: bool) -> dict[str, Any]:
-    """Run the remaining steps and finish. -> what ppo.json holds"""
+    """Run the remaining steps and finish; return the content of ppo.json."""
     config, policy, monitor = run.config, run.policy, run.monitor
     first = run.begin(resume)
     fired, step = None, first - 1

@@ -1,7 +1,7 @@
 """The terms of a PPO step's loss, per token or per sequence; `update` sums and normalises them.
 
 Notation: R response tokens, B sequences; pi the policy that is trained, pi_old the one that sampled, pi_ref the
-reference; l = log pi - log pi_ref. Every function returns one number a token (or sequence), so that micro-batches of
+reference; l = log pi - log pi_ref. Every function returns one number per token (or sequence), so that micro-batches of
 any size add up to the same mean over a minibatch.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 Estimator = Literal["k1", "k2", "k3", "abs"]
 
-LOG_RATIO_BOUND = 20.0  # of log pi / pi_old, as in verl: exp of more may overflow, and 0 * inf is a NaN gradient
+LOG_RATIO_BOUND = 20.0  # of log pi / pi_old, as in verl: a larger exponential may overflow; 0 * inf is a NaN gradient
 CHI2_KNEE = 10.0  # beyond it e^l is continued as a straight line, as in the code of arXiv 2403.03185
 CHI2_FLOOR = 1e-4  # least value under the square root, whose slope is infinite at 0 (same code)
 
@@ -29,7 +29,7 @@ def policy_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, clip: f
         logprob, old_logprob, advantage: [R]; only `logprob` carries a gradient.
 
     Returns:
-        loss [R], and clipped [R] bool: where the clamp took the gradient away.
+        loss [R], and clipped [R] bool: where the clamp removed the gradient.
     """
     ratio = (logprob - old_logprob).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
     plain, clamped = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
@@ -39,8 +39,8 @@ def policy_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, clip: f
 def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Half the squared error of the critic, clipped around its own old value: [R].
 
-    max((V - R)^2, (V_old + clamp(V - V_old, -clip, clip) - R)^2) / 2, which takes the gradient away where V has moved
-    by more than `clip` towards its target (OpenAI baselines' ppo2; not in the paper). Without `clip`, (V - R)^2 / 2.
+    max((V - R)^2, (V_old + clamp(V - V_old, -clip, clip) - R)^2) / 2, which removes the gradient where V has moved by
+    more than `clip` towards its target (OpenAI baselines' ppo2; not in the paper). Without `clip`, (V - R)^2 / 2.
     """
     error = (value - returns).square()
     if clip is not None:
@@ -53,7 +53,7 @@ def kl_estimate(log_ratio: Tensor, estimator: Estimator) -> Tensor:
     """An estimate of KL(pi || pi_ref) for each l = log pi - log pi_ref of a token drawn from pi; any shape.
 
     k1 = l   k2 = l^2 / 2   k3 = e^-l - 1 + l (J. Schulman, "Approximating KL divergence", 2020)   abs = |l|
-    E k1 = E k3 = KL; E k2 = KL to second order in l; k2 and k3 are never negative; abs is a price, not an estimate.
+    E k1 = E k3 = KL; E k2 = KL to second order in l; k2 and k3 are never negative; abs is a penalty, not an estimate.
 
     As losses, the four have different gradients. On samples of pi itself,
 
@@ -92,7 +92,7 @@ def chi2_estimate(log_ratio: Tensor) -> Tensor:
 
     Its gradient through log pi, on samples of pi, is E (e^l - e^-l) grad log pi = grad chi^2(pi || pi_ref) / 2 +
     grad KL(pi_ref || pi): both pull towards the reference, but it is not the gradient of chi^2 alone, which would be
-    E 2 e^l grad log pi. This is the paper's own code's, kept so that its coefficients mean the same.
+    E 2 e^l grad log pi. The paper's code has the same gradient; we keep it so that its coefficients mean the same.
     """
     return _expm1(log_ratio) + _expm1(-log_ratio)
 
@@ -108,8 +108,8 @@ def chi2_price(mean: float) -> tuple[float, float]:
 
 
 def sequence_sum(tokens: Tensor, sequence: Tensor, offset: Tensor, count: int, longest: int) -> Tensor:
-    """[count] sums of `tokens` [R] over each sequence; `sequence` and `offset` as `token_batch` has them.
+    """[count] sums of `tokens` [R] over each sequence; `sequence` and `offset` as in `token_batch`.
 
-    Through a [count, longest] table: a scatter would add in no fixed order on a GPU.
+    Summed through a [count, longest] table, because a scatter adds in no fixed order on a GPU.
     """
     return tokens.new_zeros(count, longest).index_put((sequence, offset), tokens).sum(1)

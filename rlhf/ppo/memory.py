@@ -1,4 +1,4 @@
-"""Keep a run within its memory budget, and choose its micro-batch."""
+"""Limit a run to its memory budget, and choose its micro-batch."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def limit_memory(config: PPOConfig, device: torch.device) -> None:
 def resolve_micro_tokens(
     config: PPOConfig, model_config: Any, device: torch.device, *, longest: int, kind: Kind, heads: int
 ) -> PPOConfig:
-    """`config` with a number for update.micro_tokens: auto becomes what fits a GPU, or `CPU_MICRO_TOKENS`.
+    """`config` with a number for update.micro_tokens: auto becomes the most that fit a GPU, or `CPU_MICRO_TOKENS`.
 
     Args:
         model_config: of the policy's model.
-        longest: tokens of the longest prompt there is.
+        longest: number of tokens of the longest prompt.
         kind: of the reward, from `resolve_reward`.
         heads: K of a reward on the policy's trunk.
 
@@ -67,8 +67,8 @@ PROMPT_TOKENS = 512  # if neither rollout.max_prompt_tokens nor the model's posi
 def job_shape(config: PPOConfig, model: Any, device: str = "cuda", heads: int = 5) -> JobShape:
     """The sizes of `config` for a model of config `model`; `device`: cuda or cpu.
 
-    A reward of kind auto is taken for heads on the policy's trunk. One that is another model counts with its weights,
-    in the policy's dtype, where its config can be read.
+    A reward of kind auto counts as heads on the policy's trunk, one of kind model with its weights in the policy's
+    dtype.
 
     Raises:
         ValueError: for more new tokens than the model has positions, as `prudent ppo` would.
@@ -120,7 +120,7 @@ def _other_model(source: str, dtype: torch.dtype) -> int:
     folder = model_folder(source)
     config = model_config(folder, "reward.source")
     try:
-        with torch.device("meta"):  # a classifier of any family: not all have a causal language model
+        with torch.device("meta"):  # AutoModel, because not every family of classifiers has a causal language model
             model = AutoModel.from_config(getattr(config, "text_config", None) or config)
         numbers: int = sum(parameter.numel() for parameter in model.parameters())
         return dtype.itemsize * numbers
@@ -129,7 +129,7 @@ def _other_model(source: str, dtype: torch.dtype) -> int:
         if not found:
             reason = " ".join(str(error).split())
             raise ValueError(
-                f"reward.source: expected a model that transformers makes of its config, or a folder with its "
+                f"reward.source: expected a model that transformers can build from its config, or a folder with its "
                 f"safetensors, got {source}: {reason}"
             ) from None
         return found
@@ -141,12 +141,12 @@ def auto_micro_tokens(
     """The most tokens in a forward pass that fit into `limit` bytes of a GPU, at most all of a step's samples.
 
     Args:
-        limit: bytes that the process may take.
+        limit: bytes that the process may allocate.
         prompt_tokens: of the longest prompt; None: rollout.max_prompt_tokens, or 512 without it.
         heads: K of a reward on the policy's trunk.
 
     Raises:
-        ValueError: if not even one sample does, with the keys that would help.
+        ValueError: if not even one sample fits, with the keys that would help.
     """
     shape, job = ModelShape.of(model_config), job_shape(config, model_config, heads=heads)
     job = replace(job, prompt_tokens=prompt_tokens or job.prompt_tokens)

@@ -1,4 +1,4 @@
-"""Claim a PPO run's folder, tell whether the run in it is finished, and summarise its outcome."""
+"""Open a PPO run's folder, check whether the run in it is finished, and summarise its outcome."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RUN_FILES = ("metrics.jsonl", "ppo.json", "checkpoints/step-*[1-9]*")
 
 @dataclass(frozen=True)
 class PPOResult:
-    """folder: the run folder. metrics: what ppo.json holds. finished_before: nothing was left to do."""
+    """folder: the run folder. metrics: the content of ppo.json. finished_before: the run was finished already."""
 
     folder: Path
     metrics: dict[str, Any]
@@ -27,7 +27,7 @@ class PPOResult:
     def __str__(self) -> str:
         m = self.metrics
         done = f"{count(m['steps'], 'step')} done"
-        head = "was finished before; nothing was done again" if self.finished_before else done
+        head = "was finished before; nothing to do" if self.finished_before else done
         lines = [f"{self.folder}: {head}", *([f"stopped early: {m['stopped']}"] if m["stopped"] else [])]
         lines += [m["faults"]] if m["faults"] else []
         lines += [f"{key}: broken rows skipped: {bad}" for key, bad in m.get("bad_rows", {}).items() if bad]
@@ -40,27 +40,27 @@ class PPOResult:
 
 
 def open_folder(config: PPOConfig, resume: bool) -> dict[str, Any] | None:
-    """Open the output folder. What ppo.json holds if the run in it is finished and all of it is there, else None.
+    """Open the output folder; return the content of ppo.json if the run in it is finished and complete, else None.
 
     Raises:
         ValueError: for a folder with other files, a run without `resume`, or a run with another config.
     """
     folder = config.output
     if not open_run_folder(config, RUN_FILES, resumable_changes=RESUMABLE_CHANGES, resume=resume):
-        # a command that stopped before its first step left texts and the checkpoint of step 0, of another config
+        # remove what a command with another config left before its first step: texts and the checkpoint of step 0
         (folder / "samples.jsonl").unlink(missing_ok=True)
         shutil.rmtree(folder / "checkpoints" / "step-000000", ignore_errors=True)
         return None
     outcome = _outcome(folder)
     if outcome is not None and outcome["stopped"] is None and config.steps > outcome["steps"]:
-        outcome = None  # more steps were asked for
+        outcome = None  # more steps are requested
     if outcome is None:
         atomic_write_text(folder / "config.yaml", config.to_yaml())
     return outcome
 
 
 def _outcome(folder: Path) -> dict[str, Any] | None:
-    """What ppo.json holds; None if it or a file it names is missing, which the newest checkpoint then restores."""
+    """The content of ppo.json; None if it or a file that it names is missing: the run then resumes and writes both."""
     try:
         found = read_json(folder / "ppo.json")
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Compare best-of-n of several reward models on the same samples: their picks, and the picks' gold scores."""
+"""Compare reward models by best-of-n on the same samples: their picks, and the picks' gold scores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .config import PPOConfig
 from .rewards.open import open_gold
 from .rewards.sources import RewardSource, Texts
 
-_SEED = 1  # added to the run's: not the samples that PET has seen, should the prompts be the same
+_SEED = 1  # added to the run's seed, so that equal prompts do not get the samples that PET was trained on
 
 
 class Source(NamedTuple):
@@ -41,7 +41,7 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class BestOf:
-    """metrics: what best_of_n.json holds."""
+    """metrics: the content of best_of_n.json."""
 
     metrics: dict[str, Any]
 
@@ -62,13 +62,13 @@ class BestOf:
 
 
 def prepare(config: PPOConfig, progress: bool) -> Source:
-    """Load the policy's model, prompts and gold scorer. ValueError for what PPO would refuse of them too.
+    """Load the policy's model, prompts and gold scorer. Raises ValueError for any that PPO would refuse.
 
     The model stays on the CPU until it samples: training the reward, which comes first, needs the device's memory.
     """
     check_prompts(config.prompts)
     tokenizer = load_tokenizer("model", config.model)
-    own = "bfloat16" if torch.cuda.is_available() else "float32"  # what PPO samples in, whatever it trains
+    own = "bfloat16" if torch.cuda.is_available() else "float32"  # the dtype in which PPO samples
     dtype = getattr(torch, own if config.dtype == "auto" else config.dtype)
     model = load_language_model("model", config.model, dtype).eval()
     turn = Turn(tokenizer, model)
@@ -84,7 +84,7 @@ def prepare(config: PPOConfig, progress: bool) -> Source:
     prompt_order(len(prompts), 0, config.rollout.prompts_per_step, config.seed)  # refuses too few
     used = prompts[: config.best_of_prompts]
     gold = None if config.gold is None else open_gold(config.gold, Texts(tokenizer, used))
-    if gold is not None:  # a user's code: try it now, on a prompt taken for its own response
+    if gold is not None:  # a user's code: try it now, with a prompt as its own response
         gold(Samples([used[0].ids], [used[0].ids], [False], [0]))
     return Source(model, tokenizer, turn, used, gold)
 
@@ -92,12 +92,12 @@ def prepare(config: PPOConfig, progress: bool) -> Source:
 def compare_best_of_n(
     config: PPOConfig, source: Source, rewards: Mapping[str, Path | str], device: torch.device, progress: bool
 ) -> BestOf:
-    """Sample n = pet.samples responses to each prompt from the untrained policy and let every reward pick.
+    """Sample n = pet.samples responses to each prompt from the untrained policy, and let each reward pick one.
 
     rewards: name -> folder of an EnsembleRewardModel with its tokeniser; the last is PET's.
     """
     done = config.output / "best_of_n.json"
-    if done.exists() and (known := read_json(done)).get("gold") == config.gold:  # which may change on resume
+    if done.exists() and (known := read_json(done)).get("gold") == config.gold:  # gold may change on resume
         return BestOf(known)
     n, folder, rollout = config.pet.samples, config.output / "best_of_n", config.rollout
     sampling = Sampling(
@@ -144,7 +144,7 @@ def _scored(name: Path | str, rollouts: list[Rollout], folder: Path, device: tor
 
 
 def _gold(source: Source, rollouts: list[Rollout]) -> Tensor:
-    """[P, n] gold scores; a response that the scorer fails on gets the lowest of all, so that it is never its pick."""
+    """[P, n] gold scores; a response that the scorer fails on gets the lowest score, so that gold never picks it."""
     prompts, responses, index = [], [], []
     for row, (prompt, drawn) in enumerate(zip(source.prompts, rollouts, strict=True)):
         for text in drawn.responses:

@@ -1,7 +1,7 @@
-"""`prudent ppo --recipe pet`: PET's three steps (arXiv 2505.20556) as one command and one folder.
+"""Run `prudent ppo --recipe pet`: PET's three steps (arXiv 2505.20556) as one command with one folder.
 
 1. a Bradley-Terry reward model; 2. PET on it, against the policy's own samples; 3. the policy optimised against the
-pessimistic reward without KL: by best-of-n, beside the reward that was not pessimistic, and by PPO.
+pessimistic reward without KL: by best-of-n, compared with the reward before PET, and by PPO.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _SAMPLED_LIKE_THE_POLICY = ("max_new_tokens", "temperature", "top_k", "top_p", "
 
 @dataclass(frozen=True)
 class RecipeResult:
-    """folder: the run folder. metrics: what recipe.json holds. said: the summaries of the three steps."""
+    """folder: the run folder. metrics: the content of recipe.json. said: the summaries of the three steps."""
 
     folder: Path
     metrics: dict[str, Any]
@@ -65,11 +65,11 @@ class RecipeResult:
 
 
 def run_recipe(config: PPOConfig, *, resume: bool = False, progress: bool = True) -> Any:
-    """The job behind `prudent ppo`: `run_ppo`, or PET's three steps where config.recipe says so.
+    """Run `prudent ppo`: `run_ppo`, or PET's three steps if config.recipe is pet.
 
-    PET's run folder (`config.output`): config.yaml (resolved), reward/ (what `run_train` writes at stage pet),
-    best_of_n/ (samples), best_of_n.json, best_of_n.jsonl (the picks), ppo/ (what `run_ppo` writes), recipe.json
-    (written last). Every step goes on where it was.
+    PET's run folder (`config.output`): config.yaml (resolved), reward/ (of `run_train` at stage pet), best_of_n/
+    (samples), best_of_n.json, best_of_n.jsonl (the picks), ppo/ (of `run_ppo`), recipe.json (written last). Every step
+    can be resumed.
 
     Raises:
         ValueError: for a config that cannot be used or an output folder that holds another run, before any work.
@@ -86,7 +86,7 @@ def run_recipe(config: PPOConfig, *, resume: bool = False, progress: bool = True
 
 
 def refuse_early(config: PPOConfig) -> None:
-    """Raise now what a later step would refuse hours from now; `config` as `resolved`."""
+    """Raise now the errors that a later step would raise after hours of work; `config` as `resolved`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reward, ppo = reward_config(config), ppo_config(config)
     refuse_unread(ppo, device)
@@ -97,7 +97,7 @@ def refuse_early(config: PPOConfig) -> None:
 
 
 def _heads(start: str) -> int:
-    """K of the reward that PET starts from, and so of the one it makes."""
+    """K of the reward that PET starts from, which PET keeps."""
     if start in ("bt", "brme"):
         return 1 if start == "bt" else BRMEConfig().num_heads
     found = load_reward_config("pet.start", start)
@@ -105,19 +105,19 @@ def _heads(start: str) -> int:
 
 
 def _resumable_changes(folder: Path) -> tuple[str, ...]:
-    """What a resumed run may change."""
+    """The keys that a resumed run may change."""
     return RESUMABLE_CHANGES if has_run_files(folder / "ppo", PPO_RUN_FILES) else (*RESUMABLE_CHANGES, *_OF_PPO)
 
 
 def _three_steps(config: PPOConfig, progress: bool) -> RecipeResult:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = prepare(config, progress)  # refuses bad prompts and gold scorers before the work
+    source = prepare(config, progress)  # refuses bad prompts and gold scorers before the long work
     _say(progress, "[1/3] reward model and PET")
     trained = run_train(reward_config(config), resume=True, progress=progress)
     _say(progress, "[2/3] best of n")
     rewards = _rewards(config)
     compared = compare_best_of_n(config, source, rewards, device, progress)
-    del source  # the memory of one policy
+    del source  # free the memory of one policy
     _say(progress, "[3/3] PPO without KL")
     learned = loop.run_ppo(ppo_config(config), resume=True, progress=progress)
     metrics = {"reward": trained.metrics, "best_of_n": compared.metrics, "ppo": learned.metrics}
@@ -126,18 +126,18 @@ def _three_steps(config: PPOConfig, progress: bool) -> RecipeResult:
 
 
 def resolved(config: PPOConfig) -> PPOConfig:
-    """The recipe's config with KL off. ValueError for a key that the recipe decides or leaves unread."""
+    """The recipe's config with KL off. ValueError for a key that the recipe sets itself or does not read."""
     kl = config.kl
     if (kl.coef and "coef" in kl.model_fields_set) or kl.chi2 or kl.target is not None:
         raise ValueError(
-            "kl: expected none with recipe pet, whose reward is made for none, got "
+            "kl: expected none with recipe pet, whose reward is trained for PPO without KL, got "
             f"coef {kl.coef:g}, chi2 {kl.chi2:g}, target {kl.target}"
         )
     if config.reward.source or config.reward.kind != "auto":
         got = config.reward.source or config.reward.kind
         raise ValueError(
-            "reward.source, reward.kind: expected none with recipe pet, which trains the reward (one to start from "
-            f"goes into pet.start), got {got}"
+            "reward.source, reward.kind: expected none with recipe pet, which trains the reward (to start from a "
+            f"given one, set pet.start), got {got}"
         )
     for key in _SAMPLED_LIKE_THE_POLICY:
         if getattr(config.pet, key) != PETConfig.model_fields[key].default:
@@ -146,7 +146,7 @@ def resolved(config: PPOConfig) -> PPOConfig:
 
 
 def reward_config(config: PPOConfig) -> TrainConfig:
-    """Steps 1 and 2: `prudent train` up to stage pet, its samples drawn as the policy's rollouts are."""
+    """Config of steps 1 and 2: `prudent train` up to stage pet, its samples drawn like the policy's rollouts."""
     sampling = {key: getattr(config.rollout, key) for key in _SAMPLED_LIKE_THE_POLICY}
     return TrainConfig(
         model=config.model,
@@ -163,7 +163,7 @@ def reward_config(config: PPOConfig) -> TrainConfig:
 
 
 def ppo_config(config: PPOConfig) -> PPOConfig:
-    """Step 3: PPO against the pessimistic reward."""
+    """Config of step 3: PPO against the pessimistic reward."""
     reward = RewardConfig.model_validate({**config.reward.model_dump(), "source": str(config.output / "reward/model")})
     changed = {"recipe": "ppo", "output": config.output / "ppo", "reward": reward, "pet": PETConfig()}
     changed["best_of_prompts"] = PPOConfig.model_fields["best_of_prompts"].default
@@ -171,7 +171,7 @@ def ppo_config(config: PPOConfig) -> PPOConfig:
 
 
 def _rewards(config: PPOConfig) -> dict[str, Path | str]:
-    """name -> reward model whose best of n is compared: PET's start first, the pessimistic reward last."""
+    """Name -> reward model to compare by best of n: PET's start first, the pessimistic reward last."""
     folder, start = config.output / "reward", config.pet.start
     before: dict[str, Path | str] = {"single head": folder / "stage1"} if start in ("bt", "brme") else {"start": start}
     if start == "brme":

@@ -24,24 +24,24 @@ def draw(
     step: int,
     progress: bool = True,
 ) -> Samples:
-    """`config.rollout.samples_per_prompt` responses to each of the prompts `indices`, in their order.
+    """Sample `config.rollout.samples_per_prompt` responses to each of the prompts `indices`, in their order.
 
     Random numbers depend only on (config.seed, step, number of the prompt, number of the sample): batching and earlier
     draws change nothing but the trunk's rounding, except with engine continuous.
 
     Args:
         sampler: from `open_sampler`.
-        policy: with `model` and the context `sampling()`.
+        policy: has `model` and the context `sampling()`.
         prompts: the run's prompts.
-        indices: which of them, each once.
+        indices: numbers of the prompts to sample, all different.
         config: rollout, seed.
         step: of the loop.
-        progress: show a progress bar on stderr where it takes more than a second.
+        progress: show a progress bar on stderr if it takes more than a second.
     """
     rollout = config.rollout
     count = rollout.samples_per_prompt
     rows = [(index, sample) for index in indices for sample in range(count)]
-    # prompts of similar length share a batch, as padding is computed too; ties go by number, whatever order was asked
+    # prompts of similar length share a batch, because padding is computed too; equal lengths are ordered by number
     order = sorted(range(len(rows)), key=lambda i: (len(prompts[rows[i][0]].ids), rows[i]))
     step_size = rows_at_once(rollout, len(indices))  # a prompt's samples stay together
     responses: list[list[int]] = [[]] * len(rows)

@@ -1,4 +1,4 @@
-"""A PPO run around its loop: sample texts, checkpoints, and the end."""
+"""The parts of a PPO run, and its work around the loop: sample texts, checkpoints, and the results."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SHOWN = (  # metrics of the first and the last step in ppo.json and the command'
 
 @dataclass
 class Run:
-    """The parts of a run, and what it does besides learning: sample texts, checkpoints, its end."""
+    """The parts of a run, and its work around the loop: sample texts, checkpoints, and the results."""
 
     config: PPOConfig  # as resolved by `set_up`
     policy: Policy
@@ -54,7 +54,7 @@ class Run:
     preferences: PreferenceTexts | None  # None without `config.data`
     bad_rows: dict[str, int]  # "prompts" or "data" -> number of rows skipped
     reward: RewardSource | None  # None: the heads on the policy's trunk
-    reading: Reading | None  # how those heads read samples; None: a reward from outside
+    reading: Reading | None  # encodes samples for those heads; None: a reward from outside
     sampler: Sampler
     optimizer: torch.optim.Optimizer
     controller: KLController
@@ -63,10 +63,10 @@ class Run:
     monitor: Monitor
     description: list[str]  # policy, reward and sampling in words
     progress: bool
-    bad_steps: int = 0  # in a row, with an update skipped
+    bad_steps: int = 0  # number of steps in a row that skipped an update
 
     def begin(self, resume: bool) -> int:
-        """Say what runs, and restore the newest checkpoint if `resume`. -> the first step"""
+        """Describe the run, and restore the newest checkpoint if `resume`; return the first step."""
         first = self.restore() if resume else 0
         self.say(f"prudent ppo: {self.config.output}, steps {first} to {self.config.steps}", *self.description)
         if self.preferences is not None and not self.monitor.baseline:
@@ -76,7 +76,7 @@ class Run:
         return first
 
     def score(self, samples: Samples) -> Scored:
-        """Log-probabilities, values and rewards of `samples`."""
+        """Compute log-probabilities, values and rewards of `samples`."""
         return score(self.policy, self.reward, samples, self.config, closing=self.turn.closing, reading=self.reading)
 
     def keep_texts(self, step: int) -> None:
@@ -102,7 +102,7 @@ class Run:
             )
 
     def _cause(self, no_reward: bool) -> str:
-        """Why updates were skipped, and what may help."""
+        """Say why updates were skipped, and what may help."""
         if no_reward:
             return f"no response had a finite reward from {self.config.reward.source}: check what it returns"
         return "the loss or its gradient was not finite; a lower update.lr may help"
@@ -128,7 +128,7 @@ class Run:
         self.checkpoints.prune(self.rules.bad_since)
 
     def restore(self) -> int:
-        """Restore the newest checkpoint. -> the next step; 0 without a checkpoint"""
+        """Restore the newest checkpoint; return the next step, 0 without a checkpoint."""
         found = self.checkpoints.newest()
         if found is None:
             return 0
@@ -142,7 +142,7 @@ class Run:
         return step
 
     def finish(self, steps: int, fired: Fired | None) -> dict[str, Any]:
-        """Write the policy's folder, its texts, the report, and last ppo.json. -> what ppo.json holds"""
+        """Write the policy's folder, its texts, the report, and last ppo.json; return the content of ppo.json."""
         folder = self.config.output
         rows = by_step(read_metrics(folder))
         if fired is None:
@@ -177,12 +177,12 @@ class Run:
             return None if fired is None else str(fired), None
         found = self.checkpoints.newest(fired.since)
         if found is None:
-            return f"{fired}; no checkpoint is from before, so the policy stays as it is", None
+            return f"{fired}; no checkpoint is older, so the policy was not rolled back", None
         self.policy.load_trainable_state(found[1].policy)
-        return f"{fired}; the policy is the checkpoint of step {found[0]} again", found[0]
+        return f"{fired}; the policy was rolled back to the checkpoint of step {found[0]}", found[0]
 
     def _report(self, rows: list[dict[str, Any]], outcome: dict[str, Any]) -> bool:
-        """Write report.html. -> False, with a note to the user, if a package that it needs is missing"""
+        """Write report.html; return False, with a note to the user, if a package that it needs is missing."""
         folder = self.config.output
         try:
             from .watch.report import render
@@ -195,6 +195,6 @@ class Run:
         return True
 
     def say(self, *lines: str) -> None:
-        """Write lines to stderr, unless the user asked for quiet."""
+        """Write lines to stderr, unless the command has --quiet."""
         if self.progress:
             tqdm.write("\n".join(lines).replace("\n", "\n  "), file=sys.stderr)

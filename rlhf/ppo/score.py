@@ -27,27 +27,27 @@ def score(
     reading: Reading | None = None,
     progress: bool = False,
 ) -> Scored:
-    """Log-probabilities, values and rewards of `samples`.
+    """Compute log-probabilities, values and rewards of `samples`.
 
     The trunk runs twice: as the reference, whose hidden states also give the rewards of kind shared, and as the actor,
     whose hidden states also give the values of a shared critic. A critic or a reward with a LoRA of its own takes one
     more pass each. Log-probabilities and entropies are at the sampling temperature, over the whole vocabulary.
 
     Args:
-        reward: asked where the policy has no reward heads of its own (`policy.reward_head` None).
+        reward: the source of rewards if the policy has no reward heads (`policy.reward_head` None).
         samples: as drawn.
         config: `update.micro_tokens` bounds the tokens of one forward pass, `rollout.temperature` is read.
         closing: ids read after every response by a reward on the trunk; see `token_batch`.
-        reading: encodes samples as that reward was trained to read them. Samples whose ids are others than prompt,
+        reading: encodes samples as that reward was trained to read them. Samples whose ids then differ from prompt,
             response and closing are read once more, by the reward alone. None: no sample is.
-        progress: a bar over tokens on stderr.
+        progress: show a bar over tokens on stderr.
 
     Raises:
-        ValueError: for an empty prompt or response, or where there is no reward at all. A reward that is not finite is
-            NaN in the result.
+        ValueError: for an empty prompt or response, or without any reward. A reward that is not finite is NaN in the
+            result.
     """
     if policy.reward_head is None and reward is None:
-        raise ValueError("reward: expected a source, because the policy has none of its own, got none")
+        raise ValueError("reward: expected a source, because the policy has no reward heads, got none")
     tables = _Tables(policy, samples, config, closing)
     count = len(samples.responses)
     tokens = sum(sequence_length(samples, i, len(closing)) for i in range(count))
@@ -88,7 +88,7 @@ class _Tables:
         )
 
     def read_frozen(self, indices: list[int]) -> None:
-        """Reference log-probabilities, and the rewards of heads on the trunk."""
+        """Compute reference log-probabilities, and the rewards of heads on the trunk."""
         policy, head = self.policy, self.policy.reward_head
         batch = self._batch(indices, () if head is None else self.closing)
         hidden = policy.hidden(batch, "reference")
@@ -101,20 +101,20 @@ class _Tables:
         self._judge(indices, hidden, batch.last)
 
     def read_again(self, sequences: dict[int, list[int]], budget: int) -> None:
-        """The rewards of samples that heads on the trunk read as other `sequences`; NaN for an empty one."""
+        """Compute again the rewards of samples that the heads read as other `sequences`; NaN for an empty one."""
         policy = self.policy
         rows = [row for row, ids in sequences.items() if ids]
         for numbers in self.rewards:
             if numbers is not None:
                 numbers[[row for row, ids in sequences.items() if not ids]] = float("nan")
-        # each as a prompt whose response is a stop token: that is read up to the prompt's last id
+        # each is a prompt whose response is one stop token, so that the heads read the prompt's last id
         alone = Samples([sequences[row] for row in rows], [[0]] * len(rows), [True] * len(rows), rows)
         for part in micro_batches(alone, range(len(rows)), budget, policy.packed):
             batch = token_batch(alone, part, packed=policy.packed, device=policy.device)
             self._judge([rows[i] for i in part], policy.hidden(batch, "reward"), batch.last)
 
     def _judge(self, indices: list[int], hidden: Tensor, last: Tensor) -> None:
-        """The rewards of the samples `indices` by the heads on the trunk, which read hidden[last]."""
+        """Compute the rewards of the samples `indices` by the heads on the trunk, which read hidden[last]."""
         head = self.policy.reward_head
         assert head is not None
         out = head(hidden, last, centre="none")
@@ -129,7 +129,7 @@ class _Tables:
                 table[indices] = numbers.to(table)
 
     def read_trained(self, indices: list[int]) -> None:
-        """Log-probabilities and entropies of the policy that sampled, and values."""
+        """Compute log-probabilities and entropies of the policy that sampled, and values."""
         policy = self.policy
         batch = self._batch(indices, ())
         hidden = policy.hidden(batch, "actor")
@@ -146,7 +146,7 @@ class _Tables:
         return token_batch(self.samples, indices, closing=closing, packed=policy.packed, device=policy.device)
 
     def scored(self, rewards: Rewards) -> Scored:
-        """The tables with `rewards` of all samples, in fp32 on the policy's device; a reward not finite becomes NaN."""
+        """The tables with `rewards` of all samples, in fp32 on the policy's device; a non-finite reward becomes NaN."""
         reward, nominal, worst, mean, std = (None if t is None else t.to(self.logprob) for t in rewards)
         assert reward is not None
         return Scored(

@@ -42,13 +42,13 @@ def set_up(
     model: Any = None,
     tokenizer: Any = None,
 ) -> Run:
-    """The run that `config` describes, ready for its first step.
+    """Set up the run that `config` describes, ready for its first step.
 
     Args:
-        config: a key that nothing reads has been refused already, as far as the config alone can tell.
+        config: already checked by `refuse_unread`.
         log: of the run folder.
-        device: where everything goes.
-        progress: show progress bars, and say what runs, on stderr.
+        device: of the policy and a reward model.
+        progress: show progress bars and describe the run on stderr.
         model, tokenizer: loaded already, instead of `config.model`; the model is changed in place.
 
     Raises:
@@ -135,9 +135,9 @@ def _read_data(config: PPOConfig, turn: Turn, model: Any, reward: HeadEncoder | 
 
 
 def unmeasured(config: PPOConfig, num_heads: int | None) -> dict[str, str]:
-    """The metrics that a run cannot have -> what would give them.
+    """Return the metrics that a run cannot measure -> what they need.
 
-    num_heads: K of the reward; None for a function or a server, which may bring heads or not.
+    num_heads: K of the reward; None for a function or a server, which may or may not have heads.
     """
     missing = {} if config.gold is not None else {"gold/mean": "a gold scorer: set gold"}
     if config.critic == "none":
@@ -149,11 +149,11 @@ def unmeasured(config: PPOConfig, num_heads: int | None) -> dict[str, str]:
 
 
 def _truncated(config: PPOConfig) -> str:
-    """A warning if responses are drawn from a truncated distribution: the update's numbers are of the whole one."""
+    """A warning if responses are drawn from a truncated distribution, because the update assumes the whole one."""
     plain = RolloutConfig()
     cuts = [
         name for name in ("top_k", "top_p", "min_new_tokens") if getattr(config.rollout, name) != getattr(plain, name)
     ]
     if not cuts:
         return ""
-    return f" ({', '.join(cuts)}: the update takes samples for those of the whole distribution, so KL and ratios lean)"
+    return f" ({', '.join(cuts)}: the update assumes samples of the whole distribution, so KL and ratios are biased)"

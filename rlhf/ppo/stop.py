@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-# every name that a line of metrics.jsonl can hold
+# all metrics of metrics.jsonl
 METRICS = (
     "reward/mean",
     "reward/nominal",
@@ -53,14 +53,14 @@ SHORT = {
     "truncated": "text/truncated",
     "entropy": "policy/entropy",
 }
-_ADVICE = "to go on, use --resume with another stop_when"
+_ADVICE = "to continue, use --resume with another stop_when"
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
     "<": operator.lt,
     "<=": operator.le,
 }
-_FROM_ZERO = ("kl/sequence", "kl/token", "kl/chi2")  # the policy starts as the reference
+_FROM_ZERO = ("kl/sequence", "kl/token", "kl/chi2")  # 0 at the start, because the policy starts as the reference
 _FORM = "NAME > VALUE for STEPS then stop (or: <, >=, <=; VALUEx for times its start; then rollback)"
 _RULE = re.compile(
     r"(?P<name>[\w/]+)\s*(?P<compare>>=|<=|>|<)\s*(?P<value>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)(?P<times>x?)"
@@ -81,7 +81,7 @@ class Rule(NamedTuple):
 
 
 class Fired(NamedTuple):
-    """A rule that was true for as many steps as it asks: since `since`, with `value` at `step`."""
+    """A rule that was true for its number of steps: since step `since`, with `value` at `step`."""
 
     rule: Rule
     since: int
@@ -94,7 +94,7 @@ class Fired(NamedTuple):
 
 
 def parse_rule(text: str) -> Rule:
-    """Parse a rule; ValueError naming the form, or the nearest metric, if `text` is none."""
+    """Parse a rule; raise ValueError with the form of rules, or the nearest metric, if `text` is not a rule."""
     text = " ".join(text.split())
     found = _RULE.fullmatch(text)
     if found is None:
@@ -140,8 +140,8 @@ class _Watch:
                 return None  # the first step that has a number is the start
             if value <= 0 or math.isinf(value):
                 raise ValueError(
-                    f"stop_when: expected {rule.metric} to start above 0, so that times its start means something in "
-                    f"{rule.text!r}, got {value:.4g} at step {step}: give a number without x; {_ADVICE}"
+                    f"stop_when: expected {rule.metric} to start above 0, because {rule.text!r} multiplies its start, "
+                    f"got {value:.4g} at step {step}: give a number without x; {_ADVICE}"
                 )
             self.start = value
         bound = rule.value * (self.start or 0.0) if rule.relative else rule.value
@@ -166,23 +166,23 @@ class StopRules:
         """The first rule that has now been true for long enough, if any; call it for every step.
 
         Raises:
-            ValueError: for a metric that this run does not measure, or a start of which no multiple makes sense. The
-                user may resume with other rules.
+            ValueError: for a metric that this run does not measure, or a start that is not above 0 in a rule with x.
+                The user may resume with other rules.
         """
         fired = [found for watch in self._watches if (found := watch.observe(step, metrics)) is not None]
         return fired[0] if fired else None
 
     def refuse(self, unmeasured: Mapping[str, str]) -> None:
-        """Raise ValueError for a rule over one of the `unmeasured` metrics (name -> what would give it)."""
+        """Raise ValueError for a rule over one of the `unmeasured` metrics (name -> what it needs)."""
         for rule in (watch.rule for watch in self._watches):
             if rule.metric in unmeasured:
                 raise ValueError(
-                    f"stop_when: {rule.text!r} watches {rule.metric}, which takes {unmeasured[rule.metric]}"
+                    f"stop_when: {rule.text!r} watches {rule.metric}, which needs {unmeasured[rule.metric]}"
                 )
 
     @property
     def rolls_back(self) -> bool:
-        """Whether any rule may ask for an earlier checkpoint."""
+        """Whether any rule may roll back to an earlier checkpoint."""
         return any(watch.rule.rollback for watch in self._watches)
 
     @property
@@ -192,7 +192,7 @@ class StopRules:
         return min(steps, default=None)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, by the rules' texts: a rule that is added on resume starts without state."""
+        """The state for a checkpoint, by the rules' texts: a rule that is added on resume starts without state."""
         return {watch.rule.text: {"start": watch.start, "since": watch.since} for watch in self._watches}
 
     def load_state(self, state: Mapping[str, Any]) -> None:

@@ -37,14 +37,14 @@ def open_optimizer(policy: Trainable, config: PPOConfig) -> torch.optim.Optimize
     """AdamW over `policy.parameter_groups(config)`: torch's, or bitsandbytes' with 8-bit moments, paged or not.
 
     Raises:
-        ImportError: naming the extra, where update.optimizer asks for bitsandbytes and it is not installed.
+        ImportError: naming the extra, if update.optimizer needs bitsandbytes and it is not installed.
     """
     groups, chosen = policy.parameter_groups(config), config.update
     for group in groups:
         group["initial_lr"] = group["lr"]
     if chosen.optimizer == "adamw":
         on_gpu = all(p.is_cuda for group in groups for p in group["params"])
-        # fused: the other form on a GPU makes temporary copies of every trained parameter
+        # fused, because on a GPU the unfused form makes temporary copies of every trained parameter
         return torch.optim.AdamW(groups, weight_decay=chosen.weight_decay, fused=on_gpu)
     try:
         import bitsandbytes  # type: ignore[import-not-found]
@@ -57,9 +57,9 @@ def open_optimizer(policy: Trainable, config: PPOConfig) -> torch.optim.Optimize
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, config: PPOConfig, step: int) -> None:
-    """Each group's rate in step `step` (from 0) of the loop: its own times min(1, (step + 1) / update.warmup).
+    """Set each group's rate in step `step` (from 0) of the loop: its own times min(1, (step + 1) / update.warmup).
 
-    A function of the step alone: a resumed run has nothing to restore.
+    The rate depends on the step alone, so a resumed run has nothing to restore.
     """
     share = min(1.0, (step + 1) / max(1, config.update.warmup))
     for group in optimizer.param_groups:
@@ -87,28 +87,28 @@ def update(
     A minibatch goes through the model in micro-batches of at most update.micro_tokens tokens, one autograd graph at a
     time. Each micro-batch's loss is divided by the tokens of the whole minibatch, so the gradients add up to that of
     one big batch, whatever the lengths. sqrt(chi^2) is not a sum over micro-batches: if kl.chi2 is above 0 and there
-    are several, an extra forward pass without gradient measures the minibatch's chi^2 under the current policy, and
-    with it the slope of the square root, which is the same for all of them. The ratios of the sampling policy would
-    cost nothing, but are right only for the first optimizer step.
+    are several, an extra forward pass without gradient measures the minibatch's chi^2 under the current policy, which
+    gives the slope of the square root for all micro-batches. The ratios of the sampling policy would cost nothing, but
+    are right only for the first optimizer step.
 
-    If the minibatch's mean KL(sampling || updated) a token is above update.max_kl, its step is not made and the update
-    ends. A step whose loss or gradient is not finite is skipped and counted.
+    If the minibatch's mean KL(sampling || updated) per token is above update.max_kl, its step is not made and the
+    update ends. A step whose loss or gradient is not finite is skipped and counted.
 
-    With policy.lora_dropout above 0 the ratios do not start at 1: samples are scored without dropout and learned from
-    with it, so some are clipped, and KL(sampling || updated) is above 0, before the first step.
+    With policy.lora_dropout above 0 the ratios do not start at 1, because samples are scored without dropout and
+    trained on with it: some are clipped, and KL(sampling || updated) is above 0, before the first step.
 
     Args:
         policy: its mode (train, eval) is restored afterwards.
         experience: from `shape`.
-        kl_coef: the price of KL now; read only with kl.place loss, as `shape` has taken the reward's.
+        kl_coef: the present KL coefficient; read only with kl.place loss, because `shape` applies it to the reward.
         generator: on the CPU; decides the minibatches and what dropout drops. torch's own generators are restored.
-        progress: a bar over tokens on stderr.
+        progress: show a bar over tokens on stderr.
 
     Returns:
         policy/loss, policy/clip_fraction, value/loss   means over the minibatches
-        policy/update_kl      nats a token, KL(sampling || updated) before the last minibatch's step
+        policy/update_kl      nats per token, KL(sampling || updated) before the last minibatch's step
         policy/grad_norm      before clipping, mean over the steps made
-        update/epochs         minibatches gone through / minibatches an epoch
+        update/epochs         minibatches processed / minibatches per epoch
         update/steps, update/skipped   optimizer steps made, and skipped: for a number that was not finite, or because
                               every sample was dropped
         NaN if there is nothing to measure; value/loss only with a critic to fit.
@@ -137,7 +137,7 @@ def update(
 
 
 def _minibatches(kept: list[int], count: int, epochs: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """All rows, `epochs` times: each time shuffled, and cut into `count` parts whose sizes differ by at most one."""
+    """Yield all rows `epochs` times, each time shuffled and cut into `count` parts whose sizes differ by at most 1."""
     for _ in range(epochs):
         order = [kept[i] for i in torch.randperm(len(kept), generator=generator).tolist()]
         for part in range(count):
@@ -166,7 +166,7 @@ class Means(NamedTuple):
 def minibatch_step(
     gradient: MinibatchGradient, optimizer: torch.optim.Optimizer, rows: list[int], tally: Tally, bar: Any
 ) -> bool:
-    """Compute a minibatch's gradient and make its step, unless it is skipped. -> whether the update goes on"""
+    """Compute a minibatch's gradient and make its step, unless it is skipped; return whether the update continues."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     means = gradient(rows, bar)
@@ -212,9 +212,9 @@ class MinibatchGradient:
         """Add one micro-batch's share of the gradient to `.grad`; reads nothing back from the device.
 
         Args:
-            batch, at: the forward pass, and where its response tokens stand in the experience's [N, T] tables.
-            tokens, sequences: of the whole minibatch.
-            chi2: the minibatch's estimate, where kl.chi2 is above 0; None: this micro-batch's own (read back).
+            batch, at: the forward pass, and the places of its response tokens in the experience's [N, T] tables.
+            tokens, sequences: numbers in the whole minibatch.
+            chi2: the minibatch's estimate, if kl.chi2 is above 0; None: this micro-batch's own (read back).
 
         Returns:
             [5] fp64: its share of `Means`.
@@ -248,7 +248,7 @@ class MinibatchGradient:
     def _policy_loss(
         self, out: LogprobOutput, batch: TokenBatch, at: At, tokens: int
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """The terms that are means over tokens; and surrogate, clip fraction and KL(sampling || updated)."""
+        """Return the loss terms that are means over tokens; and surrogate, clip fraction, KL(sampling || updated)."""
         experience, update = self.experience, self.config.update
         old = experience.logprob[at]
         surrogate, clipped = policy_loss(out.logprob, old, experience.advantage[at], update.clip)
@@ -276,7 +276,7 @@ class MinibatchGradient:
 
     @torch.no_grad()
     def _chi2(self, micros: list[list[int]]) -> float:
-        """The minibatch's chi^2 under the policy as it is."""
+        """The minibatch's chi^2 under the current policy."""
         total, count = torch.zeros((), dtype=torch.float64, device=self.experience.mask.device), 0
         for indices in micros:
             batch, at = self._batch(indices)
@@ -296,13 +296,13 @@ class Tally:
         self.skipped = 0
 
     def metrics(self, value: bool) -> dict[str, float]:
-        gone_through = len(self.norms) + self.skipped if self.minibatches else 0  # without a sample there is no epoch
+        processed = len(self.norms) + self.skipped if self.minibatches else 0  # without a sample there is no epoch
         metrics = {
             "policy/loss": _mean([m.policy for m in self.means]),
             "policy/clip_fraction": _mean([m.clipped for m in self.means]),
             "policy/update_kl": self.means[-1].kl if self.means else math.nan,
             "policy/grad_norm": _mean(self.norms),
-            "update/epochs": gone_through / max(1, self.minibatches),
+            "update/epochs": processed / max(1, self.minibatches),
             "update/steps": float(len(self.norms)),
             "update/skipped": float(self.skipped),
         }

@@ -27,8 +27,8 @@ def _peft() -> Any:
 class StoredWide(nn.Linear):
     """A LoRA's linear layer: stored in fp32, multiplied in its input's dtype.
 
-    peft casts the input to fp32 instead and keeps that copy for the backward pass: four bytes a feature for every token
-    at every adapted layer.
+    peft casts the input to fp32 instead and keeps that copy for the backward pass: four bytes per feature and token at
+    every adapted layer.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -36,11 +36,11 @@ class StoredWide(nn.Linear):
 
 
 class Adapters:
-    """The LoRAs of one causal language model, which is changed in place; none is on at first.
+    """The LoRAs of one causal language model, which is changed in place; none is active at first.
 
     Args:
         model: the causal language model; its own weights are frozen.
-        name: what messages and peft's adapter_config.json call the model.
+        name: the model's name in messages and in peft's adapter_config.json.
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -51,7 +51,7 @@ class Adapters:
         self.active: str | None = None
 
     def add(self, adapter: str, config: PolicyConfig) -> None:
-        """A fresh LoRA on every linear layer but the language-model head; it changes nothing yet (B = 0)."""
+        """Add a fresh LoRA to every linear layer but the language-model head; it changes nothing yet (B = 0)."""
         lora = _peft().LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
@@ -62,23 +62,23 @@ class Adapters:
         self._inject(adapter, lora)
 
     def load(self, adapter: str, folder: Path) -> None:
-        """The LoRA in `folder`, frozen.
+        """Load the LoRA in `folder`, frozen.
 
         Raises:
-            ValueError: where it does not fit the model, tensor by tensor, or cannot be read.
+            ValueError: if it cannot be read, or if its tensors do not fit the model; it names one.
         """
         peft = _peft()
         wanted = f"reward.source: expected an adapter that fits {self._name}, got {folder}"
         try:
             config = peft.PeftConfig.from_pretrained(str(folder))
-            config.base_model_name_or_path = None  # the model here counts, whatever it is called
+            config.base_model_name_or_path = None  # the model here is used, whatever its name
             self._inject(adapter, config)
             weights = folder / "adapter_model.safetensors"
             with reading_weights(weights):
                 given = load_file(weights)
             own = peft.get_peft_model_state_dict(self._peft, adapter_name=adapter, save_embedding_layers=False)
             for name in sorted(own.keys() ^ given.keys()):
-                raise ValueError(f"{name} is in one of them alone")
+                raise ValueError(f"{name} is in only one of them")
             peft.set_peft_model_state_dict(self._peft, given, adapter_name=adapter)
         except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(f"{wanted}: {_first_tensor(str(error))}") from error
@@ -132,9 +132,9 @@ class Adapters:
 
     @contextmanager
     def in_dtype(self, adapter: str, dtype: torch.dtype) -> Iterator[None]:
-        """Replace the LoRA's weights by copies in `dtype` for a block without gradient: no cast for each token.
+        """Replace the LoRA's weights by copies in `dtype` for a block without gradient, to save a cast for each token.
 
-        The copies lie at the same addresses every time, so that a captured CUDA graph stays valid.
+        The copies have the same addresses every time, so that a captured CUDA graph stays valid.
         """
         linears = [
             linear
@@ -158,7 +158,7 @@ class Adapters:
                 linear.weight = weight
 
     def save(self, adapter: str, folder: Path) -> None:
-        """In peft's format: `PeftModel.from_pretrained(base model, folder)` loads it."""
+        """Save in peft's format: `PeftModel.from_pretrained(base model, folder)` loads it."""
         save_lora(self._peft, adapter, folder, base=self._name)
 
 

@@ -1,4 +1,4 @@
-"""Choose the attention implementation: flash-attn where the machine has it, else torch's own."""
+"""Choose the attention implementation: flash-attn if the machine has it, else torch's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FLASH = "flash_attention_2"  # transformers' name
 
 
 class Attention(NamedTuple):
-    """name: what transformers calls it. packed: whether batches are packed by default."""
+    """name: transformers' name of it. packed: whether batches are packed by default."""
 
     name: str
     packed: bool
@@ -22,12 +22,12 @@ def resolve(attn: str, dtype: torch.dtype, device: torch.device | str) -> Attent
     """The attention that `attn` (auto, flash, sdpa or eager) stands for on this machine, for a trunk of `dtype`.
 
     auto is flash-attn on CUDA of compute capability 8.0 or above with a half-precision dtype and the package installed,
-    else SDPA. The choice of auto is told once, on stderr, with its reason. Packing is the default with
-    flash-attn alone: SDPA computes the products between the sequences of a packed row and masks them, which costs more
-    than the padding it saves.
+    else SDPA. The choice of auto is printed once on stderr, with its reason. Packing is the default only with
+    flash-attn: SDPA computes the products between the sequences of a packed row and masks them, which costs more than
+    the padding it saves.
 
     Raises:
-        ValueError: if flash is asked for and is not available.
+        ValueError: if `attn` is flash, which is not available.
     """
     if attn not in ("auto", "flash"):
         return Attention(attn, packed=False)
@@ -35,7 +35,7 @@ def resolve(attn: str, dtype: torch.dtype, device: torch.device | str) -> Attent
     if attn == "flash" and missing is not None:
         raise ValueError(f"attn: expected sdpa, eager or auto, because {missing}, got flash")
     if missing is None:
-        chosen, reason = Attention(FLASH, packed=True), "flash-attn is there"
+        chosen, reason = Attention(FLASH, packed=True), "flash-attn is installed"
     else:
         chosen, reason = Attention("sdpa", packed=False), missing
     if attn == "auto":

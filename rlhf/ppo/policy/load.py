@@ -12,7 +12,7 @@ from .precision import cast, trunk_dtype
 
 
 def load_model(config: PPOConfig, device: torch.device, given: Any = None) -> Any:
-    """`config.model` on the CPU in the dtype for `device`; or `given`, a model that is loaded already.
+    """Load `config.model` on the CPU in the dtype for `device`; or return `given`, a model that is loaded already.
 
     `given` keeps its dtype if `config.dtype` is auto, and is changed in place otherwise.
 

@@ -1,4 +1,4 @@
-"""One trunk in four roles: actor, reference, critic and reward, resident once."""
+"""One trunk in four roles, in memory once: actor, reference, critic and reward."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Role = Literal["actor", "critic", "reference", "reward"]
 
 
 class RewardOnTrunk(NamedTuple):
-    """A reward that reads the policy's own trunk. adapter: the folder of its LoRA; None: the frozen trunk as it is."""
+    """A reward that reads the policy's own trunk. adapter: the folder of its LoRA; None: it reads the frozen trunk."""
 
     head: EnsembleHead
     adapter: Path | None = None
@@ -49,17 +49,18 @@ class Policy(nn.Module):
                "reward"
 
     LoRAs and heads are fp32, whatever the trunk; LoRAs are multiplied in the trunk's dtype, heads in fp32. Dropout of
-    the trunk is off: a probability ratio between two forward passes would measure it. Between calls "actor" is on.
+    the trunk is off, because it would change the probability ratios between two forward passes. Between calls, LoRA
+    "actor" is active.
 
     Args:
-        config: see `PPOConfig`; `config.model` is a name here, nothing is loaded.
+        config: see `PPOConfig`; `config.model` is only a name here, nothing is loaded.
         model: a causal language model of transformers; changed in place.
-        device: where everything goes.
+        device: of all parts.
         reward: heads that read this trunk; None if rewards come from elsewhere.
 
     Attributes:
         model: the causal language model that samplers call.
-        attention: what transformers calls the attention in use.      packed: whether batches are to be packed
+        attention: transformers' name of the attention in use.         packed: whether batches are to be packed
         reward_kind: "shared", "adapter" or None.                      reward_head: EnsembleHead or None
         value_head: nn.Linear(D, 1), starting at zero, or None.
         logit_rule: scale and softcap of the logits.                   hidden_size, vocab_size, device, dtype
@@ -149,7 +150,7 @@ class Policy(nn.Module):
 
     def _checkpoint(self, model: Any) -> None:
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            # the backward pass recomputes the layer, when another LoRA may be on
+            # the backward pass recomputes the layer, and another LoRA may be active then
             return nullcontext(), self._adapters.using(self._adapters.active)
 
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -169,8 +170,7 @@ class Policy(nn.Module):
     def hidden(self, batch: TokenBatch, role: Role) -> Tensor:
         """One forward pass of the trunk -> [B * T, D] hidden states after the final norm, in `dtype`.
 
-        A shared critic reads the actor's states and a shared reward the reference's: a caller that needs both roles
-        calls once.
+        A shared critic reads the actor's states and a shared reward the reference's, so one call serves both roles.
         """
         model, adapter = self._part(role)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False, "return_dict": True}
@@ -180,7 +180,7 @@ class Policy(nn.Module):
             inputs["position_ids"] = batch.position_ids + position_offset(model.config)
         if batch.attention_mask is None and self.attention == FLASH and self._causal:
             inputs |= _boundaries(batch)
-        # a pass reads each weight once, and autocast's cache would keep the casts of all to its end
+        # without autocast's cache, which would keep the casts of all weights to the end, though each is used once
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast, cache_enabled=False)
         with autocast, self._adapters.using(adapter):
             hidden: Tensor = model.base_model(**inputs).last_hidden_state
@@ -231,12 +231,12 @@ class Policy(nn.Module):
         """Restore a `trainable_state`.
 
         Raises:
-            ValueError: for another set of names or another shape; nothing is changed then.
+            ValueError: for other names or shapes; nothing is changed then.
         """
         own = self.trainable_state()
         for name in sorted(own.keys() ^ state.keys()):
             raise ValueError(
-                f"trainable state: expected this policy's {len(own)} tensors, got {len(state)}: {name} is in one alone"
+                f"trainable state: expected this policy's {len(own)} tensors, got {len(state)}: {name} is in only one"
             )
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
@@ -248,7 +248,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def sampling(self) -> Iterator[Any]:
-        """`model` for a sampler: the actor on, in eval mode, without gradient, its weights and LoRA in `dtype`."""
+        """Give `model` to a sampler: as the actor, in eval mode, without gradient, its weights and LoRA in `dtype`."""
         narrow: AbstractContextManager[Any] = in_dtype(self.model, self.dtype)
         if self.config.policy.mode == "lora":
             narrow = self._adapters.in_dtype("actor", self.dtype)
@@ -256,8 +256,8 @@ class Policy(nn.Module):
             yield self.model
 
     def save(self, folder: Path | str) -> None:
-        """The trained policy: a LoRA in peft's format, or the whole model with `save_pretrained`; beside it
-        value_head.safetensors, and in critic/ the critic's LoRA if it has one."""
+        """Save the trained policy: a LoRA in peft's format, or the whole model with `save_pretrained`;
+        value_head.safetensors; and in critic/ the critic's LoRA if it has one."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.config.policy.mode == "lora":
@@ -273,14 +273,14 @@ class Policy(nn.Module):
 
 
 def _boundaries(batch: TokenBatch) -> dict[str, Any]:
-    """The boundaries of packed sequences; flash-attn would find them in every layer, waiting for the GPU each time."""
+    """The boundaries of packed sequences; without them flash-attn waits for the GPU in every layer to find them."""
     ends = torch.cat([batch.last.new_zeros(1), batch.last + 1]).int()
     longest = int(batch.position_ids.max()) + 1
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 def _disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of a model to 0, those of modules and plain numbers."""
+    """Set every dropout probability of a model to 0, in dropout modules and in attributes."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -13,7 +13,7 @@ from ..config import PPOConfig
 
 
 def is_mixed(config: PPOConfig, weights: torch.dtype, device: torch.device) -> bool:
-    """Whether fp32 `weights` compute in bf16 under autocast, because a bf16 weight would lose steps of 1e-6.
+    """Whether fp32 `weights` compute in bf16 under autocast, because a bf16 weight would lose updates of 1e-6.
 
     True if a GPU trains all weights and `config.dtype` is auto; device meta stands for the GPU of a plan.
     """
@@ -22,7 +22,7 @@ def is_mixed(config: PPOConfig, weights: torch.dtype, device: torch.device) -> b
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:
-    """Cast a causal language model's parameters to `dtype` in place, as `from_pretrained` would have loaded them.
+    """Cast a causal language model's parameters to `dtype` in place, as `from_pretrained` would load them.
 
     nn.Module.to would cast buffers too: rotary frequencies in bf16 are off by up to 1.8 rad at position 1000.
     Parameters that `from_pretrained` kept in a wider dtype than the model's stay.
@@ -36,7 +36,7 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def in_dtype(model: Any, dtype: torch.dtype) -> Iterator[Any]:
-    """Replace `model`'s parameters by copies in `dtype`, as of `cast`, for a block without gradient.
+    """Replace `model`'s parameters by copies in `dtype`, as `cast` would make them, for a block without gradient.
 
     Sampling needs more than autocast: flash-attn takes half precision only, a cache needs keys and values of one dtype,
     transformers' batching runs in its own thread, and autocast would cast every weight again for each token.
@@ -58,7 +58,7 @@ def in_dtype(model: Any, dtype: torch.dtype) -> Iterator[Any]:
 
 
 def trunk_dtype(config: PPOConfig, device: torch.device) -> torch.dtype:
-    """The dtype that the model is loaded in. auto: bfloat16 on a GPU, float32 if the weights themselves are trained."""
+    """The dtype in which the model is loaded. auto: bfloat16 on a GPU in mode lora, else float32."""
     if config.dtype != "auto":
         return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     return torch.bfloat16 if device.type == "cuda" and config.policy.mode == "lora" else torch.float32

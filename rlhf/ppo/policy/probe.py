@@ -21,7 +21,7 @@ class LogitRule(NamedTuple):
 
 
 def logit_rule(model: Any) -> LogitRule:
-    """How `model` computes its logits.
+    """Find out how `model` computes its logits.
 
     Raises:
         ValueError: for logits that `linear_logprob` cannot compute.
@@ -45,7 +45,7 @@ def logit_rule(model: Any) -> LogitRule:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Tolerance relative to the largest number: a few roundings of the dtype; another function is further off."""
+    """Tolerance relative to the largest number: a few roundings of the dtype; a wrong function differs by more."""
     return 1e-4 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps
 
 
@@ -82,7 +82,7 @@ def _check_rule(model: Any, rule: LogitRule) -> None:
 
 @torch.no_grad()
 def why_not_packed(model: Any, takes_positions: bool) -> str | None:
-    """Why `model` cannot read several sequences packed into one row, told apart by positions; None if it can.
+    """Why `model` cannot read several sequences packed into one row, distinguished by positions; None if it can.
 
     The model reads three short sequences, each alone and all in one row.
     """

@@ -1,4 +1,4 @@
-"""Check what a reward function or server answered."""
+"""Check the answer of a reward function or server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .sources import Rewards
 
 
 def rewards_of(answer: Any, count: int, where: str) -> Rewards:
-    """The rewards of `count` samples in an answer; ValueError for an answer of another form, after `where`."""
+    """Return the rewards of `count` samples in an answer. ValueError, beginning with `where`, for another form."""
     parts = dict(answer) if isinstance(answer, Mapping) else {"rewards": answer}
     if "rewards" not in parts:
         raise ValueError(f"{where}: expected rewards in the answer, got {', '.join(map(str, parts)) or 'an empty one'}")
@@ -27,7 +27,7 @@ def rewards_of(answer: Any, count: int, where: str) -> Rewards:
     mean, std = given.get("mean"), given.get("std")
     if mean is not None and std is not None and mean.shape != std.shape:
         raise ValueError(
-            f"{where}: expected mean and std of the same heads, got {mean.shape[1]} and {std.shape[1]} a response"
+            f"{where}: expected mean and std of the same heads, got {mean.shape[1]} and {std.shape[1]} per response"
         )
     reward = given.pop("rewards")
     return Rewards(torch.where(reward.isfinite(), reward, float("nan")), **given)
@@ -38,11 +38,11 @@ def _numbers(values: Any, count: int, where: str, matrix: bool) -> Tensor:
     rows = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(rows, Sequence) or isinstance(rows, str) or len(rows) != count:
         got = f"{len(rows)}" if isinstance(rows, Sequence) and not isinstance(rows, str) else type(rows).__name__
-        raise ValueError(f"{where}: expected a list of {count}, one a response, got {got}")
+        raise ValueError(f"{where}: expected a list of {count}, one per response, got {got}")
     if not matrix:
         return torch.tensor([_number(value, where) for value in rows], dtype=torch.float32)
     if not all(isinstance(row, Sequence) and len(row) == len(rows[0]) > 0 for row in rows):
-        raise ValueError(f"{where}: expected one list a response, all of one length and none empty")
+        raise ValueError(f"{where}: expected one list per response, all of one length and none empty")
     return torch.tensor([[_number(value, where) for value in row] for row in rows], dtype=torch.float32)
 
 
@@ -53,9 +53,9 @@ def _number(value: Any, where: str) -> float:
         value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
         value = value[0]
-    if not isinstance(value, (int, float)):  # True is 1, as TRL takes it
+    if not isinstance(value, (int, float)):  # True counts as 1, as in TRL
         raise ValueError(f"{where}: expected numbers, None or NaN, got {value!r:.80}")
     try:
         return float(value)
-    except OverflowError:  # an integer that is more than any float: as good as infinite
+    except OverflowError:  # an integer too large for a float counts as infinite
         return math.nan

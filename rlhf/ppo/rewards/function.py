@@ -1,4 +1,4 @@
-"""Rewards of a Python function: import it, find out what its arguments mean, call it."""
+"""Rewards from a Python function: import it, match its arguments to prompts and responses, call it."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ _NOT_SECOND = {"input", "inputs", "question", "questions", "instruction", "instr
 
 
 class CallableReward:
-    """MODULE:FUNCTION or FILE.py:FUNCTION, called once a step with lists of prompts and responses.
+    """MODULE:FUNCTION or FILE.py:FUNCTION, called once per step with lists of prompts and responses.
 
     Arguments named prompts, or responses or completions (or one of these in the singular), get those lists whatever
     their order; two arguments with other names get prompts, then responses. A prompt is a text, or a list of messages
-    where the run's prompts are; a response is a text. The answer is a list, array or tensor of N numbers (True counts
-    as 1), None or NaN where there is none; or a mapping with `rewards` and, where it has them, `nominal`, `worst` (N
-    numbers each), `mean` and `std` (N lists of K).
+    if the run's prompts are; a response is a text. The answer is a list, array or tensor of N numbers (True counts as
+    1), None or NaN for a missing one; or a mapping with `rewards` and, optionally, `nominal`, `worst` (N numbers each),
+    `mean` and `std` (N lists of K).
 
     Args:
-        key: of the config, for errors.
-        source: what to call.
+        key: the config key that errors name.
+        source: the function.
         texts: prompts and the policy's tokeniser.
 
     Raises:
-        ValueError: for a function that is not there, or needs an argument that PPO does not have; from a call, for what
-            the function raised or gave.
+        ValueError: for a missing function, or one that needs an argument that PPO does not have; from a call, if the
+            function raises an error or returns something else.
     """
 
     num_heads: int | None = None
@@ -81,17 +81,17 @@ class CallableReward:
 
 
 class _Arguments(NamedTuple):
-    """What a function is called with: "prompts" or "responses" for each argument."""
+    """The arguments of a call: "prompts" or "responses" for each."""
 
     by_position: tuple[str, ...]
     by_name: dict[str, str]
 
 
 def _arguments(function: Callable[..., Any], where: str) -> _Arguments:
-    """What each of the function's arguments means; ValueError if a required one is neither prompts nor responses."""
+    """Match the function's arguments; ValueError if a required one is neither prompts nor responses."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # compiled code need not have one
+    except (TypeError, ValueError):  # compiled code may have no signature
         return _Arguments(("prompts", "responses"), {})
     parameters = list(signature.parameters.values())
     kinds = {p.kind for p in parameters}
@@ -102,7 +102,7 @@ def _arguments(function: Callable[..., Any], where: str) -> _Arguments:
     if not known and _takes_two(parameters):
         return _Arguments(("prompts", "responses"), {})
     if unknown:
-        raise ValueError(f"{expected}: PPO gives nothing for {unknown[0]}")
+        raise ValueError(f"{expected}: PPO has no value for {unknown[0]}")
     by_position = tuple(_MEANING[p.name] for p in known if p.kind is p.POSITIONAL_ONLY)
     by_name = {p.name: _MEANING[p.name] for p in known if p.kind is not p.POSITIONAL_ONLY}
     if inspect.Parameter.VAR_KEYWORD in kinds:

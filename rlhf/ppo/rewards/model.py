@@ -1,4 +1,4 @@
-"""Rewards of another model, which reads the texts with its own tokeniser."""
+"""Rewards from another model, which reads the texts with its own tokeniser."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class ModelReward:
         self.num_heads: int | None = scorer.model.score.num_heads
 
     def __call__(self, samples: Samples) -> Rewards:
-        """The rewards of all samples, in their order.
+        """Return the rewards of all samples, in their order.
 
-        A response that was cut off is closed like a complete one, as heads on the policy's trunk read it: another last
-        token would be another reward. What being cut off costs is `reward.missing_eos_penalty`.
+        A response that was cut off is closed like a complete one, as for heads on the policy's trunk, because another
+        last token would change the reward. `reward.missing_eos_penalty` penalises being cut off.
         """
         rows = zip(self._texts.prompts_of(samples), self._texts.responses_of(samples), strict=True)
         scores = self._scorer.score([{"prompt": p, "response": r} for p, r in rows])

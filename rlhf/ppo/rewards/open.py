@@ -11,7 +11,7 @@ from .sources import RewardSource, Texts, VaderReward
 
 
 def open_source(config: RewardConfig, resolved: Resolved, texts: Texts) -> RewardSource | None:
-    """The source of rewards of kind model, callable or http; None if the policy's trunk carries the heads.
+    """Open the source of rewards of kind model, callable or http; None if the heads are on the policy's trunk.
 
     Args:
         config: `source`, `timeout`.
@@ -31,7 +31,7 @@ def open_source(config: RewardConfig, resolved: Resolved, texts: Texts) -> Rewar
 
 
 def open_gold(name: str, texts: Texts) -> RewardSource:
-    """A gold scorer: vader, MODULE:FUNCTION, FILE.py:FUNCTION or a URL. ValueError for anything else."""
+    """Open a gold scorer: vader, MODULE:FUNCTION, FILE.py:FUNCTION or a URL. ValueError for anything else."""
     if name.startswith(("http://", "https://")):
         return HTTPReward("gold", name, texts)
     return _open_callable("gold", name, texts)

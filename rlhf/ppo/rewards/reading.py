@@ -27,12 +27,12 @@ class HeadEncoder(NamedTuple):
 class Reading:
     """The token ids that `Scorer` gives the heads for a sample's prompt and response.
 
-    Often they are the sample's own ids and what closes them. They differ where the chat template writes a finished turn
-    otherwise than it opens one (think blocks, stripped spaces), where the tokeniser spells the response's text with
-    other tokens than were drawn, and where the reward has a tokeniser, an EOS rule or a length of its own.
+    Usually they are the sample's own ids and the closing ids. They differ if the chat template writes a finished turn
+    otherwise than it opens one (think blocks, stripped spaces), if the tokeniser encodes the response's text as other
+    tokens than those drawn, or if the reward has its own tokeniser, EOS rule or length.
 
     Args:
-        encoder: the reward's.
+        encoder: the reward's, as in its `Scorer`.
         texts: the run's prompts and the policy's tokeniser.
     """
 
@@ -40,7 +40,7 @@ class Reading:
         self._encoder, self._texts = encoder, texts
 
     def others(self, samples: Samples, closing: Sequence[int]) -> dict[int, list[int]]:
-        """Number of a sample -> its ids, where they are not those of its prompt, response and `closing`.
+        """Sample number -> ids, for the samples whose ids are not those of their prompt, response and `closing`.
 
         An empty list stands for a sample that the reward's template or tokeniser cannot read.
         """

@@ -21,12 +21,12 @@ from ..config import Kind, RewardConfig, kind_by_name
 from ..policy.policy import RewardOnTrunk
 from .reading import HeadEncoder
 
-_SAMPLE = 4096  # elements of each tensor that are compared: a trunk that was trained differs in every matrix
+_SAMPLE = 4096  # elements compared of each tensor: a trained trunk differs in every matrix
 _BATCH_TOKENS = 8192  # of a reward model, padding included
 
 
 class Resolved(NamedTuple):
-    """What a reward's source turned out to be, loaded.
+    """A reward's source, with its kind and what was loaded from it.
 
     kind      see `RewardConfig`
     on_trunk  kinds shared and adapter: heads for the policy's trunk, frozen, with the config's aggregation
@@ -39,25 +39,25 @@ class Resolved(NamedTuple):
 
     @property
     def num_heads(self) -> int | None:
-        """K; None for a function or a server, which may bring heads or not."""
+        """K; None for a function or a server, which may or may not have heads."""
         if self.on_trunk is not None:
             return self.on_trunk.head.num_heads
         return None if self.scorer is None else int(self.scorer.model.score.num_heads)
 
 
 def resolve_reward(config: RewardConfig, policy: Any, device: torch.device | str) -> Resolved:
-    """The kind that `config.kind` says, or that `auto` stands for, and what of it is loaded; weights are read once.
+    """Determine the reward's kind, by `config.kind` or by its files, and load it; weights are read once.
 
-    Kind adapter is what `prudent train` with mode lora saved: adapter/, or the run that holds it.
+    For kind adapter the source is adapter/, which `prudent train` with mode lora saves, or the run folder that has it.
 
     Args:
-        config: aggregation "" takes the heads' own; one head's is always mean.
-        policy: the causal language model that the rewards are for, as loaded.
-        device: where a reward model with a trunk of its own goes.
+        config: aggregation "" means the heads' own; for one head it is always mean.
+        policy: the causal language model to train, as loaded.
+        device: of a reward model with its own trunk.
 
     Raises:
-        ValueError: for a source that is of none of the kinds, or not of the one asked for; for heads that cannot be
-            read, or that do not read the last token of a shared trunk; for append_eos with another kind than model.
+        ValueError: for a source of no known kind, or of another kind than `config.kind`; for heads that cannot be read,
+            or that do not read the last token of a shared trunk; for append_eos with another kind than model.
     """
     resolved = _resolved(config, policy, device)
     if config.append_eos is not None and resolved.kind != "model":
@@ -94,13 +94,13 @@ def _resolved(config: RewardConfig, policy: Any, device: torch.device | str) -> 
     if kind == "shared":
         raise ValueError(
             f"reward.source: expected an EnsembleRewardModel on the policy's own trunk with kind shared, got {source}, "
-            f"{difference}; reward.kind=model takes it, with a trunk of its own"
+            f"{difference}; reward.kind=model loads it with its own trunk"
         )
     return Resolved("model", scorer=_scorer(config, _load(config) if loaded is None else loaded, device))
 
 
 def open_encoder(source: str | Path, policy: Any) -> HeadEncoder:
-    """How a reward on the policy's trunk reads texts: by its own tokeniser, template, EOS rule and length.
+    """Open the encoder of a reward on the policy's trunk: its own tokeniser, template, EOS rule and length.
 
     Args:
         source: of a reward of kind shared or adapter.
@@ -139,7 +139,7 @@ def _aggregated(head: EnsembleHead, aggregation: str) -> EnsembleHead:
             head.aggregation = aggregation
         except ValueError as error:
             raise ValueError(f"reward.{error}") from None
-    head.aggregation = head.aggregation.with_centre("none")  # centring is the loop's, over all of a step's samples
+    head.aggregation = head.aggregation.with_centre("none")  # the loop centres, over all of a step's samples
     return head.requires_grad_(False).eval()
 
 
@@ -161,7 +161,7 @@ def _load(config: RewardConfig) -> LoadedReward:
 
 
 def _scorer(config: RewardConfig, loaded: LoadedReward, device: torch.device | str) -> Scorer:
-    """A loaded reward model on `device`, with the config's aggregation and its own tokeniser."""
+    """Move a loaded reward model to `device`, with the config's aggregation and its own tokeniser."""
     _aggregated(loaded.model.score, config.aggregation)
     model: Any = loaded.model.requires_grad_(False)
     return Scorer(model.to(device), loaded.tokenizer, batch_tokens=_BATCH_TOKENS, progress=False)
@@ -170,7 +170,7 @@ def _scorer(config: RewardConfig, loaded: LoadedReward, device: torch.device | s
 def _other_shape(reward: Any, policy: Any) -> str | None:
     """Why heads with the configuration `reward` cannot read a trunk with the configuration `policy`; None: they can."""
     if not isinstance(reward, EnsembleRewardConfig):
-        return "which is no EnsembleRewardModel"
+        return "which is not an EnsembleRewardModel"
     if reward.pooling != "last":
         return f"whose pooling is {reward.pooling}, not last"
     for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):

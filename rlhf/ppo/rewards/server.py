@@ -1,4 +1,4 @@
-"""Rewards of a server, over HTTP."""
+"""Rewards from a server, over HTTP."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from .sources import Rewards, Texts
 
 logger = logging.getLogger(__name__)
 
-WAITS = (1.0, 4.0, 16.0)  # seconds before each further try: a server restarts in such a time, or not at all
-_BUSY = {429, *range(500, 600)}  # statuses that are worth another try
+WAITS = (1.0, 4.0, 16.0)  # seconds before each further try: enough for a server to restart
+_BUSY = {429, *range(500, 600)}  # statuses that justify another try
 _HEADERS = {"Content-Type": "application/json", "Accept": "application/json"}
 
 
 class HTTPReward:
-    """A server that answers one POST a step: JSON in, JSON out.
+    """A server that answers one POST per step: JSON in, JSON out.
 
     It gets `prompts`, `responses`, and `query`: prompt and response in the policy's template, special tokens included,
-    which is what OpenRLHF's reward servers read. It answers {"rewards": [N numbers, null where there is none]}, with
-    `nominal`, `worst`, `mean` and `std` beside it where it has them, or the bare list.
+    which OpenRLHF's reward servers read. It answers {"rewards": [N numbers, null for a missing one]}, optionally with
+    `nominal`, `worst`, `mean` and `std`, or the bare list.
 
-    A request without an answer is sent again a few times, each with a warning in the log.
+    A request without an answer is sent again a few times, each time with a warning in the log.
 
     Args:
-        key: of the config, for errors.
-        url: where.
+        key: the config key that errors name.
+        url: of the server.
         texts: prompts and the policy's tokeniser.
-        timeout: seconds for an answer.
+        timeout: seconds to wait for an answer.
 
     Raises:
-        ValueError: for what is no URL; from a call, when the request is refused (4xx), when no answer came in time
-            after a few tries, or for an answer of another form.
+        ValueError: for a wrong URL; from a call, if the request is refused (4xx), if no answer comes in time after a
+            few tries, or for an answer of another form.
     """
 
     num_heads: int | None = None
@@ -112,7 +112,7 @@ class _Retries(Retry):
 
 
 def _reason(error: Exception | None, timeout: float) -> str:
-    # a refused connection is a timeout to urllib3 2
+    # urllib3 2 counts a refused connection as a timeout
     if isinstance(error, TimeoutError) and not isinstance(error, NewConnectionError):
         return f"no answer within {timeout:g} s"
     cause = getattr(error, "__cause__", None)
@@ -120,7 +120,7 @@ def _reason(error: Exception | None, timeout: float) -> str:
 
 
 def _status(response: BaseHTTPResponse) -> str:
-    """The status and the first words of a refusal."""
+    """The status and the beginning of a refusal."""
     return f"{response.status} {response.reason}: {response.data[:200].decode(errors='replace')!r}"
 
 
@@ -136,17 +136,17 @@ def _connections(url: str) -> PoolManager:
 
 
 def _check_url(key: str, url: str) -> None:
-    """Refuse a bad URL before the first step: urllib3 would do so in the middle, or look up a host without a name."""
+    """Refuse a wrong URL before the first step; urllib3 would do so during a step, or look up an empty host name."""
     reason = None
     try:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https"):
             reason = f"its scheme is {parts.scheme or 'missing'}"
         elif not url.isascii() or not url.isprintable() or " " in url:
-            reason = "blanks and what is not ASCII are written %XX"
+            reason = "blanks and non-ASCII characters must be written as %XX"
         elif not parts.hostname or parts.port == 0:
-            reason = "no host is given" if not parts.hostname else "there is no port 0"
-    except ValueError as error:  # a port that is no number, half an IPv6 address
+            reason = "it has no host" if not parts.hostname else "its port is 0"
+    except ValueError as error:  # a port that is not a number, half an IPv6 address
         reason = str(error)
     if reason is not None:
         raise ValueError(f"{key}: expected a URL as http://host:8000/path, got {url!r} ({reason})")

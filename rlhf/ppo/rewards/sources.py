@@ -1,4 +1,4 @@
-"""The interface of reward sources, and VADER, the simplest of them."""
+"""The interface of reward sources, and the simplest one, VADER."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Rewards(NamedTuple):
 
     reward          [N], NaN where scoring failed
     nominal, worst  [N] of K > 1 heads, else None
-    mean, std       [N, K], None where the source has no heads
+    mean, std       [N, K], None if the source has no heads
     """
 
     reward: Tensor
@@ -31,7 +31,7 @@ class Rewards(NamedTuple):
 
 
 class RewardSource(Protocol):
-    """Scores samples. name: for logs; num_heads: K, None where there are no heads."""
+    """Scores samples. name: for logs; num_heads: K, None if there are no heads."""
 
     name: str
     num_heads: int | None
@@ -49,7 +49,7 @@ class Texts:
         self._ending = Ending(tokenizer)
 
     def prompts_of(self, samples: Samples) -> list[PromptItem]:
-        """The prompts as they were given: texts, messages, {"messages", "tools"} or {"system", "text"}."""
+        """The prompts as given: texts, messages, {"messages", "tools"} or {"system", "text"}."""
         return [self.prompts[index].item for index in samples.prompt_index]
 
     def responses_of(self, samples: Samples) -> list[str]:

@@ -1,4 +1,4 @@
-"""Preference texts as samples: the baseline for the std and disagreement of the heads on the policy's samples."""
+"""Turn preference texts into samples: the baseline for the heads' std and disagreement on the policy's samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...sampling.prompts import Prompt
 from ...sampling.turn import Turn
 from ..batch import Samples
 
-PAIRS = 64  # 128 responses give the mean of a std that varies by half to about 5 %
+PAIRS = 64  # 128 responses: the mean of a std that varies by 50 % is known to about 5 %
 
 
 class PreferenceTexts(NamedTuple):
@@ -29,11 +29,11 @@ class PreferenceTexts(NamedTuple):
 def preference_texts(
     source: str, turn: Turn, model_config: Any, count: int, seed: int, *, skip_bad_rows: bool = False
 ) -> PreferenceTexts:
-    """Chosen and rejected responses of up to `PAIRS` random preference pairs, without those too long for the model.
+    """Return the responses of up to `PAIRS` random preference pairs, without those too long for the model.
 
     Args:
         source: preference data for `load_pairs`.
-        count: the number of the run's own prompts.
+        count: number of the run's own prompts.
         skip_bad_rows: leave out rows that are broken or that the policy's template or tokeniser refuses.
 
     Raises:

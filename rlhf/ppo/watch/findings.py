@@ -1,4 +1,4 @@
-"""Tell changes of a PPO run's metrics from noise, and state what the run shows.
+"""Distinguish changes of a PPO run's metrics from noise, and state what the run shows.
 
 A metric's value at one step is the noisy mean over that step's samples. The run is cut into blocks of steps. The noise
 of one step is estimated from the differences of neighbouring steps (von Neumann 1941), which a slow trend hardly
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from ...report.words import count, signed, verdict
 
-BLOCKS = 8  # the most blocks that a run is cut into
-FEWEST = 3  # the fewest steps of a block: a change needs six steps
-# metrics that mean something for several heads alone
+BLOCKS = 8  # largest number of blocks in a run
+FEWEST = 3  # smallest number of steps in a block: a change needs six steps
+# metrics that are meaningful only with several heads
 _OF_SEVERAL = {f"reward/{name}" for name in ("nominal", "worst", "gap", "disagreement", "disagreement_ratio")}
 RISES, FALLS, FLAT = "rises", "falls", "no change shown"
 _PAST = {RISES: "rose", FALLS: "fell", FLAT: "shows no change"}
@@ -34,7 +34,7 @@ class Series(NamedTuple):
 
 
 class Change(NamedTuple):
-    """The mean of the last block minus that of an earlier one, and its 95 % interval; `step`: where that one ends."""
+    """The mean of the last block minus that of an earlier one, with a 95 % interval; `step`: end of the earlier one."""
 
     step: int
     first: float
@@ -136,7 +136,7 @@ def _blocks(steps: int) -> list[range]:
 
 
 def difference(one: Series, other: Series) -> Change | None:
-    """The last block of `other` minus that of `one`, for two runs of the same length; None if they are too short."""
+    """The mean of the last block of `other` minus that of `one`, runs of one length; None if they are too short."""
     if not (_blocks(len(one.values)) and _blocks(len(other.values))):
         return None
     parts = [(found, _blocks(len(found.values))[-1]) for found in (one, other)]
@@ -150,7 +150,7 @@ def difference(one: Series, other: Series) -> Change | None:
 
 
 def _difference(found: Series, first: range, last: range, looks: int) -> Change:
-    """The change from block `first` to block `last`; `looks`: the number of comparisons this one was selected from."""
+    """The change from block `first` to block `last`; `looks`: number of comparisons from which it was selected."""
     before, after = (fmean(found.values[i] for i in block) for block in (first, last))
     variance, freedom = _noise(found.values)
     error = math.sqrt(variance * (1 / len(first) + 1 / len(last)))
@@ -172,27 +172,27 @@ def _student_quantile(probability: float, freedom: float) -> float:
 
 
 def findings(rows: Rows, *, steps: int | None = None, rolled_back_to: int | None = None) -> list[str]:
-    """What the table of a run's metrics cannot show, in sentences: the headline, a rollback, faults.
+    """State in sentences what the table of a run's metrics cannot show: the headline, a rollback, faults.
 
-    rows: of metrics.jsonl.   steps: how many were done; None: as many as `rows` tell.   rolled_back_to: the step whose
-    policy was restored at the end, if any; the numbers of later steps are then another policy's.
+    rows: of metrics.jsonl.   steps: number of steps done; None: as in `rows`.   rolled_back_to: the step whose policy
+    was restored at the end, if any; the numbers of later steps then belong to another policy.
     """
     rows = by_step(rows)
     if not rows:
-        return ["No step was finished." if not steps else "metrics.jsonl is empty: nothing can be said of the run."]
+        return ["No step was finished." if not steps else "metrics.jsonl is empty: it shows nothing of the run."]
     lines = [headline(rows), _rolled_back(rows, rolled_back_to), faults(rows, steps)]
     return [line for line in lines if line]
 
 
 def headline(rows: Rows) -> str:
-    """What happened to the gold reward while the proxy was optimised; `rows` of `by_step`."""
+    """Say what happened to the gold reward while the proxy was optimised; `rows` of `by_step`."""
     proxy, gold = series(rows, "reward/mean"), series(rows, "gold/mean")
     up = change(proxy)
     if up is None:
         return f"{count(len(rows), 'step')}: too few to tell a change from noise ({2 * FEWEST} are needed)."
     if not gold.values:
         missing = "a finite gold reward" if "gold/mean" in rows[0] else "a gold scorer"
-        return f"The proxy reward {_PAST[up.verdict]} ({up}). Without {missing}, nobody can tell if it was hacked."
+        return f"The proxy reward {_PAST[up.verdict]} ({up}). Without {missing}, reward hacking cannot be detected."
     overall, down = change(gold), fall(gold)
     if overall is None:
         return "The gold reward was measured at too few steps to tell a change from noise."
@@ -217,9 +217,9 @@ def _rolled_back(rows: Rows, step: int | None) -> str:
 
 
 def faults(rows: Rows, steps: int | None = None) -> str:
-    """What went wrong during the run, in sentences; "" if nothing did.
+    """Say in sentences what went wrong during the run; "" if nothing did.
 
-    rows: of `by_step`.   steps: how many were done; None: as many as `rows` tell.
+    rows: of `by_step`.   steps: number of steps done; None: as in `rows`.
     """
     dropped, skipped = total(rows, "samples/dropped"), total(rows, "update/skipped")
     starved = total([row for row in rows if not _finite(row.get("reward/mean"))], "update/skipped")
@@ -231,7 +231,7 @@ def faults(rows: Rows, steps: int | None = None) -> str:
         f"{count(starved, 'update')} skipped because no sample was left.": starved,
         f"{count(skipped - starved, 'update')} skipped for a loss that was not finite.": skipped - starved,
         f"The gold scorer gave no finite number in {count(len(gold), 'step')}.": gold and not any(map(_finite, gold)),
-        f"metrics.jsonl lacks {_spans(missing)}: the numbers cover the other steps alone.": missing,
+        f"metrics.jsonl lacks {_spans(missing)}: the numbers cover only the other steps.": missing,
     }
     return " ".join(sentence for sentence, happened in found.items() if happened)
 
@@ -249,5 +249,5 @@ def _spans(steps: Sequence[int]) -> str:
             spans[-1][1] = step
         else:
             spans.append([step, step])
-    said = ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in spans)
-    return f"step{'s' * (len(steps) > 1)} {said}"
+    text = ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in spans)
+    return f"step{'s' * (len(steps) > 1)} {text}"

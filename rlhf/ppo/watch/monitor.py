@@ -69,7 +69,7 @@ def experience_metrics(experience: Scored) -> dict[str, float]:
 
 
 def explained_variance(value: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - value) / Var(returns) of [R] tokens: 1 exact, 0 as a constant is; NaN without spread."""
+    """1 - Var(returns - value) / Var(returns) of [R] tokens: 1 is exact, 0 is a constant; NaN if Var(returns) is 0."""
     if returns.numel() < 2:
         return math.nan
     spread = returns.double().var()
@@ -152,7 +152,7 @@ class Monitor:
         return metrics
 
     def _gold_mean(self, step: int, scores: Tensor) -> float:
-        """The mean of the finite scores; without any NaN, on which no stop rule fires, and one warning per run."""
+        """The mean of the finite scores; without any, NaN, on which no stop rule fires, and one warning per run."""
         finite = scores[torch.isfinite(scores)]
         if not len(finite) and not self._gold_failed:
             logger.warning(
@@ -177,10 +177,10 @@ class Monitor:
             "gold": gold,
         }
         for i, response in enumerate(samples.responses):
-            said = self.decode(response[:-1] if samples.stopped[i] else response)
-            said = said if samples.texts is None else samples.texts[i]
+            text = self.decode(response[:-1] if samples.stopped[i] else response)
+            text = text if samples.texts is None else samples.texts[i]
             numbers = {name: None if column is None else _finite(column[i]) for name, column in columns.items()}
-            texts = {"prompt": self.decode(samples.prompts[i]), "response": said}
+            texts = {"prompt": self.decode(samples.prompts[i]), "response": text}
             self._texts.add(step, i, {**texts, **numbers, "length": len(response), "stopped": samples.stopped[i]})
 
     def state(self) -> dict[str, Any]:
@@ -243,14 +243,14 @@ def require_trackers(config: PPOConfig) -> None:
     try:
         from accelerate.tracking import get_available_trackers
     except ImportError:
-        raise ImportError("trackers: they come through accelerate: pip install 'prudent[train]'") from None
+        raise ImportError("trackers: they need accelerate: pip install 'prudent[train]'") from None
     missing = [name for name in config.trackers if name not in map(str, get_available_trackers())]
     if missing:
         raise ImportError(f"trackers: {', '.join(missing)} not installed: pip install {' '.join(missing)}")
 
 
 def open_trackers(config: PPOConfig) -> list[Any]:
-    """Start accelerate's trackers named by `config.trackers` with the run's config; see `require_trackers`."""
+    """Start the trackers of accelerate that `config.trackers` names, with the run's config; see `require_trackers`."""
     require_trackers(config)
     if not config.trackers:
         return []

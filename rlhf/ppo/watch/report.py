@@ -48,7 +48,7 @@ _UPDATE = (
 def render(
     config: PPOConfig, metrics_rows: Rows, samples_rows: Sequence[Mapping[str, Any]], outcome: Mapping[str, Any]
 ) -> str:
-    """The report as HTML.
+    """Render the report as HTML.
 
     Args:
         config: the run's resolved config.
@@ -83,7 +83,7 @@ def render(
 
 
 def versus(config: PPOConfig) -> str:
-    """What the heads' std and disagreement are relative to."""
+    """Name the texts to which the heads' std and disagreement are relative."""
     return "the preference data" if config.data else "the start"
 
 
@@ -172,7 +172,7 @@ def _figures(config: PPOConfig, rows: Rows) -> dict[str, str]:
 
 
 def _facts(config: PPOConfig, rows: Rows, outcome: Mapping[str, Any]) -> dict[str, str]:
-    """What the settings alone do not tell: the reward and the policy as they were loaded, and the steps done."""
+    """Facts that the settings do not show: the reward and the policy as loaded, and the steps done."""
     given = f"{config.reward.source} ({config.reward.kind}), {config.reward.aggregation}"
     facts = {"reward": str(outcome.get("reward", "")).removeprefix("reward source: ") or given}
     if outcome.get("policy"):

@@ -57,7 +57,7 @@ def test_a_checkpoint_cut_short_is_skipped(tmp_path: Path, caplog: pytest.LogCap
     file.write_bytes(file.read_bytes()[:-20])
     with caplog.at_level(logging.WARNING):
         assert kept.steps() == [10]
-    assert "step-000020 is damaged (cut short, or its bytes changed): skipped" in caplog.text
+    assert "step-000020 is damaged (truncated, or its bytes changed): skipped" in caplog.text
 
 
 def _flip(file: Path, where: int) -> None:
@@ -131,7 +131,7 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(tmp_path: Path, m
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
     with pytest.raises(
-        OSError, match=r"step 20 could not be written .*No space left on device.*whole one is of step 10"
+        OSError, match=r"step 20 could not be written .*No space left on device.*complete one is of step 10"
     ):
         kept.save(20, _saved(2))
     monkeypatch.undo()
@@ -161,6 +161,6 @@ def test_a_file_system_that_is_really_full(tmp_path: Path) -> None:
     child.join()
     assert "checkpoint of step 20 could not be written" in sentence
     assert f"({os.strerror(errno.EFBIG)})" in sentence  # what the system said, not what torch made of it
-    assert "the last whole one is of step 10" in sentence
+    assert "the last complete one is of step 10" in sentence
     assert Checkpoints(tmp_path).steps() == [10]
     assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]

@@ -267,7 +267,7 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_it_goes_on_later(
         write(value, file)
 
     monkeypatch.setattr(checkpoint.torch, "save", fills_up)
-    with pytest.raises(OSError, match=r"step 4 could not be written .*No space left.*last whole one is of step 2"):
+    with pytest.raises(OSError, match=r"step 4 could not be written .*No space left.*last complete one is of step 2"):
         loop.run_ppo(config, progress=False)
     assert loop.run_ppo(config, resume=True, progress=False).metrics["steps"] == 6
     assert [row["step"] for row in read_metrics(config.output)] == list(range(6))

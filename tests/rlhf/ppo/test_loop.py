@@ -112,7 +112,7 @@ def test_a_finished_run_is_not_run_again_and_more_steps_go_on(finished: PPOResul
     config = load_config(PPOConfig, finished.folder / "config.yaml")
     again = run_ppo(config, resume=True, progress=False)
     assert again.finished_before
-    assert "nothing was done again" in str(again)
+    assert "nothing to do" in str(again)
     more = run_ppo(config.model_copy(update={"steps": 13}), resume=True, progress=False)
     assert more.metrics["steps"] == 13
     assert [row["step"] for row in read_metrics(finished.folder)] == list(range(13))
@@ -140,7 +140,7 @@ def test_the_command_says_what_runs_shows_a_bar_and_leaves_torchs_generator_alon
     combination = ("steps 0 to 1", "reference: ", "reward source: ", "(callable)", "trained: ")
     for said in (*combination, "1/1", "reward ", "kl ", "length "):
         assert said in shown.err
-    assert "(top_k: the update takes samples for those of the whole distribution" in shown.err
+    assert "(top_k: the update assumes samples of the whole distribution" in shown.err
     assert "1 step done" in shown.out
     assert load_config(PPOConfig, config.output / "config.yaml").stop_when == ("kl > 20", "kl > 9")
     assert main(arguments) == 2
@@ -213,7 +213,7 @@ class TestStopping:
         since = next(step for step, value in enumerate(coefficients) if value < 0.5 * coefficients[0])
         assert result.metrics["steps"] == since + 3 == len(spoilt)
         assert result.metrics["rolled_back_to"] == since - 1
-        assert f"the policy is the checkpoint of step {since - 1} again" in result.metrics["stopped"]
+        assert f"the policy was rolled back to the checkpoint of step {since - 1}" in result.metrics["stopped"]
         kept = Checkpoints(config.output / "checkpoints")
         assert since - 1 in kept.steps()
         loaded = kept.load(since - 1)
@@ -232,7 +232,7 @@ class TestStopping:
         config = _config(tiny_chat_folder, tmp_path, 'stop_when=["length > 0 for 2 then rollback"]')
         result = run_ppo(config, progress=False)
         assert result.metrics["rolled_back_to"] is None
-        assert "no checkpoint is from before, so the policy stays" in result.metrics["stopped"]
+        assert "no checkpoint is older, so the policy was not rolled back" in result.metrics["stopped"]
 
     @pytest.mark.parametrize(
         ("rule", "sets", "takes"),
@@ -291,7 +291,7 @@ class TestFinishedAgain:
         with pytest.raises(ValueError, match="holds a run already"):  # its checkpoints are there
             run_ppo(config, progress=False)
         more = run_ppo(config.model_copy(update={"steps": 4}), resume=True, progress=False)
-        assert more.metrics["faults"] == "metrics.jsonl lacks steps 0 to 1: the numbers cover the other steps alone."
+        assert more.metrics["faults"] == "metrics.jsonl lacks steps 0 to 1: the numbers cover only the other steps."
         assert more.metrics["faults"] in str(more)
 
     def test_without_the_reports_packages_no_report_is_promised(
@@ -348,7 +348,7 @@ class TestRefusals:
         data.write_text('{"prompt": "the food", "chosen": "very good", "rejected": "bad"}\n')
         with pytest.raises(
             ValueError,
-            match=r"^data: has no effect with reward\.kind callable: a reward without heads has no doubt to compare",
+            match=r"^data: has no effect with reward\.kind callable: a reward without heads has no uncertainty",
         ):
             run_ppo(_config(tiny_chat_folder, tmp_path, data=str(data)), progress=False)
 

@@ -98,7 +98,7 @@ def test_kl_is_off_and_the_samples_are_drawn_as_the_policys_are(
 
 def test_what_the_recipe_decides_is_refused(tiny_chat_folder: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
     for entry, message in (
-        ("kl.coef=0.1", "kl: expected none with recipe pet, whose reward is made for none, got coef 0.1"),
+        ("kl.coef=0.1", "kl: expected none with recipe pet, whose reward is trained for PPO without KL, got coef 0.1"),
         ("kl.chi2=0.1", "kl: expected none with recipe pet"),
         ("kl.place=loss", r"kl\.place: has no effect with kl\.coef 0"),
         ("reward.source=some/model", "reward.source, reward.kind: expected none with recipe pet"),
@@ -141,11 +141,11 @@ def length(prompts, responses):
             r"^update\.lam: has no effect with estimator rloo",
         ),
         (["policy.mode=full", "policy.lora_rank=8"], ValueError, r"^policy\.lora_rank: has no effect"),
-        (['stop_when=["disagreement > 3x"]'], ValueError, "takes a reward of several heads, not one"),
+        (['stop_when=["disagreement > 3x"]'], ValueError, "needs a reward of several heads, not one"),
         (
             ['stop_when=["disagreement > 3x"]', "pet.start={one}"],
             ValueError,
-            "takes a reward of several heads, not one",
+            "needs a reward of several heads, not one",
         ),
         (["gold={judge}:broken"], ValueError, "gold: .*broken raised RuntimeError: no judge today"),
         (["trackers=[trackio]"], ImportError, "trackers: trackio not installed"),

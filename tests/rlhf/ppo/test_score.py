@@ -216,7 +216,7 @@ def test_the_policy_is_as_it_was_and_nothing_has_a_gradient() -> None:
 
 
 def test_a_policy_without_a_reward_of_its_own_needs_a_source() -> None:
-    with pytest.raises(ValueError, match="reward: expected a source, because the policy has none of its own, got none"):
+    with pytest.raises(ValueError, match="reward: expected a source, because the policy has no reward heads, got none"):
         scored(make(None))
     with pytest.raises(ValueError, match="samples: expected at least one, got none"):
         scored(make(RewardOnTrunk(heads())), Samples([], [], [], []))

@@ -75,12 +75,12 @@ def test_nan_ends_a_row_and_infinity_is_beyond_every_bound() -> None:
 
 
 def test_a_start_that_has_no_multiples_is_refused_at_the_first_step() -> None:
-    with pytest.raises(ValueError, match="give a number without x; to go on, use --resume with another stop_when"):
+    with pytest.raises(ValueError, match="give a number without x; to continue, use --resume with another stop_when"):
         StopRules(["gap > 3x"]).observe(0, {"reward/gap": 0.0})
 
 
 def test_a_metric_that_the_run_does_not_measure_is_refused_with_those_it_does() -> None:
-    said = "does not measure; it measures kl/sequence, text/length; to go on, use --resume with another stop_when"
+    said = "does not measure; it measures kl/sequence, text/length; to continue, use --resume with another stop_when"
     with pytest.raises(ValueError, match=said):
         StopRules(["gap > 3"]).observe(0, {"text/length": 1.0, "kl/sequence": 0.0})
 
@@ -89,7 +89,7 @@ def test_a_rule_over_what_the_run_cannot_have_is_refused_with_what_would_give_it
     rules = StopRules(["kl > 9", "gold/mean < 0 for 2"])
     rules.refuse({})
     with pytest.raises(
-        ValueError, match=r"^stop_when: 'gold/mean < 0 for 2' watches gold/mean, which takes a gold scorer"
+        ValueError, match=r"^stop_when: 'gold/mean < 0 for 2' watches gold/mean, which needs a gold scorer"
     ):
         rules.refuse({"gold/mean": "a gold scorer"})
 

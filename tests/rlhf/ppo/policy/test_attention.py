@@ -21,7 +21,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_is_flash_and_packed_where_everything_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert resolve("auto", torch.bfloat16, "cuda") == Attention(FLASH, packed=True)
-    assert "attention: flash_attention_2 (flash-attn is there)" in capsys.readouterr().err
+    assert "attention: flash_attention_2 (flash-attn is installed)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

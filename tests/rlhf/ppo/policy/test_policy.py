@@ -146,7 +146,7 @@ def test_another_trainable_state_is_refused_and_changes_nothing() -> None:
     before = {name: tensor.clone() for name, tensor in policy.trainable_state().items()}
     name = next(iter(before))
     short = {key: value + 1 for key, value in before.items() if key != name}
-    with pytest.raises(ValueError, match=rf"expected this policy's 30 tensors, got 29: {name} is in one alone"):
+    with pytest.raises(ValueError, match=rf"expected this policy's 30 tensors, got 29: {name} is in only one"):
         policy.load_trainable_state(short)
     with pytest.raises(ValueError, match=r"value_head/weight: expected \[1, 32\], got \[1, 31\]"):
         policy.load_trainable_state({**{k: v + 1 for k, v in before.items()}, "value_head/weight": torch.zeros(1, 31)})
@@ -266,7 +266,7 @@ def test_heads_and_adapters_of_another_width_are_refused(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"fits tiny, got .*: size mismatch for .*q_proj.lora_A.reward.weight.*\.$"):
         make(reward=RewardOnTrunk(EnsembleHead(WIDTH, 3), tmp_path))
     make(tiny_lm(num_hidden_layers=3)).save(tmp_path)
-    with pytest.raises(ValueError, match=r"fits tiny, got .*: base_model.*layers.2.* is in one of them alone"):
+    with pytest.raises(ValueError, match=r"fits tiny, got .*: base_model.*layers.2.* is in only one of them"):
         make(reward=RewardOnTrunk(EnsembleHead(WIDTH, 3), tmp_path))
 
 

@@ -126,15 +126,18 @@ def test_a_mapping_may_say_what_its_heads_think(
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return [1.0]", r"mine.py:score: rewards: expected a list of 3, one a response, got 1"),
-        ("return 1.0", "expected a list of 3, one a response, got float"),
+        ("return [1.0]", r"mine.py:score: rewards: expected a list of 3, one per response, got 1"),
+        ("return 1.0", "expected a list of 3, one per response, got float"),
         ("return ['a', 1, 2]", "expected numbers, None or NaN, got 'a'"),
         ("return {'score': [1, 2, 3]}", "expected rewards in the answer, got score"),
-        ("return {'rewards': [1, 2, 3], 'mean': [[1], [1, 2], [1]]}", "mean: expected one list a response, all of one"),
-        ("return {'rewards': [1, 2, 3], 'mean': [[], [], []]}", "mean: expected one list a response, .* none empty"),
+        (
+            "return {'rewards': [1, 2, 3], 'mean': [[1], [1, 2], [1]]}",
+            "mean: expected one list per response, all of one",
+        ),
+        ("return {'rewards': [1, 2, 3], 'mean': [[], [], []]}", "mean: expected one list per response, .* none empty"),
         (
             "return {'rewards': [1, 2, 3], 'mean': [[1, 2]] * 3, 'std': [[1, 2, 3]] * 3}",
-            r"mine.py:score: expected mean and std of the same heads, got 2 and 3 a response",
+            r"mine.py:score: expected mean and std of the same heads, got 2 and 3 per response",
         ),
         ("pass", r"reward.source: .*mine.py:score: expected rewards, got None"),
         ("return {'rewards': None}", "expected rewards, got None"),

@@ -174,17 +174,17 @@ def test_heads_that_skip_a_token_at_the_end_read_the_policys_trunk_in_front_of_i
 def test_append_eos_is_for_a_model_of_its_own_alone(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
     source = _save(tmp_path, policy, tokenizer)
     with pytest.raises(
-        ValueError, match="append_eos: expected nothing with kind shared, only with kind model, got True"
+        ValueError, match=r"append_eos: expected null with kind shared \(only kind model reads it\), got True"
     ):
         resolve_kind(RewardConfig(source=str(source), append_eos=True), policy)
-    with pytest.raises(ValueError, match="expected nothing with kind callable"):
+    with pytest.raises(ValueError, match="expected null with kind callable"):
         resolve_kind(RewardConfig(source="vader", append_eos=False), policy)
 
 
 def test_a_sequence_classifier_is_a_model(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
     _save_classifier(tmp_path, policy, tokenizer)
     assert resolve_kind(RewardConfig(source=str(tmp_path)), policy) == "model"
-    with pytest.raises(ValueError, match="which is no EnsembleRewardModel"):
+    with pytest.raises(ValueError, match="which is not an EnsembleRewardModel"):
         load_shared_head(tmp_path, policy)
 
 

@@ -98,13 +98,13 @@ def test_every_failed_try_is_one_warning(
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("http://", "no host is given"),
-        ("http://:8000/x", "no host is given"),
+        ("http://", "it has no host"),
+        ("http://:8000/x", "it has no host"),
         ("http://localhost:abc/x", "Port could not be cast to integer value as 'abc'"),
         ("http://localhost:99999/x", "Port out of range"),
-        ("http://localhost:0/x", "there is no port 0"),
-        ("http://local host:1/x", "blanks and what is not ASCII are written %XX"),
-        ("http://localhost:1/größe", "blanks and what is not ASCII are written %XX"),
+        ("http://localhost:0/x", "its port is 0"),
+        ("http://local host:1/x", "blanks and non-ASCII characters must be written as %XX"),
+        ("http://localhost:1/größe", "blanks and non-ASCII characters must be written as %XX"),
         ("http://[::1/x", "Invalid IPv6 URL"),
         ("file:///etc/passwd", "its scheme is file"),
         ("host/score", "its scheme is missing"),
@@ -127,7 +127,7 @@ def test_what_is_no_url_is_refused_before_it_is_asked(
         ((200, b"null"), "expected rewards, got None", 1),
         ((200, b'{"rewards": null}'), "expected rewards, got None", 1),
         ((200, b"<html>"), "expected JSON, got b'<html>'", 1),
-        ((200, b'{"rewards": [1]}'), "expected a list of 3, one a response, got 1", 1),
+        ((200, b'{"rewards": [1]}'), "expected a list of 3, one per response, got 1", 1),
     ],
 )
 def test_what_a_server_does_wrong_is_said(

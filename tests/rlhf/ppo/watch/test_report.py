@@ -142,16 +142,16 @@ def test_why_an_update_was_skipped_is_told(rewards: list[float | None], said: st
 
 def test_steps_that_the_numbers_are_not_of_are_named() -> None:
     assert F.faults(run(9)) == ""
-    said = "metrics.jsonl lacks steps 0 to 2, 5: the numbers cover the other steps alone."
+    said = "metrics.jsonl lacks steps 0 to 2, 5: the numbers cover only the other steps."
     assert said in F.findings([row for row in run(9) if row["step"] not in (0, 1, 2, 5)])
     assert F.faults(run(9), steps=10).startswith("metrics.jsonl lacks step 9:")
-    assert F.findings([], steps=9) == ["metrics.jsonl is empty: nothing can be said of the run."]
+    assert F.findings([], steps=9) == ["metrics.jsonl is empty: it shows nothing of the run."]
 
 
 def test_a_gold_scorer_that_gave_no_number_is_not_one_that_is_missing() -> None:
     rows = [row | {"gold/mean": None} for row in run(12, gold=None)]
     lines = F.findings(rows)
-    assert "Without a finite gold reward, nobody can tell" in lines[0]
+    assert "Without a finite gold reward, reward hacking cannot" in lines[0]
     assert lines[-1] == "The gold scorer gave no finite number in 12 steps."
     text = Reader(render(config(gold="mine.py:judge"), rows, [], {})).text
     assert "The gold reward is missing: the gold scorer (mine.py:judge) gave no finite number." in text
