@@ -12,12 +12,12 @@ from ..reward.config import BradleyTerryConfig, BRMEConfig
 
 
 class DemoPPOConfig(JobConfig):
-    """The PPO part: two runs. A step takes about 6 s on two idle AVX512-BF16 cores, so the defaults 2.5 minutes."""
+    """The two PPO runs. A step takes about 6 s on two idle AVX512-BF16 cores, so the defaults take 2.5 minutes."""
 
     steps: int = Field(default=12, ge=0, description="Steps of each PPO run; 0: no PPO.")
-    prompts_per_step: int = Field(default=6, ge=1, description="Held-out prompts in a step.")
+    prompts_per_step: int = Field(default=6, ge=1, description="Number of held-out prompts in a step.")
     samples_per_prompt: int = Field(
-        default=4, ge=2, description="Responses to each prompt, each compared with the mean of the others (RLOO)."
+        default=4, ge=2, description="Number of responses to each prompt, each compared with the others' mean (RLOO)."
     )
     max_new_tokens: int = Field(default=20, ge=1, description="Largest number of tokens in a response.")
     lr: float = Field(default=2e-3, gt=0, description="Learning rate, high because the steps are few.")
@@ -28,35 +28,39 @@ class DemoPPOConfig(JobConfig):
 
 
 class DemoConfig(JobConfig):
-    """The config of `prudent demo`. The defaults sample some 270,000 tokens: about 4 minutes on two idle
-    AVX512-BF16 cores (1,400 tokens/s), 13 on cores that multiply in float32; the heads take half a minute, PPO as
-    `DemoPPOConfig` says."""
+    """The config of `prudent demo`. The defaults sample about 270,000 tokens: about 4 minutes on two idle AVX512-BF16
+    cores (1,400 tokens/s), 13 on cores that multiply in float32. The heads take half a minute; for PPO see
+    `DemoPPOConfig`."""
 
     output: Path = Field(default=Path("runs/demo"), description="Run folder.")
     model: str | None = Field(
         default=None,
         description="Causal language model, folder or hub name; null: SmolLM2-135M-Instruct from its wheel.",
     )
-    prompts: Path | None = Field(default=None, description="File with one prompt a line; null: a few hundred of ours.")
+    prompts: Path | None = Field(
+        default=None, description="File with one prompt per line; null: a few hundred built-in prompts."
+    )
     preferences: str | None = Field(
         default=None,
-        description="Real preference pairs (file or data set name); null: sampled ones, with a gold scorer.",
+        description="Real preference pairs (file or data set name); null: sampled pairs, with a gold scorer.",
     )
     limit: int | None = Field(default=None, ge=1, description="Rows of preferences to read; null: all.")
     skip_bad_rows: bool = Field(
         default=False, description="Count broken rows of preferences and continue instead of stopping at the first."
     )
-    eval_fraction: float = Field(default=0.2, gt=0, lt=1, description="Share of the prompts of preferences held out.")
+    eval_fraction: float = Field(
+        default=0.2, gt=0, lt=1, description="Share of the prompts of preferences that is held out."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Number type of the model; auto: bfloat16 if the machine multiplies it in hardware."
     )
     seed: int = Field(default=0, ge=0, lt=2**30, description="Seed of the run.")
-    samples_per_prompt: int = Field(default=16, ge=2, description="Responses to each training prompt.")
+    samples_per_prompt: int = Field(default=16, ge=2, description="Number of responses to each training prompt.")
     pairs_per_prompt: int = Field(
-        default=120, ge=1, description="Pairs of each training prompt; 120: all pairs of 16 responses."
+        default=120, ge=1, description="Number of pairs of each training prompt; 120: all pairs of 16 responses."
     )
-    held_out_prompts: int = Field(default=32, ge=2, description="Prompts held out for evaluation.")
-    best_of: int = Field(default=256, ge=4, description="Responses to each held-out prompt, n of best-of-n.")
+    held_out_prompts: int = Field(default=32, ge=2, description="Number of prompts held out for evaluation.")
+    best_of: int = Field(default=256, ge=4, description="Number of responses to each held-out prompt, n of best-of-n.")
     label_noise: float = Field(default=0.25, ge=0, le=0.5, description="Share of the labels that are flipped.")
     max_new_tokens: int = Field(default=28, ge=1, description="Largest number of tokens in a response.")
     temperature: float = Field(default=0.8, gt=0, description="Temperature of sampling.")
@@ -64,7 +68,7 @@ class DemoConfig(JobConfig):
     top_p: float = Field(
         default=0.95, gt=0, le=1, description="Probability mass of the most likely tokens to sample from."
     )
-    batch_rows: int = Field(default=256, ge=1, description="Responses sampled at once.")
+    batch_rows: int = Field(default=256, ge=1, description="Number of responses sampled in one batch.")
     bt: BradleyTerryConfig = Field(default=BradleyTerryConfig(), description="The single Bradley-Terry head.")
     brme: BRMEConfig = Field(default=BRMEConfig(), description="The ensemble of Gaussian heads.")
     ppo: DemoPPOConfig = Field(default=DemoPPOConfig(), description="The two PPO runs.")

@@ -64,7 +64,7 @@ class DemoResult:
 
 
 def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
-    """Sample, label, train, evaluate, report. A run that was stopped goes on where it was.
+    """Sample, label, train, evaluate, report. An interrupted run is continued.
 
     The run folder: config.yaml (resolved), samples.jsonl, features/, pairs.jsonl and held_out.jsonl (as `prudent train`
     and `prudent eval` read them), metrics.jsonl (training), checkpoints/, single/ (stage 1) and model/ (the ensemble,
@@ -80,7 +80,7 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
     with locked_folder(config.output):
         if open_run_folder(config, ("samples.jsonl", "features", "checkpoints", "metrics.json")) and done.exists():
             return DemoResult(config.output, read_json(done))
-        plot_style.require_matplotlib()  # refuse before minutes of work, not after
+        plot_style.require_matplotlib()  # refuse before minutes of work
         if config.model is None:
             wheel_folder()
         with RunLog(config.output) as log:
@@ -99,7 +99,7 @@ def _dtype(asked: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", 
 
 
 class _Run:
-    """One start of a run; `go` does what earlier starts have not finished."""
+    """One start of a run; `go` does the work that earlier starts have not finished."""
 
     def __init__(self, config: DemoConfig, log: RunLog, progress: bool) -> None:
         self.config, self.log, self.progress = config, log, progress
@@ -184,7 +184,7 @@ class _Run:
         return metrics, report.Page(result, shown, runs)
 
     def _ppo(self, prompts: list[str]) -> dict[str, Any] | None:
-        """Run PPO with both rewards, on the prompts that no head was trained on; None if ppo.steps is 0."""
+        """Run PPO with both rewards, on prompts on which no head was trained; None if ppo.steps is 0."""
         config = self.config
         if config.ppo.steps == 0:
             return None
@@ -281,7 +281,7 @@ class _Run:
         prompts: Sequence[int],
         flipped: Tensor | None,
     ) -> dict[str, Any]:
-        """Measure the held-out pairs: `evaluate_heads` on the true labels, and the accuracies on the noisy ones."""
+        """Evaluate on the held-out pairs: `evaluate_heads` on the true labels, and the accuracies on the noisy ones."""
         with torch.no_grad():
             sides = [ensemble(side, aggregation="mean") for side in held_out]
         compared = [rewards(single, ensemble, side) for side in held_out]

@@ -1,7 +1,7 @@
 """PPO in the demo: one short run on the single head and one on the ensemble, with gold and proxy reward of both.
 
-The two runs differ in the reward alone: same language model, same prompts (those that no reward head was trained on),
-same random numbers. Their first step therefore has the same samples.
+The two runs differ only in the reward: they have the same language model, prompts (on which no reward head was trained)
+and random numbers, so their first step has the same samples.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHOWN = {  # key in metrics.json -> metric of the run
 
 
 class Start(NamedTuple):
-    """What both runs take from the demo: the language model (folder or hub name), and how it is loaded and sampled."""
+    """The language model of both runs (folder or hub name), and how it is loaded and sampled."""
 
     model: str
     dtype: Literal["float32", "bfloat16"]
@@ -73,7 +73,7 @@ def arm_config(name: str, ppo: DemoPPOConfig, start: Start, folder: Path) -> PPO
 def run_arms(ppo: DemoPPOConfig, start: Start, folder: Path, prompts: Sequence[str], progress: bool) -> dict[str, Any]:
     """Run or resume both PPO runs, in ppo/single and ppo/ensemble of the demo's folder.
 
-    prompts: those that no head was trained on.
+    prompts: prompts on which no head was trained.
     Returns the entry `ppo` of metrics.json: `as_dict`, and the number of `samples` in a step.
     """
     atomic_write_text(folder / "ppo" / "prompts.txt", "".join(prompt + "\n" for prompt in prompts))
@@ -100,20 +100,20 @@ def as_dict(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
 
 
 def findings(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Sentences on what the two runs show, the comparison first."""
+    """State in sentences what the two runs show, the comparison first."""
     single, ensemble = (series(by_step(rows[name]), "gold/mean") for name in ("single", "ensemble"))
     title = ARMS["ensemble"][1]
     apart = difference(single, ensemble)
     if apart is None:
         lines = ["PPO: too few steps to tell the two rewards apart."]
     else:
-        said = {
+        result = {
             "rises": f"PPO: the policy trained on {title} ends with more gold reward than the one on the single head",
             "falls": f"PPO: the policy trained on {title} ends with less gold reward than the one on the single head",
         }.get(
             apart.verdict, f"PPO: no difference in gold reward is shown between {title} and the single head at the end"
         )
-        lines = [f"{said} ({apart}). One seed is one observation."]
+        lines = [f"{result} ({apart}). One seed is one observation."]
     for name in rows:
         lines.append(f"{ARMS[name][1][0].upper()}{ARMS[name][1][1:]}: {headline(by_step(rows[name]))}")
     return lines
@@ -133,7 +133,7 @@ def table_rows(ppo: Mapping[str, Any]) -> list[list[str]]:
 
 
 def page(folder: Path, ppo: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of the demo's page on PPO: the table, the rows of the picture, and responses of both policies."""
+    """The PPO parts of the demo's page: the table, the rows of the picture, and responses of both policies."""
     texts = {}
     for name in ARMS:
         texts[name] = before_and_after(read_texts(folder / "ppo" / name))

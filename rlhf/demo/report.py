@@ -31,7 +31,7 @@ _WIDTH, _MARGIN = 420, 14  # pixels of the strip that shows a response's heads
 
 
 class Page(NamedTuple):
-    """What the page shows beside the metrics: the best-of-n study (None without gold), example responses with their
+    """The parts of the page besides the metrics: the best-of-n study (None without gold), example responses with their
     heads, and the PPO runs as `demo.ppo.page` describes them (None without PPO)."""
 
     study: Study | None
@@ -163,7 +163,7 @@ def _scaled(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def table(metrics: Mapping[str, Any]) -> str:
     """The closing tables of the terminal, each with its headline."""
     curves = metrics["best_of_n"]
-    no_gold = "No gold scorer judges given preferences, so there is no best-of-n and no PPO."
+    no_gold = "Given preferences have no gold scorer, so there is no best-of-n and no PPO."
     text = [aligned(table_rows(metrics)), "", curves["findings"][0] if curves else no_gold]
     if metrics.get("ppo"):
         text += ["", aligned(table_of_runs(metrics["ppo"])), "", metrics["ppo"]["findings"][0]]
@@ -187,7 +187,7 @@ def table_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
 
 
 def accuracy_rows(pairs: Mapping[str, Any]) -> list[list[str]]:
-    """A header, then each aggregation's accuracy minus the single head's, paired, and what the interval shows."""
+    """A header, then each aggregation's accuracy minus the single head's, paired, and the interval's verdict."""
     rows = [["pair accuracy minus the single head's", "points", "95 % interval", ""]]
     for name in SCORERS[1:]:
         gap = pairs["difference"].get(f"{name} - {SINGLE}")
@@ -197,7 +197,7 @@ def accuracy_rows(pairs: Mapping[str, Any]) -> list[list[str]]:
 
 
 def signal_rows(pairs: Mapping[str, Any]) -> list[list[str]]:
-    """A header, then each signal's AUROC for errors of the nominal reward, and what the interval shows."""
+    """A header, then each signal's AUROC for errors of the nominal reward, and the interval's verdict."""
     rows = [["signal of an error", "AUROC", "95 % interval", ""]]
     words = ("higher on errors", "lower on errors: misleading", "not shown to differ from chance, 0.5")
     for signal, targets in pairs["signals"]["right_or_wrong"].items():
@@ -249,7 +249,7 @@ def _figures(metrics: Mapping[str, Any], page: Page, folder: Path) -> dict[str, 
 
 
 def render(config: Any, metrics: Mapping[str, Any], page: Page) -> str:
-    """The report as HTML. `config`: the run's DemoConfig."""
+    """Render the report as HTML. `config`: the run's DemoConfig."""
     return render_page(
         "demo_template.html",
         config=config,
