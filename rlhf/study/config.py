@@ -24,15 +24,15 @@ class ToyRewardConfig(JobConfig):
     steps: int = Field(default=1000, ge=1, description="Training steps, each on all pairs.")
     lr: float = Field(default=1e-3, gt=0, description="Learning rate of Adam.")
     normalise: Literal["none", "model", "prompt"] = Field(
-        default="none", description="Leave rewards as they are, z-score each model, or subtract each prompt's mean."
+        default="none", description="Leave rewards unchanged, z-score each model, or subtract each prompt's mean."
     )
 
 
 class ToyPolicyConfig(JobConfig):
     """The policy, a 3-layer MLP from a one-hot prompt to 8 logits, and its PPO.
 
-    kl is large enough for PPO to find the best response of any reward (toy.md says how often). Without it policies
-    settle early on a response that is good for many prompts, which would be an error of PPO, not of the reward.
+    kl is large enough for PPO to find the best response of any reward (toy.md says how often). Without it, policies
+    settle early on a response that is good for many prompts, which is an error of PPO and not of the reward.
     """
 
     width: int = Field(default=64, ge=1, description="Units in a hidden layer.")
@@ -60,7 +60,7 @@ class ToyConfig(JobConfig):
     models: int = Field(default=3, ge=1, description="Reward models of the uncertainty set, beside the nominal one.")
     reward: ToyRewardConfig = Field(default=ToyRewardConfig(), description="The reward models.")
     policy: ToyPolicyConfig = Field(default=ToyPolicyConfig(), description="The policy and its PPO.")
-    sensitivity: bool = Field(default=True, description="Also make the table of other settings.")
+    sensitivity: bool = Field(default=True, description="Also run other settings, for a second table.")
 
 
 class StochasticConfig(JobConfig):
@@ -69,7 +69,7 @@ class StochasticConfig(JobConfig):
     output: Path = Field(default=Path("runs/study/stochastic"), description="Folder for the results.")
     seeds: int = Field(default=100, ge=2, description="Independent repetitions.")
     first_seed: int = Field(default=0, ge=0, lt=2**30, description="Seed of the first repetition.")
-    heads: int = Field(default=5, ge=2, description="Random rewards of which the least is taken, K.")
+    heads: int = Field(default=5, ge=2, description="Number of random rewards of which the minimum is taken, K.")
     steps: int = Field(default=200, ge=1, description="PPO steps on a meaningless reward, 200 in the paper.")
     samples: int = Field(default=16, ge=1, description="Responses to each prompt in a step.")
     epochs: int = Field(default=4, ge=2, description="Passes over a step's samples in the settings with more than one.")
@@ -86,10 +86,12 @@ class StochasticConfig(JobConfig):
 class RewardsConfig(JobConfig):
     """Preference data and reward heads of one seed.
 
-    The samples are drawn from the model itself (temperature 1, nothing cut off), as PPO's first step draws them.
+    The samples are drawn from the model's own distribution (temperature 1, no top-k or top-p), as in PPO's first step.
     """
 
-    prompts: Path | None = Field(default=None, description="File with one prompt a line; null: 64 openings of a story.")
+    prompts: Path | None = Field(
+        default=None, description="File with one prompt per line; null: 64 openings of a story."
+    )
     held_out_prompts: int = Field(
         default=16, ge=2, description="Prompts held out to measure the heads' accuracy; PPO samples the others."
     )
@@ -99,18 +101,18 @@ class RewardsConfig(JobConfig):
     max_new_tokens: int = Field(default=24, ge=1, description="Largest number of tokens in a response.")
     bt: BradleyTerryConfig = Field(default=BradleyTerryConfig(), description="The single Bradley-Terry head.")
     brme: BRMEConfig = Field(default=BRMEConfig(), description="The ensemble of Gaussian heads.")
-    pet: PETConfig = Field(default=PETConfig(), description="PET of both.")
+    pet: PETConfig = Field(default=PETConfig(), description="PET on both.")
 
     @model_validator(mode="after")
     def _pet_keys_that_are_read(self) -> RewardsConfig:
         for name in ("start", "prompts", "max_new_tokens", "temperature", "top_k", "top_p", "batch_rows"):
             if getattr(self.pet, name) != PETConfig.model_fields[name].default:
-                raise ValueError(f"pet.{name}: expected no value, for this study starts and samples PET by itself")
+                raise ValueError(f"pet.{name}: expected no value, because this study sets PET's start and sampling")
         return self
 
 
 class LearningPPOConfig(JobConfig):
-    """PPO as every run has it, but for the reward, the seed and the KL coefficient."""
+    """PPO settings of all runs, which differ only in the reward, the seed and the KL coefficient."""
 
     steps: int = Field(default=50, ge=2, description="Steps of each run.")
     prompts_per_step: int = Field(default=8, ge=1, description="Prompts in a step.")
@@ -134,12 +136,12 @@ class LearningConfig(JobConfig):
     output: Path = Field(default=Path("runs/study/learning"), description="Folder for results and runs.")
     seeds: int = Field(default=3, ge=1, description="Repetitions, each with its own samples, labels and heads.")
     first_seed: int = Field(default=0, ge=0, lt=2**20, description="Seed of the first repetition.")
-    kl: tuple[float, ...] = Field(default=(0.0, 0.05), description="KL coefficients, one table for each.")
+    kl: tuple[float, ...] = Field(default=(0.0, 0.05), description="KL coefficients, with one table for each.")
     lambdas: tuple[float, ...] = Field(
-        default=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), description="Lambdas of the trade-off, one reward for each."
+        default=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), description="Lambdas of the trade-off, with one reward for each."
     )
     pet_lambda: float = Field(default=0.4, ge=0, le=1, description="Lambda of the ensemble that PET makes pessimistic.")
-    processes: int = Field(default=2, ge=1, description="Runs at a time, with one thread each if there are several.")
+    processes: int = Field(default=2, ge=1, description="Number of runs at a time, with one thread each if several.")
     window: int = Field(default=10, ge=1, description="Steps over which a final or a peak value is averaged.")
     rewards: RewardsConfig = Field(default=RewardsConfig(), description="Preference data and reward heads.")
     ppo: LearningPPOConfig = Field(default=LearningPPOConfig(), description="The PPO runs.")

@@ -1,8 +1,8 @@
-"""Run `prudent study learning`: PPO against each reward on a small language model, judged by a gold reward.
+"""Run `prudent study learning`: PPO against each reward on a small language model, evaluated by a gold reward.
 
 Gold is VADER's sentiment of the words. Proxies are reward heads on the frozen trunk's features, trained on pairs of the
 model's own samples with a share of the labels flipped. PPO sees only the proxy. The study measures whether the gold
-reward of its samples rises, whether it stays high, and which proxy gives most.
+reward of the policy's samples rises, whether it stays high, and which proxy gives the most.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .result import StudyResult, command, run_study
 
 SHOWN = ("gold/mean", "reward/mean", "kl/sequence", "text/length", "text/truncated", "policy/entropy")
 BLOCK = 5  # steps
-RESUMABLE_CHANGES = ("output", "seeds", "kl", "lambdas", "processes", "window")  # what no run in the folder depends on
+RESUMABLE_CHANGES = ("output", "seeds", "kl", "lambdas", "processes", "window")  # no run in the folder depends on them
 
 
 class Arm(NamedTuple):
@@ -46,7 +46,7 @@ def run_learning(config: LearningConfig, *, progress: bool = True) -> StudyResul
     The folder: seed-S/ (samples, pairs and the reward models of a seed), runs/ (PPO runs, see `run_ppo`).
 
     Raises:
-        ValueError: for a model that cannot be used, or a folder that holds anything but runs of this config; more
+        ValueError: for a model that cannot be used, or a folder that holds other files or runs of another config;
             seeds, lambdas and KL coefficients may be added.
         ImportError: naming the extra to install.
     """
@@ -65,7 +65,7 @@ def _measure(config: LearningConfig, progress: bool) -> dict[str, Any]:
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     jobs = [(config.model_dump_json(), seed) for seed in seeds]
     prepared = dict(zip(seeds, _in_processes(_prepare, jobs, config.processes, "rewards", progress), strict=True))
-    # all arms of a seed before the next seed: an interrupted study then has whole seeds
+    # all arms of a seed before the next seed, so that an interrupted study has complete seeds
     runs = [(kl, seed, arm) for kl in config.kl for seed in seeds for arm in arms(config)]
     tasks = [(ppo_config(config, kl, seed, arm).model_dump_json(),) for kl, seed, arm in runs]
     rows = _in_processes(_run, tasks, config.processes, "PPO runs", progress)
@@ -84,7 +84,7 @@ def _measure(config: LearningConfig, progress: bool) -> dict[str, Any]:
 
 
 def arms(config: LearningConfig) -> list[Arm]:
-    """The rewards compared, the single head first."""
+    """The rewards to compare, the single head first."""
     trade = f"tradeoff:{config.pet_lambda:g}"
     return [
         Arm("single head", "single", "mean"),
@@ -147,7 +147,7 @@ def _prepare(config: str, seed: int) -> dict[str, Any]:
 
 
 def _run(config: str) -> tuple[dict[str, list[float | None]], str]:
-    """Do or resume one PPO run; returns its curves and its last text of the first prompt."""
+    """Start or resume one PPO run; return its curves and its last text of the first prompt."""
     ppo = PPOConfig.model_validate_json(config)
     run_ppo(ppo, resume=True, progress=False)
     rows, texts = read_metrics(ppo.output), read_texts(ppo.output)
@@ -156,7 +156,7 @@ def _run(config: str) -> tuple[dict[str, list[float | None]], str]:
 
 
 def _in_processes(work: Any, tasks: list[tuple[Any, ...]], processes: int, name: str, progress: bool) -> Iterator[Any]:
-    """The results of `work(*task)` in the tasks' order, computed here or in several processes of one thread each."""
+    """Return the results of `work(*task)` in the tasks' order, computed here or in processes of one thread each."""
     results: list[Any] = [None] * len(tasks)
     with tqdm(total=len(tasks), desc=name, disable=not progress) as bar:
         if processes == 1:

@@ -119,7 +119,7 @@ def _spread(values: Sequence[float], digits: int = 3, sign: str = "+") -> str:
 
 @styled
 def picture(metrics: dict[str, Any]) -> Figure:
-    """A row a KL coefficient: gold and proxy over the steps, gold over KL, final gold; means over seeds."""
+    """One row per KL coefficient: gold and proxy over the steps, gold over KL, final gold; means over seeds."""
     from matplotlib.figure import Figure
 
     kls, steps = metrics["config"]["kl"], metrics["config"]["ppo"]["steps"]

@@ -49,7 +49,7 @@ OPENINGS = tuple(f"One day, {who} {where}" for who in _WHO for where in _WHERE)
 
 
 def prepare(model: str, folder: Path, config: RewardsConfig, seed: int, aggregation: str) -> dict[str, Any]:
-    """Sample, label and train; a call that finds the rewards finished returns their numbers.
+    """Sample, label and train; if the rewards are finished, only return their numbers.
 
     Writes into `folder`: samples.jsonl, features/, prompts.txt (the prompts of PPO), pairs.jsonl, the reward models
     single/, ensemble/, pet_single/ and pet_ensemble/, and rewards.json (last).
@@ -87,10 +87,10 @@ def prepare(model: str, folder: Path, config: RewardsConfig, seed: int, aggregat
         with atomic_folder(folder / name) as target:
             EnsembleRewardModel.from_trunk(trunk, head=head).save_pretrained(target)
             tokenizer.save_pretrained(target)
-    asked = torch.stack([gold[i] for i in training])
+    own = torch.stack([gold[i] for i in training])
     numbers = {
-        "gold_reference": float(asked.mean()),
-        "gold_best_of_16": float(best_of_n_curve(asked, asked, [min(16, asked.shape[1])]).gold[0]),
+        "gold_reference": float(own.mean()),
+        "gold_best_of_16": float(best_of_n_curve(own, own, [min(16, own.shape[1])]).gold[0]),
         "accuracy": {name: _accuracy(head, sides) for name, head in heads.items()},
         "pairs": len(pairs.better),
         "held_out_pairs": len(test.better),
@@ -101,7 +101,7 @@ def prepare(model: str, folder: Path, config: RewardsConfig, seed: int, aggregat
 
 def _prompts(config: RewardsConfig) -> list[str]:
     prompts = list(OPENINGS) if config.prompts is None else read_prompts(config.prompts, config.held_out_prompts)
-    # the last prompts are held out: spread the openings, of which neighbours share a hero
+    # the last prompts are held out; neighbouring openings share a hero, so spread them
     return prompts if config.prompts is not None else [prompts[(i * 13) % len(prompts)] for i in range(len(prompts))]
 
 
@@ -137,8 +137,8 @@ def _train(
 def _as_wide(head: EnsembleHead, start: EnsembleHead, features: Tensor) -> EnsembleHead:
     """Scale `head` so that its reward has the same std on `features` as that of `start`.
 
-    PET makes rewards small, and the same KL coefficient would then weigh more. All heads are scaled by one factor,
-    which keeps their relative scale.
+    PET shrinks rewards, so that the same KL coefficient would weigh more. One factor scales all heads, which keeps
+    their relative scale.
     """
     factor = head(features).reward.double().std() / start(features).reward.double().std()
     head.scale.mul_(float(factor))

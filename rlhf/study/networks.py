@@ -1,4 +1,4 @@
-"""Many small independent MLPs as one batch, so that all seeds of all arms train together."""
+"""Compute many small independent MLPs as one batch, so that all seeds of all arms train together."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_FLAGS = ("model", "seeds")  # always in the command
+_FLAGS = ("model", "seeds")  # always part of the command
 
 
 def command(study: str, config: JobConfig) -> str:
@@ -60,14 +60,14 @@ def run_study(
     *,
     resumable_changes: Collection[str] = ("output",),
 ) -> StudyResult:
-    """Call `measure`, and write its result, table and picture into `config.output`, beside config.yaml.
+    """Call `measure`, and write config.yaml, the result, its table and its picture into `config.output`.
 
     Args:
         config: of the study; its key `output` is a folder.
         resumable_changes: keys that may differ from those of the results in the folder.
 
     Raises:
-        ValueError: for a folder that holds anything but this study with this config.
+        ValueError: for a folder that holds other files, or this study with another config.
         ImportError: naming the extra, if matplotlib is not installed.
     """
     require_matplotlib()

@@ -5,9 +5,9 @@ finds that random rewards, N(0, 1), hurt a policy most, that the minimum of seve
 constant hurts least. Here policies that solve the toy are trained on each of them; gold is the probability of the right
 response.
 
-The minimum of K has a smaller variance (its mean and variance are printed), which could make it hurt less. Updates that
-are invariant to the reward's scale cannot use that: Adam divides by the gradient's scale, whitening by the advantages'
-std. So the arms run under SGD and Adam, for one epoch and for four, whitened, and with a KL penalty.
+The minimum of K has a smaller variance (its mean and variance are printed), which could be why it hurts less. Updates
+that are invariant to the reward's scale exclude this reason: Adam divides by the gradient's scale, whitening by the
+advantages' std. So the arms run under SGD and Adam, for one epoch and for four, whitened, and with a KL penalty.
 """
 
 from __future__ import annotations
@@ -39,11 +39,10 @@ class Setting(NamedTuple):
 
 
 def run_stochastic(config: StochasticConfig, *, progress: bool = True) -> StudyResult:
-    """Train good policies on rewards that mean nothing; write stochastic.json, stochastic.md and stochastic.png, beside
-    config.yaml.
+    """Train good policies on meaningless rewards; write config.yaml, stochastic.json, stochastic.md and stochastic.png.
 
     Raises:
-        ValueError: for a folder that holds anything but this study with this config.
+        ValueError: for a folder that holds other files, or this study with another config.
         ImportError: naming the extra, if matplotlib is not installed.
     """
     return run_study(
@@ -78,7 +77,7 @@ def _measure(config: StochasticConfig, progress: bool) -> dict[str, Any]:
 
 
 def settings(config: StochasticConfig) -> dict[str, Setting]:
-    """The updates tried, by their names in the tables."""
+    """The updates to try, by their names in the tables."""
     return {
         "SGD": Setting("sgd"),
         "SGD, whitened advantages": Setting("sgd", whiten=True),

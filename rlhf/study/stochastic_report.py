@@ -55,7 +55,7 @@ def markdown(metrics: dict[str, Any]) -> str:
 
 
 def findings(metrics: dict[str, Any]) -> list[str]:
-    """Under how many updates the intervals show the paper's order, and lemma 1 holds."""
+    """State under how many updates the intervals show the paper's order, and lemma 1 holds."""
     settings = metrics["settings"]
     ordered, exact = [], []
     for name, arms in settings.items():
@@ -76,7 +76,7 @@ def _shown(less_than_random: list[float]) -> str:
 
 @styled
 def picture(metrics: dict[str, Any]) -> Figure:
-    """Gold over the steps, a panel an update: means over seeds."""
+    """Gold over the steps, one panel per update: means over seeds."""
     figure, cells = panels(len(metrics["settings"]), width=3.4, height=2.9, sharey=True)
     for axes, (name, arms) in zip(cells, metrics["settings"].items(), strict=True):
         for arm, row in arms.items():

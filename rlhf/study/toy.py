@@ -6,8 +6,8 @@ model trained on them is the nominal one; `models` others of the same shape with
 uncertainty set. PPO trains a 3-layer MLP policy on each arm's reward, with the exact value of the policy as its critic.
 A policy is optimal if its likeliest response is the right one for all 8 prompts.
 
-The paper gives no widths, learning rates, steps or KL coefficient: they are keys of the config, with a table of their
-influence. Nor does it say whether the nominal model is in the set: both readings are arms.
+The paper gives no widths, learning rates, steps or KL coefficient: they are keys of the config, and a table shows their
+influence. It does not say either whether the nominal model is in the set: both readings are arms.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class Arm(NamedTuple):
 
 
 def run_toy(config: ToyConfig, *, progress: bool = True) -> StudyResult:
-    """Train every arm's policies and write toy.json, toy.md and toy.png into `config.output`, beside config.yaml.
+    """Train every arm's policies and write config.yaml, toy.json, toy.md and toy.png into `config.output`.
 
     Raises:
-        ValueError: for a folder that holds anything but this study with this config.
+        ValueError: for a folder that holds other files, or this study with another config.
         ImportError: naming the extra, if matplotlib is not installed.
     """
     return run_study("toy", config, lambda: _measure(config, progress), toy_report.markdown, toy_report.picture)
@@ -112,7 +112,7 @@ def _changed(config: ToyConfig, change: Mapping[str, dict[str, Any]]) -> ToyConf
 
 
 def _reward_models(config: ToyConfig) -> tuple[Tensor, Tensor]:
-    """Train the reward models: all settings share the pairs, and the seed and the shapes give the initial weights."""
+    """Train the reward models: all settings share the pairs; seed and shapes determine the initial weights."""
     pairs = preference_pairs(config.seeds, torch.Generator().manual_seed(config.first_seed))
     generator = torch.Generator().manual_seed(config.first_seed + 1)
     return reward_models(pairs, 1 + config.models, config.reward, generator)
@@ -172,7 +172,7 @@ def train_arms(
 def outcome(policy: Tensor, table: Tensor, base: Tensor) -> dict[str, Any]:
     """policy and its reward table [S, 8, 8], base [S] the first arm's prompts right -> counts, means, 95 % intervals.
 
-    followed: the share of prompts where the policy's likeliest response is the one its reward likes best.
+    followed: the share of prompts where the policy's likeliest response has the highest reward.
     """
     found = right(policy)
     optimal = int((found == SIZE).sum())

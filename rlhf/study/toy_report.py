@@ -58,7 +58,7 @@ def markdown(metrics: dict[str, Any]) -> str:
 
 
 def findings(metrics: dict[str, Any]) -> list[str]:
-    """Conclusions from the intervals, and counts over seeds and settings that the tables do not show."""
+    """State the intervals' conclusions, and counts over seeds and settings that the tables do not show."""
     arms, seeds = metrics["arms"], metrics["config"]["seeds"]
     name = next(arm for arm in arms if arm.startswith("tradeoff"))
     gain = arms[name]["right_minus_single"]

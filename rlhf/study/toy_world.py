@@ -75,7 +75,7 @@ def _cells() -> Tensor:
 def normalised(rewards: Tensor, how: Literal["none", "model", "prompt"]) -> Tensor:
     """[..., 8, 8] rewards: unchanged, each model standardised over its cells, or each prompt centred.
 
-    Bradley-Terry leaves a constant per prompt undetermined, which differs between models and changes their minimum.
+    Bradley-Terry leaves a constant per prompt undetermined; it differs between models and changes their minimum.
     """
     if how == "prompt":
         return rewards - rewards.mean(dim=-1, keepdim=True)
@@ -157,5 +157,5 @@ def draw(probability: Tensor, uniform: Tensor) -> Tensor:
 
 
 def right(table: Tensor) -> Tensor:
-    """[..., 8, 8] -> [...] int64: the number of prompts whose right response has the largest value."""
+    """[..., 8, 8] -> [...] int64: number of prompts whose right response has the largest value."""
     return (table.argmax(dim=-1) == torch.arange(SIZE)).sum(dim=-1)
