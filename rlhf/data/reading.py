@@ -174,7 +174,7 @@ def _split_of(saved: Any, split: str) -> Any:
             raise ValueError(f"the folder holds one data set without splits: leave out ':{split}'")
         return saved
     if (split or "train") not in saved:
-        raise ValueError(f"the splits are {', '.join(saved)}")
+        raise ValueError(f"the splits are {', '.join(saved)}: choose one as in FOLDER:{next(iter(saved), 'SPLIT')}")
     return saved[split or "train"]
 
 

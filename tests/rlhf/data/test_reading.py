@@ -94,7 +94,10 @@ def test_folders_of_save_to_disk_are_read(saved: Path, name: str, prompts: list[
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("one:test", "holds one data set without splits: leave out ':test'"), ("dict:dev", "the splits are train, test")],
+    [
+        ("one:test", "holds one data set without splits: leave out ':test'"),
+        ("dict:dev", "the splits are train, test: choose one as in FOLDER:train"),
+    ],
 )
 def test_a_split_that_a_saved_data_set_lacks_is_refused(saved: Path, name: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
