@@ -159,9 +159,9 @@ class PairTrainer(Trainer):
         self.model.train()
         chosen, rejected, std_c, std_r, label = (torch.cat(column) for column in zip(*parts, strict=True))
         mean, std = torch.cat([chosen, rejected]), torch.cat([std_c, std_r])
-        given = {"p_hat": label} if self.losses.stage == "brme" else {"margin": label}
+        labels = {"p_hat": label} if self.losses.stage == "brme" else {"margin": label}
         output = EnsembleOutput(mean.mean(dim=1), mean, std, mean.sum())
-        values = pair_metrics(output, self.losses, **given)
+        values = pair_metrics(output, self.losses, **labels)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -213,39 +213,9 @@ def train_trunk(
     In mode lora the LoRA is merged into the returned trunk, and saved unmerged in `folder`/adapter.
     """
     wrapped: Any = _with_lora(model, config, losses.seed) if mode == "lora" else model
-    on_gpu = torch.cuda.is_available()
-    options: dict[str, Any] = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        learning_rate=config.lr or (1e-4 if mode == "lora" else 5e-6),
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        weight_decay=config.weight_decay,
-        warmup_steps=config.warmup,
-        lr_scheduler_type="linear",
-        seed=losses.seed,
-        use_cpu=not on_gpu,
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
-        eval_strategy="steps" if held_out else "no",
-        eval_steps=config.save_every,
-        save_steps=config.save_every,
-        save_total_limit=2,  # a kill can leave the newest incomplete
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=not progress,
-        **options,
-    )
-    # with several GPUs in one process Trainer uses DataParallel, which splits a batch by rows, and so splits pairs
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1
     trainer = PairTrainer(
         model=wrapped,
-        args=arguments,
+        args=_arguments(config, mode, losses.seed, folder, evaluates=bool(held_out), progress=progress),
         data_collator=collate,
         train_dataset=train,
         eval_dataset=held_out or None,
@@ -266,6 +236,42 @@ def train_trunk(
     trained.requires_grad_(False)
     trained.train(False)
     return trained
+
+
+def _arguments(
+    config: TrunkConfig, mode: Literal["lora", "full"], seed: int, folder: Path, *, evaluates: bool, progress: bool
+) -> TrainingArguments:
+    on_gpu = torch.cuda.is_available()
+    options: dict[str, Any] = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=config.lr or (1e-4 if mode == "lora" else 5e-6),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup,
+        lr_scheduler_type="linear",
+        seed=seed,
+        use_cpu=not on_gpu,
+        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=config.save_every,
+        save_steps=config.save_every,
+        save_total_limit=2,  # a kill can leave the newest incomplete
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=not progress,
+        **options,
+    )
+    # with several GPUs in one process Trainer uses DataParallel, which splits a batch by rows, and so splits pairs
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 class _Bar(ProgressCallback):
