@@ -118,9 +118,9 @@ def prompt_columns(row: Mapping[str, Any]) -> PromptColumns:
     return PromptColumns(_text(row, earlier), next(iter(systems.values()), None), history, _tools(row.get("tools")))
 
 
-def refuse_lost(row: Mapping[str, Any], held: Iterable[Mapping[str, Any]]) -> None:
-    """Raise RowError for a prompt column whose text is in none of the messages `held`."""
-    contents = "\n".join(str(message.get("content", "")) for message in held)
+def refuse_lost(row: Mapping[str, Any], messages: Iterable[Mapping[str, Any]]) -> None:
+    """Raise RowError for a prompt column with a text that none of the `messages` has."""
+    contents = "\n".join(str(message.get("content", "")) for message in messages)
     for name in _TEXTS:
         value = row.get(name)
         if isinstance(value, str) and not _holds(contents, value):

@@ -237,9 +237,9 @@ def split_by_prompt(
     if len(prompts) < 2:
         raise ValueError("eval_fraction: expected at least two prompts to split, got one; 0 trains on everything")
     count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
-    held = set(random.Random(seed).sample(prompts, count))
-    train = [pair for pair in pairs if pair.prompt_key not in held]
-    return train, [pair for pair in pairs if pair.prompt_key in held]
+    held_out = set(random.Random(seed).sample(prompts, count))
+    train = [pair for pair in pairs if pair.prompt_key not in held_out]
+    return train, [pair for pair in pairs if pair.prompt_key in held_out]
 
 
 def _key(text: Prompt) -> str:

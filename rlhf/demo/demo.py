@@ -87,10 +87,10 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
             return DemoResult(config.output, _Run(config, log, progress).go())
 
 
-def _dtype(asked: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
+def _dtype(dtype: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
     """bfloat16 if the hardware multiplies it; a CPU that does not is slower in it than in float32."""
-    if asked != "auto":
-        return asked
+    if dtype != "auto":
+        return dtype
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported()
     else:

@@ -107,13 +107,13 @@ def findings(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     if apart is None:
         lines = ["PPO: too few steps to tell the two rewards apart."]
     else:
-        result = {
+        sentence = {
             "rises": f"PPO: the policy trained on {title} ends with more gold reward than the one on the single head",
             "falls": f"PPO: the policy trained on {title} ends with less gold reward than the one on the single head",
         }.get(
             apart.verdict, f"PPO: no difference in gold reward is shown between {title} and the single head at the end"
         )
-        lines = [f"{result} ({apart}). One seed is one observation."]
+        lines = [f"{sentence} ({apart}). One seed is one observation."]
     for name in rows:
         lines.append(f"{ARMS[name][1][0].upper()}{ARMS[name][1][1:]}: {headline(by_step(rows[name]))}")
     return lines

@@ -71,7 +71,7 @@ def evaluate_heads(
     num_prompts = int(groups.max()) + 1
     if num_prompts < 2:
         reasons["accuracy.*.low"] = "one prompt: nothing to resample"
-    given = None if scores is None else torch.cat([s.double().cpu()[finite] for s in scores])
+    given_scores = None if scores is None else torch.cat([s.double().cpu()[finite] for s in scores])
     result: dict[str, Any] = {
         "pairs": int(finite.sum()),
         "prompts": num_prompts,
@@ -87,7 +87,7 @@ def evaluate_heads(
             "own_or_foreign": _own_or_foreign(pairs, foreign, spec, std_ref, groups, options, reasons),
         },
         "reliability": _reliability(pairs, rewards, groups, options, reasons),
-        "scoring": _scoring(pairs, others, given, labels, reasons),
+        "scoring": _scoring(pairs, others, given_scores, labels, reasons),
         "head_summary": _head_summary(pairs, reasons),
         "features": None,
     }

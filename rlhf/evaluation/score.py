@@ -115,8 +115,8 @@ def run_score(
     scorer = load_reward("model", config.model, append_eos=config.append_eos).scorer(
         config.batch_tokens, config.max_length, progress
     )
-    made = _made_by(config, scorer)
-    _refuse_another_model(config, kept, made)
+    origin = _origin(config, scorer)
+    _refuse_another_model(config, kept, origin)
     spec = (spec or scorer.model.score.aggregation).with_centre("none")
     spec.check_heads(scorer.model.score.num_heads)
     result = ScoreResult(config.output, rows=kept, kept=kept)
@@ -124,7 +124,7 @@ def run_score(
     with writing(config.output), ExitStack() as stack:  # closing the file writes too
         rows = _read_rows(stack.enter_context(_source(config.data)), config.data)
         done = _skip(rows, kept, config)
-        _begin(config, kept_bytes, made)  # changes an existing output only now that data and model are known to fit
+        _begin(config, kept_bytes, origin)  # changes an existing output only now that data and model are known to fit
         target = stack.enter_context(_target(config.output))
         # its warnings would come once a chunk; the result has the counts
         stack.enter_context(muted(Scorer.__module__))
@@ -145,10 +145,10 @@ def _record(config: ScoreConfig) -> Path:
     return Path(f"{config.output}.config.json")
 
 
-def _made_by(config: ScoreConfig, scorer: Scorer | None = None) -> dict[str, Any]:
+def _origin(config: ScoreConfig, scorer: Scorer | None = None) -> dict[str, Any]:
     """Settings that a resumed run must share with the run that it continues. batch_tokens may change."""
-    made = config.model_dump(mode="json", exclude={"output", "batch_tokens"})
-    return made if scorer is None else {**made, "weights": _weights(scorer)}
+    origin = config.model_dump(mode="json", exclude={"output", "batch_tokens"})
+    return origin if scorer is None else {**origin, "weights": _weights(scorer)}
 
 
 def _weights(scorer: Scorer) -> str:
@@ -159,9 +159,9 @@ def _weights(scorer: Scorer) -> str:
     return digest.hexdigest()[:16]
 
 
-def _refuse_another_model(config: ScoreConfig, kept: int, made: Mapping[str, Any]) -> None:
-    before = read_json(_record(config)) if kept else made
-    if before.get("weights") != made["weights"]:
+def _refuse_another_model(config: ScoreConfig, kept: int, origin: Mapping[str, Any]) -> None:
+    before = read_json(_record(config)) if kept else origin
+    if before.get("weights") != origin["weights"]:
         raise ValueError(f"output: {config.output} cannot be resumed: the model {config.model} has changed since")
 
 
@@ -187,8 +187,8 @@ def _kept(config: ScoreConfig, resume: bool, overwrite: bool) -> tuple[int, int]
     record = _record(config)
     if not record.exists():
         raise ValueError(f"output: {output} cannot be resumed: {record.name}, which says how it was made, is missing")
-    before, made = read_json(record), _made_by(config)
-    changed = [key for key in made if before.get(key) != made[key]]
+    before, origin = read_json(record), _origin(config)
+    changed = [key for key in origin if before.get(key) != origin[key]]
     if changed:
         raise ValueError(f"output: {output} cannot be resumed: it was made with another {', '.join(changed)}")
     lines = kept = position = end = 0
@@ -202,7 +202,7 @@ def _kept(config: ScoreConfig, resume: bool, overwrite: bool) -> tuple[int, int]
     return kept, end
 
 
-def _begin(config: ScoreConfig, kept_bytes: int, made: Mapping[str, Any]) -> None:
+def _begin(config: ScoreConfig, kept_bytes: int, origin: Mapping[str, Any]) -> None:
     """Cut the output to the bytes that are kept, and record how it is made."""
     if config.output == "-":
         return
@@ -210,7 +210,7 @@ def _begin(config: ScoreConfig, kept_bytes: int, made: Mapping[str, Any]) -> Non
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("ab") as file:
         file.truncate(kept_bytes)
-    atomic_write_json(_record(config), dict(made))
+    atomic_write_json(_record(config), dict(origin))
 
 
 def _skip(rows: Iterator[_Row], kept: int, config: ScoreConfig) -> int:

@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Construct a mapping as `yaml.SafeLoader` does; raise ConstructorError for a key that occurs twice."""
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+        twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
         if twice is not None and twice != "<<":
             raise yaml.constructor.ConstructorError(None, None, f"the duplicate key {twice!r}", node.start_mark)
         return super().construct_mapping(node, deep)
@@ -75,11 +75,11 @@ def load_config(cls: type[Config], file: Path | str | None = None, sets: Iterabl
         return cls.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         overridden = [*(entry.partition("=")[0].strip() for entry in sets), *given]
-        reasons = _explained(cls, error)
+        sentences = _explained(cls, error)
         in_file = file is not None and not any(
-            f"{key}.".startswith(f"{other}.") for key in reasons for other in overridden
+            f"{key}.".startswith(f"{other}.") for key in sentences for other in overridden
         )
-        raise ValueError((f"{file}: " if in_file else "") + "; ".join(reasons.values())) from None
+        raise ValueError((f"{file}: " if in_file else "") + "; ".join(sentences.values())) from None
 
 
 def _refuse_unwritable(values: dict[str, Any]) -> None:
@@ -218,25 +218,33 @@ _EXPECTED = {
 
 def _explained(cls: type[BaseModel], error: ValidationError) -> dict[str, str]:
     """Return key -> sentence. For a union pydantic reports every alternative; one sentence names them all."""
-    reasons: dict[str, str] = {}
+    sentences: dict[str, str] = {}
     for detail in error.errors():
         key, alternatives = _place(cls, detail["loc"])
-        if key not in reasons:
-            reasons[key] = _explain(cls, key, detail, " or ".join(map(_described, alternatives)))
-    return reasons
+        if key not in sentences:
+            sentences[key] = _explain(cls, key, detail, " or ".join(map(_described, alternatives)))
+    return sentences
 
 
 def _place(cls: type[BaseModel], loc: tuple[Any, ...]) -> tuple[str, list[Any]]:
     """Return the dotted key, and the union's alternatives if `loc` continues with pydantic's name of one of them."""
     key: list[str] = []
-    place: Any = cls
+    annotation: Any = cls
     for part in loc:
-        members = [a for a in get_args(place) if a is not NoneType] if get_origin(place) in (Union, UnionType) else []
+        members = (
+            [a for a in get_args(annotation) if a is not NoneType]
+            if get_origin(annotation) in (Union, UnionType)
+            else []
+        )
         if len(members) > 1:
             return ".".join(key), members
-        place = members[0] if members else place
-        field = place.model_fields.get(part) if isinstance(place, type) and issubclass(place, BaseModel) else None
-        place = None if field is None else field.annotation
+        annotation = members[0] if members else annotation
+        field = (
+            annotation.model_fields.get(part)
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel)
+            else None
+        )
+        annotation = None if field is None else field.annotation
         key.append(str(part))
     return ".".join(key), []
 

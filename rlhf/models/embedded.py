@@ -19,9 +19,9 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def default_cache() -> Path:
     """Return the folder of converted models: $PRUDENT_CACHE, else prudent/ in the user's cache folder."""
-    given = os.environ.get("PRUDENT_CACHE")
-    if given:
-        return Path(given)
+    folder = os.environ.get("PRUDENT_CACHE")
+    if folder:
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prudent"
 
 

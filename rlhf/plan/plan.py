@@ -100,8 +100,8 @@ def run_plan(config: PlanConfig, *, progress: bool = True) -> PlanResult:
         limit = min(limit, parse_size(config.memory_budget))
     shape = ModelShape.of(model, config.model)
     job = job_shape(config, model, heads=config.heads)
-    given = config.update.micro_tokens
-    tokens = micro_tokens(shape, job, limit) if given == "auto" else given
+    configured = config.update.micro_tokens
+    tokens = micro_tokens(shape, job, limit) if configured == "auto" else configured
     budget = plan(shape, job, tokens or job.tokens)
     fits = budget.peak <= limit
     result = PlanResult(budget, limit, fits, [] if fits else cuts(shape, job, limit))

@@ -76,8 +76,8 @@ def _learn(run: Run, resume: bool) -> dict[str, Any]:
         kl_coef = run.controller.coef
 
         with monitor.clock("rollout"):
-            asked = prompt_order(len(run.prompts), step, config.rollout.prompts_per_step, config.seed)
-            samples = draw(run.sampler, policy, run.prompts, asked, config, step, progress=False)
+            indices = prompt_order(len(run.prompts), step, config.rollout.prompts_per_step, config.seed)
+            samples = draw(run.sampler, policy, run.prompts, indices, config, step, progress=False)
         with monitor.clock("score"):
             experience = shape(run.score(samples), config, kl_coef)
         with monitor.clock("update"):

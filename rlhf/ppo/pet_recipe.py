@@ -53,15 +53,15 @@ _SAMPLED_LIKE_THE_POLICY = ("max_new_tokens", "temperature", "top_k", "top_p", "
 
 @dataclass(frozen=True)
 class RecipeResult:
-    """folder: the run folder. metrics: the content of recipe.json. said: the summaries of the three steps."""
+    """folder: the run folder. metrics: the content of recipe.json. summaries: of the three steps."""
 
     folder: Path
     metrics: dict[str, Any]
-    said: tuple[str, str, str]
+    summaries: tuple[str, str, str]
 
     def __str__(self) -> str:
         titles = ("1. reward model and PET", "2. best of n", "3. PPO without KL")
-        return "\n\n".join(f"{title}\n{text}" for title, text in zip(titles, self.said, strict=True))
+        return "\n\n".join(f"{title}\n{text}" for title, text in zip(titles, self.summaries, strict=True))
 
 
 def run_recipe(config: PPOConfig, *, resume: bool = False, progress: bool = True) -> Any:

@@ -38,11 +38,11 @@ def train_frozen(run: Run) -> FrozenResult:
     config, scored = run.config, {}
     model, policy = _load(run)
     train, cut = run.read("model", model, run.train)
-    held, held_cut = run.read("model", model, run.held_out) if run.held_out else (None, Truncation(0, 0, 0))
+    held_out, held_cut = run.read("model", model, run.held_out) if run.held_out else (None, Truncation(0, 0, 0))
     run.note_truncation(cut, held_cut, run.scorer("model", model).max_length)
     run.log.metrics(0, hidden_norms(*train), prefix="features/train")
-    if held is not None:
-        run.log.metrics(0, hidden_norms(*held), prefix="features/eval")
+    if held_out is not None:
+        run.log.metrics(0, hidden_norms(*held_out), prefix="features/eval")
     final = model.score
     if config.supervised is not None:
         heads = fit_two_stages(
@@ -51,25 +51,25 @@ def train_frozen(run: Run) -> FrozenResult:
             config.brme if config.supervised == "brme" else None,
             seed=config.seed,
             stage1=None if config.stage1 is None else model.score,
-            evaluation=None if held is None else PairFeatures(*held, None, run.margins(run.held_out)),
+            evaluation=None if held_out is None else PairFeatures(*held_out, None, run.margins(run.held_out)),
             aggregation=config.aggregation,
             on_stage1=lambda head: run.save("stage1", model, head),
             checkpoints=run.folder / "checkpoints",
             log=run.log,
             progress=run.progress,
         )
-        scored["single"] = Scored(heads.single, held)
+        scored["single"] = Scored(heads.single, held_out)
         final = heads.final.frozen_copy()  # stage 1 stays uncalibrated: its differences are Bradley-Terry logits
         calibrate(final, torch.cat(train))
     pet = None
     if config.stage == "pet":
         if config.supervised == "brme":
             run.save("start", model, final)
-        scored["start"] = Scored(final, held)
+        scored["start"] = Scored(final, held_out)
         stage = PETStage(run, policy, _pessimistic(config, final))
-        final, pet = stage.heads(run.scorer("model", model), final, train, held)
+        final, pet = stage.heads(run.scorer("model", model), final, train, held_out)
     run.save("model", model, final)
-    return FrozenResult({**scored, "final": Scored(final, held)}, pet)
+    return FrozenResult({**scored, "final": Scored(final, held_out)}, pet)
 
 
 def _load(run: Run) -> _Loaded:

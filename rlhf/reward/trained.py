@@ -51,8 +51,8 @@ def train_whole(run: Run) -> dict[str, Scored]:
         calibrate(model.score, torch.cat(run.features("model", model, run.train[:_CALIBRATION_PAIRS])))
         run.save("model", model, model.score)
     _save_adapter(run, model)
-    held = run.features("model", model, run.held_out) if run.held_out else None
-    return {"single": single, "final": Scored(model.score, held)}
+    held_out = run.features("model", model, run.held_out) if run.held_out else None
+    return {"single": single, "final": Scored(model.score, held_out)}
 
 
 def _saved(run: Run, name: str) -> EnsembleRewardModel | None:

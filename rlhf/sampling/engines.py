@@ -195,10 +195,10 @@ def _decoding_attention(model: Any, size: int) -> str:
 def _static_cache(read: Any, width: int, samples: int, size: int) -> Cache:
     """Copy the prompts' cache [G, Hkv, P, d] into one of `size` positions and G x S rows; the layers of `read` go."""
     layers: list[Any] = []
-    place = {"cache_position": torch.arange(width, device=read.layers[0].keys.device)}
+    positions = {"cache_position": torch.arange(width, device=read.layers[0].keys.device)}
     for layer in read.layers:
         fixed = StaticLayer(max_cache_len=size)
-        fixed.update(*(part.repeat_interleave(samples, dim=0) for part in (layer.keys, layer.values)), place)
+        fixed.update(*(part.repeat_interleave(samples, dim=0) for part in (layer.keys, layer.values)), positions)
         layer.keys = layer.values = None
         layers.append(fixed)
     return Cache(layers=layers)

@@ -183,7 +183,7 @@ def prompt_order(count: int, step: int, per_step: int, seed: int) -> list[int]:
         raise ValueError(
             f"rollout.prompts_per_step: expected at most {count}, the number of different prompts, got {per_step}"
         )
-    epoch, place = divmod(step, count // per_step)
+    epoch, step_of_epoch = divmod(step, count // per_step)
     order = list(range(count))
     random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order[place * per_step : (place + 1) * per_step]
+    return order[step_of_epoch * per_step : (step_of_epoch + 1) * per_step]

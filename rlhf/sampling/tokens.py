@@ -41,8 +41,8 @@ def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     total = mass[:, -1:]
     # the product may round up to the whole mass, which would select an index behind the last token
     goal = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    pick = (mass <= goal).sum(dim=-1, keepdim=True)
-    return (pick if ids is None else ids.gather(1, pick))[:, 0]
+    index = (mass <= goal).sum(dim=-1, keepdim=True)
+    return (index if ids is None else ids.gather(1, index))[:, 0]
 
 
 class Rule:

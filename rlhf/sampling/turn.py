@@ -55,8 +55,8 @@ class Turn:
         return self._ids({"prompt": item, "response": "", "complete": False})
 
     def text(self, prompt: list[int], response: list[int], stopped: bool = False) -> str:
-        """Return a response's text; see `Ending.said`."""
-        return self.ending.said(prompt, response, stopped)
+        """A response's text; see `Ending.response_text`."""
+        return self.ending.response_text(prompt, response, stopped)
 
     def whole(self, item: Prompt, response: Text) -> list[int]:
         """Return the ids of a prompt and its complete response, closed."""
@@ -100,19 +100,19 @@ class Ending:
 
         least: an ending in the first `least` tokens does not count (`rollout.min_new_tokens`).
         """
-        if not self.text or self._place(response, least) < 0:
+        if not self.text or self._position(response, least) < 0:
             return response, stopped
         counts = range(least + 1, len(response) + 1)
-        end = counts[bisect_left(counts, True, key=lambda count: self._place(response[:count], least) >= 0)]
+        end = counts[bisect_left(counts, True, key=lambda count: self._position(response[:count], least) >= 0)]
         return response[:end], True
 
-    def _place(self, response: list[int], before: int) -> int:
-        """Return the index of the first `text` in the decoded response that ends after `before` tokens; -1 if none."""
+    def _position(self, response: list[int], before: int) -> int:
+        """Where in the response's text `text` stands, completed after the first `before` tokens; -1: nowhere."""
         start = len(self._decoded(response[:before])) - len(self.text) + 1
         return self._decoded(response).find(self.text, max(start, 0))
 
-    def said(self, prompt: list[int], response: list[int], stopped: bool) -> str:
-        """Return the text of a response without the ending.
+    def response_text(self, prompt: list[int], response: list[int], stopped: bool) -> str:
+        """The text of a response, without what ended it.
 
         Args:
             prompt: its ids.
@@ -124,8 +124,8 @@ class Ending:
         """
         if not stopped:
             return self._joined(prompt, response)
-        if self.text and (place := self._place(response, len(response) - 1)) >= 0:
-            return self._decoded(response)[:place]
+        if self.text and (position := self._position(response, len(response) - 1)) >= 0:
+            return self._decoded(response)[:position]
         return self._joined(prompt, response[:-1]).removesuffix(self.lead)
 
     def _joined(self, prompt: list[int], response: list[int]) -> str:

@@ -74,10 +74,10 @@ def prepare(model: str, folder: Path, config: RewardsConfig, seed: int, aggregat
     scorer = VaderGold()
     gold = [torch.tensor(scorer(rollout.responses), dtype=torch.float64) for rollout in rollouts]
     training = list(range(len(prompts) - config.held_out_prompts))
-    held = list(range(len(training), len(prompts)))
+    held_out = list(range(len(training), len(prompts)))
     labelled = [values[: config.samples_per_prompt] for values in gold]
     pairs = make_pairs(labelled, training, config.pairs_per_prompt, config.label_noise, seed)
-    test = make_pairs(labelled, held, config.pairs_per_prompt, 0.0, seed)
+    test = make_pairs(labelled, held_out, config.pairs_per_prompt, 0.0, seed)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in pairs.rows(rollouts, gold, True)]
     atomic_write_text(folder / "pairs.jsonl", "".join(lines))
     atomic_write_text(folder / "prompts.txt", "".join(prompts[i] + "\n" for i in training))
@@ -87,10 +87,12 @@ def prepare(model: str, folder: Path, config: RewardsConfig, seed: int, aggregat
         with atomic_folder(folder / name) as target:
             EnsembleRewardModel.from_trunk(trunk, head=head).save_pretrained(target)
             tokenizer.save_pretrained(target)
-    own = torch.stack([gold[i] for i in training])
+    training_gold = torch.stack([gold[i] for i in training])
     numbers = {
-        "gold_reference": float(own.mean()),
-        "gold_best_of_16": float(best_of_n_curve(own, own, [min(16, own.shape[1])]).gold[0]),
+        "gold_reference": float(training_gold.mean()),
+        "gold_best_of_16": float(
+            best_of_n_curve(training_gold, training_gold, [min(16, training_gold.shape[1])]).gold[0]
+        ),
         "accuracy": {name: _accuracy(head, sides) for name, head in heads.items()},
         "pairs": len(pairs.better),
         "held_out_pairs": len(test.better),
@@ -116,12 +118,12 @@ def _train(
     )
     for head in (single, ensemble):
         calibrate(head, reference)
-    place = {prompt: row for row, prompt in enumerate(training)}
+    position = {prompt: row for row, prompt in enumerate(training)}
     first = config.samples_per_prompt
     data = PETFeatures(
         chosen.float(),
         rejected.float(),
-        torch.tensor([place[prompt] for prompt in pairs.prompt]),
+        torch.tensor([position[prompt] for prompt in pairs.prompt]),
         torch.stack([rollouts[i].features[first : first + config.pet.samples] for i in training]).float(),
         torch.stack([rollouts[i].features[-1] for i in training]).float(),
     )

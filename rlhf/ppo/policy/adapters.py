@@ -75,11 +75,11 @@ class Adapters:
             self._inject(adapter, config)
             weights = folder / "adapter_model.safetensors"
             with reading_weights(weights):
-                given = load_file(weights)
+                saved = load_file(weights)
             own = peft.get_peft_model_state_dict(self._peft, adapter_name=adapter, save_embedding_layers=False)
-            for name in sorted(own.keys() ^ given.keys()):
-                raise ValueError(f"{name} is in only one of them")
-            peft.set_peft_model_state_dict(self._peft, given, adapter_name=adapter)
+            for name in sorted(own.keys() ^ saved.keys()):
+                raise ValueError(f"{name} is in one of them alone")
+            peft.set_peft_model_state_dict(self._peft, saved, adapter_name=adapter)
         except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(f"{wanted}: {_first_tensor(str(error))}") from error
 

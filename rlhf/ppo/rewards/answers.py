@@ -19,18 +19,18 @@ def rewards_of(answer: Any, count: int, where: str) -> Rewards:
         raise ValueError(f"{where}: expected rewards in the answer, got {', '.join(map(str, parts)) or 'an empty one'}")
     if parts["rewards"] is None:
         raise ValueError(f"{where}: expected rewards, got None")
-    given = {
+    tensors = {
         name: _numbers(parts[name], count, f"{where}: {name}", matrix=name in ("mean", "std"))
         for name in ("rewards", "nominal", "worst", "mean", "std")
         if parts.get(name) is not None
     }
-    mean, std = given.get("mean"), given.get("std")
+    mean, std = tensors.get("mean"), tensors.get("std")
     if mean is not None and std is not None and mean.shape != std.shape:
         raise ValueError(
             f"{where}: expected mean and std of the same heads, got {mean.shape[1]} and {std.shape[1]} per response"
         )
-    reward = given.pop("rewards")
-    return Rewards(torch.where(reward.isfinite(), reward, float("nan")), **given)
+    reward = tensors.pop("rewards")
+    return Rewards(torch.where(reward.isfinite(), reward, float("nan")), **tensors)
 
 
 def _numbers(values: Any, count: int, where: str, matrix: bool) -> Tensor:

@@ -57,7 +57,7 @@ class Texts:
         if samples.texts is not None:
             return samples.texts
         rows = zip(samples.prompts, samples.responses, samples.stopped, strict=True)
-        return [self._ending.said(prompt, response, stopped) for prompt, response, stopped in rows]
+        return [self._ending.response_text(prompt, response, stopped) for prompt, response, stopped in rows]
 
     def whole_of(self, samples: Samples) -> list[str]:
         """Prompt and response in the policy's own template, special tokens included."""

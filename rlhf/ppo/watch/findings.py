@@ -249,5 +249,5 @@ def _spans(steps: Sequence[int]) -> str:
             spans[-1][1] = step
         else:
             spans.append([step, step])
-    text = ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in spans)
-    return f"step{'s' * (len(steps) > 1)} {text}"
+    listed = ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in spans)
+    return f"step{'s' * (len(steps) > 1)} {listed}"

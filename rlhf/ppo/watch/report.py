@@ -172,9 +172,9 @@ def _figures(config: PPOConfig, rows: Rows) -> dict[str, str]:
 
 
 def _facts(config: PPOConfig, rows: Rows, outcome: Mapping[str, Any]) -> dict[str, str]:
-    """Facts that the settings do not show: the reward and the policy as loaded, and the steps done."""
-    given = f"{config.reward.source} ({config.reward.kind}), {config.reward.aggregation}"
-    facts = {"reward": str(outcome.get("reward", "")).removeprefix("reward source: ") or given}
+    """What the settings alone do not tell: the reward and the policy as they were loaded, and the steps done."""
+    configured = f"{config.reward.source} ({config.reward.kind}), {config.reward.aggregation}"
+    facts = {"reward": str(outcome.get("reward", "")).removeprefix("reward source: ") or configured}
     if outcome.get("policy"):
         facts["policy"] = str(outcome["policy"]).removeprefix("policy: ")
     return facts | {"steps": f"{len(rows)} of {config.steps}"}
@@ -183,10 +183,10 @@ def _facts(config: PPOConfig, rows: Rows, outcome: Mapping[str, Any]) -> dict[st
 def _changed(config: PPOConfig) -> dict[str, str]:
     """Dotted key -> value as JSON of every key that differs from its default; required keys are left out."""
     defaults = _flat(PPOConfig.model_construct().model_dump(mode="json", warnings=False))
-    given = _flat(config.model_dump(mode="json"))
+    values = _flat(config.model_dump(mode="json"))
     return {
         key: json.dumps(value, ensure_ascii=False)
-        for key, value in given.items()
+        for key, value in values.items()
         if key in defaults and value != defaults[key]
     }
 

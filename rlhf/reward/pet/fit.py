@@ -105,8 +105,8 @@ def fit_pet(
         for epoch in range(state.epoch, state.epochs):
             row = {"epoch": float(epoch + 1), **state.train_epoch(epoch)}
             if evaluation is not None and len(evaluation.chosen):
-                held = measure_pet(state.reward, evaluation, config)
-                row |= {f"eval_{name}": value for name, value in held.items()}
+                held_out = measure_pet(state.reward, evaluation, config)
+                row |= {f"eval_{name}": value for name, value in held_out.items()}
             state.finish_epoch(row)
             if log is not None:
                 log.metrics(state.step, row, prefix="pet")

@@ -119,8 +119,8 @@ class PETStage:
     def _data(self, sides: Sides, pairs: list[PreferencePair], features: Tensor, references: References) -> PETFeatures:
         """The features of pairs and of their prompts' samples, with prompts renumbered from 0."""
         rows = sorted({references.row[p.prompt_key] for p in pairs if p.prompt_key in references.row})
-        place = {row: i for i, row in enumerate(rows)}
-        prompt = [place[references.row[p.prompt_key]] if p.prompt_key in references.row else -1 for p in pairs]
+        position = {row: i for i, row in enumerate(rows)}
+        prompt = [position[references.row[p.prompt_key]] if p.prompt_key in references.row else -1 for p in pairs]
         device, pet = self.run.device, self.pet
         own = features[rows].to(device)
         extra = own[:, pet.samples] if pet.reference == "sample" else None

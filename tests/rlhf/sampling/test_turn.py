@@ -32,16 +32,16 @@ def test_a_turn_that_a_special_token_closes_may_hold_any_text(template: str) -> 
     assert (ending.text, ending.stop) == ("", {end})
     said = letters(tokenizer, "one\n\ntwo\n")
     assert ending.cut([*said, end], True) == ([*said, end], True)
-    assert ending.said([], [*said, end], True) == "one\n\ntwo\n"
-    assert ending.said([], said, False) == "one\n\ntwo\n"
+    assert ending.response_text([], [*said, end], True) == "one\n\ntwo\n"
+    assert ending.response_text([], said, False) == "one\n\ntwo\n"
 
 
 def test_text_that_the_template_writes_in_front_of_the_special_token_is_no_part_of_a_response() -> None:
     tokenizer = a_tokenizer(ALIKE["chatml"].replace(" <|end|>", "\n<|end|>"))
     ending, end = Ending(tokenizer), tokenizer.eos_token_id
     assert (ending.lead, ending.stop) == ("\n", {end})  # the newline alone ends nothing
-    assert ending.said([], [*ids(tokenizer, "a\nb\n"), end], True) == "a\nb"
-    assert ending.said([], ids(tokenizer, "a\nb\n"), False) == "a\nb\n"
+    assert ending.response_text([], [*ids(tokenizer, "a\nb\n"), end], True) == "a\nb"
+    assert ending.response_text([], ids(tokenizer, "a\nb\n"), False) == "a\nb\n"
 
 
 @pytest.mark.parametrize("spell", [ids, letters])
@@ -53,7 +53,7 @@ def test_two_newlines_end_a_response_and_one_does_not(spell: Any) -> None:
     cut, stopped = ending.cut(response, False)
     assert tokenizer.decode(cut) == "one\ntwo.\n\n"
     assert stopped
-    assert ending.said([], cut, True) == "one\ntwo."
+    assert ending.response_text([], cut, True) == "one\ntwo."
     assert ending.cut(spell(tokenizer, "one\ntwo.\n"), False) == (spell(tokenizer, "one\ntwo.\n"), False)
 
 
@@ -69,7 +69,7 @@ def test_an_ending_before_the_least_number_of_tokens_does_not_count() -> None:
     response = letters(tokenizer, "a\n\nb\n\nc")
     assert tokenizer.decode(ending.cut(response, False)[0]) == "a\n\n"
     assert tokenizer.decode(ending.cut(response, False, least=3)[0]) == "a\n\nb\n\n"
-    assert ending.said([], ending.cut(response, False, least=3)[0], True) == "a\n\nb"
+    assert ending.response_text([], ending.cut(response, False, least=3)[0], True) == "a\n\nb"
     assert ending.cut(response, False, least=6) == (response, False)
 
 
