@@ -126,7 +126,10 @@ def run(arguments: argparse.Namespace) -> Any:
     try:
         return getattr(module, job.run)(config, progress=not arguments.quiet, **options)
     except OSError as error:
-        raise OSError(explain_os_error(error, getattr(config, "output", None))) from error
+        output = getattr(config, "output", None)
+        if isinstance(error, BrokenPipeError) and output == "-":
+            raise
+        raise OSError(explain_os_error(error, output)) from error
 
 
 def bench(argv: Sequence[str]) -> int:
@@ -153,6 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = _job(arguments).again if arguments else "the same command starts over"
         print(f"\nprudent: interrupted; {again}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `prudent score --output - | head`: the reader has what it wanted
+        _discard_output()
+        return 0
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get("PRUDENT_DEBUG") == "1":
             raise
@@ -161,9 +167,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # if standard output carries the scores, the summary goes to standard error
         print(result, file=sys.stderr if getattr(result, "output", None) == "-" else sys.stdout, flush=True)
-    except BrokenPipeError:  # `prudent train --keys | head`: the reader closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again when it flushes
+    except BrokenPipeError:  # `prudent train --keys | head`
+        _discard_output()
     return int(getattr(result, "failed", False))
+
+
+def _discard_output() -> None:
+    """Send standard output nowhere: Python would fail again when it flushes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

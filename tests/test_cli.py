@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -293,3 +294,19 @@ def test_what_bench_refuses_is_one_sentence_and_exit_code_2(
     monkeypatch.setitem(sys.modules, "triton", None)
     assert cli.main(["bench", "--aot"]) == 2
     assert capsys.readouterr().err == "prudent: error: bench --aot: triton is needed: pip install 'prudent[test]'\n"
+
+
+def test_scores_whose_reader_has_gone_end_in_silence(monkeypatch, tmp_path, capfd):
+    from prudent.rlhf.evaluation import score
+
+    def gone(config, **options):
+        raise BrokenPipeError(32, "could not be written (Broken pipe)", config.output)
+
+    monkeypatch.setattr(score, "run_score", gone)
+    out = os.dup(1)
+    try:
+        assert cli.main(["score", "--model", "m", "--data", "d", "--output", "-"]) == 0
+        assert capfd.readouterr().err == ""
+        assert cli.main(["score", "--model", "m", "--data", "d", "--output", str(tmp_path / "s.jsonl")]) == 2
+    finally:
+        os.dup2(out, 1)
