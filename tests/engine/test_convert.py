@@ -197,7 +197,8 @@ def test_a_head_that_reads_padding_at_the_end_is_told_by_its_rewards(make_classi
             return transformers.modeling_outputs.SequenceClassifierOutput(logits=self.score(hidden[:, -1]))
 
     with pytest.raises(
-        ValueError, match=r"LastToken: expected the reward to be one linear layer on .* not padding, got"
+        ValueError,
+        match=r"LastToken: expected the reward to be one linear layer on .* not padding: the model's rewards are",
     ):
         EnsembleRewardModel.from_sequence_classifier(LastToken(make_classifier().config).eval())
 

@@ -321,9 +321,9 @@ def test_a_reward_model_where_a_trunk_is_expected_is_refused(
         ({"model": final, "stage1": final}, "stage1: expected a reward model with one head, got 3"),
         (
             {"model": single, "stage1": single, "append_eos": False},
-            "append_eos: expected True, as stage1 .* trained",
+            "append_eos: expected True, with which stage1 .* trained",
         ),
-        ({"model": single, "stage1": single, "stage": "bt"}, "stage: expected brme beside stage1"),
+        ({"model": single, "stage1": single, "stage": "bt"}, "stage: expected brme with stage1"),
         ({"model": single, "stage1": single, "bt": finished.bt}, "bt.epochs: has no effect beside stage1"),
     ):
         config = finished.model_copy(update={"output": tmp_path / "run", "bt": BradleyTerryConfig(), **update})
