@@ -78,7 +78,7 @@ class Adapters:
                 saved = load_file(weights)
             own = peft.get_peft_model_state_dict(self._peft, adapter_name=adapter, save_embedding_layers=False)
             for name in sorted(own.keys() ^ saved.keys()):
-                raise ValueError(f"{name} is in one of them alone")
+                raise ValueError(f"{name} is in only one of them")
             peft.set_peft_model_state_dict(self._peft, saved, adapter_name=adapter)
         except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(f"{wanted}: {_first_tensor(str(error))}") from error

@@ -21,12 +21,12 @@ _MEANING = {
     **dict.fromkeys(("responses", "response", "completions", "completion"), "responses"),
 }
 _TO_ANY_KEYWORD = ("prompts", "responses", "completions")  # given to **kwargs
-# arguments of other trainers' reward functions that PPO has not: never taken for prompts or responses
+# arguments of other trainers' reward functions that PPO lacks: never taken for prompts or responses
 _OF_OTHER_TRAINERS = {
     "queries", "query", "label", "labels", "data_source", "solution_str", "ground_truth", "extra_info", "reference",
     "references", "target", "targets", "solution", "solutions", "gold",
 }  # fmt: skip
-# names that say the other thing of an argument in first or in second place
+# names that contradict the place of an argument: the first is the prompts, the second the responses
 _NOT_FIRST = {
     "output",
     "outputs",

@@ -62,7 +62,7 @@ def resolve_reward(config: RewardConfig, policy: Any, device: torch.device | str
     resolved = _resolved(config, policy, device)
     if config.append_eos is not None and resolved.kind != "model":
         raise ValueError(
-            f"reward.append_eos: expected nothing with kind {resolved.kind}, only with kind model, "
+            f"reward.append_eos: expected null with kind {resolved.kind} (only kind model reads it), "
             f"got {config.append_eos}"
         )
     return resolved

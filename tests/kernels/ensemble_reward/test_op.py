@@ -279,7 +279,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"shift": torch.zeros(K + 1)}, r"shift: expected shape \[3\]"),
     ({"scale": torch.tensor([1.0, 0.0, 1.0])}, "scale: expected values above 0"),
     ({"std_ref": torch.tensor([1.0, float("nan"), 1.0])}, "std_ref: expected values above 0"),
-    ({"aggregation": "nominal,nominal=relative_std"}, "std_ref: expected each head's own typical std"),
+    ({"aggregation": "nominal,nominal=relative_std"}, "std_ref: expected each head's typical std"),
     ({"aggregation": "head:3"}, "expected a head below 3"),
     ({"aggregation": "best"}, "aggregation: kind: expected one of"),
     ({"centre": "groups"}, "aggregation: centre: expected one of none, batch, group"),

@@ -76,7 +76,7 @@ def _kill_at(point: str) -> None:
     if where == "rollout":
         loop.draw = before(loop.draw, lambda *args: args[5] == number)  # type: ignore[attr-defined]
     elif where == "update":  # between two of the update's own optimizer steps
-        update._step = before(update._step, lambda *args: len(calls) == number)  # type: ignore[attr-defined]
+        update.minibatch_step = before(update.minibatch_step, lambda *args: len(calls) == number)  # type: ignore[attr-defined]
     elif where == "logged":  # the line is written, what follows from it is not
         Monitor.state = before(Monitor.state, lambda *args: len(calls) == number)  # type: ignore[method-assign]
     elif where == "checkpoint":  # the tensors are written, the rest is not
