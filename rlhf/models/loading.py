@@ -102,14 +102,17 @@ def load_language_model(key: str, name: str, dtype: Any = "auto") -> Any:
         ValueError: for another kind of model, missing tensors, or files that cannot be read.
     """
     _refuse_other_kinds(key, name)
+    lora = ValueError(
+        f"{key}: expected a whole causal language model, got {name}, a LoRA: merge it into its base first "
+        "(peft: PeftModel.from_pretrained(base, folder).merge_and_unload())"
+    )
+    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+        raise lora
     load, wanted = AutoModelForCausalLM.from_pretrained, "a causal language model's folder or hub name"
     model, info = _load(key, name, wanted, load, dtype=dtype, output_loading_info=True)
     refuse_missing(key, name, info["missing_keys"])
-    if getattr(model, "peft_config", None):  # transformers loaded a LoRA; the loop would disable it with its own
-        raise ValueError(
-            f"{key}: expected a whole causal language model, got {name}, a LoRA: merge it into its base first "
-            "(peft: PeftModel.from_pretrained(base, folder).merge_and_unload())"
-        )
+    if getattr(model, "peft_config", None):  # of a hub: transformers loaded it, and the loop would disable it
+        raise lora
     return model
 
 
