@@ -1,20 +1,8 @@
-"""Gold scorers: deterministic scorers that stand for the true reward in an experiment."""
+"""The gold scorer VADER: a deterministic scorer that stands for the true reward in an experiment."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
-
-
-class GoldScorer(Protocol):
-    """A deterministic scorer of responses; the report shows `name` and `meaning`."""
-
-    name: str
-    meaning: str
-
-    def __call__(self, responses: Sequence[str]) -> list[float]:
-        """Return one finite number per response; higher is better."""
-        ...
 
 
 class VaderGold:
@@ -23,7 +11,7 @@ class VaderGold:
     Raises ImportError naming the extra if vaderSentiment is not installed.
     """
 
-    name = "VADER"
+    name = "VADER"  # `name` and `meaning` are shown in reports
     meaning = "how positive the words of a response are, from -1 to +1"
 
     def __init__(self) -> None:
@@ -34,4 +22,5 @@ class VaderGold:
         self._analyser = SentimentIntensityAnalyzer()
 
     def __call__(self, responses: Sequence[str]) -> list[float]:
+        """Return one finite number per response; higher is better."""
         return [float(self._analyser.polarity_scores(text)["compound"]) for text in responses]
