@@ -8,7 +8,7 @@ go into a buffer of the final length, and a finished sample leaves the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ...engine.taps import Tap, capturing, num_layers
 from ..models.causal_lm import SHARING_MODELS, cache_argument, cache_of, next_logits
 from .tokens import Rule
 
@@ -29,8 +30,9 @@ class Sampled(NamedTuple):
 
     tokens    [G * S] lists of response ids, with the stop token if one was drawn
     stopped   [G * S] whether the last id is a stop token (False: cut at max_new_tokens)
-    features  [G * S, D] the trunk's last hidden state after the closing tokens, which replace the stop token,
-              in the trunk's dtype, on the CPU; None without closing tokens
+    features  [G * S, F] the taps' states, concatenated, in the trunk's dtype, on the CPU. Closing tokens replace the
+              stop token; `last` reads the last of them, `mean` averages response and closing tokens. None without
+              closing tokens
     """
 
     tokens: list[list[int]]
@@ -149,9 +151,17 @@ class Decoder:
         grid: [G', S'] numbers of the remaining rows; row g * S + s is sample s of prompt g.
     """
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], samples: int, capacity: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        samples: int,
+        capacity: int,
+        states: Mapping[int, Tensor] | None = None,
+    ) -> None:
         """Use `decoder` instead: it restores the model's attention. capacity: the most tokens that a sample reads."""
         self._trunk = model.base_model
+        self._states = {} if states is None else states
         lengths = torch.tensor([len(ids) for ids in prompts])
         width = int(lengths.max())
         self._even = bool((lengths == width).all())
@@ -211,6 +221,10 @@ class Decoder:
         self._read += 1
         return hidden
 
+    def read(self, taps: Sequence[Tap], hidden: Tensor) -> Tensor:
+        """[n, F] the state of each tap at the tokens just fed, concatenated; hidden: [n, D], what `feed` returned."""
+        return torch.cat([self._states[tap.layer][:, -1] if tap.layer in self._states else hidden for tap in taps], 1)
+
     def shrink(self, done: Tensor) -> None:
         """Drop finished rows (done: [G * S] bool, on the CPU) once that saves a fifth: prompts with none left, and
         samples that no prompt needs."""
@@ -233,7 +247,9 @@ class Decoder:
 
 
 @contextmanager
-def decoder(model: Any, prompts: Sequence[Sequence[int]], samples: int, capacity: int) -> Iterator[Decoder]:
+def decoder(
+    model: Any, prompts: Sequence[Sequence[int]], samples: int, capacity: int, taps: Sequence[Tap] = ()
+) -> Iterator[Decoder]:
     """Open a `Decoder`; at the end of the block the model has its own attention again.
 
     Args:
@@ -241,10 +257,14 @@ def decoder(model: Any, prompts: Sequence[Sequence[int]], samples: int, capacity
         prompts: G lists of token ids, of any lengths.
         samples: S.
         capacity: the most tokens that a sample reads.
+        taps: what `Decoder.read` reads.
     """
     longest = max(map(len, prompts))
-    with attending(model, _ATTENTION) if shares_prefix(model, longest + capacity) else nullcontext():
-        yield Decoder(model, prompts, samples, capacity)
+    with (
+        attending(model, _ATTENTION) if shares_prefix(model, longest + capacity) else nullcontext(),
+        capturing(model.base_model, [tap.layer for tap in taps]) as states,
+    ):
+        yield Decoder(model, prompts, samples, capacity, states)
 
 
 @torch.no_grad()
@@ -255,6 +275,7 @@ def sample_batch(
     uniform: Tensor,
     rule: Rule,
     closing: Sequence[int] = (),
+    taps: Sequence[Tap] | None = None,
 ) -> Iterator[int | Sampled]:
     """Sample S responses to each of G prompts; yields how many tokens each step drew, then the `Sampled`.
 
@@ -265,11 +286,14 @@ def sample_batch(
         uniform: [G * S, max_new_tokens] numbers in [0, 1): token t of row i is drawn with uniform[i, t], so that the
             same numbers give the same responses.
         rule: how a token is drawn, and which tokens end a response.
-        closing: ids read after every response, cut ones too; the features are the hidden states after the last of them.
+        closing: ids read after every response, cut ones too.
+        taps: the features; None: the trunk's output after the last closing token.
     """
     limit = uniform.shape[1]
-    with decoder(model, prompts, samples, limit + len(closing)) as batch:
+    taps = (Tap("last", num_layers(model)),) if taps is None else taps
+    with decoder(model, prompts, samples, limit + len(closing), taps) as batch:
         rows = _Rows(len(prompts) * samples, rule, closing, limit)
+        means = _ResponseMeans(taps)
         hidden, fed = batch.hidden.repeat_interleave(samples, dim=0), batch.grid.flatten()
         while True:
             drawing = rows.drawing(fed)
@@ -282,8 +306,36 @@ def sample_batch(
             batch.shrink(rows.done)
             fed = batch.grid.flatten()
             hidden = batch.feed(torch.tensor([rows.next_input(row) for row in fed.tolist()]))
-            rows.keep_features(fed, hidden)
+            states = batch.read(taps, hidden)
+            rows.keep_features(fed, means.of(fed, states))
     yield Sampled(rows.tokens, rows.stopped, torch.stack(rows.features) if closing else None)
+
+
+class _ResponseMeans:
+    """The mean over each row's tokens so far, for taps of kind `mean`; other taps keep the state of the last token."""
+
+    def __init__(self, taps: Sequence[Tap]) -> None:
+        self._taps = taps
+        self._sums: Tensor | None = None  # [rows, F] fp32
+        self._steps = 0
+
+    def of(self, fed: Tensor, states: Tensor) -> Tensor:
+        """[n, F] states of the tokens just fed to the rows `fed` [n] -> the same with means in place of mean taps.
+
+        Every row reads one token at every step until it is finished, so the number of steps is its number of tokens.
+        What finished rows that are still fed get is not read.
+        """
+        averaged = torch.tensor([tap.kind == "mean" for tap in self._taps])
+        if not averaged.any():
+            return states
+        self._steps += 1
+        fed = fed.to(states.device)
+        if self._sums is None:
+            self._sums = states.new_zeros(int(fed.max()) + 1, states.shape[1], dtype=torch.float32)
+        self._sums[fed] += states.float()
+        width = states.shape[1] // len(self._taps)
+        where = averaged.repeat_interleave(width).to(states.device)
+        return torch.where(where, (self._sums[fed] / self._steps).to(states.dtype), states)
 
 
 class _Rows:

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ...engine.config import longest_in_company
+from ...engine.taps import Tap, capturing, num_layers, parse_taps, read_taps
 from ...engine.weights import reading_weights
 from ..data.rows import Prompt
 from ..job.files import atomic_file, repaired_json_lines, writing
@@ -39,9 +41,9 @@ class Request(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """The responses to one prompt: texts, whether each ended by itself, and features [S, D] in the trunk's dtype.
+    """The responses to one prompt: texts, whether each ended by itself, and features [S, F] in the trunk's dtype.
 
-    Features are the trunk's last hidden states on the ids that `Turn.read` gives for prompt and text, as in a `Scorer`.
+    Features are the taps' states on the ids that `Turn.read` gives for prompt and text, as in a `Scorer`.
     """
 
     prompt: Prompt
@@ -76,13 +78,17 @@ def sample(
     *,
     seed: int = 0,
     batch_rows: int = 256,
+    taps: Sequence[str | Tap] = ("last:-1",),
     progress: bool = True,
 ) -> list[Rollout]:
     """Return the responses to every request, sampled or read from `folder`, in the requests' order.
 
+    Args:
+        taps: the features (see `engine.taps`), F = number of taps times D.
+
     Raises:
-        ValueError: if `folder` holds responses to other prompts, two requests have the same prompt, or a prompt is too
-            long for a response to fit the model.
+        ValueError: if `folder` holds responses to other prompts or features of other taps, two requests have the same
+            prompt, or a prompt is too long for a response to fit the model.
     """
     folder = Path(folder)
     if len({json.dumps(request.prompt) for request in requests}) != len(requests):
@@ -93,7 +99,8 @@ def sample(
     prompts = [turn.prompt(request.prompt) for request in requests]
     _check_length(model, requests, prompts, sampling.max_new_tokens + len(turn.closing))
     batches = plan([len(ids) for ids in prompts], [request.samples for request in requests], batch_rows)
-    store = _Store(folder, requests)
+    parsed = parse_taps(taps, num_layers(model))
+    store = _Store(folder, requests, parsed)
     todo = [(number, batch) for number, batch in enumerate(batches) if not store.has(number, batch)]
     total = sum(request.samples for request in requests)
     done = total - sum(requests[i].samples for _, batch in todo for i in batch)
@@ -102,9 +109,10 @@ def sample(
         for number, batch in todo:
             uniform = torch.cat([uniforms(requests[i], sampling, seed) for i in batch])
             ids = [prompts[i] for i in batch]
-            for drawn in sample_batch(model, ids, requests[batch[0]].samples, uniform, rule, turn.closing):
+            for drawn in sample_batch(model, ids, requests[batch[0]].samples, uniform, rule, turn.closing, parsed):
                 if isinstance(drawn, Sampled):
-                    store.add(number, batch, _as_texts(model, turn, [requests[i].prompt for i in batch], ids, drawn))
+                    items = [requests[i].prompt for i in batch]
+                    store.add(number, batch, _as_texts(model, turn, items, ids, drawn, parsed))
                     continue
                 tokens += drawn
                 bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'] - start, 1e-9):.0f} tokens/s")
@@ -113,14 +121,16 @@ def sample(
 
 
 class _Texts(NamedTuple):
-    """G prompts x S responses, row g * S + s; features [G * S, D]."""
+    """G prompts x S responses, row g * S + s; features [G * S, F]."""
 
     texts: list[str]
     stopped: list[bool]
     features: Tensor
 
 
-def _as_texts(model: Any, turn: Turn, items: list[Prompt], prompts: list[list[int]], drawn: Sampled) -> _Texts:
+def _as_texts(
+    model: Any, turn: Turn, items: list[Prompt], prompts: list[list[int]], drawn: Sampled, taps: Sequence[Tap]
+) -> _Texts:
     """Turn sampled tokens into texts and the features of these texts.
 
     A text read through the template may have other tokens than those that were drawn: templates write or remove think
@@ -144,11 +154,26 @@ def _as_texts(model: Any, turn: Turn, items: list[Prompt], prompts: list[list[in
     for _, same in groupby(sorted(others, key=lambda row: len(others[row])), key=lambda row: len(others[row])):
         rows = list(same)
         for part in (rows[i : i + _REREAD_ROWS] for i in range(0, len(rows), _REREAD_ROWS)):
-            with torch.no_grad():
-                batch = torch.tensor([others[row] for row in part]).to(model.device)
-                hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, -1]
-            features[part] = hidden.to(features)
+            batch = torch.tensor([others[row] for row in part])
+            starts = torch.tensor([_shared(prompts[row // count], others[row]) for row in part])
+            features[part] = read_again(model, batch, starts, taps).to(features)
     return _Texts(texts, stopped, features)
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """The length of the beginning that two sequences share, less than the second's length."""
+    pairs = enumerate(zip(first, second[:-1], strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second) - 1))
+
+
+@torch.no_grad()
+def read_again(model: Any, ids: Tensor, starts: Tensor, taps: Sequence[Tap]) -> Tensor:
+    """[B, T] ids of whole sequences without padding, [B] where their responses begin -> [B, F] the taps' states."""
+    ids, (count, length) = ids.to(model.device), ids.shape
+    with capturing(model.base_model, [tap.layer for tap in taps]) as states:
+        output = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    response = torch.arange(length, device=ids.device) >= starts.to(ids.device)[:, None]
+    return read_taps(taps, states, output, torch.arange(1, count + 1, device=ids.device) * length - 1, response)
 
 
 def _check_length(model: Any, requests: Sequence[Request], prompts: Sequence[list[int]], room: int) -> None:
@@ -164,8 +189,9 @@ def _check_length(model: Any, requests: Sequence[Request], prompts: Sequence[lis
 class _Store:
     """samples.jsonl and features/ of one folder."""
 
-    def __init__(self, folder: Path, requests: Sequence[Request]) -> None:
+    def __init__(self, folder: Path, requests: Sequence[Request], taps: Sequence[Tap]) -> None:
         self.requests = requests
+        self.taps = " ".join(map(str, taps))
         self.file = folder / "samples.jsonl"
         self.features = folder / "features"
         self.features.mkdir(parents=True, exist_ok=True)
@@ -189,7 +215,7 @@ class _Store:
         """Write the features, atomically, then the lines that are missing; a kill between the two does no harm."""
         count = len(drawn.texts) // len(batch)
         with atomic_file(self._features(number)) as temporary:
-            save_file({"features": drawn.features.view(len(batch), count, -1)}, temporary)
+            save_file({"features": drawn.features.view(len(batch), count, -1)}, temporary, {"taps": self.taps})
         lines = []
         for position, index in enumerate(batch):
             if index in self.rows:
@@ -211,8 +237,12 @@ class _Store:
         found: dict[int, Rollout] = {}
         for number, batch in enumerate(batches):
             file = self._features(number)
-            with reading_weights(file):
-                features = load_file(file)["features"]
+            with reading_weights(file), safe_open(file, "pt") as stored:
+                features, taps = stored.get_tensor("features"), (stored.metadata() or {}).get("taps")
+            if taps != self.taps:
+                raise ValueError(
+                    f"{file}: expected features of the taps {self.taps}, got {taps}; name another output folder"
+                )
             for index, block in zip(batch, features, strict=True):
                 row = self.rows[index]
                 found[index] = Rollout(row["prompt"], row["responses"], row["stopped"], block)

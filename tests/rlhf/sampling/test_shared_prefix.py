@@ -10,8 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prudent.engine import EnsembleRewardModel, Scorer
+from prudent.engine.taps import parse_taps
 from prudent.rlhf.sampling import shared_prefix
 from prudent.rlhf.sampling.shared_prefix import Sampled, sample_batch
+from prudent.rlhf.sampling.stored import read_again
 from prudent.rlhf.sampling.tokens import Rule, Sampling, draw_tokens
 from prudent.rlhf.sampling.turn import Turn
 
@@ -167,3 +169,27 @@ def test_features_equal_the_scorers_on_prompt_response_and_closing_tokens(tiny_c
     texts = [{"prompt": "it was a long day", "response": tokenizer.decode(tokens)} for tokens in said]
     spoken = [i for i, tokens in enumerate(said) if tokens]
     assert [scorer.encode(texts[i]) for i in spoken] == [ids[i] for i in spoken]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_taps_equal_the_hidden_states_that_transformers_returns(model_type: str) -> None:
+    model = _random_model(model_type)
+    taps = parse_taps(["last:-1", "last:1", "mean:0", "mean:1", "mean:2"], 2)
+    prompts, closing = [[5, 6, 7], [8, 9]], [11, 12]
+    uniform = torch.rand(6, 5, generator=torch.Generator().manual_seed(0))
+    rule = Rule(Sampling(5), 0, _said_by_some(model, torch.tensor([[5, 6, 7]]), uniform[None, :3], Sampling(5)))
+    *_, result = sample_batch(model, prompts, 3, uniform, rule, closing, taps)
+    assert isinstance(result, Sampled)
+    assert result.features is not None
+    assert any(result.stopped)
+    for row, (tokens, ended) in enumerate(zip(result.tokens, result.stopped, strict=True)):
+        prompt = prompts[row // 3]
+        ids = torch.tensor([[*prompt, *tokens[: len(tokens) - ended], *closing]])
+        with torch.no_grad():
+            states = model.base_model(ids, output_hidden_states=True).hidden_states
+        expected = [
+            states[t.layer][0, -1] if t.kind == "last" else states[t.layer][0, len(prompt) :].mean(0) for t in taps
+        ]
+        torch.testing.assert_close(result.features[row], torch.cat(expected), rtol=1e-4, atol=1e-4)
+        again = read_again(model, ids, torch.tensor([len(prompt)]), taps)
+        torch.testing.assert_close(again[0], torch.cat(expected), rtol=1e-4, atol=1e-4)
