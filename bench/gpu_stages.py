@@ -63,7 +63,7 @@ def _ensemble(device: torch.device, seed: Tensor) -> Call:
         hidden, weight, bias, norm = leaves
         out = ensemble_reward(hidden, weight, bias, rows=rows, norm_weight=norm, seed=seed,
                               aggregation="tradeoff:0.4,centre=batch")  # fmt: skip
-        return [*out, *torch.autograd.grad((out.reward, out.mean, out.std), leaves, upstream)]
+        return [*out[:4], *torch.autograd.grad((out.reward, out.mean, out.std), leaves, upstream)]
 
     return call
 

@@ -56,7 +56,7 @@ def _ensemble_forward(op: str, mode: str) -> Report:
 
 def _ensemble_backward(op: str, mode: str) -> Report:
     inputs = _ensemble_inputs()
-    saved = ensemble.forward(inputs, True)[4]
+    saved = ensemble.forward(inputs, True)[-1]
     grads = EnsembleGrads(torch.ones(ROWS), torch.ones(ROWS, HEADS), torch.ones(ROWS, HEADS), reward_sum=None)
     head = "frozen head" not in mode
     needs = EnsembleNeeds(hidden="frozen trunk" not in mode, weight=head, bias=head, norm_weight=head)

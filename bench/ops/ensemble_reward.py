@@ -51,7 +51,7 @@ def fused(
     norm_weight: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return ensemble_reward(hidden, weight, bias, norm_weight=norm_weight, rows=rows, norm_eps=EPS, aggregation=SPEC)
+    return ensemble_reward(hidden, weight, bias, norm_weight=norm_weight, rows=rows, norm_eps=EPS, aggregation=SPEC)[:4]
 
 
 def _gradients(score: Any, tensors: tuple[Any, ...], upstream: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -103,7 +103,7 @@ def _exact(tensors: tuple[Any, ...], rows: slice) -> tuple[Tensor, Tensor]:
     picked = hidden[rows] if index is None else hidden[index[rows]]
     wide: tuple[Any, ...] = tuple(None if t is None else t.double() for t in (picked, weight, bias, norm_weight))
     inputs = Inputs(wide[0], wide[1], wide[2], None, wide[3], None, None, None, None, None, 0, EPS, STD_FLOOR, SPEC)
-    _, mean, std, _, _ = reference.forward(inputs)
+    _, mean, std, _, _, _ = reference.forward(inputs)
     return mean, std
 
 

@@ -4,11 +4,13 @@ from .contract import EnsembleOutput
 from .op import STD_FLOOR, ensemble_reward
 from .reference import aggregate, nominal_reward, philox_normal
 from .spec import Aggregation
+from .trust import TrustRegion
 
 __all__ = [
     "STD_FLOOR",
     "Aggregation",
     "EnsembleOutput",
+    "TrustRegion",
     "aggregate",
     "ensemble_reward",
     "nominal_reward",

@@ -1,17 +1,25 @@
 """Inputs, outputs and argument checks of `ensemble_reward`.
 
 The fields of `Inputs` are the registered op's schema, in order. Each backend offers
-    forward(inputs, keep) -> (reward [N], mean [N, K], std [N, K], reward_sum [], saved)
+    forward(inputs, keep) -> (reward [N], mean [N, K], std [N, K], reward_sum [], distance [N] or None, saved)
     backward(grads, inputs, saved, needs) -> (grad_hidden, grad_weight, grad_bias, grad_norm_weight)
 with grads = OutputGrads and needs = Needs; a gradient that is not needed is None.
 
-The forward keeps `saved` [N, 2K + 1] for the backward: the products after the norm and before the bias, and rstd in the
-last column (1 without a norm). It takes 4 (2K + 1) bytes a row, beside 2 D for the features, and saves the backward a
-pass over them. Without `keep` it is empty, [0, 2K + 1].
+The forward keeps `saved` [N, S] for the backward, which it saves a pass over the features. Its columns, f the features
+after the norm:
+    2K      the products with the heads' weight, after the norm and before the bias
+    1       rstd (1 without a norm)
+    R       with a trust region: directions_r . (f - mean)
+    2       with a trust region: D2, before it is clamped at 0; and mean' P (f - mean), P the precision matrix, for the
+            norm's gradient (undefined without a norm)
+    1       with `batch_worst` or `worst=batch`: the index k* of the batch's worst head, in every row
+S is 2K + 1 in the plain case: 4 (2K + 1) bytes a row beside 2 D for the features. Without `keep`, `saved` is [0, S].
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +27,7 @@ from torch import Tensor
 
 from ..checks import Checks, values_are_read
 from .spec import Aggregation
+from .trust import TrustRegion
 
 checks = Checks("ensemble_reward", "hidden")
 refuse = checks.refuse
@@ -31,24 +40,27 @@ class EnsembleOutput(NamedTuple):
     mean        [N, K]  the heads' means, calibrated
     std         [N, K]  the heads' standard deviations, > 0, calibrated
     reward_sum  []      sum of the aggregated rewards before centring; batch-sum regularisation squares it
+    distance    [N]     from the trust region's mean, 1 = the 95 % quantile of the reference responses; None without one
     """
 
     reward: Tensor
     mean: Tensor
     std: Tensor
     reward_sum: Tensor
+    distance: Tensor | None = None
 
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of a backend's forward: EnsembleOutput's four, and `saved`
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]  # EnsembleOutput's five, and `saved`
 
 
 class OutputGrads(NamedTuple):
-    """Gradients of the loss with respect to EnsembleOutput's four tensors; None stands for zero."""
+    """Gradients of the loss with respect to EnsembleOutput's five tensors; None stands for zero."""
 
     reward: Tensor | None
     mean: Tensor | None
     std: Tensor | None
     reward_sum: Tensor | None
+    distance: Tensor | None = None
 
 
 class Needs(NamedTuple):
@@ -64,7 +76,9 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of 
 
 
 class Inputs(NamedTuple):
-    """Arguments of `prudent::ensemble_reward`, in schema order. `group_size` is 0 if no size is given."""
+    """Arguments of `prudent::ensemble_reward`, in schema order. `group_size` is 0 if no size is given; the fields of
+    the trust region are all tensors or all None.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -80,16 +94,37 @@ class Inputs(NamedTuple):
     norm_eps: float
     std_floor: float
     aggregation: str
+    trust_mean: Tensor | None = None
+    trust_precision: Tensor | None = None
+    trust_directions: Tensor | None = None
+    trust_weights: Tensor | None = None
+    trust_unit: Tensor | None = None
+    trust_rms: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The fields `hidden` to `group`."""
-        return self[:10]
+        """The fields `hidden` to `group` and those of the trust region."""
+        return self[:10] + self[14:]
 
     @property
     def options(self) -> tuple[int, float, float, str]:
-        """The fields after the tensors."""
-        return self[10:]
+        """The fields between the tensors."""
+        return self[10:14]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None], options: tuple[int, float, float, str]) -> Inputs:
+        """The inverse of `tensors` and `options`."""
+        return cls(*tensors[:10], *options, *tensors[10:])  # type: ignore[call-arg, arg-type]
+
+    @property
+    def trust(self) -> TrustRegion | None:
+        return None if self.trust_mean is None else TrustRegion(*self[14:])  # type: ignore[arg-type]
+
+    @property
+    def saved_columns(self) -> int:
+        """S, the width of the forward's saved tensor."""
+        region = 0 if self.trust_directions is None else self.trust_directions.shape[0] + 2
+        return self.weight.shape[0] + 1 + region + self.spec.of_batch
 
     @property
     def spec(self) -> Aggregation:
@@ -131,9 +166,35 @@ def check_inputs(inputs: Inputs) -> None:
     checks.vector(inputs.shift, "shift", heads, hidden)
     checks.vector(inputs.scale, "scale", heads, hidden)
     checks.vector(inputs.std_ref, "std_ref", heads, hidden)
+    _check_trust(inputs, dim)
     _check_seed_and_indices(inputs)
     _check_group(inputs)
     _check_options(inputs, heads)
+
+
+def _check_trust(inputs: Inputs, dim: int) -> None:
+    given = inputs[14:]
+    if all(value is None for value in given):
+        if inputs.spec.trust is not None:
+            refuse("trust", f"a TrustRegion with the price in aggregation {inputs.aggregation!r}", None)
+        return
+    directions = inputs.trust_directions
+    for name, value in zip(Inputs._fields[14:], given, strict=True):
+        checks.tensor(value, _dotted(name))
+    assert directions is not None
+    if directions.dim() != 2 or directions.shape[1] != dim:
+        refuse("trust.directions", f"shape [R, {dim}]", list(directions.shape))
+    if directions.dtype not in (torch.float32, torch.float64):
+        refuse("trust.directions", "dtype float32", directions.dtype)
+    checks.width(directions, "trust.directions", inputs.hidden)
+    lengths = {"mean": dim, "precision": dim, "weights": directions.shape[0], "unit": 1, "rms": 1}
+    for name, length in lengths.items():
+        checks.vector(getattr(inputs, f"trust_{name}"), f"trust.{name}", length, inputs.hidden)
+
+
+def _dotted(field: str) -> str:
+    """A field of the trust region as its user knows it."""
+    return field.replace("trust_", "trust.")
 
 
 def _check_seed_and_indices(inputs: Inputs) -> None:
@@ -149,8 +210,8 @@ def _check_seed_and_indices(inputs: Inputs) -> None:
         refuse("seed", "shape [1]", list(inputs.seed.shape))
     if inputs.group is not None and inputs.group.shape[0] != inputs.num_rows:
         refuse("group", f"shape [{inputs.num_rows}]", list(inputs.group.shape))
-    for name, tensor in zip(Inputs._fields, inputs.tensors, strict=False):
-        checks.device(tensor, name, inputs.hidden)
+    for name, argument in zip(Inputs._fields, inputs, strict=True):
+        checks.device(argument, _dotted(name), inputs.hidden)
 
 
 def _check_group(inputs: Inputs) -> None:
@@ -185,3 +246,13 @@ def check_values(inputs: Inputs) -> None:
         value = getattr(inputs, name)
         if value is not None and not bool((value > 0).all()):
             refuse(name, "values above 0", value.tolist())
+    region = inputs.trust
+    if region is None:
+        return
+    for name in ("unit", "rms"):
+        number = float(getattr(region, name))
+        if not 0 < number < math.inf:
+            refuse(f"trust.{name}", "a finite number above 0", number)
+    fine = (region.precision >= 0) & (region.precision < math.inf)
+    if not bool(fine.all()):
+        refuse("trust.precision", "finite numbers >= 0", region.precision[~fine].tolist()[:3])

@@ -44,13 +44,13 @@ def native_spec(aggregation: str) -> NativeSpec:
 
 
 def _arguments(inputs: Inputs) -> tuple[Any, ...]:
-    """The arguments that forward and backward share: `Inputs` without its last field, the aggregation; then the
-    aggregation as numbers, and the instruction set.
+    """The arguments that forward and backward share: `Inputs` up to the aggregation; then the aggregation as numbers,
+    and the instruction set.
 
     They are passed by position because keywords take a quarter more host time per call. test_native_build.py compares
     their order with the schemas.
     """
-    return *inputs[:-1], *native_spec(inputs.aggregation), native.isa_index()
+    return *inputs[:13], *native_spec(inputs.aggregation), native.isa_index()
 
 
 @lru_cache(maxsize=2)
@@ -59,13 +59,13 @@ def _op(name: str) -> Any:
 
 
 def forward(inputs: Inputs, keep: bool = False) -> Outputs:
-    """(reward [N], mean [N, K], std [N, K], reward_sum [], saved), fp32. Raises RuntimeError outside the contract."""
-    result: Outputs = _op("ensemble_reward_forward")(*_arguments(inputs), keep)
-    return result
+    """(reward, mean, std, reward_sum, distance, saved), fp32. Raises RuntimeError outside the contract."""
+    *outputs, saved = _op("ensemble_reward_forward")(*_arguments(inputs), keep)
+    return *outputs, None, saved
 
 
 def backward(grads: OutputGrads, inputs: Inputs, saved: Tensor, needs: Needs) -> Grads:
-    """Gradients of hidden, weight, bias and norm_weight (None if not needed) from the gradients of the four outputs."""
-    outer = (g if g is None or g.dtype == torch.float32 else g.float() for g in grads)
+    """Gradients of hidden, weight, bias and norm_weight (None if not needed) from the gradients of the outputs."""
+    outer = (g if g is None or g.dtype == torch.float32 else g.float() for g in grads[:4])
     result: Grads = _op("ensemble_reward_backward")(*outer, *_arguments(inputs), saved, *needs)
     return result

@@ -28,6 +28,7 @@ from .contract import (
     refuse,
 )
 from .spec import Aggregation
+from .trust import TrustRegion
 
 STD_FLOOR = (
     1e-3  # keeps argmin-std and lcb away from 0; small beside the heads' spread, which eq. 8 sets at about alpha/2
@@ -35,19 +36,24 @@ STD_FLOOR = (
 
 _SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor? norm_weight, Tensor? seed, Tensor? shift, "
-    "Tensor? scale, Tensor? std_ref, Tensor? group, SymInt group_size, float norm_eps, float std_floor, str aggregation"
+    "Tensor? scale, Tensor? std_ref, Tensor? group, SymInt group_size, float norm_eps, float std_floor, "
+    "str aggregation, Tensor? trust_mean, Tensor? trust_precision, Tensor? trust_directions, Tensor? trust_weights, "
+    "Tensor? trust_unit, Tensor? trust_rms"
 )
 _library = torch.library.Library("prudent", "DEF")
-_library.define(f"ensemble_reward({_SCHEMA}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+# the registered op returns an empty distance without a trust region: an op's outputs must be tensors
+_library.define(f"ensemble_reward({_SCHEMA}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     "ensemble_reward_backward(Tensor? grad_reward, Tensor? grad_mean, Tensor? grad_std, Tensor? grad_sum, "
-    f"{_SCHEMA}, Tensor saved, bool need_hidden, bool need_weight, bool need_bias, bool need_norm_weight) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor? grad_distance, {_SCHEMA}, Tensor saved, bool need_hidden, bool need_weight, bool need_bias, "
+    "bool need_norm_weight) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 def _backend(inputs: Inputs) -> Any:
     """The module that executes this call, imported when first needed: `import prudent` must not import triton."""
+    if inputs.trust_mean is not None or inputs.spec.of_batch or inputs.spec.trust is not None:
+        return reference  # until the executions below have them
     if inputs.hidden.is_cuda:
         from . import triton  # type: ignore[attr-defined]
 
@@ -60,6 +66,11 @@ def _backend(inputs: Inputs) -> Any:
 def _forward(*arguments: Any) -> Outputs:
     *given, keep = arguments
     return _run(Inputs(*given), keep)
+
+
+def _registered_forward(*arguments: Any) -> Outputs:
+    *outputs, distance, saved = _forward(*arguments)
+    return *outputs, saved.new_empty(0) if distance is None else distance, saved  # type: ignore[return-value]
 
 
 def _run(inputs: Inputs, keep: bool) -> Outputs:
@@ -97,9 +108,8 @@ def _fake_forward(*arguments: Any) -> Outputs:
     inputs = Inputs(*given)
     check_inputs(inputs)
     n, k, dtype = inputs.num_rows, inputs.num_heads, inputs.output_dtype
-    new = inputs.hidden.new_empty
-    heads = new(n, k, dtype=dtype), new(n, k, dtype=dtype)
-    return new(n, dtype=dtype), *heads, new((), dtype=dtype), new(n if keep else 0, 2 * k + 1, dtype=dtype)
+    shapes = (n,), (n, k), (n, k), (), (0 if inputs.trust is None else n,), (n if keep else 0, inputs.saved_columns)
+    return tuple(inputs.hidden.new_empty(shape, dtype=dtype) for shape in shapes)  # type: ignore[return-value]
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,7 +123,7 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 for _device in ("CPU", "CUDA"):
-    _library.impl("ensemble_reward", _forward, _device)
+    _library.impl("ensemble_reward", _registered_forward, _device)
     _library.impl("ensemble_reward_backward", _backward, _device)
 torch.library.register_fake("prudent::ensemble_reward", _fake_forward, lib=_library)
 torch.library.register_fake("prudent::ensemble_reward_backward", _fake_backward, lib=_library)
@@ -140,7 +150,7 @@ def _autograd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
     result: list[Tensor | None] = [None] * len(wanted)
     if any(g is not None for g in outer):
         *tensors, saved = ctx.saved_tensors
-        found = ctx.run_backward(OutputGrads(*outer), Inputs(*tensors, *ctx.options), saved, needs)
+        found = ctx.run_backward(OutputGrads(*outer), Inputs.of(tensors, ctx.options), saved, needs)
         for i, gradient, need in zip(_DIFFERENTIABLE, found, needs, strict=True):
             result[i] = gradient if need else None
     return tuple(result)
@@ -188,6 +198,15 @@ def _flattened(hidden: Tensor) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
 
 
+def _region(trust: TrustRegion | None) -> tuple[Tensor | None, ...]:
+    """The trust region's fields of `Inputs`."""
+    if trust is None:
+        return (None,) * len(TrustRegion._fields)
+    if not isinstance(trust, TrustRegion):
+        refuse("trust", "a TrustRegion or None", type(trust).__name__)
+    return trust
+
+
 def _spec_text(aggregation: str | Aggregation, centre: str | None) -> str:
     return str(Aggregation.parse(aggregation).with_centre(centre))
 
@@ -208,13 +227,15 @@ def ensemble_reward(
     aggregation: str | Aggregation = "tradeoff:0.4",
     centre: str | None = None,
     std_floor: float = STD_FLOOR,
+    trust: TrustRegion | None = None,
 ) -> EnsembleOutput:
     """Hidden states to a pessimistic reward in one op: BRME (arXiv 2409.15360) on K Gaussian heads.
 
         z      = rmsnorm(hidden[rows]) @ weight.T + bias                      fp32 accumulation
         mean   = (z[:, :K] - shift) / scale        std = (softplus(z[:, K:]) + std_floor) / scale
         sample = mean + std * a,  a ~ N(0, 1), Philox-4x32 keyed by seed at counter row * K + head
-        reward = aggregation(mean, std, sample) - centre
+        distance = sqrt((f - mu)' P (f - mu)),  f = rmsnorm(hidden[rows]), mu and P of `trust`
+        reward = aggregation(mean, std, sample) - price(distance) - centre
 
     Args:
         hidden: [..., D] bfloat16, float16, float32 or float64; last dimension contiguous, any row stride. Leading
@@ -231,10 +252,12 @@ def ensemble_reward(
         aggregation: `Aggregation` or its string.
         centre: "none", "batch" or "group"; None: the aggregation's own ("none" by default).
         std_floor: least std before calibration.
+        trust: the region of the features on which the reward was taught; needed by a price in the aggregation
+            (`trust=c`), and without one only measured.
 
     Returns:
-        EnsembleOutput(reward [N], mean [N, K], std [N, K], reward_sum []), fp32 (fp64 from fp64). Gradients flow to
-        hidden, weight, bias and norm_weight, once differentiable.
+        EnsembleOutput(reward [N], mean [N, K], std [N, K], reward_sum [], distance [N] or None), fp32 (fp64 from fp64).
+        Gradients flow to hidden, weight, bias and norm_weight, once differentiable.
 
     Raises:
         ValueError: for a wrong argument, before anything is computed.
@@ -258,9 +281,8 @@ def ensemble_reward(
     # do not parse a string here, so that torch.compile need not trace the parser
     text = aggregation if isinstance(aggregation, str) and centre is None else _spec_text(aggregation, centre)
     inputs = Inputs(
-        hidden=hidden, weight=weight.contiguous(), bias=bias, rows=rows, norm_weight=norm_weight, seed=seed,
-        shift=shift, scale=scale, std_ref=std_ref, group=labels, group_size=group_size, norm_eps=norm_eps,
-        std_floor=std_floor, aggregation=text,
+        hidden, weight.contiguous(), bias, rows, norm_weight, seed, shift, scale, std_ref, labels, group_size, norm_eps,
+        std_floor, text, *_region(trust),
     )  # fmt: skip
     differentiable = (hidden, weight, bias, norm_weight)
     keep = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in differentiable)
@@ -270,5 +292,5 @@ def ensemble_reward(
         outputs = _EagerEnsembleReward.apply(*inputs, keep)  # type: ignore[no-untyped-call]
     else:
         outputs = _run(inputs, keep)
-    reward, mean, std, reward_sum, _ = outputs
-    return EnsembleOutput(reward, mean, std, reward_sum)
+    reward, mean, std, reward_sum, distance, _ = outputs
+    return EnsembleOutput(reward, mean, std, reward_sum, None if trust is None else distance)

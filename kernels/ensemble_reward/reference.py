@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .contract import Grads, Inputs, Needs, OutputGrads, Outputs
 from .spec import Aggregation
+from .trust import Measured, features_gradient, measure, price, price_gradient
 
 PHILOX_ROUNDS = (
     7  # Crush-resistant (Salmon et al. 2011, table 2) and what flash-attention uses; 10 would cost 40 % more
@@ -63,6 +64,7 @@ class Heads(NamedTuple):
     std: Tensor  # [N, K] calibrated
     noise: Tensor | None  # [N, K]
     values: Tensor  # [N, K] the aggregation's input: samples or means
+    measured: Measured | None  # the distance's parts; None without a trust region
 
 
 def heads(inputs: Inputs) -> Heads:
@@ -87,7 +89,10 @@ def heads(inputs: Inputs) -> Heads:
         mean, std = mean / inputs.scale.to(dtype), std / inputs.scale.to(dtype)
     noise = None if inputs.seed is None else philox_normal(inputs.seed, inputs.num_rows, k, dtype)
     values = mean if noise is None or inputs.spec.source == "mean" else mean + std * noise
-    return Heads(x, rstd, folded, product, raw_std, mean, std, noise, values)
+    measured = None
+    if inputs.trust is not None:
+        measured = measure(x if rstd is None else x * inputs.norm_weight.to(dtype) * rstd, inputs.trust)  # type: ignore[union-attr]
+    return Heads(x, rstd, folded, product, raw_std, mean, std, noise, values, measured)
 
 
 def nominal_index(std: Tensor, spec: Aggregation, std_ref: Tensor | None = None) -> Tensor:
@@ -107,13 +112,40 @@ def nominal_reward(mean: Tensor, std: Tensor, spec: Aggregation, std_ref: Tensor
     return mean.gather(1, nominal_index(std, spec, std_ref)[:, None])[:, 0]
 
 
-def aggregate(mean: Tensor, std: Tensor, values: Tensor, spec: Aggregation, std_ref: Tensor | None = None) -> Tensor:
-    """[N, K] heads -> [N] rewards before centring. `values` [N, K]: the samples, or the means."""
+def batch_worst(values: Tensor) -> Tensor:
+    """[] int64 k* = argmin_k mean_n values_nk, BRME eq. 6: the worst head of the whole batch, the lowest on a tie."""
+    return values.double().mean(dim=0).argmin()
+
+
+def aggregate(
+    mean: Tensor,
+    std: Tensor,
+    values: Tensor,
+    spec: Aggregation,
+    std_ref: Tensor | None = None,
+    distance: Tensor | None = None,
+    unit: Tensor | None = None,
+) -> Tensor:
+    """[N, K] heads -> [N] rewards before centring. `values` [N, K]: the samples, or the means. A spec with a price
+    needs `distance` [N] and the trust region's `unit` [1]; else a ValueError.
+    """
+    reward = _aggregate_heads(mean, std, values, spec, std_ref)
+    if spec.trust is None:
+        return reward
+    if distance is None or unit is None:
+        raise ValueError(f"aggregate: distance: expected the distances [N] and unit for {str(spec)!r}, got None")
+    return reward - price(distance, unit, spec)
+
+
+def _aggregate_heads(mean: Tensor, std: Tensor, values: Tensor, spec: Aggregation, std_ref: Tensor | None) -> Tensor:
     if spec.kind in ("tradeoff", "nominal"):
         nominal = nominal_reward(mean, std, spec, std_ref)
         if spec.kind == "nominal":
             return nominal
-        return spec.coefficient * nominal + (1.0 - spec.coefficient) * values.min(dim=1).values
+        worst = values[:, batch_worst(values)] if spec.of_batch else values.min(dim=1).values
+        return spec.coefficient * nominal + (1.0 - spec.coefficient) * worst
+    if spec.kind == "batch_worst":
+        return values[:, batch_worst(values)]
     if spec.kind == "softmin":
         b = spec.coefficient
         return -b * (torch.logsumexp(-values / b, dim=1) - math.log(values.shape[1]))
@@ -165,7 +197,9 @@ def aggregate_gradient(h: Heads, spec: Aggregation, std_ref: Tensor | None) -> t
             to_mean += lam / k
         else:
             to_mean.scatter_(1, nominal_index(h.std, spec, std_ref)[:, None], lam)
-        return to_mean, F.one_hot(values.argmin(dim=1), k).to(values.dtype) * (1.0 - lam)
+        return to_mean, _worst_weights(values, spec) * (1.0 - lam)
+    if spec.kind == "batch_worst":
+        return to_mean, _worst_weights(values, spec)
     if spec.kind == "softmin":
         return to_mean, torch.softmax(-values / spec.coefficient, dim=1)
     if spec.kind in ("lcb", "uwo"):
@@ -177,6 +211,12 @@ def aggregate_gradient(h: Heads, spec: Aggregation, std_ref: Tensor | None) -> t
         slope = torch.where(spread == 0, torch.zeros_like(gap), gap / (k * spread))
         return to_mean, 1.0 / k - spec.coefficient * slope
     return to_mean, _order_weights(values, spec)
+
+
+def _worst_weights(values: Tensor, spec: Aggregation) -> Tensor:
+    """[N, K]: 1 at each row's worst head, or at the batch's."""
+    index = batch_worst(values).expand(len(values)) if spec.of_batch else values.argmin(dim=1)
+    return F.one_hot(index, values.shape[1]).to(values.dtype)
 
 
 def group_mean(values: Tensor, inputs: Inputs) -> Tensor:
@@ -204,27 +244,43 @@ def add_rows(out: Tensor, rows: Tensor, values: Tensor) -> Tensor:
 
 
 def forward(inputs: Inputs, keep: bool = False) -> Outputs:
-    """(reward [N], mean [N, K], std [N, K], reward_sum [], saved). Differentiable by autograd, which the tests use."""
+    """(reward, mean, std, reward_sum, distance, saved). Differentiable by autograd, which the tests use."""
     h = heads(inputs)
-    reward = aggregate(h.mean, h.std, h.values, inputs.spec, inputs.std_ref)
-    rstd = torch.ones_like(h.product[:, :1]) if h.rstd is None else h.rstd
-    saved = torch.cat([h.product, rstd], dim=1) if keep else h.product.new_empty(0, h.product.shape[1] + 1)
-    return reward - group_mean(reward, inputs), h.mean.contiguous(), h.std.contiguous(), reward.sum(), saved
+    distance = None if h.measured is None else h.measured.distance
+    reward = aggregate(h.mean, h.std, h.values, inputs.spec, inputs.std_ref, distance, inputs.trust_unit)
+    saved = _saved(h, inputs) if keep else h.product.new_empty(0, inputs.saved_columns)
+    outputs = reward - group_mean(reward, inputs), h.mean.contiguous(), h.std.contiguous(), reward.sum()
+    return *outputs, distance, saved
+
+
+def _saved(h: Heads, inputs: Inputs) -> Tensor:
+    """[N, S], see contract.py."""
+    column = h.product[:, :1]
+    parts = [h.product, torch.ones_like(column) if h.rstd is None else h.rstd]
+    if h.measured is not None:
+        parts += [h.measured.projections, h.measured.squared[:, None], h.measured.along[:, None]]
+    if inputs.spec.of_batch:
+        parts.append(batch_worst(h.values).to(column.dtype).expand_as(column))
+    return torch.cat(parts, dim=1)
 
 
 def backward(grads: OutputGrads, inputs: Inputs, saved: Tensor, needs: Needs) -> Grads:
-    """Gradients of hidden, weight, bias and norm_weight from the gradients of the four outputs.
+    """Gradients of hidden, weight, bias and norm_weight from the gradients of the outputs.
 
     The oracle does not rely on `saved`: it computes everything again.
     """
     need_hidden, need_weight, need_bias, need_norm = needs
     h = heads(inputs)
-    d_product = _product_gradient(grads, h, inputs)
+    g = _total_gradient(grads, inputs)
+    d_product = _product_gradient(grads, g, h, inputs)
+    d_features = _features_gradient(grads, g, h, inputs)
     bias = d_product.sum(dim=0) if need_bias else None
     scaled = d_product if h.rstd is None else d_product * h.rstd
     hidden = weight = norm_weight = None
     if need_hidden:
         dx = scaled @ h.folded
+        if d_features is not None:
+            dx = dx + _to_hidden(d_features, h, inputs)
         if h.rstd is not None:
             # d rstd / dx = -rstd^3 x / D, and sum_n c_n (x . W'_n) rstd = sum_n c_n product_n: no other pass over D
             dx = dx - h.x * h.rstd.square() * (d_product * h.product).sum(dim=1, keepdim=True) / h.x.shape[1]
@@ -233,30 +289,57 @@ def backward(grads: OutputGrads, inputs: Inputs, saved: Tensor, needs: Needs) ->
     if need_weight or need_norm:
         d_folded = scaled.T @ h.x
         if inputs.norm_weight is not None:
-            norm_weight = (d_folded * inputs.weight.to(d_folded.dtype)).sum(dim=0).to(inputs.norm_weight.dtype)
+            norm_weight = (d_folded * inputs.weight.to(d_folded.dtype)).sum(dim=0)
+            if d_features is not None and h.rstd is not None:
+                norm_weight = norm_weight + (d_features * h.x * h.rstd).sum(dim=0)
+            norm_weight = norm_weight.to(inputs.norm_weight.dtype)
             d_folded = d_folded * inputs.norm_weight.to(d_folded.dtype)
         weight = d_folded.to(inputs.weight.dtype)
     return hidden, weight if need_weight else None, bias, norm_weight if need_norm else None
 
 
-def _product_gradient(grads: OutputGrads, h: Heads, inputs: Inputs) -> Tensor:
-    """[N, 2K]: the gradient at the matrix product (equally at the bias)."""
-    d_reward, d_mean, d_std, d_sum = grads
+def _total_gradient(grads: OutputGrads, inputs: Inputs) -> Tensor:
+    """[N]: the gradient at the aggregated rewards, through the centring and the sum."""
+    g = torch.zeros(inputs.num_rows, dtype=inputs.output_dtype, device=inputs.hidden.device)
+    if grads.reward is not None:
+        d_reward = grads.reward.to(g.dtype)
+        g = d_reward - group_mean(d_reward, inputs)
+    return g if grads.reward_sum is None else g + grads.reward_sum.to(g.dtype)
+
+
+def _product_gradient(grads: OutputGrads, g: Tensor, h: Heads, inputs: Inputs) -> Tensor:
+    """[N, 2K]: the gradient at the matrix product (equally at the bias); g [N] is the aggregated rewards'."""
     spec, dtype = inputs.spec, inputs.output_dtype
-    g = torch.zeros_like(h.mean[:, 0])
-    if d_reward is not None:
-        g = d_reward.to(dtype) - group_mean(d_reward.to(dtype), inputs)
-    if d_sum is not None:
-        g = g + d_sum.to(dtype)
     to_mean, to_values = aggregate_gradient(h, spec, inputs.std_ref)
     mean = (to_mean + to_values) * g[:, None]
     std = torch.zeros_like(mean)
     if h.noise is not None and spec.source == "sample":
         std = to_values * g[:, None] * h.noise
-    if d_mean is not None:
-        mean = mean + d_mean.to(dtype)
-    if d_std is not None:
-        std = std + d_std.to(dtype)
+    if grads.mean is not None:
+        mean = mean + grads.mean.to(dtype)
+    if grads.std is not None:
+        std = std + grads.std.to(dtype)
     if inputs.scale is not None:
         mean, std = mean / inputs.scale.to(dtype), std / inputs.scale.to(dtype)
     return torch.cat([mean, std * torch.sigmoid(h.raw_std)], dim=1)
+
+
+def _features_gradient(grads: OutputGrads, g: Tensor, h: Heads, inputs: Inputs) -> Tensor | None:
+    """[N, D]: the gradient at the features after the norm through the distance; None without a trust region."""
+    region, spec = inputs.trust, inputs.spec
+    if h.measured is None or region is None:
+        return None
+    distance = h.measured.distance
+    d_distance = torch.zeros_like(distance) if grads.distance is None else grads.distance.to(distance.dtype)
+    if spec.trust is not None:
+        d_distance = d_distance - g * price_gradient(distance, region.unit, spec)
+    return features_gradient(d_distance, h.measured, region)
+
+
+def _to_hidden(d_features: Tensor, h: Heads, inputs: Inputs) -> Tensor:
+    """[N, D]: a gradient at the features after the norm as one at the rows of hidden."""
+    if h.rstd is None or inputs.norm_weight is None:
+        return d_features
+    scaled = d_features * inputs.norm_weight.to(d_features.dtype)
+    shrink = h.rstd.square() * (scaled * h.x).mean(dim=1, keepdim=True)
+    return h.rstd * (scaled - shrink * h.x)

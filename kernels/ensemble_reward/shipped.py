@@ -62,7 +62,7 @@ def _run(
         grads = OutputGrads(empty(num_rows), empty(num_rows, heads), empty(num_rows, heads), empty())
         needs = Needs(hidden=True, weight=True, bias=True, norm_weight=True)
         with assume(target):
-            saved = triton.forward(inputs, True)[4]
+            saved = triton.forward(inputs, True)[-1]
             triton.backward(grads, inputs, saved, needs)
 
     return run

@@ -77,15 +77,15 @@ _OUTER_ARGUMENTS = (
 
 
 def forward(inputs: Inputs, keep: bool = False) -> Outputs:
-    """(reward [N], mean [N, K], std [N, K], reward_sum [], saved) in one launch; saved [N, 2K + 1] if `keep`."""
+    """(reward, mean, std, reward_sum, distance, saved) in one launch; saved [N, 2K + 1] if `keep`."""
     if inputs.num_heads > configs.MAX_HEADS:
         return reference.forward(inputs, keep)
     n, k, new, dtype = inputs.num_rows, inputs.num_heads, inputs.hidden.new_empty, inputs.output_dtype
     saved = new(n if keep else 0, 2 * k + 1, dtype=dtype)
     reward, mean, std = new(n, dtype=dtype), new(n, k, dtype=dtype), new(n, k, dtype=dtype)
     if n == 0:
-        return reward, mean, std, inputs.hidden.new_zeros((), dtype=dtype), saved
-    outputs = reward, mean, std, new((), dtype=dtype), saved
+        return reward, mean, std, inputs.hidden.new_zeros((), dtype=dtype), None, saved
+    outputs = reward, mean, std, new((), dtype=dtype), None, saved
     common, target = _common(inputs), configs.platform(inputs.hidden.device).name
     config = tuning.choose(
         configs.forward_config(n, common["BN"], inputs.hidden.dtype, target),
@@ -101,7 +101,7 @@ def forward(inputs: Inputs, keep: bool = False) -> Outputs:
 
 
 def _launch_forward(inputs: Inputs, common: dict[str, Any], outputs: Outputs, config: Config) -> None:
-    reward, mean, std, reward_sum, saved = outputs
+    reward, mean, std, reward_sum, _, saved = outputs
     n, d, device, dtype = inputs.num_rows, common["d"], inputs.hidden.device, reward.dtype
     programs = triton.cdiv(n, config.block_rows)
     splits, blocks_each = configs.splits(programs, d, config, device)
@@ -179,7 +179,7 @@ def _product_gradient(
     need_hidden, need_weight, need_bias, need_norm = needs
     config = configs.gradient_config(common["BN"])
     programs = triton.cdiv(n, config.block_rows)
-    d_reward, d_mean, d_std, d_sum = grads
+    d_reward, d_mean, d_std, d_sum, _ = grads
     d_reward, averages, size = _centred(d_reward, inputs)
     scaled = new(n, common["BN"], dtype=dtype) if need_hidden or need_weight or need_norm else None
     along = new(n, dtype=dtype) if need_hidden and inputs.norm_weight is not None else None

@@ -82,7 +82,7 @@ def test_the_library_asks_for_nothing_of_torch_but_its_c_interface_and_nothing_o
     assert not [w for w in mine if w.startswith("_Z") and ("torch" in w or "c10" in w or "2at" in w)]
 
 
-ENSEMBLE = (*EnsembleInputs._fields[:-1], *ensemble_cpu.NativeSpec._fields, "isa")  # without the aggregation string
+ENSEMBLE = (*fields(EnsembleInputs, "std_floor"), *ensemble_cpu.NativeSpec._fields, "isa")  # the aggregation as numbers
 TAKEN = {
     "advantages": (*fields(AdvantageInputs, "mask"), *advantages_cpu.NativeOptions._fields),
     "ensemble_reward_forward": (*ENSEMBLE, "keep"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prudent.kernels.ensemble_reward import cpu, reference
-from prudent.kernels.ensemble_reward.contract import Inputs
+from prudent.kernels.ensemble_reward.contract import Inputs, OutputGrads, Outputs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SPECS = [
@@ -22,7 +23,7 @@ ALL = (True, True, True, True)
 
 def backward(execution: Any, grads: Any, inputs: Inputs, needs: Any) -> Any:
     """The execution's gradients, from its own forward's saved tensor."""
-    return execution.backward(grads, inputs, execution.forward(inputs, True)[4], needs)
+    return execution.backward(OutputGrads(*grads), inputs, execution.forward(inputs, True)[-1], needs)
 
 
 def make(
@@ -47,7 +48,7 @@ def double(inputs: Inputs) -> Inputs:
     return Inputs(*[v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in inputs])
 
 
-def plain(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def plain(inputs: Inputs) -> Outputs:
     """The usual composition: norm and linear layer in the storage type, as in transformers, then fp32 heads."""
     x = inputs.hidden if inputs.rows is None else inputs.hidden[inputs.rows]
     if inputs.norm_weight is not None:
@@ -59,11 +60,19 @@ def plain(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return reference.forward(inputs._replace(hidden=z, weight=identity, norm_weight=None, rows=None))
 
 
-def some_grads(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def some_grads(inputs: Inputs) -> OutputGrads:
     g = torch.Generator().manual_seed(5)
     n, k = inputs.num_rows, inputs.num_heads
-    return (torch.randn(n, generator=g), torch.randn(n, k, generator=g), torch.randn(n, k, generator=g),
-            torch.randn((), generator=g))  # fmt: skip
+    return OutputGrads(torch.randn(n, generator=g), torch.randn(n, k, generator=g), torch.randn(n, k, generator=g),
+                       torch.randn((), generator=g))  # fmt: skip
+
+
+def same(found: Iterable[Tensor | None], wanted: Iterable[Tensor | None]) -> bool:
+    """Whether two results have the same bits, and None in the same places."""
+    return all(
+        (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b))
+        for a, b in zip(found, wanted, strict=True)
+    )
 
 
 def error(got: Tensor, exact: Tensor) -> float:
@@ -107,8 +116,8 @@ def targets(inputs: Inputs) -> tuple[Tensor | None, ...]:
 def plain_backward(inputs: Inputs, grads: Any) -> list[Tensor | None]:
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in targets(inputs)]
     hidden, weight, bias, norm_weight = leaves
-    outputs = plain(inputs._replace(hidden=hidden, weight=weight, bias=bias, norm_weight=norm_weight))[:4]
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+    outputs = plain(inputs._replace(hidden=hidden, weight=weight, bias=bias, norm_weight=norm_weight))[:5]
+    pairs = [(o, g) for o, g in zip(outputs, OutputGrads(*grads), strict=True) if g is not None and o.requires_grad]
     wanted = [leaf for leaf in leaves if leaf is not None]
     found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
     return [None if leaf is None else next(found) for leaf in leaves]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prudent.kernels.ensemble_reward import reference
-from prudent.kernels.ensemble_reward.contract import Grads, Inputs
+from prudent.kernels.ensemble_reward.contract import Grads, Inputs, OutputGrads
 from prudent.kernels.ensemble_reward.spec import Aggregation
 
 SPECS = [
@@ -20,7 +20,7 @@ SPECS = [
 
 
 def backward(grads: object, inputs: Inputs, needs: object) -> Grads:
-    return reference.backward(grads, inputs, reference.forward(inputs, True)[4], needs)
+    return reference.backward(OutputGrads(*grads), inputs, reference.forward(inputs, True)[-1], needs)  # type: ignore[misc]
 
 
 def make_inputs(aggregation: str = "tradeoff:0.4", *, n: int = 6, d: int = 5, k: int = 4, **changes: object) -> Inputs:

@@ -19,7 +19,7 @@ from torch import Tensor
 from prudent.kernels import arrivals
 from prudent.kernels.ensemble_reward import configs, ensemble_reward, op, philox_normal, reference
 from prudent.kernels.ensemble_reward import triton as execution
-from prudent.kernels.ensemble_reward.contract import Inputs
+from prudent.kernels.ensemble_reward.contract import Inputs, OutputGrads
 from prudent.kernels.ensemble_reward.triton_math import softplus, uniform
 
 DEVICE = torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
@@ -35,7 +35,7 @@ ALL = (True, True, True, True)
 
 def backward(execution: Any, grads: Any, inputs: Inputs, needs: Any) -> Any:
     """The execution's gradients, from its own forward's saved tensor."""
-    return execution.backward(grads, inputs, execution.forward(inputs, True)[4], needs)
+    return execution.backward(OutputGrads(*grads), inputs, execution.forward(inputs, True)[-1], needs)
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,7 @@ def test_one_row() -> None:
 
 def test_no_rows_give_empty_outputs_and_zero_gradients() -> None:
     inputs = make(hidden=torch.zeros(4, 6), d=6, rows=torch.zeros(0, dtype=torch.int64), dtype=torch.float32)
-    reward, mean, std, reward_sum, _ = execution.forward(inputs)
+    reward, mean, std, reward_sum, _, _ = execution.forward(inputs)
     assert (reward.shape, mean.shape, std.shape) == ((0,), (0, 5), (0, 5))
     assert reward_sum.item() == 0
     gradients = backward(execution, some_grads(inputs), inputs, ALL)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prudent.kernels.ensemble_reward import configs, ensemble_reward, op, reference
 from prudent.kernels.ensemble_reward import triton as execution
-from prudent.kernels.ensemble_reward.contract import Inputs
+from prudent.kernels.ensemble_reward.contract import Inputs, OutputGrads
 from prudent.kernels.launch import Config, Launch, recording
 
 DEVICE = torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
@@ -51,15 +51,17 @@ def make(n: int = 21, d: int = 33, dtype: torch.dtype = torch.float64, k: int = 
 def some_grads(inputs: Inputs) -> Any:
     g = torch.Generator().manual_seed(1)
     shapes: tuple[tuple[int, ...], ...] = ((inputs.num_rows,), *2 * ((inputs.num_rows, inputs.num_heads),), ())
-    return tuple(torch.randn(s, generator=g, dtype=torch.float64).to(inputs.output_dtype).to(DEVICE) for s in shapes)
+    return OutputGrads(
+        *(torch.randn(s, generator=g, dtype=torch.float64).to(inputs.output_dtype).to(DEVICE) for s in shapes)
+    )
 
 
 def agrees(inputs: Inputs, tolerance: float = 1e-11) -> None:
     """Outputs, what is saved, and the gradients from it, against the reference's."""
     ours, theirs = execution.forward(inputs, True), reference.forward(inputs, True)
     grads, needs = some_grads(inputs), (True, True, True, inputs.norm_weight is not None)
-    ours += execution.backward(grads, inputs, ours[4], needs)
-    theirs += reference.backward(grads, inputs, theirs[4], needs)
+    ours += execution.backward(grads, inputs, ours[-1], needs)
+    theirs += reference.backward(grads, inputs, theirs[-1], needs)
     for a, b in zip(ours, theirs, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
@@ -194,7 +196,7 @@ def test_the_arrival_counters_are_zero_again_after_every_call(n: int, monkeypatc
 
 def unread(inputs: Inputs, needs: tuple[bool, bool, bool, bool]) -> None:
     """The gradients are the same when hidden is NaN by the time of the backward."""
-    kept, grads = execution.forward(inputs, True)[4], some_grads(inputs)
+    kept, grads = execution.forward(inputs, True)[-1], some_grads(inputs)
     right = execution.backward(grads, inputs, kept, needs)
     gone = inputs._replace(hidden=torch.full_like(inputs.hidden, float("nan")))
     for a, b in zip(execution.backward(grads, gone, kept, needs), right, strict=True):
@@ -212,7 +214,7 @@ def test_the_backward_does_not_read_hidden_where_no_gradient_depends_on_it(dtype
 
 def test_the_backward_reads_hidden_in_one_launch_and_does_no_work_for_what_is_frozen() -> None:
     inputs = make()
-    saved = execution.forward(inputs, True)[4]
+    saved = execution.forward(inputs, True)[-1]
 
     def launches(*needs: bool) -> dict[str, Launch]:
         found = recorded(lambda: execution.backward(some_grads(inputs), inputs, saved, needs))  # type: ignore[arg-type]
@@ -275,7 +277,7 @@ def test_a_tuned_tile_reaches_both_launches(monkeypatch: pytest.MonkeyPatch) -> 
 
 def results(inputs: Inputs) -> list[Tensor]:
     outputs = execution.forward(inputs, True)
-    gradients = execution.backward(some_grads(inputs), inputs, outputs[4], ALL)
+    gradients = execution.backward(some_grads(inputs), inputs, outputs[-1], ALL)
     return [t for t in (*outputs, *gradients) if t is not None]
 
 
