@@ -145,7 +145,7 @@ def fit_heads(
     held_out = None if evaluation is None else PairFeatures(*evaluation)
     _check(data, config)
     if held_out is not None:
-        _check_features(held_out.chosen, held_out.rejected, "evaluation ", dim=chosen.shape[1])
+        check_features(held_out.chosen, held_out.rejected, "evaluation ", dim=chosen.shape[1])
     state = _State(data, config, aggregation, None if checkpoint is None else Path(checkpoint))
     bar = tqdm(
         total=state.epochs, initial=state.epoch, desc=f"{config.stage} heads", unit="epoch", disable=not progress
@@ -260,7 +260,7 @@ def pair_metrics(
 
 
 def _check(data: PairFeatures, config: FitConfig) -> None:
-    _check_features(data.chosen, data.rejected, "")
+    check_features(data.chosen, data.rejected, "")
     pairs = data.chosen.shape[0]
     if config.num_heads > pairs:
         raise ValueError(f"num_heads: expected at most the number of pairs ({pairs}), got {config.num_heads}")
@@ -279,7 +279,7 @@ def _check(data: PairFeatures, config: FitConfig) -> None:
         )
 
 
-def _check_features(chosen: Tensor, rejected: Tensor, what: str, dim: int | None = None) -> None:
+def check_features(chosen: Tensor, rejected: Tensor, what: str, dim: int | None = None) -> None:
     if chosen.dim() != 2 or (dim is not None and chosen.shape[1] != dim):
         raise ValueError(f"{what}chosen: expected shape [P, {dim or 'D'}], got {list(chosen.shape)}")
     if rejected.shape != chosen.shape:
