@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from ...engine import EnsembleHead
@@ -59,6 +60,28 @@ def save_lora(
     config.inference_mode, config.modules_to_save, config.task_type = True, None, "CAUSAL_LM"
     config.base_model_name_or_path = base or config.base_model_name_or_path
     config.save_pretrained(folder)
+
+
+@torch.no_grad()
+def load_lora(model: Any, adapter: str, folder: Path, *, trunk_prefix: tuple[str, str] | None = None) -> None:
+    """Set the weights of one LoRA of a PeftModel to those that `save_lora` wrote with the same `trunk_prefix`.
+
+    Raises:
+        ValueError: for a folder whose LoRA is of other layers or another rank.
+    """
+    with reading_weights(folder / _WEIGHTS):
+        state = load_file(folder / _WEIGHTS)
+    if trunk_prefix is not None:
+        own, saved = (f"{prefix}." for prefix in trunk_prefix)
+        state = {_renamed(name, _ROOT + saved, _ROOT + own): tensor for name, tensor in state.items()}
+    # peft's own loader also asks for the modules_to_save, which `save_lora` leaves out
+    named = model.named_parameters()
+    wanted = {name.replace(f".{adapter}.", "."): p for name, p in named if "lora_" in name and f".{adapter}." in name}
+    for name in sorted(wanted.keys() | state.keys()):
+        shapes = [list(store[name].shape) if name in store else "absent" for store in (wanted, state)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{folder}: expected a LoRA whose {name} is {shapes[0]}, got {shapes[1]}")
+        wanted[name].copy_(state[name])
 
 
 def _renamed(name: str, prefix: str, other: str) -> str:

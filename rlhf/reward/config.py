@@ -92,6 +92,9 @@ class TrunkConfig(JobConfig):
         default=0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises to its peak."
     )
     save_every: int = Field(default=100, ge=1, description="Steps between evaluations, each saved as a checkpoint.")
+    stage2_from: Literal["base", "stage1"] = Field(
+        default="base", description="Trunk that stage brme starts from: that of model, or stage bt's trained one."
+    )
     lora_rank: int = Field(default=16, ge=1, description="Rank of the LoRA adapter in mode lora.")
     lora_alpha: int = Field(default=32, ge=1, description="Scale of the LoRA adapter, divided by lora_rank.")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability before the LoRA adapter.")
@@ -267,6 +270,14 @@ def refuse_unread(config: TrainConfig, mode: str) -> None:
             raise ValueError("stage: expected brme with stage1, which takes the place of stage bt, got bt")
         for key in _changed(config.bt):
             raise ValueError(f"bt.{key}: has no effect beside stage1, which is trained already: leave one of them out")
+    if config.trunk.stage2_from == "stage1" and mode != "head":
+        if config.stage1 is not None:
+            raise ValueError(
+                "trunk.stage2_from: has no effect beside stage1, which is trained already: to start from its trunk, "
+                "give it as model too"
+            )
+        if config.supervised != "brme":
+            raise ValueError("trunk.stage2_from: has no effect without stage brme: set stage to brme")
     for group in ("bt", "brme") if mode != "head" else ():
         for key in _changed(getattr(config, group)):
             if key in _LOOP_KEYS:

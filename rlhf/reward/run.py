@@ -105,10 +105,13 @@ class Run:
         atomic_write_json(path, summary)
         return summary
 
-    def load(self, num_heads: int, losses: FitConfig | None = None, trunk: Any = None) -> EnsembleRewardModel:
+    def load(
+        self, num_heads: int, losses: FitConfig | None = None, trunk: Any = None, name: Path | None = None
+    ) -> EnsembleRewardModel:
         """Put fresh heads on the trunk of `config.model`, or on `trunk`, a language model that is loaded already.
 
         losses: config of the stage that will train the model in modes lora and full; None: frozen, for features.
+        name: folder of a model whose trunk takes the place of `config.model`.
         """
         config = self.config
         torch.manual_seed(config.seed if losses is None else losses.seed)
@@ -122,7 +125,7 @@ class Run:
         if trunk is not None:
             return self.placed(EnsembleRewardModel.from_trunk(trunk, **options))
         dtype = "float32" if config.dtype == "auto" and self.mode == "full" else config.dtype
-        return self.placed(load_trunk("model", config.model, dtype=dtype, **options))
+        return self.placed(load_trunk("model", str(name or config.model), dtype=dtype, **options))
 
     def placed(self, model: Any) -> EnsembleRewardModel:
         """Move the reward model to the run's device, in eval mode."""

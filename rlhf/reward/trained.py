@@ -27,8 +27,10 @@ _CALIBRATION_PAIRS = 2000  # give a head's mean and std to about 1.6 %; only cal
 def train_whole(run: Run) -> dict[str, Scored]:
     """Train each stage's trunk and heads, and save the models; models saved by an earlier start of the run are loaded.
 
-    Both stages start from the base model, as in the paper ("we train a single-head RM and a 5-head BRME starting from"
-    it): stage 1 remains a separate model, and stage 2 uses only its p_hat.
+    The paper can be read in two ways. By default both stages start from the base model ("we train a single-head RM and
+    a 5-head BRME starting from" it): stage 1 remains a separate model, and stage 2 uses only its p_hat. With
+    `trunk.stage2_from` stage1, stage 2 goes on from stage 1's trunk, in mode lora by training the same LoRA on, so that
+    adapter/ still belongs to the base model.
     """
     config = run.config
     stage1 = _saved(run, "stage1")
@@ -63,7 +65,9 @@ def _saved(run: Run, name: str) -> EnsembleRewardModel | None:
 
 def _train_stage(run: Run, losses: FitConfig, p_hat: tuple[Tensor | None, Tensor | None]) -> EnsembleRewardModel:
     """p_hat: stage 1's probabilities of the training and of the held-out pairs, for stage brme."""
-    model = run.load(losses.num_heads, losses)
+    goes_on = losses.stage == "brme" and run.config.trunk.stage2_from == "stage1"
+    trunk, lora = (run.folder / "stage1", run.folder / "checkpoints" / "bt" / "adapter") if goes_on else (None, None)
+    model = run.load(losses.num_heads, losses, name=trunk if run.mode == "full" else None)
     scorer = run.scorer("model", model)
     heads = partition(len(run.train), losses.num_heads, losses.seed).tolist()
     train, cut = _rows(run, scorer, run.train, heads, p_hat[0])
@@ -77,6 +81,7 @@ def _train_stage(run: Run, losses: FitConfig, p_hat: tuple[Tensor | None, Tensor
         run.config.trunk,
         "lora" if run.mode == "lora" else "full",
         run.folder / "checkpoints" / losses.stage,
+        lora=lora if run.mode == "lora" else None,
         log=run.log,
         resume=run.resume,
         progress=run.progress,

@@ -19,7 +19,7 @@ from ...kernels import EnsembleOutput
 from ..evaluation.statistics import hidden_norms
 from ..job.files import atomic_folder, read_json, writing
 from ..job.log import RunLog
-from ..models.adapter import peft_hushed, save_lora
+from ..models.adapter import load_lora, peft_hushed, save_lora
 from .config import TrunkConfig
 from .fit import FitConfig, pair_metrics, step_noise
 from .losses import bradley_terry, brme, bsr
@@ -204,15 +204,17 @@ def train_trunk(
     mode: Literal["lora", "full"],
     folder: Path,
     *,
+    lora: Path | None = None,
     log: RunLog | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> EnsembleRewardModel:
     """Train trunk and heads on rows of `collate`, with checkpoints in `folder`.
 
-    In mode lora the LoRA is merged into the returned trunk, and saved unmerged in `folder`/adapter.
+    In mode lora the LoRA is merged into the returned trunk, and saved unmerged in `folder`/adapter. lora: the adapter/
+    of an earlier stage, from whose weights it starts; None: from fresh ones.
     """
-    wrapped: Any = _with_lora(model, config, losses.seed) if mode == "lora" else model
+    wrapped: Any = _with_lora(model, config, losses.seed, lora) if mode == "lora" else model
     trainer = PairTrainer(
         model=wrapped,
         args=_arguments(config, mode, losses.seed, folder, evaluates=bool(held_out), progress=progress),
@@ -231,7 +233,7 @@ def train_trunk(
         trainer.evaluate()
     if mode == "lora":
         with atomic_folder(folder / "adapter") as target:
-            save_lora(wrapped, "default", target, trunk_prefix=("model", model.model.base_model_prefix))
+            save_lora(wrapped, "default", target, trunk_prefix=_prefixes(model))
     trained: EnsembleRewardModel = wrapped.merge_and_unload() if mode == "lora" else model
     trained.requires_grad_(False)
     trained.train(False)
@@ -281,7 +283,12 @@ class _Bar(ProgressCallback):
         """Print nothing."""
 
 
-def _with_lora(model: EnsembleRewardModel, config: TrunkConfig, seed: int) -> Any:
+def _prefixes(model: EnsembleRewardModel) -> tuple[str, str]:
+    """The trunk's name in the reward model and in its causal language model, for `save_lora`."""
+    return "model", model.model.base_model_prefix
+
+
+def _with_lora(model: EnsembleRewardModel, config: TrunkConfig, seed: int, start: Path | None) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -294,5 +301,9 @@ def _with_lora(model: EnsembleRewardModel, config: TrunkConfig, seed: int) -> An
         modules_to_save=["score"],  # the heads train in full beside the adapters
     )
     torch.manual_seed(seed)
+    prefixes = _prefixes(model)
     with peft_hushed():
-        return get_peft_model(model, lora)
+        wrapped = get_peft_model(model, lora)
+    if start is not None:
+        load_lora(wrapped, "default", start, trunk_prefix=prefixes)
+    return wrapped

@@ -14,14 +14,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from prudent.engine import EnsembleHead, EnsembleRewardModel, Scorer
 from prudent.rlhf.job.config import load_config
-from prudent.rlhf.models.adapter import adapter_settings, is_reward_adapter, load_head, save_head, save_lora
+from prudent.rlhf.models.adapter import adapter_settings, is_reward_adapter, load_head, load_lora, save_head, save_lora
 from prudent.rlhf.reward.train import TrainConfig, run_train
 
 GOOD, BAD = ["good", "great", "happy", "love", "lovely"], ["bad", "awful", "sad", "hate", "horrible"]
 
 
-@pytest.fixture(scope="module")
-def run(tiny_chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+@pytest.fixture(scope="module", params=["base", "stage1"])
+def run(
+    request: pytest.FixtureRequest, tiny_chat_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TrainConfig:
+    """A finished run in mode lora, for each trunk that stage 2 may start from: the LoRA is that of the base model."""
     folder = tmp_path_factory.mktemp("lora")
     rows = [
         {"prompt": f"{noun} is", "chosen": good, "rejected": bad}
@@ -31,6 +34,7 @@ def run(tiny_chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tra
     data = folder / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     entries = ["trunk.max_steps=3", "trunk.lr=0.05", "trunk.lora_rank=2", "brme.num_heads=3", "dtype=float32"]
+    entries.append(f"trunk.stage2_from={request.param}")
     config = load_config(
         TrainConfig,
         None,
@@ -81,19 +85,28 @@ def test_a_lora_is_named_as_in_the_causal_language_model(tmp_path: Path) -> None
     config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
     torch.manual_seed(0)
     lm = GPT2LMHeadModel(config).eval()
-    base = copy.deepcopy(lm)
+    base, other = copy.deepcopy(lm), EnsembleRewardModel.from_trunk(copy.deepcopy(lm), num_heads=2)
     reward = EnsembleRewardModel.from_trunk(lm, num_heads=2)
-    adapted = get_peft_model(reward, LoraConfig(target_modules="all-linear", fan_in_fan_out=True)).eval()
+    lora = {"target_modules": "all-linear", "fan_in_fan_out": True}
+    adapted = get_peft_model(reward, LoraConfig(**lora)).eval()
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    save_lora(adapted, "default", tmp_path, trunk_prefix=("model", reward.model.base_model_prefix))
+    prefix = ("model", reward.model.base_model_prefix)
+    save_lora(adapted, "default", tmp_path, trunk_prefix=prefix)
     ids = torch.arange(8)[None]
     with torch.no_grad():
         wanted = reward.model(ids).last_hidden_state
         loaded = PeftModel.from_pretrained(base, tmp_path).get_base_model().transformer(ids).last_hidden_state
     torch.testing.assert_close(loaded, wanted)
+    again = get_peft_model(other, LoraConfig(**lora)).eval()
+    load_lora(again, "default", tmp_path, trunk_prefix=prefix)
+    with torch.no_grad():
+        assert torch.equal(other.model(ids).last_hidden_state, wanted)
+    narrow = get_peft_model(EnsembleRewardModel.from_trunk(base, num_heads=2), LoraConfig(r=4, **lora))
+    with pytest.raises(ValueError, match=r"expected a LoRA whose .*lora_A.weight is \[4, 16\], got \[8, 16\]"):
+        load_lora(narrow, "default", tmp_path, trunk_prefix=prefix)
 
 
 def test_a_head_comes_back_as_it_was_kept(tmp_path: Path) -> None:

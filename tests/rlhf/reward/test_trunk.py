@@ -277,3 +277,38 @@ def test_a_whole_run_in_mode_lora_trains_both_stages(tiny_chat_folder: Path, tmp
     assert model.score.num_heads == 2
     assert (model.score.scale != 1.0).all()
     assert run_train(config, resume=True, progress=False).finished_before
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_stage_2_may_go_on_from_stage_1s_trunk(
+    tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(f'{{"prompt": "{p}", "chosen": "good", "rejected": "bad"}}\n' for p in ("day", "food")))
+    sets = ["trunk.max_steps=2", "trunk.lr=0.05", "trunk.batch_size=2", "eval_fraction=0", "brme.num_heads=2"]
+    begun: list[dict[str, torch.Tensor]] = []
+
+    class Recorded(PairTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            begun.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+
+    monkeypatch.setattr("prudent.rlhf.reward.trunk.PairTrainer", Recorded)
+    for start in ("base", "stage1"):
+        folder = tmp_path / start
+        config = load_config(
+            TrainConfig, None, [*sets, f"trunk.stage2_from={start}"], model=str(tiny_chat_folder), data=str(file),
+            output=folder, mode=mode,
+        )  # fmt: skip
+        run_train(config, progress=False)
+        first, second = begun[-2:]
+        trained = load_file(folder / "stage1" / "model.safetensors")
+        if mode == "full":
+            name = "model.layers.0.mlp.up_proj.weight"
+            wanted = trained[name] if start == "stage1" else first[name]
+        else:
+            name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.default.weight"
+            saved = load_file(folder / "checkpoints" / "bt" / "adapter" / "adapter_model.safetensors")
+            wanted = saved[name.replace(".default", "")] if start == "stage1" else torch.zeros_like(first[name])
+        assert torch.equal(second[name], wanted)
+        assert start == "base" or not torch.equal(second[name], first[name])
