@@ -23,7 +23,7 @@ from .kernels import (
 )
 
 if TYPE_CHECKING:
-    from .engine import EnsembleHead, EnsembleRewardConfig, EnsembleRewardModel, Scorer
+    from .engine import EnsembleHead, EnsembleRewardConfig, EnsembleRewardModel, Scorer, fit_trust
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "advantage_convention",
     "advantages",
     "ensemble_reward",
+    "fit_trust",
     "linear_logprob",
     "preference_step",
 ]

@@ -8,6 +8,7 @@ from .config import EnsembleRewardConfig
 from .head import EnsembleHead
 from .model import EnsembleRewardModel, EnsembleRewardOutput
 from .scorer import Scorer, Scores
+from .trust import fit_trust
 
 __all__ = [
     "Aggregation",
@@ -18,4 +19,5 @@ __all__ = [
     "Scorer",
     "Scores",
     "calibrate",
+    "fit_trust",
 ]
