@@ -24,7 +24,7 @@ def calibrate(head: EnsembleHead, features: Tensor) -> None:
     so that calibrated means have mean 0 and std 1 over the reference set. (BRME, arXiv 2409.15360, appendix F,
     calibrates whole models in this way.) std_ref has the units of the calibrated std: `nominal=relative_std` picks
     argmin_k (std_nk / scale_k) / std_ref_k = argmin_k std_nk / (mean over n of std_nk), which does not depend on
-    scale_k.
+    scale_k. The unit of a trust region follows the spread of the mean over heads.
 
     Args:
         head: its buffers change in place; its weights do not.
@@ -63,6 +63,9 @@ def calibrate(head: EnsembleHead, features: Tensor) -> None:
             f"calibrate: features: expected every head's mean to vary over the reference rows, got the same value on "
             f"all {len(mean)} rows from head {int(flat[0])}"
         )
+    if head.trust is not None:
+        before = (mean / head.scale).mean(1).std()
+        head.trust.unit.mul_((mean / scale).mean(1).std() / before)
     head.shift.copy_(shift)
     head.scale.copy_(scale)
     head.std_ref.copy_(std.mean(0) / scale)

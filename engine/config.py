@@ -34,11 +34,12 @@ class EnsembleRewardConfig(PreTrainedConfig):
             transformers takes that for a generation setting and refuses to save it in a configuration.)
         skip_token_id: with pooling `last`, the heads read the last attended token other than this one; None: the last
             attended token. `from_sequence_classifier` sets it to the padding id that the classifier's own head skips.
+        trust_directions: R of the head's trust region, whose buffers the checkpoint fills; None: no trust region.
         kwargs: `PreTrainedConfig`'s. num_labels must be 1: trainers read column 0 of the logits.
 
     Raises:
-        ValueError: for another aggregation, pooling, max_score_length, skip_token_id or num_labels, or for a trunk
-            whose hidden states of a text depend on the other texts of the batch.
+        ValueError: for another aggregation, pooling, max_score_length, skip_token_id, trust_directions or num_labels,
+            or for a trunk whose hidden states of a text depend on the other texts of the batch.
     """
 
     model_type = "prudent_ensemble_reward"
@@ -55,6 +56,7 @@ class EnsembleRewardConfig(PreTrainedConfig):
         append_eos: bool | None = None,
         max_score_length: int | None = None,
         skip_token_id: int | None = None,
+        trust_directions: int | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -77,6 +79,10 @@ class EnsembleRewardConfig(PreTrainedConfig):
             raise ValueError(
                 f"EnsembleRewardConfig: skip_token_id: expected a token id, 0 or above, got {skip_token_id!r}"
             )
+        if trust_directions is not None and (type(trust_directions) is not int or trust_directions < 0):
+            raise ValueError(
+                f"EnsembleRewardConfig: trust_directions: expected a whole number, 0 or above, got {trust_directions!r}"
+            )
         spec = Aggregation.parse(aggregation)
         spec.check_heads(num_heads)
         encoder = text_config is not None and is_encoder(text_config)
@@ -87,6 +93,7 @@ class EnsembleRewardConfig(PreTrainedConfig):
         self.append_eos = (not encoder) if append_eos is None else append_eos
         self.max_score_length = max_score_length
         self.skip_token_id = skip_token_id
+        self.trust_directions = trust_directions
         kwargs.setdefault("num_labels", 1)  # transformers' own default is 2
         super().__init__(**kwargs)
         # set after super().__init__, which would reset the trunk's attention and experts implementations to None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import STD_FLOOR, Aggregation, EnsembleOutput, ensemble_reward
+from ..kernels import STD_FLOOR, Aggregation, EnsembleOutput, TrustRegion, ensemble_reward
 
 INITIAL_STD = 0.5  # without std_floor; half the width of eq. 8's targets at alpha = 1, so neither certain nor all noise
 INITIAL_STD_SPREAD = 0.1  # std rows' deviation over mean rows': stds then differ between heads and between inputs
@@ -42,12 +42,15 @@ class EnsembleHead(nn.Module):
         aggregation: how K heads become one reward, an `Aggregation` or its string; assign `head.aggregation` to change
             it.
         std_floor: least std before calibration, >= 0.
+        trust_directions: R of a trust region that a checkpoint will fill; until then every distance is 0. None: no
+            trust region.
 
     Attributes:
         weight: Parameter [2K, D]; rows 0..K-1 the means, K..2K-1 the raw stds.
         bias: Parameter [2K].
         shift, scale: persistent buffers [K] (0, 1): calibrated mean = (mean - shift) / scale, std = std / scale.
         std_ref: persistent buffer [K] (1): each head's mean calibrated std; `nominal=relative_std` divides by it.
+        trust_mean, ..., trust_rms: persistent buffers, the fields of `trust`; None, and not in the state, without one.
 
     Raises:
         ValueError: for sizes below 1, a std_floor that is negative or not finite, or an aggregation that names a head
@@ -65,6 +68,7 @@ class EnsembleHead(nn.Module):
         *,
         aggregation: str | Aggregation = "tradeoff:0.4",
         std_floor: float = STD_FLOOR,
+        trust_directions: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -84,7 +88,11 @@ class EnsembleHead(nn.Module):
         self.register_buffer("shift", torch.zeros(num_heads, **options))
         self.register_buffer("scale", torch.ones(num_heads, **options))
         self.register_buffer("std_ref", torch.ones(num_heads, **options))
+        for name in TrustRegion._fields:
+            self.register_buffer(f"trust_{name}", None)
         self.reset_parameters()
+        if trust_directions is not None:
+            self._make_room(trust_directions)
 
     @property
     def aggregation(self) -> Aggregation:
@@ -97,15 +105,67 @@ class EnsembleHead(nn.Module):
         spec.check_heads(self.num_heads)
         self._aggregation = spec
 
+    @property
+    def trust(self) -> TrustRegion | None:
+        """Where the reference responses lie; None before `set_trust`."""
+        found = [getattr(self, f"trust_{name}") for name in TrustRegion._fields]
+        return None if found[0] is None else TrustRegion(*found)
+
+    @torch.no_grad()
+    def set_trust(self, region: TrustRegion | None) -> None:
+        """Copy a trust region, as `fit_trust` gives it, into the head's buffers; None removes them.
+
+        Fit it on the calibrated head: its unit is in the units of the calibrated reward.
+
+        Raises:
+            ValueError: for tensors of other shapes than the head's, or with values that the op refuses.
+        """
+        if region is None:
+            for name in TrustRegion._fields:
+                setattr(self, f"trust_{name}", None)
+            return
+        rank = region.weights.shape[0] if region.weights.dim() == 1 else -1
+        shapes = {"mean": [self.hidden_size], "precision": [self.hidden_size], "weights": [rank], "unit": [1]}
+        shapes |= {"directions": [rank, self.hidden_size], "rms": [1]}
+        for name, tensor in region._asdict().items():
+            if list(tensor.shape) != shapes[name]:
+                raise ValueError(f"set_trust: {name}: expected {shapes[name]}, got {list(tensor.shape)}")
+            positive = name in ("unit", "rms")
+            good = tensor.isfinite() & ((tensor > 0) if positive else (tensor >= 0) | (name != "precision"))
+            if not bool(good.all()):
+                raise ValueError(
+                    f"set_trust: {name}: expected finite numbers{' above 0' * positive}, got {float(tensor[~good][0])}"
+                )
+        for name, tensor in region._asdict().items():
+            setattr(self, f"trust_{name}", tensor.detach().to(self.weight).clone())
+
+    def _make_room(self, directions: int) -> None:
+        """Buffers of a region with `directions` directions, in which every distance is 0."""
+        wide, one = self.weight.new_zeros(self.hidden_size), self.weight.new_ones(1)
+        empty = TrustRegion(
+            wide, wide, wide.new_zeros(directions, self.hidden_size), wide.new_zeros(directions), one, one
+        )
+        for name, tensor in empty._asdict().items():
+            setattr(self, f"trust_{name}", tensor.detach().clone())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Make room for a trust region that the state has: the state of a fitted head loads into a fresh one."""
+        stored = state_dict.get(f"{prefix}trust_weights")
+        if stored is not None and (self.trust is None or len(self.trust.weights) != len(stored)):
+            self._make_room(len(stored))
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw new weights (see the class) and reset the calibration, which was measured on the old weights."""
+        """Draw new weights (see the class); reset the calibration and remove the trust region, which were
+        measured on the old weights."""
         k, deviation = self.num_heads, 1.0 / math.sqrt(self.hidden_size + 1)
         self.weight[:k].normal_(0.0, deviation, generator=generator)
         self.weight[k:].normal_(0.0, INITIAL_STD_SPREAD * deviation, generator=generator)
         self.bias[:k].zero_()
         self.bias[k:].fill_(math.log(math.expm1(INITIAL_STD)))
         self.reset_calibration()
+        self.set_trust(None)
 
     @torch.no_grad()
     def reset_calibration(self) -> None:
@@ -135,11 +195,17 @@ class EnsembleHead(nn.Module):
             centre: "none", "batch" or "group"; None: the aggregation's own.
 
         Returns:
-            EnsembleOutput(reward [N], mean [N, K], std [N, K], reward_sum []), calibrated, fp32.
+            EnsembleOutput(reward [N], mean [N, K], std [N, K], reward_sum [], distance [N]), calibrated, fp32; distance
+            is None without a trust region.
 
         Raises:
-            ValueError: from the op, naming the argument.
+            ValueError: for an aggregation with a price of distance (`trust=`) without a trust region; from the op,
+                naming the argument.
         """
+        spec = self._aggregation if aggregation is None else Aggregation.parse(aggregation)
+        trust = self.trust
+        if spec.trust is not None and trust is None:
+            raise ValueError(without_trust(str(spec)))
         with torch.autocast(hidden.device.type, enabled=False):
             return ensemble_reward(
                 hidden,
@@ -151,13 +217,14 @@ class EnsembleHead(nn.Module):
                 scale=self.scale,
                 std_ref=self.std_ref,
                 group=group,
-                aggregation=self._aggregation if aggregation is None else aggregation,
+                aggregation=spec,
                 centre=centre,
                 std_floor=self.std_floor,
+                trust=trust,
             )
 
     def frozen_copy(self) -> EnsembleHead:
-        """A copy with the same weights, aggregation and calibration, its parameters frozen."""
+        """A copy with the same weights, aggregation, calibration and trust region, its parameters frozen."""
         copy = EnsembleHead(self.hidden_size, self.num_heads, aggregation=self.aggregation, std_floor=self.std_floor)
         copy.to(self.weight.device, self.weight.dtype).load_state_dict(self.state_dict())
         return copy.requires_grad_(False)
@@ -179,3 +246,11 @@ class EnsembleHead(nn.Module):
 
         super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def without_trust(aggregation: str) -> str:
+    """The error for an aggregation that prices a distance which the model does not measure."""
+    return (
+        f"aggregation: expected a model with a trust region for {aggregation!r}, which prices the distance from it, "
+        "got one without: fit one with `prudent calibrate --model DIR --data FILE`, or in Python with head.set_trust"
+    )

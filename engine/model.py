@@ -28,16 +28,18 @@ from .weights import reading_weights, refuse_missing
 class EnsembleRewardOutput(ModelOutput):
     """Output of `EnsembleRewardModel` for B sequences and K heads, all fp32.
 
-    loss    always None: training jobs compute the loss; the field exists for trainers that look for it
-    logits  [B, 1]  the aggregated reward
-    mean    [B, K]  the heads' means, calibrated
-    std     [B, K]  the heads' standard deviations, calibrated, > 0
+    loss      always None: training jobs compute the loss; the field exists for trainers that look for it
+    logits    [B, 1]  the aggregated reward
+    mean      [B, K]  the heads' means, calibrated
+    std       [B, K]  the heads' standard deviations, calibrated, > 0
+    distance  [B]     from the reference responses, 1 = their 95 % quantile; None without a trust region
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     mean: Tensor | None = None
     std: Tensor | None = None
+    distance: Tensor | None = None
 
 
 class EnsembleRewardModel(PreTrainedModel):
@@ -86,7 +88,11 @@ class EnsembleRewardModel(PreTrainedModel):
                 "pooler, got 'pooler'"
             )
         self.score = head or EnsembleHead(
-            config.hidden_size, config.num_heads, aggregation=config.aggregation, std_floor=config.std_floor
+            config.hidden_size,
+            config.num_heads,
+            aggregation=config.aggregation,
+            std_floor=config.std_floor,
+            trust_directions=config.trust_directions,
         )
         for given in (trunk, head):
             # post_init draws new weights for every module without this mark, adapters inside a given trunk included
@@ -100,7 +106,13 @@ class EnsembleRewardModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, EnsembleHead):
-            fresh = EnsembleHead(module.hidden_size, module.num_heads, device=module.weight.device)
+            region = module.trust
+            fresh = EnsembleHead(
+                module.hidden_size,
+                module.num_heads,
+                trust_directions=None if region is None else len(region.weights),
+                device=module.weight.device,
+            )
             for name, value in fresh.state_dict().items():
                 init.copy_(getattr(module, name), value)  # skips tensors that a checkpoint has filled
         else:
@@ -213,8 +225,10 @@ class EnsembleRewardModel(PreTrainedModel):
         self.model.set_input_embeddings(value)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """`PreTrainedModel.save_pretrained`, with the head's present aggregation in the configuration."""
+        """`PreTrainedModel.save_pretrained`; the configuration says the head's present aggregation and trust region."""
         self.config.aggregation = str(self.score.aggregation)
+        region = self.score.trust
+        self.config.trust_directions = None if region is None else len(region.weights)
         super().save_pretrained(*args, **kwargs)
 
     def forward(
@@ -231,7 +245,7 @@ class EnsembleRewardModel(PreTrainedModel):
             input_ids: [B, T] int64.
             attention_mask: [B, T], non-zero at tokens, 0 at padding; None: no padding, whatever the ids are.
             position_ids: [B, T]; None: the trunk counts the attended tokens by its own rule.
-            return_dict: False: return the tuple (logits, mean, std).
+            return_dict: False: return the tuple (logits, mean, std), with a trust region (logits, mean, std, distance).
 
         Other keywords that trainers pass (use_cache, token_type_ids, labels, ...) are ignored.
 
@@ -240,7 +254,9 @@ class EnsembleRewardModel(PreTrainedModel):
         """
         hidden, rows = self._hidden(input_ids, attention_mask, position_ids)
         scored = self.score(hidden, rows)
-        output = EnsembleRewardOutput(logits=scored.reward[:, None], mean=scored.mean, std=scored.std)
+        output = EnsembleRewardOutput(
+            logits=scored.reward[:, None], mean=scored.mean, std=scored.std, distance=scored.distance
+        )
         return output.to_tuple() if return_dict is False else output
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

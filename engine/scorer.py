@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..kernels import Aggregation, aggregate, nominal_reward, philox_normal
 from .config import max_positions
 from .eval_mode import evaluating
+from .head import without_trust
 from .text import Item, ItemEncoder
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ class Scores:
 
     reward, nominal, worst  lists of N floats; None for an item whose mean, std or reward is not finite
     mean, std               [N, K] fp32 on the CPU, calibrated, with any non-finite numbers
+    distance                [N] fp32 on the CPU, from the reference responses, 1 = their 95 % quantile; None if the
+                            model has no trust region
     num_nonfinite           how many items have None
     num_truncated           how many items were longer than max_length and lost their beginning
     """
@@ -36,6 +39,7 @@ class Scores:
     worst: list[float | None]
     mean: Tensor
     std: Tensor
+    distance: Tensor | None
     num_nonfinite: int
     num_truncated: int
 
@@ -140,26 +144,36 @@ class Scorer:
 
         Returns:
             Scores. `nominal` is the aggregation's nominal reward (by default, as in BRME 5.1, the mean of the head with
-            the least std), `worst` the reward of the lowest head.
+            the least std), `worst` the reward of the lowest head, both without a price of distance.
+
+        Raises:
+            ValueError: also for an aggregation that prices a distance (`trust=`) which the model does not measure.
         """
         head = self.model.score
         spec = head.aggregation if aggregation is None else Aggregation.parse(aggregation)
         k = head.num_heads
         spec.check_heads(k)
+        region = head.trust
+        if spec.trust is not None and region is None:
+            raise ValueError(without_trust(str(spec)))
         if spec.centre == "group":
             raise ValueError(f"Scorer: aggregation: expected centre=none or centre=batch, got {str(spec)!r}")
         sequences, num_truncated = self._encode_all(items)
 
         def heads(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
             output = head(self.model.features(input_ids, attention_mask), aggregation="mean")
-            return torch.cat([output.mean, output.std], dim=1)
+            far = output.mean[:, :0] if output.distance is None else output.distance[:, None]
+            return torch.cat([output.mean, output.std, far], dim=1)
 
-        mean, std = self._map(sequences, heads, 2 * k, torch.float32).split(k, dim=1)
+        width = 2 * k + (region is not None)
+        mean, std, *far = self._map(sequences, heads, width, torch.float32).tensor_split((k, 2 * k), dim=1)
+        distance = None if region is None else far[0][:, 0].contiguous()
         values = mean
         if seed is not None and spec.source == "sample":
             values = mean + std * philox_normal(torch.tensor([seed]), len(sequences), k)
         std_ref = head.std_ref.detach().float().cpu()
-        reward = aggregate(mean, std, values, spec, std_ref)
+        unit = None if region is None else region.unit.cpu()
+        reward = aggregate(mean, std, values, spec, std_ref, distance, unit)
         finite = (mean.isfinite() & std.isfinite()).all(1) & reward.isfinite()
         if spec.centre == "batch":
             reward = reward - reward[finite].mean()
@@ -176,6 +190,7 @@ class Scorer:
             worst=listed(values.min(dim=1).values),
             mean=mean.contiguous(),
             std=std.contiguous(),
+            distance=distance,
             num_nonfinite=num_nonfinite,
             num_truncated=num_truncated,
         )
