@@ -7,15 +7,10 @@ reward of the policy's samples rises, whether it stays high, and which proxy giv
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from ..job.log import read_metrics
 from ..ppo.config import KLConfig, PolicyConfig, PPOConfig, RewardConfig, UpdateConfig
@@ -25,6 +20,7 @@ from ..sampling.config import RolloutConfig
 from . import learning_report
 from .config import LearningConfig
 from .learning_rewards import prepare
+from .processes import in_processes
 from .result import StudyResult, command, run_study
 
 SHOWN = ("gold/mean", "reward/mean", "kl/sequence", "text/length", "text/truncated", "policy/entropy")
@@ -64,11 +60,11 @@ def _measure(config: LearningConfig, progress: bool) -> dict[str, Any]:
     """The content of learning.json."""
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     jobs = [(config.model_dump_json(), seed) for seed in seeds]
-    prepared = dict(zip(seeds, _in_processes(_prepare, jobs, config.processes, "rewards", progress), strict=True))
+    prepared = dict(zip(seeds, in_processes(_prepare, jobs, config.processes, "rewards", progress), strict=True))
     # all arms of a seed before the next seed, so that an interrupted study has complete seeds
     runs = [(kl, seed, arm) for kl in config.kl for seed in seeds for arm in arms(config)]
     tasks = [(ppo_config(config, kl, seed, arm).model_dump_json(),) for kl, seed, arm in runs]
-    rows = _in_processes(_run, tasks, config.processes, "PPO runs", progress)
+    rows = in_processes(_run, tasks, config.processes, "PPO runs", progress)
     results = [
         {"kl": kl, "seed": seed, "arm": arm.name, **summary(curves, config.window), "text": text}
         for (kl, seed, arm), (curves, text) in zip(runs, rows, strict=True)
@@ -153,26 +149,3 @@ def _run(config: str) -> tuple[dict[str, list[float | None]], str]:
     rows, texts = read_metrics(ppo.output), read_texts(ppo.output)
     last = next(row for row in texts if row["step"] == texts[-1]["step"])
     return {name: [row.get(name) for row in rows] for name in SHOWN}, f"{last['prompt']} | {last['response']}"
-
-
-def _in_processes(work: Any, tasks: list[tuple[Any, ...]], processes: int, name: str, progress: bool) -> Iterator[Any]:
-    """Return the results of `work(*task)` in the tasks' order, computed here or in processes of one thread each."""
-    results: list[Any] = [None] * len(tasks)
-    with tqdm(total=len(tasks), desc=name, disable=not progress) as bar:
-        if processes == 1:
-            for number, task in enumerate(tasks):
-                results[number] = work(*task)
-                bar.update()
-            return iter(results)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        context = get_context("spawn")  # a forked process would inherit thread pools without their threads
-        with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
-            futures = {pool.submit(work, *task): number for number, task in enumerate(tasks)}
-            try:
-                for future in as_completed(futures):
-                    results[futures[future]] = future.result()
-                    bar.update()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    return iter(results)

@@ -24,28 +24,9 @@ from ..sampling.prompts import read_prompts
 from ..sampling.stored import Request, Rollout, sample
 from ..sampling.tokens import Sampling
 from .config import RewardsConfig
+from .openings import openings
 
-_WHO = (
-    "a little girl named Lily",
-    "a boy named Tim",
-    "a small dog",
-    "an old cat",
-    "a big bear",
-    "a bird",
-    "a man",
-    "Mom",
-)
-_WHERE = (
-    "was in the park",
-    "saw a big box",
-    "had a toy",
-    "went to the sea",
-    "found a key",
-    "was not happy",
-    "ran home",
-    "said",
-)
-OPENINGS = tuple(f"One day, {who} {where}" for who in _WHO for where in _WHERE)
+OPENINGS = tuple(openings(8, 8))
 
 
 def prepare(model: str, folder: Path, config: RewardsConfig, seed: int, aggregation: str) -> dict[str, Any]:
