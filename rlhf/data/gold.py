@@ -21,6 +21,11 @@ class VaderGold:
             raise ImportError("the gold scorer VADER needs vaderSentiment: pip install 'prudent[demo]'") from error
         self._analyser = SentimentIntensityAnalyzer()
 
+    @property
+    def lexicon(self) -> dict[str, float]:
+        """VADER's words with their valence, from -4 to +4."""
+        return dict(self._analyser.lexicon)
+
     def __call__(self, responses: Sequence[str]) -> list[float]:
         """Return one finite number per response; higher is better."""
         return [float(self._analyser.polarity_scores(text)["compound"]) for text in responses]
