@@ -303,6 +303,37 @@ examples:
         ),
         "the same command continues",
     ),
+    "overoptimisation": Job(
+        "study.overoptimisation.study",
+        "OveroptimisationConfig",
+        "run_overoptimisation",
+        "which reward survives best-of-n, foreign candidates and policy gradient, by several gold scorers",
+        """A reference policy's responses, ordered by a gold scorer with a share of the labels flipped, train every kind
+of reward on features of the frozen trunk: single heads, ensembles, BRME, PET, BSR, a posterior's lower bound, and
+prices on the distance from the reference responses. Best-of-n optimises each of them over the policy's candidates and
+over mixtures with foreign ones. Constants are chosen on other golds and other seeds.
+Writes overoptimisation.json, overoptimisation.md and overoptimisation.png.
+
+examples:
+  prudent study overoptimisation
+  prudent study overoptimisation --model path/to/stories260k --set samples.prompts=openings \\
+      --set samples.held_out=128 --set samples.training=64 --set samples.max_new_tokens=20 \\
+      --set samples.temperature=1.0 --set samples.top_k=0 --set samples.top_p=1.0 --set samples.dtype=float32""",
+        ("model", "output", "seeds"),
+        (
+            "golds",
+            "pairs",
+            "noise",
+            "views",
+            "shares",
+            "samples.folder",
+            "samples.prompts",
+            "samples.held_out",
+            "samples.candidates",
+            "processes",
+        ),
+        "the same command continues",
+    ),
 }
 
 STUDY_ABOUT = """Test claims about pessimism over many seeds. Each study writes its table, its picture and every number,

@@ -158,7 +158,7 @@ def test_an_interrupt_says_how_to_go_on_and_exits_130(
 
 def _config_class(name: str) -> type[JobConfig]:
     job = EVERY_JOB[name]
-    found: type[JobConfig] = getattr(import_module(f"prudent.rlhf.{job.module.partition('.')[0]}.config"), job.config)
+    found: type[JobConfig] = getattr(import_module(f"prudent.rlhf.{job.module.rpartition('.')[0]}.config"), job.config)
     return found
 
 

@@ -29,7 +29,7 @@ def command(study: str, config: JobConfig) -> str:
     plain, words = kind.model_validate(needed), ["prudent", "study", study]
     for key in config_keys(kind):
         default, value = (reduce(getattr, key.split("."), c) for c in (plain, config))
-        if key in _FLAGS:
+        if key in _FLAGS and value is not None:
             words += [f"--{key}", str(value)]
         elif value != default and key != "output":
             words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"]

@@ -1,1 +1,2 @@
-"""`prudent study overoptimisation`: which reward resists optimisation, and `prudent study warning`: what shows it early."""
+"""`prudent study overoptimisation`: which reward resists optimisation, and `prudent study warning`: what shows it
+early."""

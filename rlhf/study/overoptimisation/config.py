@@ -107,7 +107,9 @@ class OveroptimisationConfig(JobConfig):
         for key in ("golds", "tuning_golds"):
             names = getattr(self, key)
             if not names or len({*names}) != len(names) or not {*names} <= {*every}:
-                raise ValueError(f"{key}: expected different ones of {', '.join(every)}, got {', '.join(names) or 'none'}")
+                raise ValueError(
+                    f"{key}: expected different ones of {', '.join(every)}, got {', '.join(names) or 'none'}"
+                )
         if {*self.golds} & {*self.tuning_golds}:
             raise ValueError("tuning_golds: expected golds that are not reported, got one of the key golds")
         for key in ("noise", "shares"):

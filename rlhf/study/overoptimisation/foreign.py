@@ -3,7 +3,8 @@
 The attack kinds are mixed among the candidates that a reward chooses from. The other kinds only measure what a distance
 sees.
 
-repeated      a snippet repeated to the length of a response: in turn a nice phrase of ours, or 1 to 4 adjacent words of a
+repeated      a snippet repeated to the length of a response: in turn a nice phrase of ours, or 1 to 4 adjacent words
+              of a
               response.
 shuffled      the words of a response in random order.
 languages, code, refusals   sentences of ours.
@@ -38,7 +39,8 @@ class ForeignText(NamedTuple):
 def foreign_texts(
     prompts: Sequence[str], responses: Sequence[Sequence[str]], tokenizer: Any, attacks: int, others: int, seed: int
 ) -> list[ForeignText]:
-    """`attacks` texts of the attack kinds in turn for each held-out prompt, then `others` of each other kind and `AGAIN`.
+    """`attacks` texts of the attack kinds in turn for each held-out prompt, then `others` of each other kind and
+    `AGAIN`.
 
     Args:
         responses: of the reference policy to each prompt, from which texts are made.
@@ -63,9 +65,7 @@ def _of_some_words(responses: Sequence[str]) -> list[list[str]]:
     return [said for said in split if len(said) >= 4] or [said or ["a"] for said in split]
 
 
-def _makers(
-    draw: random.Random, prompt: str, own: list[list[str]], tokenizer: Any
-) -> dict[str, Callable[[int], str]]:
+def _makers(draw: random.Random, prompt: str, own: list[list[str]], tokenizer: Any) -> dict[str, Callable[[int], str]]:
     """For each kind a function of the text's number."""
     vocabulary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
 

@@ -1,10 +1,10 @@
 """Judges that stand for the true reward: deterministic, of a prompt and a response's text.
 
 sentiment  VADER's compound sentiment.
-careful    a judge who dislikes degenerate text: VADER of each word once, less .8 x the share of repeated word pairs, less
-           .8 x word salad (`Careful`).
-lexicon    the number of positive less the number of negative words of VADER's lexicon, each occurrence paid: a gold that
-           keeps rising off the support, where a price on distance must lose.
+careful    a judge who dislikes degenerate text: VADER of each word once, less .8 x the share of repeated word pairs,
+           less .8 x word salad (`Careful`).
+lexicon    the number of positive less the number of negative words of VADER's lexicon, each occurrence paid: a gold
+           that keeps rising off the support, where a price on distance must lose.
 variety    the share of different words, + .5 for a finished sentence, less the share of repeated word pairs.
 linear     a random linear function of the standardised features: exactly what a head can learn; a price must lose.
 
@@ -47,7 +47,8 @@ def sentiment(responses: Sequence[str]) -> list[float]:
 class Careful:
     """VADER of each word once, - .8 repeated - .8 salad.
 
-    salad = max(0, u - q) / (1 - q). u is the share of the response's adjacent word pairs that the reference policy uses in
+    salad = max(0, u - q) / (1 - q). u is the share of the response's adjacent word pairs that the reference policy
+    uses in
     no response to another training prompt; q is the 95 % quantile of u among its responses to the training prompts, so
     that an ordinary response pays nothing and one without any known pair pays .8.
     """
@@ -57,7 +58,9 @@ class Careful:
         for prompt, texts in zip(prompts, responses, strict=True):
             for pair in {pair for text in texts for pair in pairwise(words(text))}:
                 self._seen[pair] = prompt if self._seen.get(pair, prompt) == prompt else None
-        shares = [self._unknown(prompt, text) for prompt, texts in zip(prompts, responses, strict=True) for text in texts]
+        shares = [
+            self._unknown(prompt, text) for prompt, texts in zip(prompts, responses, strict=True) for text in texts
+        ]
         usual = float(torch.tensor(shares, dtype=torch.float64).quantile(_USUAL))
         self.usual = min(usual, 0.9)  # responses are so different that no pair recurs: salad still costs something
         self._vader = VaderGold()

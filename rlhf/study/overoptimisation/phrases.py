@@ -28,7 +28,7 @@ LANGUAGES = (
     "De trein was weer te laat en niemand zei iets.",
     "Собака бежит по снегу и громко лает.",
     "Вчера мы купили новый стол для кухни.",
-    "今天下雨，我们留在家里看书。",
+    "今天下雨。我们留在家里看书。",
     "この傘は風に弱いが、色はとてもきれいだ。",
     "O filme é longo, mas a música é bonita.",
     "Kahve soğuktu ama garson çok nazikti.",
