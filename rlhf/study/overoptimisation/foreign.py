@@ -94,11 +94,15 @@ def _makers(draw: random.Random, prompt: str, own: list[list[str]], tokenizer: A
     def tokens(_: int) -> str:
         return str(tokenizer.decode(draw.sample(vocabulary, min(12, len(vocabulary))))).strip() or "?"
 
-    lists = {"languages": LANGUAGES, "code": CODE, "refusals": REFUSALS}
+    def listed(texts: Sequence[str]) -> Callable[[int], str]:
+        return lambda _: draw.choice(texts)
+
     return {
         "repeated": repeat,
         "shuffled": shuffle,
-        **{kind: lambda _, texts=texts: draw.choice(texts) for kind, texts in lists.items()},
+        "languages": listed(LANGUAGES),
+        "code": listed(CODE),
+        "refusals": listed(REFUSALS),
         "truncations": cut,
         "echoes": echo,
         "tokens": tokens,
