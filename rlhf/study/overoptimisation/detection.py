@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ....kernels import TrustRegion
 from ...evaluation.statistics import auroc_interval
+from ...sampling.foreign import ATTACKS
 from .candidates import Candidates
-from .foreign import ATTACKS
 
 _REFERENCE = 64  # responses to each prompt
 _FOREIGN = 8  # texts of each attack kind to each prompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...evaluation.statistics import Interval
+from .statistics import Interval
 
 
 def crossed_means(values: Tensor, resamples: int, seed: int = 0) -> Tensor:

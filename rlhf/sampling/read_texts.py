@@ -1,0 +1,78 @@
+"""Read given responses with the trunk that samples, and store their features: an interrupted reading continues."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ...engine.taps import Tap, num_layers, parse_taps
+from ...engine.weights import reading_weights
+from ..data.rows import Prompt
+from ..job.files import atomic_file
+from .stored import read_again
+from .turn import Turn
+
+_CHUNK = 1024  # texts in a file
+_ROWS = 64  # texts in one forward pass
+
+
+def read_texts(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[tuple[Prompt, str]],
+    taps: Sequence[str | Tap],
+    folder: Path,
+    *,
+    progress: bool = True,
+) -> Tensor:
+    """Return the taps' states [N, F] of N (prompt, response), in the trunk's dtype, as `stored.sample` gives them.
+
+    Raises:
+        ValueError: if `folder` holds the features of other texts or taps.
+    """
+    turn = Turn(tokenizer, model)
+    parsed = parse_taps(taps, num_layers(model))
+    starts = {json.dumps(prompt): len(turn.prompt(prompt)) for prompt, _ in texts}
+    parts = []
+    with tqdm(total=len(texts), desc="foreign texts", unit="text", disable=not progress) as bar:
+        for number, first in enumerate(range(0, len(texts), _CHUNK)):
+            chunk = texts[first : first + _CHUNK]
+            file = folder / f"{number:05d}.safetensors"
+            asked = json.dumps([list(text) for text in chunk])
+            label = {"taps": " ".join(map(str, parsed)), "texts": hashlib.sha256(asked.encode()).hexdigest()}
+            if not file.is_file():
+                ids = [turn.read(prompt, text) for prompt, text in chunk]
+                begins = [
+                    min(starts[json.dumps(prompt)], len(i) - 1) for (prompt, _), i in zip(chunk, ids, strict=True)
+                ]
+                with atomic_file(file) as temporary:
+                    save_file({"features": _forward(model, ids, begins, parsed)}, temporary, label)
+            with reading_weights(file), safe_open(file, "pt") as stored:
+                if (stored.metadata() or {}) != label:
+                    raise ValueError(f"{file}: expected the features of the present texts; name another output folder")
+                parts.append(stored.get_tensor("features"))
+            bar.update(len(chunk))
+    return torch.cat(parts)
+
+
+def _forward(model: Any, ids: list[list[int]], begins: list[int], taps: Sequence[Tap]) -> Tensor:
+    """[len(ids), F] by forward passes over texts of one length each."""
+    features: dict[int, Tensor] = {}
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    for _, group in groupby(order, key=lambda row: len(ids[row])):
+        same = list(group)
+        for rows in (same[i : i + _ROWS] for i in range(0, len(same), _ROWS)):
+            batch = torch.tensor([ids[row] for row in rows])
+            read = read_again(model, batch, torch.tensor([begins[row] for row in rows]), taps)
+            features.update(zip(rows, read, strict=True))
+    return torch.stack([features[row] for row in range(len(ids))])
