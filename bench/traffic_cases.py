@@ -22,7 +22,7 @@ from ..kernels.preference_step import triton as preference  # type: ignore[attr-
 from ..kernels.preference_step.contract import Inputs as PreferenceInputs
 from .traffic_count import Report, counting
 
-ROWS, STORED, DIM, HEADS = 48, 80, 256, 5  # all different, so that a size identifies its dimension
+ROWS, STORED, DIM, HEADS, DIRECTIONS = 48, 80, 256, 5, 32  # all different, so that a size identifies its dimension
 TOKENS, VOCABULARY = 100, 500
 
 
@@ -34,9 +34,15 @@ def _report(op: str, mode: str, call: Callable[[], Any], inputs: Sequence[Any], 
     return Report(op, mode, rows, sum(t.nbytes for t in once) / rows[0], accesses)
 
 
-def _ensemble_inputs(norm: bool = True, gather: bool = False, spec: str = "tradeoff:0.4") -> EnsembleInputs:
+def _ensemble_inputs(
+    norm: bool = True, gather: bool = False, spec: str = "tradeoff:0.4", trust: bool = False
+) -> EnsembleInputs:
     g = torch.Generator().manual_seed(0)
     stored = STORED if gather else ROWS
+    region: dict[str, Tensor] = {}
+    if trust:
+        region = {"mean": torch.zeros(DIM), "precision": torch.ones(DIM), "directions": torch.ones(DIRECTIONS, DIM),
+                  "weights": torch.ones(DIRECTIONS), "unit": torch.ones(1), "rms": torch.ones(1)}  # fmt: skip
     return EnsembleInputs(
         hidden=torch.randn(stored, DIM, generator=g).bfloat16(),
         weight=torch.randn(2 * HEADS, DIM, generator=g),
@@ -45,17 +51,21 @@ def _ensemble_inputs(norm: bool = True, gather: bool = False, spec: str = "trade
         norm_weight=torch.ones(DIM).bfloat16() if norm else None,
         seed=torch.tensor([7]),
         shift=None, scale=None, std_ref=None, group=None, group_size=0, norm_eps=1e-6, std_floor=1e-3, aggregation=spec,
+        **{f"trust_{name}": value for name, value in region.items()},  # type: ignore[arg-type]
     )  # fmt: skip
 
 
 def _ensemble_forward(op: str, mode: str) -> Report:
-    inputs = _ensemble_inputs("norm" in mode, "last tokens" in mode, "tradeoff:0.4,centre=batch")
+    trust = "trust" in mode
+    spec = "tradeoff:0.4,trust=1,centre=batch" if trust else "tradeoff:0.4,centre=batch"
+    inputs = _ensemble_inputs("norm" in mode, "last tokens" in mode, spec, trust)
     read = [inputs.hidden[:ROWS], inputs.rows]
     return _report(op, mode, lambda: ensemble.forward(inputs, "kept" in mode), read, (ROWS, STORED))
 
 
 def _ensemble_backward(op: str, mode: str) -> Report:
-    inputs = _ensemble_inputs()
+    trust = "trust" in mode
+    inputs = _ensemble_inputs(spec="tradeoff:0.4,trust=1" if trust else "tradeoff:0.4", trust=trust)
     saved = ensemble.forward(inputs, True)[-1]
     grads = EnsembleGrads(torch.ones(ROWS), torch.ones(ROWS, HEADS), torch.ones(ROWS, HEADS), reward_sum=None)
     head = "frozen head" not in mode
@@ -116,9 +126,12 @@ CASES: dict[tuple[str, str], Callable[[str, str], Report]] = {
     ("ensemble_reward", "forward"): _ensemble_forward,
     ("ensemble_reward", "forward, norm, products kept"): _ensemble_forward,
     ("ensemble_reward", "last tokens, norm"): _ensemble_forward,
+    ("ensemble_reward", "forward, norm, trust"): _ensemble_forward,
+    ("ensemble_reward", "forward, trust"): _ensemble_forward,
     ("ensemble_reward", "backward, norm"): _ensemble_backward,
     ("ensemble_reward", "backward, norm, frozen trunk"): _ensemble_backward,
     ("ensemble_reward", "backward, norm, frozen head"): _ensemble_backward,
+    ("ensemble_reward", "backward, norm, trust"): _ensemble_backward,
     ("linear_logprob", "forward, tiles"): _logprob,
     ("linear_logprob", "backward, tiles"): _logprob,
     ("advantages", "GAE"): _advantages,

@@ -26,8 +26,12 @@ from typing import NamedTuple
 import torch
 
 from ..launch import Config
+from .contract import Inputs
 
-MAX_HEADS = 64  # with more, a program's tiles spill registers; such calls run the reference on the device
+# the most columns of a product: 2K heads and R directions, each padded. With more, a program's tiles spill registers;
+# such calls run the reference on the device
+MAX_COLUMNS = 128
+MAX_HEADS = MAX_COLUMNS // 2
 
 # The last program centres what no program can centre earlier. A sweep takes one L2 latency whatever its width, so it is
 # as wide as possible without raising the kernel's number of registers: 32 values for each of 128 threads.
@@ -151,6 +155,28 @@ _FORWARD: dict[tuple[torch.dtype, int], tuple[Row, ...]] = {
     (_FP64, 128): (Row(_ANY, Config(16, 16, 8, 2)),),
 }
 
+# The forward with a trust region's R directions, by storage type and padded 2K + R. Each block of rows reads R more
+# rows from L2, in fp32, and keeps their products, so tiles are half as wide: with K = 5 and R = 32, 16 x 64 spills.
+_DIRECTED: dict[tuple[torch.dtype, int], tuple[Row, ...]] = {
+    (_BF16, 32): (Row(1024, Config(16, 32, 4, 4)), Row(_ANY, Config(64, 32, 4, 4))),
+    # the directions are 1.3 times the features at 64 rows, half of that at 128
+    (_BF16, 64): (
+        Row(1024, Config(16, 32, 4, 4)),
+        Row(32768, Config(64, 32, 4, 4)),
+        Row(_ANY, Config(128, 32, 8, 4)),
+    ),
+    (_BF16, 128): (Row(_ANY, Config(16, 32, 8, 3)),),
+    (_FP16, 32): (Row(_ANY, Config(16, 32, 4, 3)),),
+    (_FP16, 64): (Row(_ANY, Config(16, 32, 4, 3)),),
+    (_FP16, 128): (Row(_ANY, Config(16, 16, 8, 3)),),
+    (_FP32, 32): (Row(_ANY, Config(16, 32, 4, 2)),),
+    (_FP32, 64): (Row(_ANY, Config(16, 32, 4, 2)),),
+    (_FP32, 128): (Row(_ANY, Config(16, 16, 8, 2)),),
+    (_FP64, 32): (Row(_ANY, Config(16, 16, 8, 2)),),
+    (_FP64, 64): (Row(_ANY, Config(16, 16, 8, 2)),),
+    (_FP64, 128): (Row(_ANY, Config(16, 16, 8, 2)),),
+}
+
 # The outer products of the backward: a program keeps the weight of block_dim columns and the sum of its gradient in
 # registers, and reads block_rows rows at a time.
 _OUTER: dict[tuple[torch.dtype, int], Config] = {
@@ -184,9 +210,46 @@ def padded_columns(num_heads: int) -> int:
     return max(16, 2 << (num_heads - 1).bit_length())
 
 
-def forward_config(num_rows: int, columns: int, dtype: torch.dtype, target: str) -> Config:
-    """The forward's tile for N rows and padded 2K `columns` on the platform named `target`."""
-    return _compilable(next(row.config for row in _FORWARD[dtype, columns] if num_rows <= row.rows), target)
+def num_directions(inputs: Inputs) -> int:
+    """R; 0 without a trust region."""
+    return 0 if inputs.trust_directions is None else inputs.trust_directions.shape[0]
+
+
+def padded_directions(directions: int) -> int:
+    """R padded to a power of two: at least 16, the least `tl.dot` takes."""
+    return max(16, 1 << (directions - 1).bit_length()) if directions else 16
+
+
+class Columns(NamedTuple):
+    """The columns by which the tables choose a tile: `heads`, padded 2K, and with `directions`, padded R (0 without
+    any) all of them, padded again.
+    """
+
+    heads: int
+    directions: int = 0
+
+    @property
+    def all(self) -> int:
+        return 1 << (self.heads + self.directions - 1).bit_length()
+
+    def forward(self, dtype: torch.dtype) -> tuple[Row, ...]:
+        """The rows of the forward's table."""
+        return (_DIRECTED if self.directions else _FORWARD)[dtype, self.all]
+
+
+def columns_of(inputs: Inputs) -> Columns:
+    directions = num_directions(inputs)
+    return Columns(padded_columns(inputs.num_heads), padded_directions(directions) if directions else 0)
+
+
+def fits(inputs: Inputs) -> bool:
+    """Whether the kernels' tiles hold the call's heads and directions."""
+    return columns_of(inputs).all <= MAX_COLUMNS
+
+
+def forward_config(num_rows: int, columns: Columns, dtype: torch.dtype, target: str) -> Config:
+    """The forward's tile for N rows on the platform named `target`."""
+    return _compilable(next(row.config for row in columns.forward(dtype) if num_rows <= row.rows), target)
 
 
 def _compilable(config: Config, target: str) -> Config:
@@ -211,16 +274,17 @@ def _triton_version() -> tuple[int, int]:
 
 
 @cache
-def forward_candidates(columns: int, dtype: torch.dtype, target: str) -> tuple[Config, ...]:
+def forward_candidates(columns: Columns, dtype: torch.dtype, target: str) -> tuple[Config, ...]:
     """The candidates of PRUDENT_AUTOTUNE=1: the tiles of every row bucket, with their stages and with fewer."""
-    tiles = dict.fromkeys(_compilable(row.config, target) for row in _FORWARD[dtype, columns])
+    tiles = dict.fromkeys(_compilable(row.config, target) for row in columns.forward(dtype))
     return tuple(tile._replace(num_stages=stages) for tile in tiles for stages in range(2, tile.num_stages + 1))
 
 
-def bucket(num_rows: int, columns: int, d: int, dtype: torch.dtype) -> tuple[str, ...]:
+def bucket(num_rows: int, columns: Columns, d: int, dtype: torch.dtype) -> tuple[str, ...]:
     """The key of a PRUDENT_AUTOTUNE=1 choice: the table's bucket of rows, and the shapes that a model fixes."""
-    rows = next(row.rows for row in _FORWARD[dtype, columns] if num_rows <= row.rows)
-    return f"rows<={rows}", f"columns={columns}", f"D={d}", str(dtype)
+    rows = next(row.rows for row in columns.forward(dtype) if num_rows <= row.rows)
+    directions = (f"directions={columns.directions}",) if columns.directions else ()
+    return f"rows<={rows}", f"columns={columns.heads}", *directions, f"D={d}", str(dtype)
 
 
 def splits(programs: int, d: int, config: Config, device: torch.device) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from .configs import assume
 from .contract import Inputs, Needs, OutputGrads
 
 _HEADS = (5, 12, 20, 40)  # one for each padded width
+_RANKS = (0, 32, 8, 64)  # directions of a trust region, the common ones first
 _ROWS = (256, 8192, 65536)  # one for each row bucket: D in 16 parts, in 2 parts, whole
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -30,19 +31,25 @@ def shipped(target: str, full: bool = True) -> Iterable[tuple[str, Callable[[], 
         if full or short:
             label = f"{str(dtype).removeprefix('torch.')}-K{heads}-N{rows}"
             yield label, _run(target, dtype, heads, rows, "tradeoff:0.4,centre=batch")
-    for label, rows, given in (
-        ("group-in-block", 256, {"group_size": 8}),
-        ("group-by-size", 240, {"group_size": 24}),
-        ("group-by-label", 256, {"group": torch.empty(256, dtype=torch.int64, device="meta")}),
-        ("group-by-label-later", 2048, {"group": torch.empty(2048, dtype=torch.int64, device="meta")}),
-        ("no-norm-bf16-weight", 65536, {"norm_weight": None, "weight_dtype": torch.bfloat16}),
+    for dtype, rank, rows in itertools.product(_DTYPES, _RANKS, _ROWS):
+        if full or (dtype == torch.bfloat16 and rank in _RANKS[:2]) or (rank, rows) == (_RANKS[1], _ROWS[0]):
+            label = f"{str(dtype).removeprefix('torch.')}-K5-R{rank}-N{rows}"
+            yield label, _run(target, dtype, 5, rows, "tradeoff:0.4,trust=1,centre=batch", rank)
+    grouped = "tradeoff:0.4,centre=group"
+    for label, rows, spec, given in (
+        ("group-in-block", 256, grouped, {"group_size": 8}),
+        ("group-by-size", 240, grouped, {"group_size": 24}),
+        ("group-by-label", 256, grouped, {"group": torch.empty(256, dtype=torch.int64, device="meta")}),
+        ("group-by-label-later", 2048, grouped, {"group": torch.empty(2048, dtype=torch.int64, device="meta")}),
+        ("no-norm-bf16-weight", 65536, "tradeoff:0.4", {"norm_weight": None, "weight_dtype": torch.bfloat16}),
+        ("no-norm-R32", 65536, "trust:1,centre=batch", {"norm_weight": None, "rank": 32}),
+        ("batch-worst", 256, "batch_worst,centre=batch", {}),
     ):
-        spec = "tradeoff:0.4" if label.startswith("no") else "tradeoff:0.4,centre=group"
         yield label, _run(target, torch.bfloat16, 5, rows, spec, **given)
 
 
 def _run(
-    target: str, dtype: torch.dtype, heads: int, num_rows: int, aggregation: str,
+    target: str, dtype: torch.dtype, heads: int, num_rows: int, aggregation: str, rank: int | None = None,
     weight_dtype: torch.dtype | None = None, **given: object,
 ) -> Callable[[], None]:  # fmt: skip
     def run() -> None:
@@ -58,8 +65,13 @@ def _run(
             "scale": empty(heads), "std_ref": empty(heads), "group": None, "group_size": 0, "norm_eps": 1e-6,
             "std_floor": 1e-3, "aggregation": aggregation,
         }  # fmt: skip
+        if rank is not None:
+            values |= {"trust_mean": empty(4096), "trust_precision": empty(4096),
+                       "trust_directions": empty(rank, 4096), "trust_weights": empty(rank),
+                       "trust_unit": empty(1), "trust_rms": empty(1)}  # fmt: skip
         inputs = Inputs(**{**values, **given})  # type: ignore[arg-type]
-        grads = OutputGrads(empty(num_rows), empty(num_rows, heads), empty(num_rows, heads), empty())
+        distance = None if rank is None else empty(num_rows)
+        grads = OutputGrads(empty(num_rows), empty(num_rows, heads), empty(num_rows, heads), empty(), distance)
         needs = Needs(hidden=True, weight=True, bias=True, norm_weight=True)
         with assume(target):
             saved = triton.forward(inputs, True)[-1]

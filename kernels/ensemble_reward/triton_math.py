@@ -74,47 +74,6 @@ def operand(x, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def product(
-    hidden, row_stride, weight, norm_weight, row, inside, first, end, d,
-    K: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-    ACC: tl.constexpr, HALVES: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """[M, BN] x @ (norm_weight * weight).T and [M] sum of x^2 (zeros without a norm) over columns first .. end - 1.
-
-    x is read once (evict_first). HALVES: x is bf16, and the folded weight is split into two bf16 halves; EXACT: that
-    weight is bf16 itself, so its low half is 0 and is left out.
-    """
-    acc = tl.zeros((M, BN), ACC)
-    squares = tl.zeros((M,), ACC)
-    at = hidden + row * row_stride
-    for start in range(first, end, BD):
-        columns = start + tl.arange(0, BD)
-        here = inside[:, None] & (columns < d)[None, :]
-        x = tl.load(at[:, None] + columns[None, :], mask=here, other=0.0, eviction_policy="evict_first")
-        w = folded_weight(weight, norm_weight, columns, d, K, BN, ACC)
-        if norm_weight is not None:
-            squares += tl.sum(x.to(ACC) * x.to(ACC), axis=1)
-        if HALVES:
-            hi, lo = halves(w, UPCAST)
-            if not EXACT:
-                acc = tl.dot(operand(x, UPCAST), lo, acc)
-            acc = tl.dot(operand(x, UPCAST), hi, acc)
-        else:
-            acc = tl.dot(x.to(ACC), w, acc, input_precision=PRECISION, out_dtype=ACC)
-    return acc, squares
-
-
-@triton.jit
-def scaled_product(acc, squares, norm_weight, norm_eps, d, M: tl.constexpr, ACC: tl.constexpr):
-    """[M, BN] the product after the norm and before the bias, [M] rstd (1 without a norm)."""
-    rstd = tl.full((M,), 1.0, ACC)
-    if norm_weight is not None:
-        rstd = 1.0 / tl.sqrt(squares / d + scalar(norm_eps, ACC))
-        acc *= rstd[:, None]
-    return acc, rstd
-
-
-@triton.jit
 def softplus(x):
     """log(1 + e^x), x itself above torch's threshold of 20."""
     e = tl.exp(tl.minimum(x, 20.0))
@@ -147,8 +106,13 @@ def cos_turns(u, ACC: tl.constexpr):
 
 @triton.jit
 def noise(seed, n, heads, K: tl.constexpr, ACC: tl.constexpr):
-    """[M, KP] N(0, 1): Box-Muller on words 0 and 1 of Philox-4x32-7 at counter n * K + head."""
-    counter = n[:, None] * K + heads[None, :]
+    """[M, KP] N(0, 1) of head k in row n, at counter n * K + k."""
+    return noise_at(seed, n[:, None] * K + heads[None, :], ACC)
+
+
+@triton.jit
+def noise_at(seed, counter, ACC: tl.constexpr):
+    """N(0, 1) for each counter: Box-Muller on words 0 and 1 of Philox-4x32-7."""
     w0, w1, _, _ = tl.randint4x(tl.load(seed), counter, PHILOX_ROUNDS)
     return tl.sqrt(-2.0 * tl.log(uniform(w0, ACC))) * cos_turns(uniform(w1, ACC), ACC)
 
@@ -245,10 +209,11 @@ def order_weights(
 @triton.jit
 def aggregate(
     mean, std, values, std_ref, coefficient, head_or_count, heads,
-    K: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr, ACC: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr, OF_BATCH: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """[M] reward before centring. `head_or_count`: the index of `head:i` or `nominal=head:i`, or how many of the lowest
-    heads cvar averages.
+    """[M] reward before centring; OF_BATCH: without the share of the batch's worst head, which the last program adds.
+    `head_or_count`: the index of `head:i` or `nominal=head:i`, or how many of the lowest heads cvar averages.
     """
     lam = scalar(coefficient, ACC)
     if KIND == "tradeoff" or KIND == "nominal":
@@ -257,8 +222,12 @@ def aggregate(
         )
         reward = over_heads(tl.where(chosen != 0.0, chosen * mean, 0.0), heads, K)
         if KIND == "tradeoff":
-            worst = tl.sum(tl.where(least(values, heads, K, KP), values, 0.0), axis=1)
-            reward = lam * reward + (1.0 - lam) * worst
+            reward = lam * reward
+            if not OF_BATCH:
+                worst = tl.sum(tl.where(least(values, heads, K, KP), values, 0.0), axis=1)
+                reward += (1.0 - lam) * worst
+    elif KIND == "batch_worst":
+        reward = tl.sum(tl.zeros_like(values), axis=1)
     elif KIND == "softmin":
         scaled = tl.where((heads < K)[None, :], -values / lam[:, None], float("-inf"))
         top = tl.max(scaled, axis=1)
@@ -281,10 +250,13 @@ def aggregate(
 
 @triton.jit
 def aggregate_gradient(
-    std, values, std_ref, coefficient, head_or_count, heads,
-    K: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr, ACC: tl.constexpr,
+    std, values, std_ref, coefficient, head_or_count, batch_head, heads,
+    K: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr, OF_BATCH: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """[M, KP] d reward / d mean (only through the nominal head) and d reward / d value."""
+    """[M, KP] d reward / d mean (only through the nominal head) and d reward / d value. `batch_head` [M]: with OF_BATCH
+    the index of the batch's worst head, as ACC.
+    """
     lam = scalar(coefficient, ACC)[:, None]
     to_mean = tl.zeros_like(values)
     to_value = tl.zeros_like(values)
@@ -294,7 +266,10 @@ def aggregate_gradient(
         )
         if KIND == "tradeoff":
             to_mean = lam * to_mean
-            to_value = (1.0 - lam) * least(values, heads, K, KP).to(ACC)
+            worst = heads[None, :] == batch_head.to(tl.int32)[:, None] if OF_BATCH else least(values, heads, K, KP)
+            to_value = (1.0 - lam) * worst.to(ACC)
+    elif KIND == "batch_worst":
+        to_value = (heads[None, :] == batch_head.to(tl.int32)[:, None]).to(ACC)
     elif KIND == "softmin":
         scaled = tl.where((heads < K)[None, :], -values / lam, float("-inf"))
         share = tl.exp(scaled - tl.max(scaled, axis=1)[:, None])

@@ -17,7 +17,7 @@ from prudent.bench.traffic_count import Access, Report
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 # as bench/traffic_cases.py has them; importing it would import the kernels without their interpreter
-ROWS, DIM, HEADS, TOKENS, VOCABULARY = 48, 256, 5, 100, 500
+ROWS, DIM, HEADS, DIRECTIONS, TOKENS, VOCABULARY = 48, 256, 5, 32, 100, 500
 BF16, FP32 = 2, 4
 
 
@@ -46,7 +46,8 @@ def written_once(report: Report, tensor: str, size: int) -> bool:
     return sum(a.written for a in accesses) == sum(a.distinct_written for a in accesses) == size
 
 
-@pytest.mark.parametrize("mode", ["forward, norm", "forward", "forward, norm, products kept", "last tokens, norm"])
+@pytest.mark.parametrize("mode", ["forward, norm", "forward", "forward, norm, products kept", "last tokens, norm",
+                                  "forward, norm, trust", "forward, trust"])  # fmt: skip
 def test_the_forward_reads_each_scored_row_once_in_one_launch(reports: Any, mode: str) -> None:
     report = reports["ensemble_reward", mode]
     assert {access.kernel for access in report.accesses} == {"forward"}
@@ -57,15 +58,17 @@ def test_the_forward_reads_each_scored_row_once_in_one_launch(reports: Any, mode
     assert report.asked() == report.floor + 2 * FP32
 
 
-@pytest.mark.parametrize("mode", ["backward, norm", "backward, norm, frozen trunk", "backward, norm, frozen head"])
+@pytest.mark.parametrize("mode", ["backward, norm", "backward, norm, frozen trunk", "backward, norm, frozen head",
+                                  "backward, norm, trust"])  # fmt: skip
 def test_the_backward_reads_hidden_once(reports: Any, mode: str) -> None:
     report = reports["ensemble_reward", mode]
     assert read_once(report, "hidden", ROWS * DIM * BF16)
-    assert read_once(report, "saved", ROWS * (2 * HEADS + 1) * FP32)
+    kept = 2 * HEADS + 1 + (DIRECTIONS + 2 if "trust" in mode else 0)
+    assert read_once(report, "saved", ROWS * kept * FP32)
 
 
 def test_the_backward_writes_hiddens_gradient_once_and_not_at_all_where_the_trunk_is_frozen(reports: Any) -> None:
-    for mode in ("backward, norm", "backward, norm, frozen head"):
+    for mode in ("backward, norm", "backward, norm, frozen head", "backward, norm, trust"):
         assert written_once(reports["ensemble_reward", mode], "grad_hidden", ROWS * DIM * BF16)
     frozen = reports["ensemble_reward", "backward, norm, frozen trunk"]
     assert not frozen.of("grad_hidden")
@@ -76,6 +79,14 @@ def test_beyond_the_floor_the_backward_moves_the_products_gradient_alone(reports
     """16 padded columns and the norm's term: written once and read once, whatever D is."""
     report = reports["ensemble_reward", "backward, norm"]
     assert report.distinct() == report.floor + 2 * (16 + 1) * FP32
+
+
+def test_a_trust_region_adds_to_a_row_its_distance_and_what_the_backward_keeps_of_it(reports: Any) -> None:
+    """Not a byte of hidden: 4 bytes of distance forward; a number for each direction and two more backward."""
+    plain, trust = (reports["ensemble_reward", f"forward, norm{region}"] for region in ("", ", trust"))
+    assert trust.asked() == plain.asked() + FP32
+    backward = reports["ensemble_reward", "backward, norm, trust"]
+    assert backward.distinct() == backward.floor + 2 * (16 + 1 + DIRECTIONS + 2) * FP32
 
 
 def test_a_frozen_head_costs_no_weight_gradient(reports: Any) -> None:

@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 CASES = {
     "ensemble_reward": HERE / "ensemble_reward" / "triton_cases.py",
+    "ensemble_reward, trust region": HERE / "ensemble_reward" / "triton_trust_cases.py",
     "ensemble_reward, launches": HERE / "ensemble_reward" / "triton_launch_cases.py",
     "preference_step": HERE / "preference_step" / "triton_cases.py",
     "linear_logprob": HERE / "linear_logprob" / "triton_cases.py",

@@ -109,7 +109,7 @@ def test_gradcheck_through_split_rows() -> None:
 def test_how_d_is_split_depends_on_shapes_and_the_architecture_alone() -> None:
     """256 last tokens of 4096 are 256 programs on an H200, with all of their bytes on the way at once."""
     with configs.assume("sm_90"):
-        config = configs.forward_config(256, 16, torch.bfloat16, "sm_90")
+        config = configs.forward_config(256, configs.Columns(16), torch.bfloat16, "sm_90")
         parts, blocks_each = configs.splits(256 // config.block_rows, 4096, config, DEVICE)
         assert (256 // config.block_rows * parts, parts * blocks_each * config.block_dim) == (256, 4096)
         assert blocks_each <= config.num_stages - 1
@@ -123,7 +123,7 @@ def test_an_older_triton_gets_tiles_that_it_can_compile(dtype: torch.dtype, monk
     for version in ((3, 7), (3, 8)):
         monkeypatch.setattr(configs, "_triton_version", lambda version=version: version)
         for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-            chosen[version, target] = configs.forward_config(100_000, 16, dtype, target)
+            chosen[version, target] = configs.forward_config(100_000, configs.Columns(16), dtype, target)
     assert chosen[(3, 7), "sm_100"].block_rows <= 32
     assert chosen[(3, 7), "gfx942"].num_stages <= 3
     assert chosen[(3, 7), "sm_90"] == chosen[(3, 8), "sm_90"] == chosen[(3, 8), "sm_100"] == chosen[(3, 8), "gfx942"]
@@ -254,7 +254,7 @@ def test_every_tile_that_tuning_may_choose_computes_the_same(
 ) -> None:
     inputs = make(140, 130, dtype, aggregation="mean,centre=group", group_size=4)
     expected = reference.forward(inputs)[0]
-    for tile in configs.forward_candidates(16, dtype, configs.platform(DEVICE).name):
+    for tile in configs.forward_candidates(configs.Columns(16), dtype, configs.platform(DEVICE).name):
         monkeypatch.setattr(execution.tuning, "choose", lambda table, candidates, key, run, device, tile=tile: (
             tile if key[0] == "ensemble_reward.forward" else table))  # fmt: skip
         torch.testing.assert_close(execution.forward(inputs)[0], expected, rtol=2e-5, atol=2e-5)
