@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -9,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from ..kernels import STD_FLOOR, Aggregation
 from .families import check_family, switch_length
+from .taps import Tap, averages, layers_of, parse_taps
 
 POOLINGS = ("last", "first", "pooler")
 
@@ -35,16 +37,23 @@ class EnsembleRewardConfig(PreTrainedConfig):
         skip_token_id: with pooling `last`, the heads read the last attended token other than this one; None: the last
             attended token. `from_sequence_classifier` sets it to the padding id that the classifier's own head skips.
         trust_directions: R of the head's trust region, whose buffers the checkpoint fills; None: no trust region.
+        taps: the hidden states that the heads read, concatenated: `last` (or None; the trunk's output at the token that
+            pooling names), `wide` (see `taps.wide_taps`), or a list such as ["last:-1", "mean:20"] (`taps.Tap`). A tap
+            of kind mean averages over the response, so that the model must know where it begins: `Scorer` and PPO do,
+            a caller that has only token ids gives `response_start`. Kept with absolute layers, and left out of
+            config.json for `last`.
         kwargs: `PreTrainedConfig`'s. num_labels must be 1: trainers read column 0 of the logits.
 
     Raises:
         ValueError: for another aggregation, pooling, max_score_length, skip_token_id, trust_directions or num_labels,
-            or for a trunk whose hidden states of a text depend on the other texts of the batch.
+            or for a trunk whose hidden states of a text depend on the other texts of the batch; for taps that the trunk
+            does not have, or that are read beside the pooler.
     """
 
     model_type = "prudent_ensemble_reward"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  as transformers reads it
     has_no_defaults_at_init = True
+    taps: list[str] | None = None
 
     def __init__(
         self,
@@ -57,6 +66,7 @@ class EnsembleRewardConfig(PreTrainedConfig):
         max_score_length: int | None = None,
         skip_token_id: int | None = None,
         trust_directions: int | None = None,
+        taps: str | Sequence[str | Tap] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -94,6 +104,8 @@ class EnsembleRewardConfig(PreTrainedConfig):
         self.max_score_length = max_score_length
         self.skip_token_id = skip_token_id
         self.trust_directions = trust_directions
+        if taps not in (None, "last"):
+            self._set_taps(taps, text_config)
         kwargs.setdefault("num_labels", 1)  # transformers' own default is 2
         super().__init__(**kwargs)
         # set after super().__init__, which would reset the trunk's attention and experts implementations to None
@@ -104,12 +116,42 @@ class EnsembleRewardConfig(PreTrainedConfig):
         if self.num_labels != 1:
             raise ValueError(f"EnsembleRewardConfig: num_labels: expected 1 (one reward a row), got {self.num_labels}")
 
+    def _set_taps(self, taps: str | Sequence[str | Tap], trunk: Any) -> None:
+        try:
+            if trunk is None:
+                raise ValueError(f"taps: expected none without a text_config, got {taps!r}")
+            parsed = parse_taps(taps, layers := layers_of(trunk))
+        except ValueError as error:
+            raise ValueError(f"EnsembleRewardConfig: {error}") from None
+        if parsed == parse_taps("last", layers):
+            return
+        if self.pooling == "pooler":
+            raise ValueError(
+                "EnsembleRewardConfig: pooling: expected last or first with taps, because the pooler reads the trunk's "
+                "output alone, got pooler"
+            )
+        self.taps = [str(tap) for tap in parsed]
+
     @property
     def hidden_size(self) -> int:
         """D, the trunk's width. Tools that allocate buffers read it here and not in text_config."""
         if self.text_config is None:
             raise AttributeError("EnsembleRewardConfig has no hidden_size without a text_config")
         return int(self.text_config.hidden_size)
+
+    @property
+    def feature_size(self) -> int:
+        """F, the width of what the heads read: D for each tap."""
+        return self.hidden_size * len(self.taps or ("last",))
+
+    def parsed_taps(self) -> tuple[Tap, ...]:
+        """The taps; without any, the trunk's output at the pooled token."""
+        return parse_taps(self.taps or "last", layers_of(self.text_config))
+
+    @property
+    def reads_response(self) -> bool:
+        """Whether a tap averages over the response, so that one must know where it begins."""
+        return self.taps is not None and averages(self.parsed_taps())
 
 
 def is_encoder(config: PreTrainedConfig) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
-from ..kernels import Aggregation
+from ..kernels import STD_FLOOR, Aggregation
 from .config import EnsembleRewardConfig, max_positions, padding_id
 from .convert import load_trunk, model_of_sequence_classifier
 from .families import follows_length, length_classes, reset_frequencies
 from .head import EnsembleHead
 from .own_code import refusing_own_code, without_own_code
-from .pooling import check_mask, pooled_rows, right_padded
+from .pooling import check_mask, check_start, pooled_rows, response_mask, right_padded
+from .taps import Tap, blocks_of, capturing, read_taps
 from .weights import reading_weights, refuse_missing
 
 
@@ -58,6 +60,10 @@ class EnsembleRewardModel(PreTrainedModel):
     Trainers neither truncate for a reward model nor put it in eval mode: the model warns of sequences that are too
     long; put a trunk with dropout in eval mode yourself.
 
+    With `config.taps` the heads read several states of the one forward pass, concatenated. If one is a mean over the
+    response, the model needs `response_start` and refuses to guess it: token ids alone do not say where the response
+    begins, so trainers that give no more (TRL's) take a model with `features=last`.
+
     Args:
         config: with `text_config` set.
         trunk: an existing trunk, used by reference; None builds one from `config.text_config` with random weights.
@@ -87,8 +93,11 @@ class EnsembleRewardModel(PreTrainedModel):
                 f"EnsembleRewardModel: pooling: expected last or first, because {type(self.model).__name__} has no "
                 "pooler, got 'pooler'"
             )
+        self._taps: tuple[Tap, ...] | None = None if config.taps is None else config.parsed_taps()
+        if self._taps is not None:
+            blocks_of(self.model)  # refuses a trunk without a list of its layers
         self.score = head or EnsembleHead(
-            config.hidden_size,
+            config.feature_size,
             config.num_heads,
             aggregation=config.aggregation,
             std_floor=config.std_floor,
@@ -145,6 +154,7 @@ class EnsembleRewardModel(PreTrainedModel):
         append_eos: bool | None = None,
         max_score_length: int | None = None,
         skip_token_id: int | None = None,
+        taps: str | Sequence[str | Tap] | None = None,
         **kwargs: Any,
     ) -> EnsembleRewardModel:
         """Put heads on a trunk: a new ensemble (by default K = 5, `tradeoff:0.4`), or a trained one.
@@ -157,7 +167,7 @@ class EnsembleRewardModel(PreTrainedModel):
             aggregation: of the head; None: `head`'s own, else `tradeoff:0.4`.
             head: a trained `EnsembleHead`, used by reference and moved to the trunk's device; None: a new one.
             std_floor: of a new head.
-            pooling, append_eos, max_score_length, skip_token_id: see `EnsembleRewardConfig`.
+            pooling, append_eos, max_score_length, skip_token_id, taps: see `EnsembleRewardConfig`.
             kwargs: passed to `AutoModel.from_pretrained` (dtype, device_map, attn_implementation, ...), only with a
                 folder or name; trust_remote_code is False unless given.
 
@@ -165,31 +175,27 @@ class EnsembleRewardModel(PreTrainedModel):
             ValueError: for a trunk that is no text model or lacks tensors, or a head that does not fit.
         """
         body = load_trunk(trunk, kwargs, need_pooler=pooling == "pooler")
-        if head is None:
-            options: dict[str, Any] = {} if std_floor is None else {"std_floor": std_floor}
-            head = EnsembleHead(
-                body.config.hidden_size,
-                5 if num_heads is None else num_heads,
-                aggregation=aggregation or "tradeoff:0.4",
-                **options,
-            )
-        else:
-            _check_head(head, body.config.hidden_size, num_heads, std_floor)
-            if aggregation is not None:
-                head.aggregation = aggregation
         config = EnsembleRewardConfig(
             text_config=body.config,
-            num_heads=head.num_heads,
-            aggregation=head.aggregation,
-            std_floor=head.std_floor,
+            num_heads=head.num_heads if head is not None else 5 if num_heads is None else num_heads,
+            aggregation=aggregation or (head.aggregation if head is not None else "tradeoff:0.4"),
+            std_floor=head.std_floor if head is not None else STD_FLOOR if std_floor is None else std_floor,
             pooling=pooling,
             append_eos=append_eos,
             max_score_length=max_score_length,
             skip_token_id=skip_token_id,
+            taps=taps,
             # trainers read these to find the tokeniser and to name the metric
             name_or_path=body.config.name_or_path,
             dtype=body.dtype,
         )
+        if head is None:
+            head = EnsembleHead(
+                config.feature_size, config.num_heads, aggregation=config.aggregation, std_floor=config.std_floor
+            )
+        else:
+            _check_head(head, config.feature_size, num_heads, std_floor)
+            head.aggregation = config.aggregation
         model = cls(config, trunk=body, head=head.to(body.device))
         model.training = body.training
         return model
@@ -237,6 +243,7 @@ class EnsembleRewardModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         return_dict: bool | None = None,
+        response_start: Tensor | None = None,
         **_: Any,
     ) -> EnsembleRewardOutput | tuple[Tensor, ...]:
         """Token ids to rewards.
@@ -246,29 +253,52 @@ class EnsembleRewardModel(PreTrainedModel):
             attention_mask: [B, T], non-zero at tokens, 0 at padding; None: no padding, whatever the ids are.
             position_ids: [B, T]; None: the trunk counts the attended tokens by its own rule.
             return_dict: False: return the tuple (logits, mean, std), with a trust region (logits, mean, std, distance).
+            response_start: [B] int64, for each row the place of the response's first token among the attended ones,
+                counted from 0 (0: the whole row is the response). Needed if, and only read if, a tap is a mean.
 
         Other keywords that trainers pass (use_cache, token_type_ids, labels, ...) are ignored.
 
         Raises:
-            ValueError: for a mask of another shape, or (on the CPU) one that masks a whole row.
+            ValueError: for a mask of another shape, or (on the CPU) one that masks a whole row; for a response_start
+                that is missing where a tap is a mean, of another shape or dtype, or (on the CPU) outside its row.
         """
-        hidden, rows = self._hidden(input_ids, attention_mask, position_ids)
+        hidden, rows = self._hidden(input_ids, attention_mask, position_ids, response_start)
         scored = self.score(hidden, rows)
         output = EnsembleRewardOutput(
             logits=scored.reward[:, None], mean=scored.mean, std=scored.std, distance=scored.distance
         )
         return output.to_tuple() if return_dict is False else output
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The hidden states the head reads: [B, D] in the trunk's dtype, differentiable. Arguments as in `forward`."""
-        hidden, rows = self._hidden(input_ids, attention_mask, None)
+    def features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, response_start: Tensor | None = None
+    ) -> Tensor:
+        """The hidden states the head reads: [B, F] in the trunk's dtype, differentiable. Arguments as in `forward`.
+
+        F is `config.feature_size`: D, or D for each tap.
+        """
+        hidden, rows = self._hidden(input_ids, attention_mask, None, response_start)
         return hidden if rows is None else hidden.flatten(0, 1).index_select(0, rows)
 
     def _hidden(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        response_start: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(hidden states [B, T, D], flat index [B] of each sequence's row), or (pooled states [B, D], None)."""
+        """(hidden states [B, T, D], flat index [B] of each sequence's row), or (pooled states [B, F], None)."""
         check_mask(input_ids, attention_mask)
+        if not self.config.reads_response:
+            response_start = None
+        elif response_start is None:
+            raise ValueError(
+                "EnsembleRewardModel: response_start: expected where each response begins, because this model averages "
+                f"states over the response ({', '.join(self.config.taps or ())}), got None: where only token ids are "
+                "known, as in TRL's trainers, use a model trained with features=last, or score prompts and responses "
+                "with `Scorer`"
+            )
+        else:
+            check_start(input_ids, attention_mask, response_start)
         limit = max_positions(self.config.text_config)
         if limit is not None and input_ids.shape[1] > limit:
             warnings.warn(
@@ -283,11 +313,15 @@ class EnsembleRewardModel(PreTrainedModel):
                 input_ids, attention_mask, position_ids, self._padding_id
             )
         if self._follows_length and position_ids is None:
-            return self._by_length(input_ids, attention_mask), None
-        return self._pass(input_ids, attention_mask, position_ids)
+            return self._by_length(input_ids, attention_mask, response_start), None
+        return self._pass(input_ids, attention_mask, position_ids, response_start)
 
     def _pass(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        response_start: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """One forward pass of the trunk over right-padded rows; returns what `_hidden` returns."""
         options: dict[str, Any] = {}
@@ -295,17 +329,23 @@ class EnsembleRewardModel(PreTrainedModel):
             options["position_ids"] = position_ids
         if self.config.pooling == "last":
             options["use_cache"] = False
-        hidden = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **options
-        ).last_hidden_state
+        options |= {"input_ids": input_ids, "attention_mask": attention_mask, "return_dict": True}
         first = self.config.pooling != "last"
         rows = pooled_rows(input_ids, attention_mask, first=first, skipped=self.config.skip_token_id)
+        if self._taps is not None:
+            response = None
+            if response_start is not None:
+                response = response_mask(input_ids, attention_mask, response_start, rows, first=first)
+            with capturing(self.model, [tap.layer for tap in self._taps]) as states:
+                output = self.model(**options).last_hidden_state
+            return read_taps(self._taps, states, output, rows, response), None
+        hidden = self.model(**options).last_hidden_state
         if self.config.pooling != "pooler":
             return hidden, rows
         return self.model.pooler(hidden.flatten(0, 1).index_select(0, rows)[:, None]), None
 
-    def _by_length(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Pooled states [B, D], from one forward pass for each length class."""
+    def _by_length(self, input_ids: Tensor, attention_mask: Tensor | None, response_start: Tensor | None) -> Tensor:
+        """Pooled states [B, F], from one forward pass for each length class."""
         batch, width = input_ids.shape
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         lengths = mask.sum(1).tolist() if attention_mask is not None else [width] * batch
@@ -315,7 +355,8 @@ class EnsembleRewardModel(PreTrainedModel):
             longest = max(lengths[row] for row in group)
             index = torch.tensor(group, device=input_ids.device)
             reset_frequencies(self.model)
-            hidden, rows = self._pass(input_ids[index, :longest], mask[index, :longest], None)
+            start = None if response_start is None else response_start[index]
+            hidden, rows = self._pass(input_ids[index, :longest], mask[index, :longest], None, start)
             pooled.append(hidden if rows is None else hidden.flatten(0, 1).index_select(0, rows))
         order = torch.tensor([row for group in groups for row in group], device=input_ids.device)
         return torch.cat(pooled).index_select(0, order.argsort())

@@ -44,6 +44,46 @@ def right_padded(
     return ids, attended.to(torch.int64), position_ids
 
 
+def response_mask(
+    input_ids: Tensor, attention_mask: Tensor | None, start: Tensor, rows: Tensor, *, first: bool
+) -> Tensor:
+    """[B, T] bool: the response's tokens, from `start` to the last token that is read; at least that last one.
+
+    Args:
+        input_ids: [B, T], padded on the right.
+        attention_mask: [B, T]; None: no padding.
+        start: [B] int64, the place of each response's first token.
+        rows: of `pooled_rows`; with `first`, the last token that is read is the last attended one.
+    """
+    batch, length = input_ids.shape
+    place = torch.arange(length, device=input_ids.device)
+    if not first:
+        last = rows - torch.arange(batch, device=rows.device) * length
+    elif attention_mask is None:
+        last = torch.full_like(rows, length - 1)
+    else:
+        last = attention_mask.sum(1) - 1
+    return (place >= torch.minimum(start, last)[:, None]) & (place <= last[:, None])
+
+
+def check_start(input_ids: Tensor, attention_mask: Tensor | None, start: Tensor) -> None:
+    """Raise ValueError for a response_start that is not [B] int64, or (on the CPU) lies outside its sequence."""
+    if start.shape != input_ids.shape[:1] or start.dtype != torch.int64:
+        raise ValueError(
+            f"EnsembleRewardModel: response_start: expected [{len(input_ids)}] int64, got {list(start.shape)} "
+            f"{str(start.dtype).removeprefix('torch.')}"
+        )
+    if start.device.type == "cpu" and not torch.compiler.is_compiling():
+        lengths = input_ids.shape[1] if attention_mask is None else attention_mask.ne(0).sum(1).to(start.device)
+        outside = (start < 0) | (start >= lengths)
+        if bool(outside.any()):
+            row = int(outside.int().argmax())
+            raise ValueError(
+                "EnsembleRewardModel: response_start: expected the place of a token among the attended ones of its "
+                f"row, counted from 0, got {int(start[row])} in row {row}"
+            )
+
+
 def pooled_rows(input_ids: Tensor, attention_mask: Tensor | None, *, first: bool, skipped: int | None) -> Tensor:
     """The row of hidden states, flattened to [B * T, D], that the heads read for each sequence: [B] int64.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from ..kernels import Aggregation, aggregate, nominal_reward, philox_normal
 from .config import max_positions
 from .eval_mode import evaluating
 from .head import without_trust
-from .text import Item, ItemEncoder
+from .text import Encoded, Item, ItemEncoder
 
 logger = logging.getLogger(__name__)
 _TOKEN = np.dtype(np.int32)
@@ -54,12 +54,17 @@ class Scorer:
     - {"prompt", "response"}, each a text or a list of messages: with a chat template, texts become a user and an
       assistant message; without one, two texts are concatenated. A prompt may also be {"messages", "tools"}, or
       {"system", "text"}: a system and a user message, or without a template two texts with a blank line between.
+    - what `read` gave for such an item.
     A mapping may have "tools" for the chat template. A mapping with "complete": False holds a truncated response: its
     turn or text gets no end.
 
     Messages may have tool calls and reasoning (reasoning_content, thinking or reasoning). A chat template that leaves
     out tools, tool calls, a message's content or the last message's reasoning is refused, as is one that raises.
     Templates that write today's date always get 26 July 2024, so that a text has the same reward on every day.
+
+    Where the response begins matters to a model that averages states over it (`EnsembleRewardConfig.taps`): at the end
+    of what the item's tokens share with those of the prompt alone, its turn opened; of messages, the last one of role
+    assistant is the response. A plain text and token ids have no prompt: all of it is averaged.
 
     How a sequence ends: a complete plain text gets the tokeniser's EOS token if the model's `config.append_eos` is true
     and the tokeniser has not added it; a chat template ends its own turns; token ids stay unchanged.
@@ -110,6 +115,7 @@ class Scorer:
             append_eos=model.config.append_eos,
             max_length=max_length,
             vocab_size=model.get_input_embeddings().num_embeddings,
+            finds_response=model.config.reads_response,
         )
 
     @property
@@ -125,10 +131,14 @@ class Scorer:
         """`encode`, and whether the item was longer than max_length and lost its beginning."""
         return self._encoder.encode(item, name)
 
+    def read(self, item: Item, name: str = "item") -> Encoded:
+        """`encode_truncating`, and where the response begins if the model averages over it."""
+        return self._encoder.read(item, name)
+
     def features(self, items: Sequence[Item]) -> Tensor:
-        """The hidden states the heads read: [N, D] on the CPU in the trunk's dtype, in the items' order."""
+        """The hidden states the heads read: [N, F] on the CPU in the trunk's dtype, in the items' order."""
         sequences, _ = self._encode_all(items)
-        return self._map(sequences, self.model.features, self.model.config.hidden_size, self.model.dtype)
+        return self._map(sequences, self.model.features, self.model.config.feature_size, self.model.dtype)
 
     def score(
         self, items: Sequence[Item], *, aggregation: str | Aggregation | None = None, seed: int | None = None
@@ -160,8 +170,8 @@ class Scorer:
             raise ValueError(f"Scorer: aggregation: expected centre=none or centre=batch, got {str(spec)!r}")
         sequences, num_truncated = self._encode_all(items)
 
-        def heads(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            output = head(self.model.features(input_ids, attention_mask), aggregation="mean")
+        def heads(input_ids: Tensor, attention_mask: Tensor, start: Tensor | None) -> Tensor:
+            output = head(self.model.features(input_ids, attention_mask, start), aggregation="mean")
             far = output.mean[:, :0] if output.distance is None else output.distance[:, None]
             return torch.cat([output.mean, output.std, far], dim=1)
 
@@ -195,16 +205,17 @@ class Scorer:
             num_truncated=num_truncated,
         )
 
-    def _encode_all(self, items: Sequence[Item]) -> tuple[list[bytes], int]:
-        """Each item's token ids as the bytes of an int32 array, and how many items were truncated."""
+    def _encode_all(self, items: Sequence[Item]) -> tuple[list[_Sequence], int]:
+        """Each item as the model reads it, and how many items were truncated here."""
         if isinstance(items, str) or not isinstance(items, Sequence):
             raise ValueError(f"Scorer: items: expected a list of items, got {type(items).__name__}")
-        sequences: list[bytes] = []
+        sequences: list[_Sequence] = []
         num_truncated = 0
         for index, item in enumerate(tqdm(items, desc="tokenising", delay=1, disable=not self.progress, leave=False)):
-            ids, truncated = self._encoder.encode(item, f"item {index}")
-            sequences.append(np.asarray(ids, dtype=_TOKEN).tobytes())  # a list of Python ints takes nine times as much
-            num_truncated += truncated
+            ids, truncated, start = self._encoder.read(item, f"item {index}")
+            # a list of Python ints takes nine times as much
+            sequences.append(_Sequence(np.asarray(ids, dtype=_TOKEN).tobytes(), start))
+            num_truncated += truncated and not isinstance(item, Encoded)
         if num_truncated:
             logger.warning(
                 "%d of %d items are longer than %s tokens and lose their beginning",
@@ -215,27 +226,42 @@ class Scorer:
         return sequences, num_truncated
 
     def _map(
-        self, sequences: list[bytes], fn: Callable[[Tensor, Tensor], Tensor], width: int, dtype: torch.dtype
+        self,
+        sequences: list[_Sequence],
+        fn: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        width: int,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """Call fn(input_ids [B, T], mask [B, T]) -> [B, width] on micro-batches; [N, width] in the sequences' order."""
+        """Call fn(input_ids [B, T], mask [B, T], response_start [B]) -> [B, width] on micro-batches; [N, width] in the
+        sequences' order. response_start is None for a model that does not average over the response."""
         result = torch.empty(len(sequences), width, dtype=dtype)
-        rows: dict[bytes, list[int]] = {}
+        rows: dict[_Sequence, list[int]] = {}
         for row, sequence in enumerate(sequences):
             rows.setdefault(sequence, []).append(row)
         # the longest first, so that a lack of memory shows at once; ids break ties, so that the items' order does not
         # matter
-        unique = sorted(rows, key=lambda ids: (-len(ids), ids))
+        unique = sorted(rows, key=lambda sequence: (-len(sequence.ids), sequence))
         device = self.model.get_input_embeddings().weight.device
         bar = tqdm(total=len(unique), desc="scoring", unit="seq", delay=1, disable=not self.progress)
         with bar, evaluating(self.model):
-            for part in micro_batches([len(ids) // _TOKEN.itemsize for ids in unique], self.batch_tokens):
+            for part in micro_batches([len(ids) // _TOKEN.itemsize for ids, _ in unique], self.batch_tokens):
                 batch = unique[part]
-                input_ids, mask = _right_padded(batch)
-                output = fn(input_ids.to(device), mask.to(device)).cpu()
+                input_ids, mask = _right_padded([sequence.ids for sequence in batch])
+                start = None
+                if self._encoder.finds_response:
+                    start = torch.tensor([sequence.start for sequence in batch]).to(device)
+                output = fn(input_ids.to(device), mask.to(device), start).cpu()
                 for sequence, value in zip(batch, output, strict=True):
                     result[rows[sequence]] = value
                 bar.update(len(batch))
         return result
+
+
+class _Sequence(NamedTuple):
+    """ids: the bytes of an int32 array. start: as in `Encoded`."""
+
+    ids: bytes
+    start: int
 
 
 def micro_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[slice]:

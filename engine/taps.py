@@ -18,7 +18,8 @@ class Tap(NamedTuple):
     kind   last: at the one token that the model's pooling names. mean: the mean over the response's tokens, of which
            the tokens that close the response are part.
     layer  the index in transformers' `hidden_states`: 0 the embeddings, the number of layers the trunk's output (after
-           its final norm).
+           its final norm). Between them it is what block `layer` gets, also in families whose `hidden_states` begin
+           after the first block (Mamba's).
     """
 
     kind: Kind
@@ -28,26 +29,53 @@ class Tap(NamedTuple):
         return f"{self.kind}:{self.layer}"
 
 
-def parse_taps(texts: Sequence[str | Tap], num_layers: int) -> tuple[Tap, ...]:
-    """Parse taps, such as ["last:30", "mean:20"]; a negative layer counts from the end, -1 being the trunk's output.
+def wide_taps(num_layers: int) -> tuple[Tap, ...]:
+    """What `wide` stands for: the trunk's output at the pooled token, and the mean over the response at two thirds of
+    the layers, where a distance sees foreign text best (SmolLM2-135M: layer 20 of 30)."""
+    return Tap("last", num_layers), Tap("mean", round(2 * num_layers / 3))
+
+
+def parse_taps(taps: str | Sequence[str | Tap], num_layers: int) -> tuple[Tap, ...]:
+    """Parse `last`, `wide`, or taps such as ["last:30", "mean:20"]; a negative layer counts from the end, -1 being the
+    trunk's output.
 
     Raises:
         ValueError: for no tap, one given twice, another form, or a layer that the trunk does not have.
     """
-    taps = tuple(_parsed(text, num_layers) for text in texts)
-    if not taps or len(set(taps)) != len(taps):
-        raise ValueError(f"taps: expected one or more different ones, got {', '.join(map(str, texts)) or 'none'}")
-    return taps
+    check_taps(taps)
+    if taps == "wide":
+        return wide_taps(num_layers)
+    parsed = tuple(_parsed(str(tap), num_layers) for tap in (["last:-1"] if taps == "last" else taps))
+    if len(set(parsed)) != len(parsed):
+        raise ValueError(f"taps: expected different ones, got {', '.join(map(str, taps))}")
+    return parsed
 
 
-def _parsed(text: str | Tap, num_layers: int) -> Tap:
-    kind, _, number = str(text).partition(":")
-    if kind not in get_args(Kind) or not number.removeprefix("-").isdecimal():
-        raise ValueError(f"taps: expected last:LAYER or mean:LAYER, got {str(text)!r}")
+def check_taps(taps: str | Sequence[str | Tap]) -> None:
+    """Raise ValueError for taps of another form; whether the trunk has their layers, only `parse_taps` can tell."""
+    if isinstance(taps, str):
+        if taps not in ("last", "wide"):
+            raise ValueError(f"taps: expected last, wide, or a list of taps such as mean:20, got {taps!r}")
+        return
+    for tap in map(str, taps):
+        kind, _, number = tap.partition(":")
+        if kind not in get_args(Kind) or not number.removeprefix("-").isdecimal():
+            raise ValueError(f"taps: expected last:LAYER or mean:LAYER, got {tap!r}")
+    if not taps:
+        raise ValueError("taps: expected at least one, got none")
+
+
+def _parsed(text: str, num_layers: int) -> Tap:
+    kind, _, number = text.partition(":")
     layer = int(number) + (num_layers + 1 if int(number) < 0 else 0)
     if not 0 <= layer <= num_layers:
-        raise ValueError(f"taps: expected a layer from 0 to {num_layers} (the trunk's output), got {str(text)!r}")
+        raise ValueError(f"taps: expected a layer from 0 to {num_layers} (the trunk's output), got {text!r}")
     return Tap(kind, layer)  # type: ignore[arg-type]
+
+
+def averages(taps: Sequence[Tap]) -> bool:
+    """Whether a tap reads the response's tokens, so that one must know where the response begins."""
+    return any(tap.kind == "mean" for tap in taps)
 
 
 @contextmanager
@@ -56,15 +84,17 @@ def capturing(trunk: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
 
     The dictionary holds the states of the latest pass. The trunk's output, layer `num_hidden_layers`, is not collected:
     the pass returns it as `last_hidden_state`. Hooks keep the wanted states alone; `output_hidden_states=True` would
-    keep those of every layer in memory.
+    keep those of every layer in memory. A state is the tensor that the next block reads, so that gradients flow through
+    it, under gradient checkpointing too.
 
     Raises:
         ValueError: if the trunk's list of layers cannot be found.
     """
     total = num_layers(trunk)
     inner = sorted({layer for layer in layers if layer < total})
-    states: dict[int, Tensor] = {}
-    blocks = _blocks(trunk, total) if inner else nn.ModuleList()
+    # empty until captured: a family that calls a block's parts itself then fails by its shape, and not silently
+    states: dict[int, Tensor] = {layer: torch.empty(0) for layer in inner}
+    blocks = blocks_of(trunk) if inner else nn.ModuleList()
     hooks = [
         # the state before block `layer` is hidden_states[layer]: blocks may return tuples, but all take the state first
         blocks[layer].register_forward_pre_hook(_keeper(states, layer), with_kwargs=True)
@@ -86,10 +116,21 @@ def _keeper(states: dict[int, Tensor], layer: int) -> Callable[..., None]:
 
 def num_layers(trunk: Any) -> int:
     """The trunk's number of layers, the index of its output in `hidden_states`."""
-    return int(trunk.config.get_text_config().num_hidden_layers)
+    return layers_of(trunk.config)
 
 
-def _blocks(trunk: Any, total: int) -> nn.ModuleList:
+def layers_of(config: Any) -> int:
+    """`num_layers` of a trunk with this configuration. Raises ValueError if it does not say."""
+    config = config.get_text_config()
+    layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(layers, int):
+        raise ValueError(f"taps: expected a trunk with config.num_hidden_layers, got {config.model_type!r} without it")
+    return layers
+
+
+def blocks_of(trunk: Any) -> nn.ModuleList:
+    """The trunk's list of layers. Raises ValueError if it has none of that length, as where layers share weights."""
+    total = num_layers(trunk)
     found = [module for module in trunk.modules() if isinstance(module, nn.ModuleList) and len(module) == total]
     if not found:
         raise ValueError(f"taps: expected a list of {total} layers in the trunk, found none in {type(trunk).__name__}")
@@ -99,23 +140,35 @@ def _blocks(trunk: Any, total: int) -> nn.ModuleList:
 def read_taps(
     taps: Sequence[Tap], states: Mapping[int, Tensor], output: Tensor, rows: Tensor, response: Tensor | None
 ) -> Tensor:
-    """Concatenate taps: [B, len(taps) * D] in the states' dtype, differentiable.
+    """Concatenate taps: [B, len(taps) * D] in the output's dtype, differentiable.
 
     Args:
-        states: layer -> [B, T, D], as `capturing` collects them.
-        output: [B, T, D] the trunk's output, the state of layer `num_hidden_layers`.
-        rows: [B] int64, for each sequence the row of [B * T, D] that a tap of kind `last` reads.
+        states: layer -> [B, T, D], as `capturing` collects them; packed: [1, T, D], the B sequences one after another.
+        output: the same shape, the trunk's output, which a layer that `states` lacks stands for.
+        rows: [B] int64, for each sequence the row of states.view(-1, D) that a tap of kind `last` reads.
         response: [B, T], non-zero at the tokens that a tap of kind `mean` averages, at least one a row; only such taps
             need it.
+
+    Raises:
+        ValueError: for a trunk whose layers pass on states of another shape than its output's.
     """
     parts = []
     for tap in taps:
         state = states.get(tap.layer, output)
+        if state.shape != output.shape:
+            raise ValueError(
+                f"taps: expected a trunk whose layers pass on states of its output's shape {list(output.shape)}, got "
+                f"{list(state.shape)} before layer {tap.layer}: read the trunk's output alone (last, mean:-1)"
+            )
         if tap.kind == "last":
             parts.append(state.flatten(0, 1).index_select(0, rows))
             continue
         assert response is not None
         share = response.float() / response.sum(dim=1, keepdim=True)
         # fp32, in which a mean over thousands of 16-bit states is exact enough
-        parts.append(torch.einsum("bt,btd->bd", share, state.float()).to(state.dtype))
-    return torch.cat(parts, dim=1)
+        if len(state) == len(share):
+            mean = torch.einsum("bt,btd->bd", share, state.float())
+        else:
+            mean = share @ state[0].float()
+        parts.append(mean)
+    return torch.cat([part.to(output.dtype) for part in parts], dim=1)

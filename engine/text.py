@@ -7,10 +7,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from numbers import Integral
 from textwrap import shorten
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
+
+from .opening import Openings
 
 Message: TypeAlias = Mapping[str, Any]
-Item: TypeAlias = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
+
+
+class Encoded(NamedTuple):
+    """An item as a model reads it, which `Scorer` takes in place of the item.
+
+    ids        token ids, truncated to the model's length
+    truncated  whether they lost their beginning
+    start      the place in `ids` of the response's first token; 0 for an item without a prompt, and for every item if
+               the model does not average over the response
+    """
+
+    ids: list[int]
+    truncated: bool
+    start: int = 0
+
+
+Item: TypeAlias = str | Sequence[int] | Sequence[Message] | Mapping[str, Any] | Encoded
 
 REASONING = (
     "reasoning_content",
@@ -40,27 +58,61 @@ class ItemError(ValueError):
 
 
 class ItemEncoder:
-    """Encode items with one tokeniser and one EOS policy; `Scorer`'s docstring has the forms and rules."""
+    """Encode items with one tokeniser and one EOS policy; `Scorer`'s docstring has the forms and rules.
 
-    def __init__(self, tokenizer: Any, *, append_eos: bool, max_length: int | None, vocab_size: int) -> None:
+    finds_response: whether `read` finds where the response begins. It encodes the prompt alone too, once for all the
+    responses to it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        append_eos: bool,
+        max_length: int | None,
+        vocab_size: int,
+        finds_response: bool = False,
+    ) -> None:
         self.tokenizer = tokenizer
         self.append_eos = append_eos
         self.max_length = max_length
         self.vocab_size = vocab_size
+        self.finds_response = finds_response
+        self._openings = Openings(self._opening_ids)
         self._kept = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
 
     def encode(self, item: Item, name: str = "item") -> tuple[list[int], bool]:
         """(token ids, whether the item was too long and lost its beginning). Raises an ItemError that has `name`."""
+        return self._read(item, name, False)[:2]
+
+    def read(self, item: Item, name: str = "item") -> Encoded:
+        """`encode`, and where the response begins if the encoder finds it. Raises an ItemError that has `name`."""
+        return self._read(item, name, self.finds_response)
+
+    def _read(self, item: Item, name: str, finds_response: bool) -> Encoded:
+        if isinstance(item, Encoded):
+            return item
         try:
             ids = self._ids(item)
             self._check(ids)
+            start = self._openings.response_start(item, ids) if finds_response else 0
         except ItemError as error:
             raise ItemError(error.reason, name) from error.__cause__
         if self.max_length is None or len(ids) <= self.max_length:
-            return ids, False
+            return Encoded(ids, False, start)
         # keep the end, which holds the response, and an opening BOS or CLS, which the trunk expects at the start
         opening = ids[:1] if ids[0] in self._kept and self.max_length > 1 else []
-        return opening + ids[len(ids) - self.max_length + len(opening) :], True
+        lost = len(ids) - self.max_length
+        return Encoded(opening + ids[lost + len(opening) :], True, start and max(start - lost, len(opening)))
+
+    def _opening_ids(self, item: dict[str, Any]) -> list[int]:
+        if item.get("prompt") == "" and not self.tokenizer.chat_template:
+            return self._tokens("")
+        try:
+            return self._mapping(item)
+        except ItemError as error:
+            reason = f"expected a prompt that can be read alone, to find where the response begins: {error.reason}"
+            raise ItemError(reason) from error.__cause__
 
     def _check(self, ids: list[int]) -> None:
         if not ids:

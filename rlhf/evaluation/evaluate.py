@@ -160,13 +160,13 @@ def _readable(
 def _features(
     scorer: Scorer, pairs: Sequence[PreferencePair], config: EvalConfig, progress: bool
 ) -> tuple[tuple[Tensor, Tensor], int]:
-    """Hidden states of the chosen and of the rejected responses, [P, D] each, on the CPU in the trunk's dtype; and the
+    """Hidden states of the chosen and of the rejected responses, [P, F] each, on the CPU in the trunk's dtype; and the
     number of the 2P texts that lost their beginning."""
     items = both_sides(pairs)
     if config.features is None:
         names = names_of_sides(pairs)
-        read = [scorer.encode_truncating(item, name) for item, name in zip(items, names, strict=True)]
-        features, truncated = scorer.features([ids for ids, _ in read]), sum(cut for _, cut in read)
+        read = [scorer.read(item, name) for item, name in zip(items, names, strict=True)]
+        features, truncated = scorer.features(read), sum(each.truncated for each in read)
     else:
         found = compute_features(scorer, items, config.features, progress, names_of_sides(pairs))
         features, truncated = found.features, int(found.truncated.sum())
@@ -196,7 +196,7 @@ def _compared(
     scorer, other = scorers
     same_trunk = model_fingerprint(other.model) == model_fingerprint(scorer.model)
     # another tokeniser, template, append_eos or max_score_length reads other tokens
-    if not same_trunk or any(other.encode(item) != scorer.encode(item) for item in both_sides(pairs)):
+    if not same_trunk or any(other.read(item) != scorer.read(item) for item in both_sides(pairs)):
         features, _ = _features(other, pairs, config, progress)
     head: EnsembleHead = other.model.score
     spec = head.aggregation.with_centre("none")

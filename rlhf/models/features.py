@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...engine import Scorer
+from ...engine.text import Encoded
 from ..job.files import atomic_file
 
 _SHARD_TOKENS = 16384  # a killed job loses at most one shard: 8 s of SmolLM2-135M on two cores
@@ -23,7 +24,7 @@ _SAMPLE = 4096  # elements of each tensor that enter the fingerprint
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Fingerprint a trunk in 16 hex digits: name, shape, dtype and a sample of every tensor, and which token is read.
+    """Fingerprint a trunk in 16 hex digits: name, shape, dtype and a sample of every tensor, and which states are read.
 
     A sample is enough, because a fine-tuned trunk differs in every matrix; to hash an 8B trunk whole takes a minute.
     The reward head is left out, because features do not depend on it.
@@ -36,15 +37,18 @@ def model_fingerprint(model: nn.Module) -> str:
         sample = flat[:: max(1, flat.numel() // _SAMPLE)].cpu().contiguous()
         digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
-    config: Any = model.config  # says which hidden state is read
+    config: Any = model.config  # says which hidden states are read
     reading = str(getattr(config, "pooling", ""))
     if getattr(config, "skip_token_id", None) is not None:
         reading += f" before {config.skip_token_id}"
+    if getattr(config, "taps", None) is not None:
+        reading += f" {' '.join(config.taps)}"
     return hashlib.sha256(digest.digest() + reading.encode()).hexdigest()[:16]
 
 
 class FeatureStore:
-    """A folder of safetensors shards: `features` [n, D] in the trunk's dtype, `keys` [n, 32] SHA-256 of the token ids.
+    """A folder of safetensors shards: `features` [n, F] in the trunk's dtype, `keys` [n, 32] SHA-256 of the token ids,
+    and of where the response begins if the model averages over it.
 
     Each trunk fingerprint has a sub-folder, so that one folder may serve many models and data sets. Shards appear whole
     or not at all; a damaged one is computed again.
@@ -61,7 +65,7 @@ class FeatureStore:
         return key in self._where
 
     def add(self, keys: Sequence[bytes], features: Tensor) -> None:
-        """Store features [n, D] of n keys as one shard."""
+        """Store features [n, F] of n keys as one shard."""
         packed = torch.from_numpy(np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 32).copy())
         path = self.folder / f"{hashlib.sha256(packed.numpy().tobytes()).hexdigest()[:16]}.safetensors"
         with atomic_file(path) as temporary:
@@ -69,7 +73,7 @@ class FeatureStore:
         self._index(path)
 
     def get(self, keys: Sequence[bytes]) -> Tensor:
-        """Return features [N, D] of N keys, all of which must be stored; keys may repeat."""
+        """Return features [N, F] of N keys, all of which must be stored; keys may repeat."""
         rows: dict[Path, list[tuple[int, int]]] = {}
         for position, key in enumerate(keys):
             path, row = self._where[key]
@@ -99,7 +103,7 @@ class FeatureStore:
 
 
 class TextFeatures(NamedTuple):
-    """features [N, D] of N texts, on the CPU in the trunk's dtype; truncated [N] bool: which lost their beginning."""
+    """features [N, F] of N texts, on the CPU in the trunk's dtype; truncated [N] bool: which lost their beginning."""
 
     features: Tensor
     truncated: Tensor
@@ -120,26 +124,24 @@ def compute_features(
         ValueError: for no items; for the first item that cannot be encoded or whose features are not finite, by name.
     """
     store = FeatureStore(folder, scorer.model)
-    encoded, truncated = [], []
     names = [f"item {i}" for i in range(len(items))] if names is None else names
-    for i, item in enumerate(tqdm(items, desc="tokenising", unit="text", delay=1, disable=not progress)):
-        ids, cut = scorer.encode_truncating(item, names[i])
-        encoded.append(ids)
-        truncated.append(cut)
-    keys = [hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).digest() for ids in encoded]
+    bar = tqdm(items, desc="tokenising", unit="text", delay=1, disable=not progress)
+    encoded = [scorer.read(item, name) for item, name in zip(bar, names, strict=True)]
+    reads_response = scorer.model.config.reads_response
+    keys = [_key(each, reads_response) for each in encoded]
     unique = dict(zip(keys, encoded, strict=True))
-    order = sorted(unique, key=lambda key: (-len(unique[key]), key))
-    ends = accumulate(len(unique[key]) for key in order)
+    order = sorted(unique, key=lambda key: (-len(unique[key].ids), key))
+    ends = accumulate(len(unique[key].ids) for key in order)
     shards: dict[int, list[bytes]] = {}
     for key, end in zip(order, ends, strict=True):
         shards.setdefault((end - 1) // _SHARD_TOKENS, []).append(key)
     missing = [[key for key in shard if key not in store] for shard in shards.values()]
-    total = sum(len(unique[key]) for shard in missing for key in shard)
+    total = sum(len(unique[key].ids) for shard in missing for key in shard)
     with tqdm(total=total, desc="features", unit="token", unit_scale=True, disable=not progress or not total) as bar:
         for shard in missing:
             if shard:
                 store.add(shard, scorer.features([unique[key] for key in shard]))
-                bar.update(sum(len(unique[key]) for key in shard))
+                bar.update(sum(len(unique[key].ids) for key in shard))
     features = store.get(keys)
     bad = (~features.isfinite().all(dim=1)).nonzero()
     if len(bad):
@@ -147,4 +149,9 @@ def compute_features(
             f"features: expected finite hidden states, got NaN or infinity for {names[int(bad[0])]} "
             f"({len(bad)} of {len(keys)}); a wider dtype of the trunk may help"
         )
-    return TextFeatures(features, torch.tensor(truncated))
+    return TextFeatures(features, torch.tensor([each.truncated for each in encoded]))
+
+
+def _key(encoded: Encoded, reads_response: bool) -> bytes:
+    start = [encoded.start] if reads_response else []
+    return hashlib.sha256(np.asarray([*start, *encoded.ids], dtype=np.int64).tobytes()).digest()
