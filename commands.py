@@ -89,6 +89,7 @@ examples:
         ("model", "data", "output", "stage", "stage1", "skip_bad_rows"),
         (
             "mode",
+            "features",
             "aggregation",
             "brme.num_heads",
             "bt.bsr",
@@ -141,11 +142,11 @@ examples:
             "max_length",
             "min_score_gap",
             "limit",
-            "features",
+            "feature_cache",
             "resamples",
             "pictures",
         ),
-        "the same command starts over (with --set features=FOLDER it keeps the features)",
+        "the same command starts over (with --set feature_cache=FOLDER it keeps the features)",
     ),
     "plan": Job(
         "plan.plan",

@@ -79,7 +79,7 @@ class EvalConfig(JobConfig):
     )
     resamples: int = Field(default=1000, ge=100, description="Number of resamples of the bootstrap.")
     seed: int = Field(default=0, description="Seed of the bootstrap.")
-    features: Path | None = Field(
+    feature_cache: Path | None = Field(
         default=None, description="Folder of cached features, such as a training run's, to read and add to; null: none."
     )
     pictures: bool = Field(default=True, description="Draw the pictures, which needs matplotlib.")

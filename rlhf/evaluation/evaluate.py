@@ -163,12 +163,12 @@ def _features(
     """Hidden states of the chosen and of the rejected responses, [P, F] each, on the CPU in the trunk's dtype; and the
     number of the 2P texts that lost their beginning."""
     items = both_sides(pairs)
-    if config.features is None:
+    if config.feature_cache is None:
         names = names_of_sides(pairs)
         read = [scorer.read(item, name) for item, name in zip(items, names, strict=True)]
         features, truncated = scorer.features(read), sum(each.truncated for each in read)
     else:
-        found = compute_features(scorer, items, config.features, progress, names_of_sides(pairs))
+        found = compute_features(scorer, items, config.feature_cache, progress, names_of_sides(pairs))
         features, truncated = found.features, int(found.truncated.sum())
     return (features[: len(pairs)], features[len(pairs) :]), truncated
 

@@ -89,11 +89,16 @@ def _renamed(name: str, prefix: str, other: str) -> str:
 
 
 def save_head(
-    head: EnsembleHead, folder: Path, *, append_eos: bool = True, max_score_length: int | None = None
+    head: EnsembleHead,
+    folder: Path,
+    *,
+    append_eos: bool = True,
+    max_score_length: int | None = None,
+    taps: list[str] | None = None,
 ) -> None:
     """Save weights, calibration and settings of an ensemble head as head.safetensors and head.json.
 
-    append_eos, max_score_length: how the heads' training texts were read; see `EnsembleRewardConfig`.
+    append_eos, max_score_length, taps: how the heads' training texts were read; see `EnsembleRewardConfig`.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     save_file(tensors, folder / "head.safetensors")
@@ -104,6 +109,7 @@ def save_head(
         "std_floor": head.std_floor,
         "append_eos": append_eos,
         "max_score_length": max_score_length,
+        **({} if taps is None else {"taps": taps}),
     }
     (folder / "head.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 

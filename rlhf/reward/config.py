@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from ...engine.taps import check_taps
 from ...kernels import STD_FLOOR, Aggregation
 from ..job.config import JobConfig
 
@@ -215,7 +216,12 @@ class TrainConfig(JobConfig):
         ge=1,
         description="Tokens kept, from the end, of a longer text, also by the saved model; null: the trunk's limit.",
     )
-    features: Path | None = Field(
+    features: Literal["last", "wide"] | list[str] = Field(
+        default="last",
+        description="Hidden states that heads read: last (the last token's), wide (a mean over the response too), or a "
+        "list such as [last:-1, mean:20].",
+    )
+    feature_cache: Path | None = Field(
         default=None, description="Folder of cached features that several runs share; null: in the run folder."
     )
     bt: BradleyTerryConfig = Field(default=BradleyTerryConfig(), description="Stage 1, one Bradley-Terry head.")
@@ -227,6 +233,15 @@ class TrainConfig(JobConfig):
     @classmethod
     def _known_aggregation(cls, value: str) -> str:
         return str(Aggregation.parse(value))
+
+    @field_validator("features")
+    @classmethod
+    def _known_features(cls, value: str | list[str]) -> str | list[str]:
+        try:
+            check_taps(value)
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("taps: ")) from None
+        return value
 
     @property
     def start(self) -> str | None:
@@ -253,6 +268,12 @@ def refuse_unread(config: TrainConfig, mode: str) -> None:
         raise ValueError(
             "mode: expected head with stage pet, which trains heads on a frozen trunk (train the trunk with stage bt "
             f"or brme and give the model as pet.start), got {mode}"
+        )
+    given = config.start if config.stage == "pet" else config.stage1 if mode == "head" else None
+    if given is not None and config.features != "last":
+        raise ValueError(
+            f"features: has no effect beside {'stage1' if config.stage1 else 'pet.start'} {given}, whose heads read "
+            f"what they were trained on, got {config.features}"
         )
     if config.start is not None:
         for group in ("bt", "brme"):

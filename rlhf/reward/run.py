@@ -25,7 +25,7 @@ from .start import check_given, split_readable
 
 logger = logging.getLogger(__name__)
 
-Sides = tuple[Tensor, Tensor]  # features of P pairs: chosen, rejected [P, D]
+Sides = tuple[Tensor, Tensor]  # features of P pairs: chosen, rejected [P, F]
 
 
 class Truncation(NamedTuple):
@@ -121,6 +121,7 @@ class Run:
             "std_floor": None if losses is None else losses.std_floor,
             "append_eos": config.append_eos,
             "max_score_length": config.max_length,
+            "taps": config.features,
         }
         if trunk is not None:
             return self.placed(EnsembleRewardModel.from_trunk(trunk, **options))
@@ -138,7 +139,7 @@ class Run:
         return Scorer(model, tokenizer, batch_tokens=config.batch_tokens, max_length=config.max_length, progress=False)
 
     def features(self, name: str, model: EnsembleRewardModel, pairs: Sequence[PreferencePair]) -> Sides:
-        """Features [P, D] of chosen and of rejected, on the run's device; each distinct text is computed once."""
+        """Features [P, F] of chosen and of rejected, on the run's device; each distinct text is computed once."""
         return self.read(name, model, pairs)[0]
 
     def read(self, name: str, model: EnsembleRewardModel, pairs: Sequence[PreferencePair]) -> tuple[Sides, Truncation]:
@@ -172,7 +173,7 @@ class Run:
     @property
     def feature_folder(self) -> Path:
         """The folder of cached features."""
-        return self.config.features or self.folder / "features"
+        return self.config.feature_cache or self.folder / "features"
 
     def margins(self, pairs: list[PreferencePair]) -> Tensor | None:
         """[P] margins on the run's device, 0 for a pair without one; None if no pair has one."""
@@ -193,7 +194,7 @@ class Run:
 
 def with_head(model: EnsembleRewardModel, head: EnsembleHead, trunk: Any = None) -> EnsembleRewardModel:
     """Put `head` on the model's trunk, or on `trunk`; the result reads texts as the model does."""
-    reading = ("pooling", "append_eos", "max_score_length", "skip_token_id")
+    reading = ("pooling", "append_eos", "max_score_length", "skip_token_id", "taps")
     options = {name: getattr(model.config, name) for name in reading}
     return EnsembleRewardModel.from_trunk(model.model if trunk is None else trunk, head=head, **options)
 

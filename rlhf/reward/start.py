@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...engine import EnsembleRewardConfig, EnsembleRewardModel
+from ...engine.taps import layers_of, parse_taps
 from ..data.pairs import PairData, PreferencePair, readable_pairs, split_by_prompt, text_reader
 from ..data.reading import check_source
 from ..models.loading import load_config, load_reward, load_reward_config, logger
@@ -20,7 +21,7 @@ def check_given(config: TrainConfig, mode: str) -> None:
     """
     check_source("data", config.data)
     if config.stage1 is None:
-        _check_trunk(config.model)
+        _check_trunk(config)
         if config.start is not None:
             load_reward_config("pet.start", config.start, append_eos=config.append_eos)
         return
@@ -30,7 +31,7 @@ def check_given(config: TrainConfig, mode: str) -> None:
             f"got {config.model}"
         )
     if config.model != config.stage1:
-        _check_trunk(config.model)
+        _check_trunk(config)
     found = load_reward_config("stage1", config.stage1, append_eos=config.append_eos)
     if isinstance(found, EnsembleRewardConfig) and found.num_heads != 1:
         raise ValueError(f"stage1: expected a reward model with one head, got {found.num_heads} in {config.stage1}")
@@ -55,13 +56,19 @@ def load_frozen(key: str, name: str, config: TrainConfig) -> EnsembleRewardModel
     return model
 
 
-def _check_trunk(name: str) -> None:
+def _check_trunk(config: TrainConfig) -> None:
+    name = config.model
     found = load_config("model", name, "a language model's folder or hub name")
     if isinstance(found, EnsembleRewardConfig):
         raise ValueError(
             f"model: expected a language model, got the reward model {name}, whose heads would be dropped: to continue "
             "from one with a single head, give it as stage1 too"
         )
+    if config.features != "last":
+        try:
+            parse_taps(config.features, layers_of(found))
+        except ValueError as error:
+            raise ValueError(f"features: {str(error).removeprefix('taps: ')}, for the model {name}") from None
     if any(kind.endswith("ForSequenceClassification") for kind in found.architectures or ()):
         logger.warning("model: %s has a classification head, which is dropped; to keep it, give it as stage1 too", name)
 

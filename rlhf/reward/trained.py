@@ -101,7 +101,7 @@ def _rows(
     for i, (pair, head) in enumerate(zip(bar, heads, strict=True)):
         row: dict[str, Any] = {"head": head, **{name: column[i] for name, column in columns.items()}}
         for side, item, name in zip(("chosen", "rejected"), pair.items(), names[i :: len(pairs)], strict=True):
-            row[side], cut = scorer.encode_truncating(item, name)
+            row[side], cut, row[f"{side}_start"] = scorer.read(item, name)
             texts += cut
         same += row["chosen"] == row["rejected"]
         rows.append(row)
@@ -115,6 +115,6 @@ def _save_adapter(run: Run, model: EnsembleRewardModel) -> None:
         return
     with atomic_folder(target) as folder:
         shutil.copytree(trained, folder, dirs_exist_ok=True)
-        reading = {name: getattr(model.config, name) for name in ("append_eos", "max_score_length")}
+        reading = {name: getattr(model.config, name) for name in ("append_eos", "max_score_length", "taps")}
         save_head(model.score, folder, **reading)
         run.tokenizers["model"].save_pretrained(folder)

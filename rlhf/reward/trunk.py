@@ -31,17 +31,27 @@ __all__ = ["PairTrainer", "TrunkConfig", "collate", "last_checkpoint", "train_tr
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Rows {chosen, rejected: token ids; p_hat, margin: float or None; head: int} of P pairs -> ids and mask [2P, T],
-    right padded, chosen first; p_hat, margin [P] float32 if given; head [P] int64."""
+    right padded, chosen first; p_hat, margin [P] float32 if given; head [P] int64.
+
+    chosen_start and rejected_start, where the responses begin, become response_start [2P] int64."""
     sequences = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
     length = max(map(len, sequences))
     # any id can pad: the model uses the mask
     ids = torch.tensor([[*s, *[0] * (length - len(s))] for s in sequences])
     mask = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences])
     batch = {"input_ids": ids, "attention_mask": mask, "head": torch.tensor([row["head"] for row in rows])}
+    if "chosen_start" in rows[0]:
+        starts = [row[f"{side}_start"] for side in ("chosen", "rejected") for row in rows]
+        batch["response_start"] = torch.tensor(starts)
     for name in ("p_hat", "margin"):
         if rows[0][name] is not None:
             batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
     return batch
+
+
+def _read_by_model(batch: dict[str, Any]) -> dict[str, Any]:
+    """The part of a batch of `collate` that the reward model takes."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "response_start") if name in batch}
 
 
 class PairTrainer(Trainer):
@@ -74,7 +84,7 @@ class PairTrainer(Trainer):
     ) -> Any:
         """The loss of the stage on one micro-batch of `collate`."""
         config, pairs = self.losses, len(inputs["head"])
-        out = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        out = model(**_read_by_model(inputs))
         reward = out.mean.mean(dim=1)
         if config.stage == "bt":
             loss = bradley_terry(reward[:pairs], reward[pairs:], inputs.get("margin"))
@@ -112,7 +122,7 @@ class PairTrainer(Trainer):
             with torch.no_grad():
                 for batch in batches:
                     inputs = self._prepare_inputs(batch)
-                    out = self.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+                    out = self.model(**_read_by_model(inputs))
                     sums += torch.stack([out.mean.mean(dim=1).sum(), sums.new_tensor(float(len(inputs["head"])))])
             self._window = self.accelerator.reduce(sums, "sum")
         return batches, items
@@ -152,7 +162,7 @@ class PairTrainer(Trainer):
         for batch in self.get_eval_dataloader(eval_dataset):
             inputs, pairs = self._prepare_inputs(batch), len(batch["head"])
             with torch.no_grad():
-                out = self.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+                out = self.model(**_read_by_model(inputs))
             label = inputs.get("p_hat", inputs.get("margin", torch.zeros(pairs, device=out.mean.device)))
             own = (out.mean[:pairs], out.mean[pairs:], out.std[:pairs], out.std[pairs:], label)
             parts.append(self.accelerator.gather_for_metrics(own))

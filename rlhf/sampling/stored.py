@@ -78,7 +78,7 @@ def sample(
     *,
     seed: int = 0,
     batch_rows: int = 256,
-    taps: Sequence[str | Tap] = ("last:-1",),
+    taps: str | Sequence[str | Tap] = "last",
     progress: bool = True,
 ) -> list[Rollout]:
     """Return the responses to every request, sampled or read from `folder`, in the requests' order.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ....engine import EnsembleHead, EnsembleRewardModel, Scorer
 from ....engine.config import longest_in_company
+from ....engine.taps import layers_of
 from ...data.pairs import PreferencePair
 from ...job.files import atomic_write_json, read_json
 from ...models.features import compute_features, model_fingerprint
@@ -101,10 +102,12 @@ class PETStage:
         folder = pet.cache or run.folder / "reference"
         _claim(folder, {"model": model_fingerprint(model), "seed": pet.seed, **sampling._asdict()})
         requests = [Request(prompt, count) for prompt in prompts.values()]
-        options: dict[str, Any] = {"seed": pet.seed, "batch_rows": pet.batch_rows, "progress": run.progress}
-        rollouts = sample(model, tokenizer, requests, folder, sampling, **options)
         longest = room + max(len(turn.prompt(prompt)) for prompt in prompts.values())
         own = _reads_alike(model, turn, scorer, longest)
+        options: dict[str, Any] = {"seed": pet.seed, "batch_rows": pet.batch_rows, "progress": run.progress}
+        # the features are of use to the run's own trunk alone
+        options["taps"] = scorer.model.config.taps if own and scorer.model.config.taps else "last"
+        rollouts = sample(model, tokenizer, requests, folder, sampling, **options)
         return References(rollouts, {key: row for row, key in enumerate(prompts)}, skipped, own)
 
     def _features(self, scorer: Scorer, references: References) -> Tensor:
@@ -172,4 +175,12 @@ def _reads_alike(model: Any, turn: Turn, scorer: Scorer, longest: int) -> bool:
     probe = {"prompt": "a", "response": "b"}
     if scorer.encode(probe) != turn.whole("a", "b"):
         return False
-    return model_fingerprint(EnsembleRewardModel.from_trunk(model)) == model_fingerprint(scorer.model)
+    own = EnsembleRewardModel.from_trunk(model, taps=_taps_of(scorer, model))
+    return model_fingerprint(own) == model_fingerprint(scorer.model)
+
+
+def _taps_of(scorer: Scorer, model: Any) -> list[str] | None:
+    """The taps of the reward, if the language model has as many layers."""
+    config = scorer.model.config
+    same = config.taps is not None and layers_of(config.text_config) == layers_of(model.config)
+    return config.taps if same else None

@@ -221,7 +221,7 @@ def test_real_preferences_take_the_place_of_gold_and_give_the_heads_of_prudent_t
     text = (config.output / "report.html").read_text(encoding="utf-8")
     assert "No gold scorer can judge" in text
     assert "Best-of-n: searching" not in text
-    same = {"eval_fraction": config.eval_fraction, "seed": config.seed, "features": config.output / "features"}
+    same = {"eval_fraction": config.eval_fraction, "seed": config.seed, "feature_cache": config.output / "features"}
     train = TrainConfig(model=str(config.model), data=str(file), output=tmp_path / "train", mode="head", **same)
     run_train(train, progress=False)
     ours, theirs = (load_file(run.output / "model" / "model.safetensors") for run in (config, train))

@@ -223,7 +223,7 @@ def test_rewards_that_are_not_finite_are_counted_and_drawn_without(folders, tmp_
 
 def test_a_training_feature_cache_is_used_and_kept(folders, tmp_path):
     plain = run_eval(config_of(folders, tmp_path / "a", pictures=False), progress=False)
-    config = config_of(folders, tmp_path / "b", pictures=False, features=tmp_path / "cache")
+    config = config_of(folders, tmp_path / "b", pictures=False, feature_cache=tmp_path / "cache")
     cached = run_eval(config, progress=False)
     assert list((tmp_path / "cache").rglob("*.safetensors"))
     assert cached.metrics["accuracy"] == plain.metrics["accuracy"]
@@ -262,7 +262,7 @@ def test_texts_that_lost_their_beginning_are_counted(folders, tmp_path, cached):
     scorer = load_reward("model", str(folders.root / "ensemble")).scorer()
     lengths = [len(scorer.encode(item)) for pair in load_pairs(folders.pairs).pairs for item in pair.items()]
     limit = sorted(lengths)[len(lengths) // 2]
-    features = {"features": tmp_path / "cache"} if cached else {}
+    features = {"feature_cache": tmp_path / "cache"} if cached else {}
     config = config_of(folders, tmp_path / "out", pictures=False, max_length=limit, **features)
     result = run_eval(config, progress=False)
     found = json.loads((config.output / "eval.json").read_text())["truncated"]

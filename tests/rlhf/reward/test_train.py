@@ -245,7 +245,7 @@ def test_stage_bt_alone_gives_a_single_calibrated_head(tiny_chat_folder: Path, d
 def test_several_runs_share_a_feature_folder(tiny_chat_folder: Path, data: Path, tmp_path: Path) -> None:
     stamps = []
     for name in ("a", "b"):
-        run_train(_config(tiny_chat_folder, data, tmp_path / name, features=tmp_path / "cache"), progress=False)
+        run_train(_config(tiny_chat_folder, data, tmp_path / name, feature_cache=tmp_path / "cache"), progress=False)
         stamps.append({p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")})
         assert not (tmp_path / name / "features").exists()
     assert stamps[0] == stamps[1] != {}

@@ -1,0 +1,114 @@
+"""`prudent train` with features=wide: heads on a mean over the response too, in every mode and stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from prudent.engine import EnsembleRewardModel, Scorer
+from prudent.rlhf.data.pairs import load_pairs, split_by_prompt
+from prudent.rlhf.job.config import load_config
+from prudent.rlhf.reward.pet import stage
+from prudent.rlhf.reward.train import TrainConfig, run_train
+from prudent.rlhf.reward.trunk import collate
+
+from ..sentiment import write_pairs
+
+TAPS = ["last:2", "mean:1"]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentiment pairs: 6 prompts, 36 pairs."""
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", ("very",))
+
+
+def _config(model: Path, data: Path, output: Path, *sets: str) -> TrainConfig:
+    base = ["features=wide", "eval_fraction=0.34", "brme.num_heads=2"]
+    return load_config(TrainConfig, None, [*base, *sets], model=str(model), data=str(data), output=output)
+
+
+def _scorer(folder: Path) -> Scorer:
+    return Scorer(EnsembleRewardModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), progress=False)
+
+
+@pytest.mark.parametrize("mode", ["head", "full", "lora"])
+def test_the_saved_model_reads_what_was_trained_and_measured(
+    tiny_chat_folder: Path, pairs: Path, tmp_path: Path, mode: str
+) -> None:
+    if mode == "lora":
+        pytest.importorskip("peft")
+    sets = ["bt.epochs=3", "brme.epochs=3"] if mode == "head" else ["trunk.max_steps=2", "trunk.lr=0.01"]
+    result = run_train(_config(tiny_chat_folder, pairs, tmp_path / "run", f"mode={mode}", *sets), progress=False)
+    for name in ("stage1", "model"):
+        assert json.loads((tmp_path / "run" / name / "config.json").read_text())["taps"] == TAPS
+    scorer = _scorer(tmp_path / "run" / "model")
+    assert scorer.model.score.hidden_size == 64
+    _, held = split_by_prompt(load_pairs(pairs).pairs, 0.34, 0)
+    items = [item for pair in held for item in pair.items()]
+    assert {scorer.read(item).start for item in items} == {7}  # <|user|> was the day very <|end|> <|assistant|>
+    rewards = scorer.score(items, aggregation="mean").mean.mean(dim=1)
+    right = (rewards[::2] > rewards[1::2]).double().mean()
+    assert float(right) == pytest.approx(result.metrics["accuracy"]["mean of heads"]["value"])
+    if mode == "lora":
+        settings = json.loads((tmp_path / "run" / "adapter" / "head.json").read_text())
+        assert (settings["taps"], settings["hidden_size"]) == (TAPS, 64)
+
+
+def test_a_list_of_taps_may_be_given(tiny_chat_folder: Path, pairs: Path, tmp_path: Path) -> None:
+    sets = ["mode=head", "stage=bt", "bt.epochs=2", "features=[last:-1,last:0, mean:2]"]
+    config = _config(tiny_chat_folder, pairs, tmp_path / "run", *sets)
+    run_train(config, progress=False)
+    assert EnsembleRewardModel.from_pretrained(tmp_path / "run" / "model").config.taps == ["last:2", "last:0", "mean:2"]
+    assert load_config(TrainConfig, tmp_path / "run" / "config.yaml") == config
+
+
+def test_pet_uses_the_taps_that_were_read_while_sampling(
+    tiny_chat_folder: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
+    data = stage.PETStage._data
+    monkeypatch.setattr(stage, "compute_features", lambda *_: pytest.fail("a second forward pass"))
+    monkeypatch.setattr(stage.PETStage, "_data", lambda self, *a: kept.append(a) or data(self, *a))
+    sets = ["stage=pet", "mode=head", "bt.epochs=2", "pet.epochs=2", "pet.samples=4", "pet.max_new_tokens=5"]
+    run_train(_config(tiny_chat_folder, pairs, tmp_path / "run", *sets), progress=False)
+    scorer = _scorer(tmp_path / "run" / "model")
+    assert scorer.model.config.taps == TAPS
+    _, _, features, references = kept[0]
+    for rollout, found in zip(references.rollouts, features, strict=True):
+        items = [{"prompt": rollout.prompt, "response": text} for text in rollout.responses]
+        torch.testing.assert_close(found, scorer.features(items), rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_says_where_its_responses_begin() -> None:
+    row = {"p_hat": None, "margin": None, "head": 0}
+    rows = [
+        {**row, "chosen": [5, 6, 7], "rejected": [5, 8], "chosen_start": 2, "rejected_start": 1},
+        {**row, "chosen": [9], "rejected": [5, 4, 3, 2], "chosen_start": 0, "rejected_start": 3},
+    ]
+    assert collate(rows)["response_start"].tolist() == [2, 0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["features=wider"], r"features: expected 'last' or 'wide' or a list, got \"wider\""),
+        (["features=[mean]"], "features: expected last:LAYER or mean:LAYER, got 'mean'"),
+        (
+            ["features=[mean:3]"],
+            r"features: expected a layer from 0 to 2 \(the trunk's output\), got 'mean:3', for the",
+        ),
+        (["stage1=some/model", "mode=head"], "features: has no effect beside stage1 some/model, whose heads read what"),
+        (["stage=pet", "pet.start=some/model", "mode=head"], "features: has no effect beside pet.start some/model"),
+    ],
+)
+def test_features_that_cannot_be_read_are_refused(
+    tiny_chat_folder: Path, pairs: Path, tmp_path: Path, sets: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_train(_config(tiny_chat_folder, pairs, tmp_path / "run", *sets), progress=False)
