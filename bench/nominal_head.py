@@ -67,12 +67,15 @@ class Study:
         configs = BradleyTerryConfig(), BRMEConfig(num_heads=self.heads)
         single, ensemble = fit_two_stages(PairFeatures(*x), *configs, seed=seed, progress=False)
         _typical_std(ensemble, torch.cat(x))
-        rewards = [_rewards(single, ensemble, side) for side in self.sides(held_out)]
-        lengths = tuple(
-            torch.tensor([float(len(str(getattr(p, s)))) for p in held_out]) for s in ("chosen", "rejected")
-        )
+        rewards = [head_rewards(single, side, ensemble, side) for side in self.sides(held_out)]
         sides = {name: (rewards[0][name], rewards[1][name]) for name in rewards[0]}
-        return [p.prompt_key for p in held_out], {**sides, "longer answer": (lengths[0], lengths[1])}
+        return [p.prompt_key for p in held_out], {**sides, "longer answer": answer_lengths(held_out)}
+
+
+def answer_lengths(pairs: list[PreferencePair]) -> Sides:
+    """Characters of the chosen and of the rejected answers."""
+    chosen, rejected = ([float(len(str(getattr(p, side)))) for p in pairs] for side in ("chosen", "rejected"))
+    return torch.tensor(chosen), torch.tensor(rejected)
 
 
 def _key(pair: PreferencePair, side: str) -> tuple[str, str]:
@@ -85,11 +88,14 @@ def _typical_std(head: EnsembleHead, features: Tensor) -> None:
 
 
 @torch.no_grad()
-def _rewards(single: EnsembleHead, ensemble: EnsembleHead, features: Tensor) -> dict[str, Tensor]:
+def head_rewards(
+    single: EnsembleHead, single_features: Tensor, ensemble: EnsembleHead, features: Tensor
+) -> dict[str, Tensor]:
+    """Name -> rewards [P], for every scorer but the longer answer; each head reads the features of its own trunk."""
     out = ensemble(features, aggregation="tradeoff:0.4")
     relative = Aggregation("nominal", nominal="relative_std")
     return {
-        "single": single(features).reward,
+        "single": single(single_features).reward,
         "nominal": nominal_reward(out.mean, out.std, Aggregation("nominal")),
         "nominal, relative std": nominal_reward(out.mean, out.std, relative, ensemble.std_ref),
         "one head, the first": out.mean[:, 0],
@@ -131,7 +137,7 @@ def summarise(runs: list[tuple[list[str], dict[str, Sides]]]) -> dict[str, Any]:
     }
 
 
-def _table(results: list[dict[str, Any]]) -> Iterator[str]:
+def table(results: list[dict[str, Any]]) -> Iterator[str]:
     for result in results:
         pairs, prompts = result["held_out_pairs"], result["held_out_prompts"]
         yield f"\n### {result['model']} on {result['data']}\n"
@@ -144,7 +150,7 @@ def _table(results: list[dict[str, Any]]) -> Iterator[str]:
             yield f"| {name} | {a['value']:.3f} | [{a['low']:.3f}, {a['high']:.3f}] | {seeds} | {gap[0]} | {gap[1]} |"
 
 
-def _verdict(results: list[dict[str, Any]]) -> Iterator[str]:
+def verdict(results: list[dict[str, Any]]) -> Iterator[str]:
     """One sentence per data set: whether the interval of nominal minus single excludes 0."""
     for result in results:
         d = result["rows"]["nominal"]["minus_single"]
@@ -174,7 +180,7 @@ held-out pairs together. `smollm2` is the model of `prudent demo`.
 
 ## What came out
 """
-    return "\n".join([about, *_verdict(results), "\n## Tables", *_table(results), ""])
+    return "\n".join([about, *verdict(results), "\n## Tables", *table(results), ""])
 
 
 def main() -> None:
@@ -213,7 +219,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     atomic_write_json(args.output / "nominal_head.json", {"command": command, "results": results})
     atomic_write_text(args.output / "nominal_head.md", _report(results, command, args.heads))
-    print("\n".join(_verdict(results)))
+    print("\n".join(verdict(results)))
 
 
 if __name__ == "__main__":

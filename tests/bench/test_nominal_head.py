@@ -61,7 +61,7 @@ def test_the_table_names_every_scorer_with_its_interval(
 def test_the_verdict_follows_from_the_interval(low: float, high: float, says: str) -> None:
     row = {"minus_single": {"value": (low + high) / 2, "low": low, "high": high}}
     result = {"model": "m", "data": "d", "rows": {"nominal": row}}
-    (line,) = nominal_head._verdict([result])
+    (line,) = nominal_head.verdict([result])
     assert says in line
 
 
