@@ -32,6 +32,10 @@ class PolicyConfig(JobConfig):
         default="auto",
         description="Value head: none, on the policy's trunk, or with an adapter; auto: shared for gae, else none.",
     )
+    critic_init: Literal["zero", "reward"] = Field(
+        default="zero",
+        description="Where the value head starts: at zero, or at the mean of the reward's heads (with kind shared).",
+    )
     lora_rank: int = Field(default=16, ge=1, description="Rank of the LoRA adapter.")
     lora_alpha: int = Field(default=32, ge=1, description="Scale of the LoRA adapter, divided by lora_rank.")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability before the LoRA adapter.")
@@ -239,6 +243,11 @@ class PPOConfig(JobConfig):
             )
         if self.update.estimator == "gae" and self.policy.critic == "none":
             raise ValueError("policy.critic: expected shared or adapter with estimator gae, got none")
+        if self.policy.critic_init == "reward" and self.reward.centre != "none":
+            raise ValueError(
+                f"policy.critic_init: expected zero with reward.centre {self.reward.centre}, because the heads' reward "
+                "is the one before a mean is subtracted, got reward"
+            )
         if self.recipe == "ppo" and not self.reward.source:
             raise ValueError("reward.source: a value is needed")
         if self.recipe == "ppo" and self.pet != PETConfig():
@@ -313,7 +322,7 @@ def refuse_unread(config: PPOConfig, device: str) -> None:
     for keys, unread, why in (
         (("policy.lora_rank", "policy.lora_alpha", "policy.lora_dropout"), full, "policy.mode full: lora reads it"),
         (
-            ("update.value_clip", "update.value_coef", "update.value_lr"),
+            ("policy.critic_init", "update.value_clip", "update.value_coef", "update.value_lr"),
             critic == "none",
             "critic none: estimator gae has one",
         ),
@@ -339,6 +348,11 @@ def refuse_unread_by_reward(config: PPOConfig, kind: Kind) -> None:
     """Raise ValueError for a key that was set but that nothing reads with a reward of this kind."""
     if kind != "http":
         _refuse_set(config, ["reward.timeout"], f"reward.kind {kind}: http reads it")
+    if kind != "shared" and config.policy.critic_init == "reward":
+        raise ValueError(
+            f"policy.critic_init: expected zero with reward.kind {kind}, because only heads of kind shared read the "
+            "critic's states, got reward"
+        )
     if kind in ("callable", "http"):
         _refuse_set(config, ["reward.aggregation"], f"reward.kind {kind}: the heads of a model read it")
         _refuse_set(config, ["data"], f"reward.kind {kind}: a reward without heads has no uncertainty to compare")

@@ -24,7 +24,8 @@ def describe_policy(policy: Policy) -> str:
         f"{_name(model.dtype)}, {policy.attention}, {'packed' if policy.packed else 'padded'}, on {policy.device}",
         f"actor: {f'LoRA of rank {config.policy.lora_rank}' if lora else 'all weights'}",
         f"reference: {'the same trunk, LoRAs off' if lora else 'a frozen copy of the model'}",
-        f"critic: {_critic(config.critic)}",
+        f"critic: {_critic(config.critic)}"
+        + (", starting at the reward's heads" if config.policy.critic_init == "reward" else ""),
         f"reward: {_reward(policy)}",
         f"trained: {_count(count)} parameters: weights {_bytes(size)}, gradients {_bytes(size)}, "
         f"{config.update.optimizer} {_bytes(moments)}"

@@ -62,7 +62,7 @@ class Policy(nn.Module):
         model: the causal language model that samplers call.
         attention: transformers' name of the attention in use.         packed: whether batches are to be packed
         reward_kind: "shared", "adapter" or None.                      reward_head: EnsembleHead or None
-        value_head: nn.Linear(D, 1), starting at zero, or None.
+        value_head: nn.Linear(D, 1), starting as `policy.critic_init` says, or None.
         logit_rule: scale and softcap of the logits.                   hidden_size, vocab_size, device, dtype
 
     Raises:
@@ -136,8 +136,7 @@ class Policy(nn.Module):
         self.value_head: nn.Linear | None = None
         if config.critic != "none":
             self.value_head = nn.Linear(width, 1, device=self.device, dtype=torch.float32)
-            for parameter in self.value_head.parameters():
-                nn.init.zeros_(parameter)
+            self._start_critic(self.value_head)
         self.trained["actor"] = self._adapters.parameters("actor") if lora else dict(self.model.named_parameters())
         if config.critic == "adapter":
             self.trained["critic"] = self._adapters.parameters("critic")
@@ -147,6 +146,28 @@ class Policy(nn.Module):
             for parameter in part.values():
                 parameter.requires_grad_(True)
         self._adapters.use("actor" if lora else None)
+
+    @torch.no_grad()
+    def _start_critic(self, value_head: nn.Linear) -> None:
+        """Set the value head to zero, or to the mean of the reward's heads (BRME 1.7: the critic starts as the reward).
+
+        The critic's states are the reference's before the first update, in which heads of kind shared read. Values then
+        have the unit of the calibrated means: value = mean_k (w_k x + b_k - shift_k) / scale_k.
+        """
+        value_head.weight.zero_()
+        value_head.bias.zero_()
+        if self.config.policy.critic_init == "zero":
+            return
+        head = self.reward_head
+        if head is None or self.reward_kind != "shared":
+            raise ValueError(
+                "policy.critic_init: expected zero without reward heads on the policy's own hidden states (reward.kind "
+                "shared), got reward"
+            )
+        count = head.num_heads
+        weight, bias = head.weight[:count], head.bias[:count]
+        value_head.weight.copy_((weight / head.scale[:, None]).mean(dim=0))
+        value_head.bias.copy_(((bias - head.shift) / head.scale).mean())
 
     def _checkpoint(self, model: Any) -> None:
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -38,6 +38,10 @@ def test_the_critic_follows_from_the_estimator() -> None:
         (["update.estimator=rloo"], "rollout.samples_per_prompt: expected at least 2"),
         (["policy.critic=none"], "policy.critic: expected shared or adapter with estimator gae"),
         (["reward.source="], "reward.source: a value is needed"),
+        (
+            ["policy.critic_init=reward", "reward.centre=batch"],
+            "policy.critic_init: expected zero with reward.centre batch",
+        ),
         (["kl.coef=0", "kl.target=6"], "kl.coef: expected above 0 with kl.target 6"),
         (
             ["kl.target=1000", "kl.horizon=1", "rollout.samples_per_prompt=10"],
@@ -71,6 +75,7 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_loaded(sets: l
         (["update.estimator=rloo", "rollout.samples_per_prompt=2", "update.value_clip=0.1"], "update.value_clip"),
         (["update.estimator=rloo", "rollout.samples_per_prompt=2", "update.lam=0.9"], "update.lam"),
         (["update.estimator=rloo", "rollout.samples_per_prompt=2", "policy.critic=shared"], "policy.critic"),
+        (["update.estimator=rloo", "rollout.samples_per_prompt=2", "policy.critic_init=reward"], "policy.critic_init"),
         (["kl.coef=0", "kl.place=loss"], "kl.place"),
         (["kl.horizon=5"], "kl.horizon"),
         (["reward.kind=shared", "reward.timeout=5"], "reward.timeout"),
@@ -103,6 +108,10 @@ def test_a_key_that_the_kind_of_reward_does_not_read_is_refused(kind: Any, unrea
     refuse_unread(config, "cpu")  # nobody has looked what kind the folder `r` holds
     with pytest.raises(ValueError, match=f"^{unread}: has no effect") if unread else nullcontext():
         refuse_unread_by_reward(config, kind)
+    critic = _config("policy.critic_init=reward")
+    expected = rf"^policy\.critic_init: expected zero with reward.kind {kind}"
+    with nullcontext() if kind == "shared" else pytest.raises(ValueError, match=expected):
+        refuse_unread_by_reward(critic, kind)
     heads_are_read = _config("reward.aggregation=min")
     with pytest.raises(ValueError, match=r"^reward\.aggregation") if kind == "http" else nullcontext():
         refuse_unread_by_reward(heads_are_read, kind)

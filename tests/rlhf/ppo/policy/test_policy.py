@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from prudent.engine import EnsembleHead, EnsembleRewardModel
 from prudent.rlhf.ppo.policy.describe import describe_policy
 from prudent.rlhf.ppo.policy.load import load_model
-from prudent.rlhf.ppo.policy.policy import RewardOnTrunk
+from prudent.rlhf.ppo.policy.policy import Policy, RewardOnTrunk
 from prudent.rlhf.ppo.policy.precision import trunk_dtype
 
 from ..cases import FAMILIES, WIDTH, gradients, make, plain_logprobs, settings, stirred, tiny, tiny_lm, whole
@@ -51,6 +51,24 @@ def test_a_shared_critic_reads_the_actors_hidden_states_and_an_adapter_its_own()
         assert torch.equal(shared.hidden(batch, "critic"), shared.hidden(batch, "actor"))
         own = stirred(make(policy={"critic": "adapter"}))
         assert not torch.allclose(own.hidden(batch, "critic"), own.hidden(batch, "actor"))
+
+
+@pytest.mark.parametrize("critic", ["shared", "adapter"])
+def test_a_critic_that_starts_from_the_reward_gives_the_mean_of_its_calibrated_heads(critic: str) -> None:
+    head = EnsembleHead(WIDTH, 3)
+    head.shift.copy_(torch.tensor([0.5, -1.0, 2.0]))
+    head.scale.copy_(torch.tensor([2.0, 0.5, 1.0]))
+    start = {"critic": critic, "critic_init": "reward"}
+    policy = make(reward=RewardOnTrunk(head), policy=start)
+    with torch.no_grad():
+        hidden = policy.hidden(whole(), "critic")
+        mean = head(policy.hidden(whole(), "reference")).mean.mean(dim=1)
+        torch.testing.assert_close(policy.values(hidden), mean, rtol=1e-4, atol=1e-5)
+    assert all(p.requires_grad for p in policy.value_head.parameters())
+    meta = Policy(settings(policy=start), tiny_lm().to("meta"), device="meta", reward=RewardOnTrunk(head.frozen_copy()))
+    assert meta.value_head.weight.is_meta  # as `prudent plan` makes it
+    with pytest.raises(ValueError, match=r"policy.critic_init: expected zero without reward heads on the policy's own"):
+        make(policy=start)
 
 
 def test_without_a_critic_there_are_no_values() -> None:
