@@ -24,7 +24,7 @@ from .config import DemoPPOConfig
 # folder of a run under ppo/ -> folder of its reward in the demo, title, aggregation
 ARMS = {
     "single": ("single", TITLES[SINGLE], "mean"),
-    "ensemble": ("model", TITLES["tradeoff:0.4"], "tradeoff:0.4"),
+    "ensemble": ("model", TITLES["tradeoff:0.4"], "tradeoff:0.4,source=mean"),
 }
 SHOWN = {  # key in metrics.json -> metric of the run
     "proxy": "reward/mean",

@@ -284,7 +284,7 @@ class _NoReward:
     name = "none"
     num_heads: int | None = None
 
-    def __call__(self, samples: Samples) -> Any:
+    def __call__(self, samples: Samples, seed: int | None = None) -> Any:
         return Rewards(torch.zeros(len(samples.responses)))
 
 

@@ -66,7 +66,8 @@ class RewardConfig(JobConfig):
     )
     aggregation: str = Field(
         default="tradeoff:0.4",
-        description='How K heads are combined into one reward, e.g. tradeoff:0.4, min or lcb:1; "": the model\'s own.',
+        description="How K heads become one reward, e.g. tradeoff:0.4, min or lcb:1, each head sampled (mean + std x "
+        'noise, by seed and step) unless it says source=mean; "": the model\'s own.',
     )
     centre: Literal["none", "batch", "group"] = Field(
         default="none", description="Mean to subtract from rewards: none, of the step, or of the prompt's samples."

@@ -79,7 +79,7 @@ def _learn(run: Run, resume: bool) -> dict[str, Any]:
             indices = prompt_order(len(run.prompts), step, config.rollout.prompts_per_step, config.seed)
             samples = draw(run.sampler, policy, run.prompts, indices, config, step, progress=False)
         with monitor.clock("score"):
-            experience = shape(run.score(samples), config, kl_coef)
+            experience = shape(run.score(samples, step), config, kl_coef)
         with monitor.clock("update"):
             set_learning_rates(run.optimizer, config, step)
             generator = torch.Generator().manual_seed((config.seed << 32) + step)  # minibatches and dropout

@@ -75,9 +75,21 @@ class Run:
             self.save(0)
         return first
 
-    def score(self, samples: Samples) -> Scored:
-        """Compute log-probabilities, values and rewards of `samples`."""
-        return score(self.policy, self.reward, samples, self.config, closing=self.turn.closing, reading=self.reading)
+    def score(self, samples: Samples, step: int | None = None) -> Scored:
+        """Compute log-probabilities, values and rewards of `samples`.
+
+        step: whose samples they are; sampled rewards then have the noise of (seed, step, row). None: samples that
+        nothing learns from, whose rewards are of the heads' means.
+        """
+        return score(
+            self.policy,
+            self.reward,
+            samples,
+            self.config,
+            closing=self.turn.closing,
+            reading=self.reading,
+            seed=None if step is None else (self.config.seed << 32) + step,
+        )
 
     def keep_texts(self, step: int) -> None:
         """Write the current policy's responses to the first prompts into samples.jsonl."""

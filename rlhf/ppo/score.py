@@ -9,10 +9,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...engine.eval_mode import evaluating
-from ...kernels import nominal_reward
 from .batch import Samples, Scored, TokenBatch, micro_batches, response_mask, sequence_length, token_batch
 from .config import PPOConfig
 from .policy.policy import Policy
+from .rewards.heads import judge
 from .rewards.reading import Reading
 from .rewards.sources import Rewards, RewardSource
 
@@ -25,6 +25,7 @@ def score(
     *,
     closing: Sequence[int] = (),
     reading: Reading | None = None,
+    seed: int | None = None,
     progress: bool = False,
 ) -> Scored:
     """Compute log-probabilities, values and rewards of `samples`.
@@ -40,6 +41,7 @@ def score(
         closing: ids read after every response by a reward on the trunk; see `token_batch`.
         reading: encodes samples as that reward was trained to read them. Samples whose ids then differ from prompt,
             response and closing are read once more, by the reward alone. None: no sample is.
+        seed: of the noise of sampled rewards; see `heads.judge`. None: the heads' means.
         progress: show a bar over tokens on stderr.
 
     Raises:
@@ -63,12 +65,13 @@ def score(
             tables.read_again(reading.others(samples, closing), config.micro_tokens)
     if policy.reward_head is None:
         assert reward is not None
-        return tables.scored(reward(samples))
-    return tables.scored(tables.rewards)
+        return tables.scored(reward(samples, seed))
+    assert tables.features is not None
+    return tables.scored(judge(policy.reward_head, tables.features, seed))
 
 
 class _Tables:
-    """[N, T] and [N, K] tables, filled one micro-batch at a time."""
+    """[N, T] tables, and the features [N, D] that reward heads read, filled one micro-batch at a time."""
 
     def __init__(self, policy: Policy, samples: Samples, config: PPOConfig, closing: Sequence[int]) -> None:
         self.policy, self.samples, self.config, self.closing = policy, samples, config, closing
@@ -76,19 +79,13 @@ class _Tables:
         zeros = torch.zeros_like(self.mask, dtype=torch.float32)
         self.logprob, self.ref_logprob, self.entropy = zeros, zeros.clone(), zeros.clone()
         self.value = None if policy.value_head is None else zeros.clone()
-        heads = 0 if policy.reward_head is None else policy.reward_head.num_heads
-        unknown = zeros.new_full((len(self.mask),), float("nan"))
-        several = heads > 1
-        self.rewards = Rewards(  # of heads on the trunk
-            unknown,
-            unknown.clone() if several else None,
-            unknown.clone() if several else None,
-            unknown[:, None].repeat(1, heads),
-            unknown[:, None].repeat(1, heads),
-        )
+        self.features: Tensor | None = None
+        if policy.reward_head is not None:
+            shape = (len(self.mask), policy.hidden_size)
+            self.features = torch.full(shape, float("nan"), dtype=policy.dtype, device=policy.device)
 
     def read_frozen(self, indices: list[int]) -> None:
-        """Compute reference log-probabilities, and the rewards of heads on the trunk."""
+        """Compute reference log-probabilities, and the features that heads on the trunk read."""
         policy, head = self.policy, self.policy.reward_head
         batch = self._batch(indices, () if head is None else self.closing)
         hidden = policy.hidden(batch, "reference")
@@ -98,35 +95,24 @@ class _Tables:
             return
         if policy.reward_kind == "adapter":
             hidden = policy.hidden(batch, "reward")
-        self._judge(indices, hidden, batch.last)
+        self._keep(indices, hidden, batch)
 
     def read_again(self, sequences: dict[int, list[int]], budget: int) -> None:
-        """Compute again the rewards of samples that the heads read as other `sequences`; NaN for an empty one."""
+        """Replace the features of samples that the heads read as other `sequences`; by NaN for an empty one."""
         policy = self.policy
+        assert self.features is not None
+        self.features[[row for row, ids in sequences.items() if not ids]] = float("nan")
         rows = [row for row, ids in sequences.items() if ids]
-        for numbers in self.rewards:
-            if numbers is not None:
-                numbers[[row for row, ids in sequences.items() if not ids]] = float("nan")
         # each is a prompt whose response is one stop token, so that the heads read the prompt's last id
         alone = Samples([sequences[row] for row in rows], [[0]] * len(rows), [True] * len(rows), rows)
         for part in micro_batches(alone, range(len(rows)), budget, policy.packed):
             batch = token_batch(alone, part, packed=policy.packed, device=policy.device)
-            self._judge([rows[i] for i in part], policy.hidden(batch, "reward"), batch.last)
+            self._keep([rows[i] for i in part], policy.hidden(batch, "reward"), batch)
 
-    def _judge(self, indices: list[int], hidden: Tensor, last: Tensor) -> None:
-        """Compute the rewards of the samples `indices` by the heads on the trunk, which read hidden[last]."""
-        head = self.policy.reward_head
-        assert head is not None
-        out = head(hidden, last, centre="none")
-        mean, std = out.mean.detach(), out.std.detach()
-        usable = (mean.isfinite() & std.isfinite()).all(1)
-        found = Rewards(torch.where(usable, out.reward.detach(), float("nan")), mean=mean, std=std)
-        if head.num_heads > 1:
-            nominal = nominal_reward(mean, std, head.aggregation, head.std_ref)
-            found = found._replace(nominal=nominal, worst=mean.amin(dim=1))
-        for table, numbers in zip(self.rewards, found, strict=True):
-            if table is not None and numbers is not None:
-                table[indices] = numbers.to(table)
+    def _keep(self, indices: list[int], hidden: Tensor, batch: TokenBatch) -> None:
+        """Keep hidden[batch.last], which the heads read of the samples `indices`."""
+        assert self.features is not None
+        self.features[indices] = hidden.index_select(0, batch.last)
 
     def read_trained(self, indices: list[int]) -> None:
         """Compute log-probabilities and entropies of the policy that sampled, and values."""

@@ -100,7 +100,7 @@ def set_up(
         monitor=Monitor(config, log, device, gold, tokenizer.decode),
         description=[
             describe_policy(policy),
-            f"reward source: {config.reward.source} ({reward.kind})",
+            f"reward source: {config.reward.source} ({reward})",
             f"sampling: {sampler.name}, {len(data.prompts)} prompts{_truncated(config)}",
         ],
         progress=progress,

@@ -68,7 +68,7 @@ class CallableReward:
         self._function = _function(key, source)
         self._arguments = _arguments(self._function, f"{key}: {source}")
 
-    def __call__(self, samples: Samples) -> Rewards:
+    def __call__(self, samples: Samples, seed: int | None = None) -> Rewards:
         """The rewards of all samples, in their order."""
         values = {"prompts": self._texts.prompts_of(samples), "responses": self._texts.responses_of(samples)}
         args = [values[meaning] for meaning in self._arguments.by_position]

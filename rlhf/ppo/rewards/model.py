@@ -25,22 +25,19 @@ class ModelReward:
         self.name, self._scorer, self._texts = name, scorer, texts
         self.num_heads: int | None = scorer.model.score.num_heads
 
-    def __call__(self, samples: Samples) -> Rewards:
-        """Return the rewards of all samples, in their order.
+    def __call__(self, samples: Samples, seed: int | None = None) -> Rewards:
+        """Return the rewards of all samples, in their order; with `seed`, sampled as by `heads.judge`.
 
         A response that was cut off is closed like a complete one, as for heads on the policy's trunk, because another
         last token would change the reward. `reward.missing_eos_penalty` penalises being cut off.
         """
         rows = zip(self._texts.prompts_of(samples), self._texts.responses_of(samples), strict=True)
-        scores = self._scorer.score([{"prompt": p, "response": r} for p, r in rows])
-        several = self.num_heads != 1
-        return Rewards(
-            _column(scores.reward),
-            _column(scores.nominal) if several else None,
-            _column(scores.worst) if several else None,
-            scores.mean,
-            scores.std,
-        )
+        scores = self._scorer.score([{"prompt": p, "response": r} for p, r in rows], seed=seed)
+        reward = _column(scores.reward)
+        if self.num_heads == 1:
+            return Rewards(reward, mean=scores.mean, std=scores.std)
+        worst = scores.mean.amin(dim=1)  # not scores.worst, which is sampled too
+        return Rewards(reward, _column(scores.nominal), worst, scores.mean, scores.std)
 
 
 def _column(values: list[float | None]) -> Tensor:

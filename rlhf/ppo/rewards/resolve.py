@@ -44,6 +44,19 @@ class Resolved(NamedTuple):
             return self.on_trunk.head.num_heads
         return None if self.scorer is None else int(self.scorer.model.score.num_heads)
 
+    def __str__(self) -> str:
+        """The kind, and how heads become a reward."""
+        if self.on_trunk is None and self.scorer is None:
+            return self.kind
+        head: EnsembleHead = self.on_trunk.head if self.on_trunk else self.scorer.model.score  # type: ignore[union-attr]
+        spec = head.aggregation
+        if head.num_heads == 1:
+            return f"{self.kind}, one head"
+        how = "of the heads' means"
+        if spec.source == "sample" and spec.kind != "nominal":
+            how = "of sampled heads, with noise by seed and step; source=mean takes the means"
+        return f"{self.kind}, {spec} {how}"
+
 
 def resolve_reward(config: RewardConfig, policy: Any, device: torch.device | str) -> Resolved:
     """Determine the reward's kind, by `config.kind` or by its files, and load it; weights are read once.
@@ -133,7 +146,7 @@ def _read_head(folder: Path) -> EnsembleHead:
 
 def _aggregated(head: EnsembleHead, aggregation: str) -> EnsembleHead:
     if head.num_heads == 1:
-        head.aggregation = "mean"
+        head.aggregation = "mean,source=mean"  # Bradley-Terry trains no std to sample with
     elif aggregation:
         try:
             head.aggregation = aggregation

@@ -53,7 +53,7 @@ class HTTPReward:
         self.name, self._where, self._texts, self._timeout = url, f"{key}: {url}", texts, timeout
         self._connections = _connections(url)
 
-    def __call__(self, samples: Samples) -> Rewards:
+    def __call__(self, samples: Samples, seed: int | None = None) -> Rewards:
         """The rewards of all samples, in their order."""
         texts = self._texts
         body = {

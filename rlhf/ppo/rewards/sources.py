@@ -19,7 +19,7 @@ class Rewards(NamedTuple):
     """N samples scored; fp32 on the CPU.
 
     reward          [N], NaN where scoring failed
-    nominal, worst  [N] of K > 1 heads, else None
+    nominal, worst  [N] of K > 1 heads, by their means; else None
     mean, std       [N, K], None if the source has no heads
     """
 
@@ -36,8 +36,8 @@ class RewardSource(Protocol):
     name: str
     num_heads: int | None
 
-    def __call__(self, samples: Samples) -> Rewards:
-        """The rewards of all samples, in their order."""
+    def __call__(self, samples: Samples, seed: int | None = None) -> Rewards:
+        """The rewards of all samples, in their order. seed: of noise, for a source that has heads to sample."""
         ...
 
 
@@ -74,6 +74,6 @@ class VaderReward:
     def __init__(self, texts: Texts) -> None:
         self._texts, self._gold = texts, VaderGold()
 
-    def __call__(self, samples: Samples) -> Rewards:
+    def __call__(self, samples: Samples, seed: int | None = None) -> Rewards:
         """See `RewardSource`."""
         return Rewards(torch.tensor(self._gold(self._texts.responses_of(samples)), dtype=torch.float32))

@@ -25,7 +25,7 @@ class Lengths:
 
     name, num_heads = "lengths", None
 
-    def __call__(self, samples: Samples) -> Rewards:
+    def __call__(self, samples: Samples, seed: int | None = None) -> Rewards:
         return Rewards(torch.tensor([len(response) / 10 for response in samples.responses]), None, None, None, None)
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prudent.engine import EnsembleHead, EnsembleRewardModel, Scorer
+from prudent.kernels import philox_normal
 from prudent.rlhf.models.adapter import save_head
 from prudent.rlhf.ppo.batch import Samples
 from prudent.rlhf.ppo.config import RewardConfig, kind_by_name
@@ -203,7 +204,7 @@ def _save_classifier(folder: Path, policy: Any, tokenizer: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("heads", "aggregation", "expected"),
-    [(3, "min", "min"), (3, "", "lcb:1"), (1, "tradeoff:0.4", "mean"), (3, "mean,centre=batch", "mean")],
+    [(3, "min", "min"), (3, "", "lcb:1"), (1, "tradeoff:0.4", "mean,source=mean"), (3, "mean,centre=batch", "mean")],
 )
 def test_the_runs_aggregation_is_what_the_heads_get(
     policy: Any, tokenizer: Any, tmp_path: Path, heads: int, aggregation: str, expected: str
@@ -285,6 +286,10 @@ def test_a_model_reads_texts_with_its_own_tokeniser_and_template(
     assert rewards.nominal.tolist() == pytest.approx(scores.nominal)
     torch.testing.assert_close(rewards.mean, scores.mean)
     torch.testing.assert_close(rewards.reward, scores.mean.amin(dim=1))
+    sampled = _open_model(source, tokenizer, prompts, aggregation="min")(samples, 5)
+    noise = philox_normal(torch.tensor([5]), len(items), 3)
+    torch.testing.assert_close(sampled.reward, (scores.mean + scores.std * noise).amin(dim=1))
+    torch.testing.assert_close(sampled.worst, scores.mean.amin(dim=1))
 
 
 def test_a_sequence_classifier_has_one_head_whose_mean_is_the_reward(
