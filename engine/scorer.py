@@ -183,8 +183,12 @@ class Scorer:
             values = mean + std * philox_normal(torch.tensor([seed]), len(sequences), k)
         std_ref = head.std_ref.detach().float().cpu()
         unit = None if region is None else region.unit.cpu()
-        reward = aggregate(mean, std, values, spec, std_ref, distance, unit)
-        finite = (mean.isfinite() & std.isfinite()).all(1) & reward.isfinite()
+        finite = (mean.isfinite() & std.isfinite()).all(1)
+        reward = torch.full((len(mean),), float("nan"))
+        if bool(finite.any()):  # without the others, which would spoil the worst head of the batch
+            near = None if distance is None else distance[finite]
+            reward[finite] = aggregate(mean[finite], std[finite], values[finite], spec, std_ref, near, unit)
+        finite &= reward.isfinite()
         if spec.centre == "batch":
             reward = reward - reward[finite].mean()
 

@@ -245,6 +245,11 @@ def test_results_that_are_not_finite_are_counted_and_none(make_scorer, monkeypat
         assert [value is None for value in values] == bad
         assert all(value is None or math.isfinite(value) for value in values)
     assert sum(value for value in scores.reward if value is not None) == pytest.approx(0, abs=1e-4)
+    good = torch.tensor([not b for b in bad])
+    worst = scorer.score(TEXTS, aggregation="batch_worst").reward  # of the finite items
+    assert torch.tensor([v for v in worst if v is not None]).equal(
+        scores.mean[good][:, scores.mean[good].mean(0).argmin()]
+    )
 
 
 def test_one_head_that_is_not_finite_spoils_the_item_even_where_another_is_nominal(make_scorer):
