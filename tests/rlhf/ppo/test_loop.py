@@ -154,31 +154,6 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_heads_on_the_trunk_and_the_same_model_apart_give_the_same_rewards(
-    tiny_chat_folder: Path, tmp_path: Path
-) -> None:
-    from prudent import EnsembleRewardModel
-
-    torch.manual_seed(2)
-    model = EnsembleRewardModel.from_trunk(str(tiny_chat_folder), num_heads=3, dtype=torch.float32)
-    torch.nn.init.normal_(model.score.weight, std=0.3)
-    model.save_pretrained(tmp_path / "reward")
-    AutoTokenizer.from_pretrained(tiny_chat_folder).save_pretrained(tmp_path / "reward")
-    rows = {}
-    for kind in ("shared", "model"):
-        given = {"reward.source": str(tmp_path / "reward"), "output": str(tmp_path / kind)}
-        config = _config(
-            tiny_chat_folder, tmp_path, f"reward.kind={kind}", "steps=1", "rollout.prompts_per_step=8", **given
-        )
-        run_ppo(config, progress=False)
-        (rows[kind],) = read_metrics(config.output)
-    assert 0 < rows["model"]["text/truncated"] < 1
-    # tradeoff:0.4 samples the heads, and both ways draw the same noise
-    for name in ("mean", "nominal", "worst", "head_std", "disagreement"):
-        assert rows["shared"][f"reward/{name}"] == pytest.approx(rows["model"][f"reward/{name}"], rel=1e-4), name
-
-
-@pytest.mark.usefixtures("no_pictures")
 class TestStopping:
     """`stop_when` ends a run, or takes the policy back."""
 
@@ -376,34 +351,6 @@ def test_a_kept_sample_has_the_reward_that_the_scorer_gives_its_prompt_and_respo
     scores = Scorer(EnsembleRewardModel.from_pretrained(reward), tokenizer, progress=False).score(items)
     assert len(rows) == 8
     assert [row["reward"] for row in rows] == pytest.approx(scores.reward, abs=1e-4)
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_sampled_rewards_are_those_of_seed_and_step_and_the_same_after_a_resume(
-    tiny_chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from prudent import EnsembleRewardModel
-
-    reward = tmp_path / "reward"
-    EnsembleRewardModel.from_trunk(str(tiny_chat_folder), num_heads=3).save_pretrained(reward)
-    AutoTokenizer.from_pretrained(tiny_chat_folder).save_pretrained(reward)
-    rows = {}
-    for name, aggregation, steps in (
-        ("sampled", "min", [2]),
-        ("resumed", "min", [1, 2]),
-        ("means", "min,source=mean", [2]),
-    ):
-        given = {"reward.source": str(reward), "output": str(tmp_path / name), "reward.aggregation": aggregation}
-        for number in steps:
-            config = _config(tiny_chat_folder, tmp_path, "save_every=1", f"steps={number}", **given)
-            run_ppo(config, resume=True, progress=name != "resumed")
-        said = capsys.readouterr().err
-        rows[name] = [row["reward/mean"] for row in read_metrics(config.output)]
-        if name != "resumed":
-            assert ("min of sampled heads, with noise by seed and step" in said) == (name == "sampled")
-            assert ("min,source=mean of the heads' means" in said) == (name == "means")
-    assert rows["sampled"] == rows["resumed"]
-    assert rows["sampled"][0] != rows["means"][0]
 
 
 def test_answers_that_end_at_once_are_one_token_and_no_error(tiny_chat_folder: Path, tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ def settings(**changes: Any) -> PPOConfig:
     return cases.settings(**{"rollout": {"temperature": 0.7}, **changes})
 
 
-def heads(count: int = 3, **options: Any) -> EnsembleHead:
-    head = EnsembleHead(WIDTH, count, aggregation="mean" if count == 1 else "tradeoff:0.4", **options)
+def heads(count: int = 3, aggregation: str = "tradeoff:0.4") -> EnsembleHead:
+    head = EnsembleHead(WIDTH, count, aggregation="mean" if count == 1 else aggregation)
     head.reset_parameters(torch.Generator().manual_seed(3))
     return head
 
@@ -177,6 +177,19 @@ def test_results_do_not_depend_on_the_micro_batches_and_equal_calls_give_equal_b
         equal(results[micro], scored(policy, seed=seed))
     equal(results[1], results[1000], rtol=1e-4, atol=1e-5)
     equal(results[12], results[1000], rtol=1e-4, atol=1e-5)
+
+
+def test_the_worst_head_of_the_batch_is_that_of_the_whole_step() -> None:
+    """Equation 6 of BRME: one head for all of a step's samples, however they were cut into forward passes."""
+    results = []
+    for micro in (1, 1000):
+        head = heads(aggregation="batch_worst")
+        results.append(scored(make(RewardOnTrunk(head), update={"micro_tokens": micro})))
+        mean = results[-1].head_mean
+        assert mean is not None
+        assert torch.equal(results[-1].reward, mean[:, mean.mean(dim=0).argmin()])
+        assert not torch.equal(results[-1].reward, mean.amin(dim=1))
+    equal(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_packed_is_padded_to_rounding() -> None:

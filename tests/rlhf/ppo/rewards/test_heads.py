@@ -25,7 +25,7 @@ def make(aggregation: str) -> EnsembleHead:
     return head.requires_grad_(False)
 
 
-@pytest.mark.parametrize("aggregation", ["tradeoff:0.4", "min", "lcb:1", "nominal"])
+@pytest.mark.parametrize("aggregation", ["tradeoff:0.4", "min", "lcb:1", "nominal", "batch_worst"])
 def test_with_a_seed_every_head_is_sampled_by_the_number_of_its_row(features: torch.Tensor, aggregation: str) -> None:
     head = make(aggregation)
     means, sampled = judge(head, features), judge(head, features, 7 << 32)
@@ -45,8 +45,11 @@ def test_source_mean_takes_the_means_whatever_the_seed(features: torch.Tensor) -
 
 
 @pytest.mark.parametrize("seed", [None, 5])
-def test_a_row_that_cannot_be_read_is_nan_and_spoils_no_other(features: torch.Tensor, seed: Any) -> None:
-    head = make("min")
+@pytest.mark.parametrize("aggregation", ["min", "batch_worst", "tradeoff:0.4,worst=batch"])
+def test_a_row_that_cannot_be_read_is_nan_and_spoils_no_other(
+    features: torch.Tensor, aggregation: str, seed: Any
+) -> None:
+    head = make(aggregation)
     features[2, 3] = float("nan")
     found = judge(head, features, seed)
     assert found.reward.isnan().tolist() == [i == 2 for i in range(ROWS)]
