@@ -120,8 +120,9 @@ class PETConfig(JobConfig):
     data's responses from the policy's own. Only the number of steps and the falling rate limit it then; a warning
     reports this.
 
-    lr, epochs and batch_size apply to heads on standardised features; the trunk is frozen. To train the trunk, first
-    run stage bt or brme in mode lora or full, and give that model as `start`.
+    Mode head: lr, epochs and batch_size apply to heads on standardised features; the trunk is frozen. Mode lora: the
+    heads and a LoRA on the trunk go on from those of stage bt or brme, by the keys of `trunk`. Every step then reads
+    all n samples of its pairs' prompts, so that a smaller n than the paper's may be needed.
     """
 
     start: str = Field(
@@ -232,7 +233,13 @@ class TrainConfig(JobConfig):
     @field_validator("aggregation")
     @classmethod
     def _known_aggregation(cls, value: str) -> str:
-        return str(Aggregation.parse(value))
+        spec = Aggregation.parse(value)
+        if spec.of_batch:
+            raise ValueError(
+                f"expected one that gives a text the same reward in every batch, got {value!r}: reward.aggregation of "
+                "prudent ppo takes the worst head of a step"
+            )
+        return str(spec)
 
     @field_validator("features")
     @classmethod
@@ -264,10 +271,10 @@ def refuse_unread(config: TrainConfig, mode: str) -> None:
     if config.stage != "pet":
         for key in _changed(config.pet):
             raise ValueError(f"pet.{key}: has no effect with stage {config.stage}: set stage to pet")
-    if config.stage == "pet" and mode != "head":
+    if config.stage == "pet" and mode == "full":
         raise ValueError(
-            "mode: expected head with stage pet, which trains heads on a frozen trunk (train the trunk with stage bt "
-            f"or brme and give the model as pet.start), got {mode}"
+            "mode: expected head or lora with stage pet (train the trunk in full with stage bt or brme, and give the "
+            "model as pet.start), got full"
         )
     given = config.start if config.stage == "pet" else config.stage1 if mode == "head" else None
     if given is not None and config.features != "last":
@@ -299,11 +306,11 @@ def refuse_unread(config: TrainConfig, mode: str) -> None:
             )
         if config.supervised != "brme":
             raise ValueError("trunk.stage2_from: has no effect without stage brme: set stage to brme")
-    for group in ("bt", "brme") if mode != "head" else ():
+    groups = ["bt", "brme", *(["pet"] if config.stage == "pet" else [])]
+    for group in groups if mode != "head" else ():
         for key in _changed(getattr(config, group)):
             if key in _LOOP_KEYS:
                 raise ValueError(f"{group}.{key}: has no effect in {where}: set trunk.{key}")
-    groups = ["bt", "brme", *(["pet"] if config.stage == "pet" else [])]
     for key in _changed(config.trunk):
         if mode == "head":
             use = " and ".join(f"{group}.{key}" for group in groups)

@@ -6,14 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...engine import EnsembleHead, EnsembleRewardModel, calibrate
-from ...kernels import Aggregation
+from ...engine import EnsembleRewardModel, calibrate
 from ..evaluation.statistics import hidden_norms
 from ..models.features import model_fingerprint
 from ..models.loading import load_language_model
-from .config import TrainConfig
 from .fit import PairFeatures
-from .pet.stage import PETStage
+from .pet.stage import PETStage, pessimistic_aggregation
 from .run import Run, Scored, Truncation, with_head
 from .start import load_frozen, load_stage1
 from .two_stage import fit_two_stages
@@ -66,7 +64,7 @@ def train_frozen(run: Run) -> FrozenResult:
         if config.supervised == "brme":
             run.save("start", model, final)
         scored["start"] = Scored(final, held_out)
-        stage = PETStage(run, policy, _pessimistic(config, final))
+        stage = PETStage(run, policy, pessimistic_aggregation(config, final))
         final, pet = stage.heads(run.scorer("model", model), final, train, held_out)
     run.save("model", model, final)
     return FrozenResult({**scored, "final": Scored(final, held_out)}, pet)
@@ -84,10 +82,3 @@ def _load(run: Run) -> _Loaded:
     if model_fingerprint(EnsembleRewardModel.from_trunk(policy, taps=start.config.taps)) == model_fingerprint(start):
         start = with_head(start, start.score, policy)
     return _Loaded(start, policy)
-
-
-def _pessimistic(config: TrainConfig, start: EnsembleHead) -> str:
-    """The aggregation that PET makes pessimistic."""
-    aggregation = "mean" if start.num_heads == 1 else config.aggregation
-    Aggregation.parse(aggregation).check_heads(start.num_heads)
-    return aggregation

@@ -70,7 +70,7 @@ def _trained(run: Run) -> dict[str, Any]:
     if run.mode == "head":
         scored, pet = train_frozen(run)
     else:
-        scored = train_whole(run)
+        scored, pet = train_whole(run)
     metrics = {
         "mode": run.mode,
         "train_pairs": len(run.train),

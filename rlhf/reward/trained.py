@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,24 +13,50 @@ from ...engine import EnsembleRewardModel, Scorer, calibrate
 from ..data.pairs import PreferencePair, names_of_sides
 from ..job.files import atomic_folder
 from ..models.adapter import save_head
-from ..models.loading import load_reward
+from ..models.loading import load_language_model, load_reward
 from .config import FitConfig
 from .losses import partition
+from .pet.stage import PETStage, pessimistic_aggregation
 from .run import Run, Scored, Truncation
-from .start import load_stage1
+from .start import load_frozen, load_stage1
 from .trunk import train_trunk
 from .two_stage import preference_probability, seeded
 
 _CALIBRATION_PAIRS = 2000  # give a head's mean and std to about 1.6 %; only calibration needs their features
 
 
-def train_whole(run: Run) -> dict[str, Scored]:
+class WholeResult(NamedTuple):
+    """scored: "single" (stage 1), "start" (before PET), "final", if the run has them. pet: PET's part of train.json."""
+
+    scored: dict[str, Scored]
+    pet: dict[str, Any] | None
+
+
+def train_whole(run: Run) -> WholeResult:
     """Train each stage's trunk and heads, and save the models; models saved by an earlier start of the run are loaded.
 
     The paper can be read in two ways. By default both stages start from the base model ("we train a single-head RM and
     a 5-head BRME starting from" it): stage 1 remains a separate model, and stage 2 uses only its p_hat. With
-    `trunk.stage2_from` stage1, stage 2 goes on from stage 1's trunk, in mode lora by training the same LoRA on, so that
-    adapter/ still belongs to the base model.
+    `trunk.stage2_from` stage1, stage 2 goes on from stage 1's trunk. In mode lora a stage that goes on from another
+    trains the same LoRA on, so that adapter/ still belongs to the base model.
+    """
+    config, pet = run.config, None
+    scored: dict[str, Scored] = {}
+    if config.supervised is None:
+        model = run.placed(load_frozen("pet.start", str(config.start), config))
+    else:
+        scored["single"], model = _supervised(run, "start" if config.stage == "pet" else "model")
+    if config.stage == "pet":
+        scored["start"] = _scored(run, "model", model)
+        model, pet = _pessimistic(run, model)
+    _save_adapter(run, model)
+    return WholeResult({**scored, "final": _scored(run, "model", model)}, pet)
+
+
+def _supervised(run: Run, name: str) -> tuple[Scored, EnsembleRewardModel]:
+    """Train stages bt and brme; return stage 1's head, and the last stage's model, which is saved as `name`.
+
+    Before stage pet, a model of stage bt is not saved again: it differs from stage1/ by its calibration.
     """
     config = run.config
     stage1 = _saved(run, "stage1")
@@ -40,21 +66,35 @@ def train_whole(run: Run) -> dict[str, Scored]:
         else:
             stage1 = run.placed(load_stage1(config))
         run.save("stage1", stage1, stage1.score)
-    single = Scored(stage1.score, run.features("stage1", stage1, run.held_out) if run.held_out else None)
-    model = _saved(run, "model")
+    single = _scored(run, "stage1", stage1)
+    model = _saved(run, name)
     if model is None:
         model = stage1
-        if config.stage == "brme":
+        if config.supervised == "brme":
             p_hat = preference_probability(stage1.score, *run.features("stage1", stage1, run.train))
             held_p = None if single.features is None else preference_probability(stage1.score, *single.features)
             del stage1, model  # one trunk in memory at a time
             model = _train_stage(run, seeded(config.brme, config.seed), (p_hat, held_p))
         model.score = model.score.frozen_copy()
         calibrate(model.score, torch.cat(run.features("model", model, run.train[:_CALIBRATION_PAIRS])))
-        run.save("model", model, model.score)
-    _save_adapter(run, model)
-    held_out = run.features("model", model, run.held_out) if run.held_out else None
-    return {"single": single, "final": Scored(model.score, held_out)}
+        if name == "model" or config.supervised == "brme":
+            run.save(name, model, model.score)
+    return single, model
+
+
+def _pessimistic(run: Run, start: EnsembleRewardModel) -> tuple[EnsembleRewardModel, dict[str, Any]]:
+    """Stage pet: a policy on the base trunk is sampled, and the last stage's LoRA, if there is one, is trained on."""
+    config = run.config
+    policy = load_language_model("model", config.model, config.dtype).to(run.device).eval()
+    lora = None if config.supervised is None else run.folder / "checkpoints" / config.supervised / "adapter"
+    stage = PETStage(run, policy, pessimistic_aggregation(config, start.score))
+    model, entry = stage.model(start, lora, _saved(run, "model"))
+    run.save("model", model, model.score)
+    return model, entry
+
+
+def _scored(run: Run, name: str, model: EnsembleRewardModel) -> Scored:
+    return Scored(model.score, run.features(name, model, run.held_out) if run.held_out else None)
 
 
 def _saved(run: Run, name: str) -> EnsembleRewardModel | None:
@@ -109,9 +149,12 @@ def _rows(
 
 
 def _save_adapter(run: Run, model: EnsembleRewardModel) -> None:
-    """Save the final stage's LoRA with its calibrated heads, for a policy on the same trunk."""
+    """Save the final stage's LoRA with its calibrated heads, for a policy on the same trunk.
+
+    Not after stage pet on a given reward model, whose trunk need not be the policy's.
+    """
     target, trained = run.folder / "adapter", run.folder / "checkpoints" / run.config.stage / "adapter"
-    if target.exists() or not trained.exists():  # mode full has no LoRA
+    if target.exists() or not trained.exists() or run.config.start is not None:  # mode full has no LoRA
         return
     with atomic_folder(target) as folder:
         shutil.copytree(trained, folder, dirs_exist_ok=True)

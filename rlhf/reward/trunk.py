@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from .losses import bradley_terry, brme, bsr
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["PairTrainer", "TrunkConfig", "collate", "last_checkpoint", "train_trunk"]
+__all__ = ["PairTrainer", "TrunkConfig", "TrunkTrainer", "collate", "last_checkpoint", "train_trunk", "train_with"]
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -34,12 +34,8 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     right padded, chosen first; p_hat, margin [P] float32 if given; head [P] int64.
 
     chosen_start and rejected_start, where the responses begin, become response_start [2P] int64."""
-    sequences = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
-    length = max(map(len, sequences))
-    # any id can pad: the model uses the mask
-    ids = torch.tensor([[*s, *[0] * (length - len(s))] for s in sequences])
-    mask = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences])
-    batch = {"input_ids": ids, "attention_mask": mask, "head": torch.tensor([row["head"] for row in rows])}
+    batch = padded([row["chosen"] for row in rows] + [row["rejected"] for row in rows])
+    batch["head"] = torch.tensor([row["head"] for row in rows])
     if "chosen_start" in rows[0]:
         starts = [row[f"{side}_start"] for side in ("chosen", "rejected") for row in rows]
         batch["response_start"] = torch.tensor(starts)
@@ -54,21 +50,29 @@ def _read_by_model(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in ("input_ids", "attention_mask", "response_start") if name in batch}
 
 
-class PairTrainer(Trainer):
-    """transformers.Trainer with the loss of stage 1 or stage 2 on preference pairs.
+def padded(sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Token ids of N texts -> input_ids and attention_mask [N, T], right padded."""
+    length = max(map(len, sequences))
+    # any id can pad: the model uses the mask
+    ids = torch.tensor([[*s, *[0] * (length - len(s))] for s in sequences])
+    mask = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences])
+    return {"input_ids": ids, "attention_mask": mask}
 
-    Micro-batch means are averaged over accumulation steps and ranks, as Trainer does. `losses.bsr_scope`: "micro"
-    squares each micro-batch's reward sum (what the paper's code does); "global" squares the sum over all micro-batches
-    of a step on all ranks, which takes one more forward pass of each, without gradient.
+
+class TrunkTrainer(Trainer):
+    """transformers.Trainer that logs to the run, with the norms of hidden states, and refuses a loss that is not
+    finite.
+
+    stage: its name in logs and errors. The last forward pass of a loss on P pairs begins with the P chosen and the P
+    rejected texts.
     """
 
-    def __init__(self, *args: Any, losses: FitConfig, run_log: RunLog | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, stage: str, run_log: RunLog | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.losses, self.run_log = losses, run_log
+        self.stage, self.run_log = stage, run_log
         self.model: Any
         self._norms: Tensor | None = None
-        self._micro = 0
-        self._window: Tensor | None = None  # reward sum and number of pairs of the whole step
+        self._micro = 0  # number of the micro-batch in its step
         self._logged: list[dict[str, float]] = []
         for module in self.model.modules():
             if isinstance(module, EnsembleHead):
@@ -78,6 +82,51 @@ class PairTrainer(Trainer):
         hidden, rows = args[0], args[1] if len(args) > 1 else kwargs.get("rows")
         hidden = hidden.detach().reshape(-1, hidden.shape[-1])
         self._norms = (hidden if rows is None else hidden[rows]).float().norm(dim=1)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of one step."""
+        self._micro = 0
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Make Trainer's step; also record the norms of the hidden states, and refuse a loss that is not finite."""
+        pairs = len(inputs["head" if "head" in inputs else "row"])
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._micro += 1
+        if not bool(loss.isfinite()):
+            kept = last_checkpoint(Path(str(self.args.output_dir)))
+            raise ValueError(
+                f"{self.stage}: training stopped: the loss is not finite at step {self.state.global_step}; "
+                f"a lower trunk.lr than {self.args.learning_rate:g} may help; "
+                + ("no checkpoint was written yet" if kept is None else f"the last good checkpoint is {kept}")
+            )
+        assert self._norms is not None
+        self._logged.append(hidden_norms(self._norms[:pairs], self._norms[pairs : 2 * pairs]))
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as Trainer does; also write to the run's log."""
+        if "loss" in logs and self._logged:
+            rows, self._logged = self._logged, []
+            logs = {**logs, **{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}}
+        super().log(logs, start_time)
+        if self.run_log is not None and self.is_world_process_zero():
+            numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
+            self.run_log.metrics(self.state.global_step, numbers, prefix=self.stage)
+
+
+class PairTrainer(TrunkTrainer):
+    """The loss of stage 1 or stage 2 on preference pairs.
+
+    Micro-batch means are averaged over accumulation steps and ranks, as Trainer does. `losses.bsr_scope`: "micro"
+    squares each micro-batch's reward sum (what the paper's code does); "global" squares the sum over all micro-batches
+    of a step on all ranks, which takes one more forward pass of each, without gradient.
+    """
+
+    def __init__(self, *args: Any, losses: FitConfig, **kwargs: Any) -> None:
+        super().__init__(*args, stage=losses.stage, **kwargs)
+        self.losses = losses
+        self._window: Tensor | None = None  # reward sum and number of pairs of the whole step
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -116,7 +165,7 @@ class PairTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one step. Global BSR needs the sum of their rewards before the first backward."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._micro, self._window = 0, None
+        self._window = None
         if self.losses.bsr and self.losses.bsr_scope == "global" and batches:
             sums = torch.zeros(2, device=device)
             with torch.no_grad():
@@ -126,32 +175,6 @@ class PairTrainer(Trainer):
                     sums += torch.stack([out.mean.mean(dim=1).sum(), sums.new_tensor(float(len(inputs["head"])))])
             self._window = self.accelerator.reduce(sums, "sum")
         return batches, items
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Make Trainer's step; also record the norms of the hidden states, and refuse a loss that is not finite."""
-        pairs = len(inputs["head"])
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self._micro += 1
-        if not bool(loss.isfinite()):
-            kept = last_checkpoint(Path(str(self.args.output_dir)))
-            raise ValueError(
-                f"{self.losses.stage}: training stopped: the loss is not finite at step {self.state.global_step}; "
-                f"a lower trunk.lr than {self.args.learning_rate:g} may help; "
-                + ("no checkpoint was written yet" if kept is None else f"the last good checkpoint is {kept}")
-            )
-        assert self._norms is not None
-        self._logged.append(hidden_norms(self._norms[:pairs], self._norms[pairs : 2 * pairs]))
-        return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as Trainer does; also write to the run's log."""
-        if "loss" in logs and self._logged:
-            rows, self._logged = self._logged, []
-            logs = {**logs, **{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}}
-        super().log(logs, start_time)
-        if self.run_log is not None and self.is_world_process_zero():
-            numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
-            self.run_log.metrics(self.state.global_step, numbers, prefix=self.losses.stage)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -224,22 +247,44 @@ def train_trunk(
     In mode lora the LoRA is merged into the returned trunk, and saved unmerged in `folder`/adapter. lora: the adapter/
     of an earlier stage, from whose weights it starts; None: from fresh ones.
     """
-    wrapped: Any = _with_lora(model, config, losses.seed, lora) if mode == "lora" else model
-    trainer = PairTrainer(
-        model=wrapped,
-        args=_arguments(config, mode, losses.seed, folder, evaluates=bool(held_out), progress=progress),
-        data_collator=collate,
-        train_dataset=train,
-        eval_dataset=held_out or None,
-        losses=losses,
-        run_log=log,
-    )
+
+    def trainer(wrapped: Any, arguments: TrainingArguments) -> TrunkTrainer:
+        return PairTrainer(
+            model=wrapped,
+            args=arguments,
+            data_collator=collate,
+            train_dataset=train,
+            eval_dataset=held_out or None,
+            losses=losses,
+            run_log=log,
+        )
+
+    options: dict[str, Any] = {"evaluates": bool(held_out), "lora": lora, "resume": resume, "progress": progress}
+    return train_with(trainer, model, losses.seed, config, mode, folder, **options)
+
+
+def train_with(
+    make: Callable[[Any, TrainingArguments], TrunkTrainer],
+    model: EnsembleRewardModel,
+    seed: int,
+    config: TrunkConfig,
+    mode: Literal["lora", "full"],
+    folder: Path,
+    *,
+    evaluates: bool,
+    lora: Path | None,
+    resume: bool,
+    progress: bool,
+) -> EnsembleRewardModel:
+    """Train trunk and heads with the trainer that `make` opens; see `train_trunk`."""
+    wrapped: Any = _with_lora(model, config, seed, lora) if mode == "lora" else model
+    trainer = make(wrapped, _arguments(config, mode, seed, folder, evaluates=evaluates, progress=progress))
     trainer.remove_callback(PrinterCallback if not progress else ProgressCallback)
     if progress:
         trainer.add_callback(_Bar)
     with writing(folder):
         trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
-    if held_out:
+    if evaluates:
         trainer.evaluate()
     if mode == "lora":
         with atomic_folder(folder / "adapter") as target:

@@ -14,16 +14,19 @@ from torch import Tensor
 from ....engine import EnsembleHead, EnsembleRewardModel, Scorer
 from ....engine.config import longest_in_company
 from ....engine.taps import layers_of
+from ....kernels import Aggregation
 from ...data.pairs import PreferencePair
 from ...job.files import atomic_write_json, read_json
 from ...models.features import compute_features, model_fingerprint
 from ...sampling.stored import Request, Rollout, sample
 from ...sampling.tokens import Sampling
 from ...sampling.turn import Turn
-from ..run import Run, Sides
+from ..config import TrainConfig
+from ..run import Run, Sides, with_head
 from ..two_stage import seeded
-from .fit import PETFeatures, fit_pet
+from .fit import PETFeatures, fit_pet, measure_pet
 from .objective import PETConfig
+from .trunk import Ids, PETTexts, train_pet_trunk
 
 
 class References(NamedTuple):
@@ -77,6 +80,76 @@ class PETStage:
         fit.head.aggregation = self.aggregation
         return fit.head, self.summary(references, fit.before, fit.after)
 
+    def model(
+        self, start: EnsembleRewardModel, lora: Path | None, finished: EnsembleRewardModel | None
+    ) -> tuple[EnsembleRewardModel, dict[str, Any]]:
+        """Train trunk and heads from `start`; return the pessimistic model, and the stage's entry in train.json.
+
+        lora: of the stage that trained `start`, which is trained on; None: a fresh one on `start`'s own trunk.
+        finished: the model of an earlier start of the run, which is only measured.
+        """
+        run = self.run
+        references = self.references(run.scorer("model", start))
+        before = self._measured(start, references)
+        model = self._train(start, lora, references) if finished is None else finished
+        after = self._measured(model, references._replace(own=False))
+        return model, self.summary(references, before, after)
+
+    def _train(self, start: EnsembleRewardModel, lora: Path | None, references: References) -> EnsembleRewardModel:
+        run, head = self.run, _own_outputs(start.score)
+        head.aggregation = Aggregation.parse(self.aggregation).with_centre("none")
+        scorer = run.scorer("model", start)
+        trained = train_pet_trunk(
+            with_head(start, head, self.policy if lora is not None else None),
+            self._texts(scorer, run.train, references),
+            self._texts(scorer, run.held_out, references),
+            self.pet,
+            run.config.trunk,
+            run.folder / "checkpoints" / "pet",
+            batch_tokens=run.config.batch_tokens,
+            lora=lora,
+            log=run.log,
+            resume=run.resume,
+            progress=run.progress,
+        )
+        result = start.score.frozen_copy()  # with the calibration from before PET
+        result.load_state_dict({**result.state_dict(), **dict(trained.score.named_parameters())})
+        result.aggregation = self.aggregation
+        return with_head(trained, result)
+
+    def _measured(self, model: EnsembleRewardModel, references: References) -> dict[str, float]:
+        """`measure_pet` of a model on the training pairs and, as eval_*, on the held-out pairs."""
+        run, head, spec = self.run, _own_outputs(model.score), Aggregation.parse(self.aggregation).with_centre("none")
+        features = self._features(run.scorer("model", model), references)
+
+        def reward(rows: Tensor) -> Tensor:
+            rewards: Tensor = head(rows, aggregation=spec).reward
+            return rewards
+
+        found: dict[str, float] = {}
+        for prefix, pairs in (("", run.train), ("eval_", run.held_out)):
+            if pairs:
+                data = self._data(run.features("model", model, pairs), pairs, features, references)
+                found |= {prefix + name: value for name, value in measure_pet(reward, data, self.pet).items()}
+        return found
+
+    def _texts(self, scorer: Scorer, pairs: list[PreferencePair], references: References) -> PETTexts:
+        """The token ids of pairs and of their prompts' samples, with prompts renumbered from 0."""
+        rows, prompt = _renumbered(pairs, references)
+        sides = [[scorer.encode(item) for item in pair.items()] for pair in pairs]
+        drawn = [references.rollouts[row] for row in rows]
+        texts: list[list[Ids]]
+        texts = [[scorer.encode({"prompt": r.prompt, "response": text}) for text in r.responses] for r in drawn]
+        count, margins = self.pet.samples, self.run.margins(pairs)
+        return PETTexts(
+            [chosen for chosen, _ in sides],
+            [rejected for _, rejected in sides],
+            prompt,
+            [own[:count] for own in texts],
+            [own[count] for own in texts] if self.pet.reference == "sample" else None,
+            None if margins is None else margins.tolist(),
+        )
+
     def references(self, scorer: Scorer) -> References:
         """Sample the policy for the prompts of the training pairs, and of the held-out pairs, which are only evaluated.
 
@@ -121,9 +194,7 @@ class PETStage:
 
     def _data(self, sides: Sides, pairs: list[PreferencePair], features: Tensor, references: References) -> PETFeatures:
         """The features of pairs and of their prompts' samples, with prompts renumbered from 0."""
-        rows = sorted({references.row[p.prompt_key] for p in pairs if p.prompt_key in references.row})
-        position = {row: i for i, row in enumerate(rows)}
-        prompt = [position[references.row[p.prompt_key]] if p.prompt_key in references.row else -1 for p in pairs]
+        rows, prompt = _renumbered(pairs, references)
         device, pet = self.run.device, self.pet
         own = features[rows].to(device)
         extra = own[:, pet.samples] if pet.reference == "sample" else None
@@ -143,6 +214,28 @@ class PETStage:
             "before": before,
             "after": after,
         }
+
+
+def pessimistic_aggregation(config: TrainConfig, start: EnsembleHead) -> str:
+    """The aggregation that PET makes pessimistic."""
+    aggregation = "mean" if start.num_heads == 1 else config.aggregation
+    Aggregation.parse(aggregation).check_heads(start.num_heads)
+    return aggregation
+
+
+def _renumbered(pairs: list[PreferencePair], references: References) -> tuple[list[int], list[int]]:
+    """The rows of `references` that the pairs need, and each pair's position among them; -1 without samples."""
+    rows = sorted({references.row[p.prompt_key] for p in pairs if p.prompt_key in references.row})
+    position = {row: i for i, row in enumerate(rows)}
+    return rows, [position[references.row[p.prompt_key]] if p.prompt_key in references.row else -1 for p in pairs]
+
+
+def _own_outputs(head: EnsembleHead) -> EnsembleHead:
+    """A copy of the head whose outputs PET compares: of a single head without calibration, Bradley-Terry's logits."""
+    copy = head.frozen_copy()
+    if copy.num_heads == 1:
+        copy.reset_calibration()
+    return copy
 
 
 def _distinct(pairs: Sequence[PreferencePair], limit: int | None, seed: int) -> dict[str, Any]:

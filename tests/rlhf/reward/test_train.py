@@ -374,6 +374,11 @@ def test_a_centred_aggregation_is_measured_as_it_ranks(tiny_chat_folder: Path, d
 def test_a_wrong_aggregation_is_refused_with_the_config() -> None:
     with pytest.raises(ValueError, match="aggregation: kind: expected one of tradeoff"):
         load_config(TrainConfig, None, ["aggregation=best"], model="m", data="d", output="o")
+    for spec in ("batch_worst", "tradeoff:0.4,worst=batch"):
+        with pytest.raises(
+            ValueError, match="aggregation: expected one that gives a text the same reward in every batch"
+        ):
+            load_config(TrainConfig, None, [f"aggregation={spec}"], model="m", data="d", output="o")
 
 
 @pytest.mark.slow

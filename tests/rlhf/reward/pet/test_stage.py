@@ -148,7 +148,7 @@ def test_what_the_stage_cannot_use_is_refused(finished: TrainConfig, tmp_path: P
         (("stage=bt", "pet.beta=3"), "pet.samples: has no effect with stage bt: set stage to pet"),
         ((f"pet.start={finished.output / 'model'}",), "bt.epochs: has no effect beside pet.start"),
         ((f"stage1={model}",), "stage1: expected none with stage pet"),
-        (("mode=lora",), "mode: expected head with stage pet, which trains heads on a frozen trunk"),
+        (("mode=full",), "mode: expected head or lora with stage pet"),
         (("pet.max_new_tokens=127",), "pet.max_new_tokens: expected room for 128 tokens after some prompt"),
         (
             ("pet.start=nowhere", "bt.epochs=10", "bt.lr=0.003", "brme.num_heads=5"),
