@@ -80,13 +80,21 @@ def _measure(config: LearningConfig, progress: bool) -> dict[str, Any]:
 
 
 def arms(config: LearningConfig) -> list[Arm]:
-    """The rewards to compare, the single head first."""
-    trade = f"tradeoff:{config.pet_lambda:g}"
+    """The rewards to compare, the single head first.
+
+    Heads are compared by their means: with sampled heads, the noise would differ between rewards, too.
+    """
+    rewards = [(f"lambda {lam:g}", f"tradeoff:{lam:g}") for lam in config.lambdas]
+    rewards += [("mean of heads", "mean"), ("max of heads", "max"), ("worst head of the step", "batch_worst")]
     return [
         Arm("single head", "single", "mean"),
-        *(Arm(f"lambda {lam:g}", "ensemble", f"tradeoff:{lam:g}") for lam in config.lambdas),
+        *(Arm(name, "ensemble", f"{spec},source=mean") for name, spec in rewards),
         Arm("PET, single head", "pet_single", "mean"),
-        Arm(f"PET, ensemble, lambda {config.pet_lambda:g}", "pet_ensemble", trade),
+        Arm(
+            f"PET, ensemble, lambda {config.pet_lambda:g}",
+            "pet_ensemble",
+            f"tradeoff:{config.pet_lambda:g},source=mean",
+        ),
     ]
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SINGLE = "single head"
+_COLOURS = {"mean of heads": "#56b4e9", "max of heads": "#e69f00", "worst head of the step": "#0072b2"}
 
 
 def markdown(metrics: dict[str, Any]) -> str:
@@ -157,11 +158,13 @@ def _row_of_panels(axes: Any, table: dict[str, list[dict[str, Any]]], kl: float,
 
 
 def _look(arm: str) -> dict[str, Any]:
-    """Lambdas from blue to yellow, the single head black, PET dashed."""
+    """Lambdas from blue to yellow, the single head black, other combinations of heads dotted, PET dashed."""
     import matplotlib
 
     if arm == SINGLE:
         return {"color": "#000000", "linestyle": "-"}
+    if arm in _COLOURS:
+        return {"color": _COLOURS[arm], "linestyle": (0, (1, 1.2))}
     if arm.startswith("PET"):
         return {"color": "#d55e00" if "single" in arm else "#cc79a7", "linestyle": (0, (4, 1.5))}
     return {"color": matplotlib.colormaps["viridis"](0.9 * float(arm.removeprefix("lambda "))), "linestyle": "-"}

@@ -39,16 +39,20 @@ def _config(model: Path, output: Path, *sets: str) -> LearningConfig:
     return load_config(LearningConfig, None, given, model=str(model), output=output)
 
 
-def test_the_arms_are_the_single_head_every_lambda_and_pet_on_both() -> None:
+def test_the_arms_are_the_single_head_every_combination_of_heads_and_pet_on_both() -> None:
     config = LearningConfig(model="m")
     assert [arm.name for arm in arms(config)] == [
         "single head",
         *(f"lambda {lam:g}" for lam in (0, 0.2, 0.4, 0.6, 0.8, 1)),
+        "mean of heads",
+        "max of heads",
+        "worst head of the step",
         "PET, single head",
         "PET, ensemble, lambda 0.4",
     ]
+    assert "batch_worst,source=mean" in {arm.aggregation for arm in arms(config)}
     outputs = {ppo_config(config, kl, seed, arm).output for kl in (0, 0.05) for seed in (0, 1) for arm in arms(config)}
-    assert len(outputs) == 36
+    assert len(outputs) == 48
 
 
 def test_a_run_is_summed_up_by_its_end_and_its_best_stretch() -> None:
@@ -105,7 +109,7 @@ def test_a_study_from_end_to_end_is_resumed_not_repeated(
     config = _config(tiny_chat_folder, tmp_path / "study")
     result = run_learning(config, progress=False)
     runs = sorted((tmp_path / "study" / "runs").iterdir())
-    assert len(runs) == 4
+    assert len(runs) == 7
     before = {run: os.stat(run / "ppo.json").st_mtime_ns for run in runs}
     again = run_learning(config, progress=False)
     assert {run: os.stat(run / "ppo.json").st_mtime_ns for run in runs} == before
