@@ -65,7 +65,8 @@ class Study:
         train, held_out = split_by_prompt(self.pairs, self.held_out, seed)
         x = self.sides(train)
         configs = BradleyTerryConfig(), BRMEConfig(num_heads=self.heads)
-        single, ensemble = fit_two_stages(PairFeatures(*x), *configs, seed=seed, progress=False)
+        prompts = group_labels(pair.prompt_key for pair in train)
+        single, ensemble = fit_two_stages(PairFeatures(*x, prompts=prompts), *configs, seed=seed, progress=False)
         _typical_std(ensemble, torch.cat(x))
         rewards = [head_rewards(single, side, ensemble, side) for side in self.sides(held_out)]
         sides = {name: (rewards[0][name], rewards[1][name]) for name in rewards[0]}

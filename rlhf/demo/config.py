@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..job.config import JobConfig
-from ..reward.config import BradleyTerryConfig, BRMEConfig
+from ..reward.config import BradleyTerryConfig, BRMEConfig, refuse_unread_by_solver
 
 
 class DemoPPOConfig(JobConfig):
@@ -72,3 +72,8 @@ class DemoConfig(JobConfig):
     bt: BradleyTerryConfig = Field(default=BradleyTerryConfig(), description="The single Bradley-Terry head.")
     brme: BRMEConfig = Field(default=BRMEConfig(), description="The ensemble of Gaussian heads.")
     ppo: DemoPPOConfig = Field(default=DemoPPOConfig(), description="The two PPO runs.")
+
+    @model_validator(mode="after")
+    def _keys_that_the_solver_reads(self) -> DemoConfig:
+        refuse_unread_by_solver(self.bt)
+        return self

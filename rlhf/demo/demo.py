@@ -38,6 +38,8 @@ from ..models.embedded import embedded_model, wheel_folder
 from ..models.features import compute_features
 from ..models.loading import load_language_model, load_tokenizer
 from ..report import style as plot_style
+from ..report.fit import FIT_FILE
+from ..reward.convex import RidgeFit
 from ..reward.fit import PairFeatures
 from ..reward.two_stage import fit_two_stages
 from ..sampling.labelled_pairs import GoldPairs, make_pairs
@@ -108,6 +110,7 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.model: Any = None
         self.tokenizer: Any = None
+        self.fit: dict[str, Any] | None = None  # how the single head's penalty was chosen, if it was
 
     def go(self) -> dict[str, Any]:
         """Run all seven stages; return the metrics."""
@@ -128,6 +131,8 @@ class _Run:
         with self._stage(0):
             self._load_model()
         metrics, page = self._with_gold(prompts) if data is None else self._with_preferences(data)
+        if self.fit is not None:
+            metrics["fit"] = self.fit
         with self._stage(6):
             metrics["seconds"] = dict(self.seconds)
             atomic_write_text(self.folder / "report.html", report.render(self.config, metrics, page))
@@ -168,7 +173,8 @@ class _Run:
                 atomic_write_text(self.folder / f"{name}.jsonl", "".join(lines))
         with self._stage(3):
             reference = torch.cat([rollouts[i].features for i in training])
-            single, ensemble = self._train(pairs.features(rollouts, True), test.features(rollouts, False), reference)
+            training_pairs = PairFeatures(*pairs.features(rollouts, True), prompts=torch.tensor(pairs.prompt))
+            single, ensemble = self._train(training_pairs, test.features(rollouts, False), reference)
         with self._stage(4):
             metrics = self._accuracy(single, ensemble, test.features(rollouts, False), test.prompt, test.flipped)
             metrics["counts"] = _counts(prompts, rollouts, pairs, test)
@@ -230,7 +236,8 @@ class _Run:
             cut = len(train)
             reference = torch.cat([chosen[:cut], rejected[:cut]])
             test = (chosen[cut:], rejected[cut:])
-            single, ensemble = self._train((chosen[:cut], rejected[:cut]), test, reference)
+            labels = group_labels(pair.prompt_key for pair in train)
+            single, ensemble = self._train(PairFeatures(chosen[:cut], rejected[:cut], prompts=labels), test, reference)
         with self._stage(4):
             prompts = group_labels(pair.prompt_key for pair in held).tolist()
             metrics = self._accuracy(single, ensemble, test, prompts, None)
@@ -248,15 +255,16 @@ class _Run:
     # both
 
     def _train(
-        self, pairs: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], reference: Tensor
+        self, pairs: PairFeatures, held_out: tuple[Tensor, Tensor], reference: Tensor
     ) -> tuple[EnsembleHead, EnsembleHead]:
         """Train the single head and the ensemble, calibrate both on `reference`, and save them."""
         heads = fit_two_stages(
-            PairFeatures(*pairs),
+            pairs,
             self.config.bt,
             self.config.brme,
             seed=self.config.seed,
             evaluation=PairFeatures(*held_out),
+            on_fit=self._note_fit,
             checkpoints=self.folder / "checkpoints",
             log=self.log,
             progress=self.progress,
@@ -266,12 +274,17 @@ class _Run:
             self._save(name, head)
         return heads.single, heads.final
 
+    def _note_fit(self, fit: RidgeFit) -> None:
+        self.fit = fit.summary()
+
     def _save(self, name: str, head: EnsembleHead) -> None:
         if (self.folder / name).exists():
             return
         with atomic_folder(self.folder / name) as folder:
             EnsembleRewardModel.from_trunk(self.model, head=head).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+            if name == "single" and self.fit is not None:
+                atomic_write_json(folder / FIT_FILE, self.fit)
 
     def _accuracy(
         self,

@@ -17,6 +17,7 @@ from ..evaluation.best_of_n import REFERENCES, SCORERS, SINGLE, TITLES, BestOfN,
 from ..evaluation.statistics import Bin, Interval
 from ..job.log import read_metrics
 from ..ppo.watch.pictures import over_optimisation
+from ..report.fit import fit_sentence
 from ..report.page import render_page
 from ..report.words import accuracy_cells, aligned, few_prompts, interval, plain_text, signed, verdict
 from ..sampling.stored import Rollout
@@ -236,6 +237,8 @@ def _figures(metrics: Mapping[str, Any], page: Page, folder: Path) -> dict[str, 
         "accuracy": pictures.accuracy({TITLES[name]: value for name, value in kept.items()}),
         "reliability": pictures.reliability(bins, auroc=auroc),
     }
+    if metrics.get("fit") and metrics["fit"]["curve"]:
+        figures["fit"] = pictures.penalties(metrics["fit"]["curve"], metrics["fit"]["l2"])
     losses = ("step", "bt/loss", "bt/eval_loss", "brme/loss", "brme/eval_loss", "brme/std")
     history = [{k: v for k, v in row.items() if k in losses} for row in read_metrics(folder)]
     if any(len(row) > 1 for row in history):
@@ -263,6 +266,7 @@ def render(config: Any, metrics: Mapping[str, Any], page: Page) -> str:
         accuracy_rows=accuracy_rows(metrics["pairs"]),
         signal_rows=signal_rows(metrics["pairs"]),
         best_of_n_rows=best_of_n_rows(metrics["best_of_n"]) if metrics["best_of_n"] else [],
+        fit=fit_sentence(metrics["fit"]) if "fit" in metrics else "",
         few_prompts=few_prompts(metrics["pairs"]["prompts"]),
         strips=page.examples["strips"],
         picks=page.examples["picks"],

@@ -25,6 +25,7 @@ from ..data.pairs import (
 from ..job.files import atomic_write_json
 from ..models.features import compute_features, model_fingerprint
 from ..models.loading import load_reward, says_append_eos
+from ..report.fit import read_fit
 from ..report.style import require_matplotlib
 from ..report.words import plain_text, truncated_texts
 from .config import EvalConfig
@@ -34,7 +35,7 @@ from .scored_pairs import SINGLE, Pairs, Side, finite_pairs, pairs_of
 
 __all__ = ["EvalConfig", "EvalResult", "evaluate_heads", "run_eval"]
 
-_PICTURES = ("accuracy", "margin", "coverage", "reliability", "head_correlation", "scoring", "std")
+_PICTURES = ("accuracy", "margin", "coverage", "reliability", "head_correlation", "scoring", "std", "fit")
 _BLOCK_ROWS = 8192  # rows of features on the device at once
 
 
@@ -102,7 +103,9 @@ def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
     )
     cut = {"texts": truncated, "of": 2 * len(pairs), "max_length": scorer.max_length}
     counts = {"data": data.counts} | ({} if foreign_data is None else {"foreign_data": foreign_data.counts})
-    metrics = {"config": config.model_dump(mode="json"), **counts, "truncated": cut, **evaluation}
+    fit = read_fit(config.model)
+    how = {} if fit is None else {"fit": fit}
+    metrics = {"config": config.model_dump(mode="json"), **counts, "truncated": cut, **how, **evaluation}
     atomic_write_json(config.output / "eval.json", metrics)
     pictures = []
     if config.pictures:

@@ -37,6 +37,7 @@ __all__ = [
     "coverage",
     "head_correlation",
     "margins",
+    "penalties",
     "reliability",
     "save_png",
     "scoring",
@@ -279,6 +280,23 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, x: str = "step") ->
     }
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)))
+    return figure
+
+
+@styled
+def penalties(curve: Sequence[Mapping[str, float]], chosen: float) -> Figure:
+    """Held-out log-loss against the L2 penalty, with one standard error; the chosen penalty has an open circle.
+
+    curve: "l2", "log_loss" and "standard_error" of each penalty.
+    """
+    l2, loss, error = ([point[name] for point in curve] for name in ("l2", "log_loss", "standard_error"))
+    figure, (axes,) = panels(1, width=4.2, height=2.8)
+    axes.errorbar(l2, loss, error, fmt="o-", color="#0072b2", markersize=3.5, linewidth=1.5, elinewidth=1)
+    axes.axhline(math.log(2), color=GREY, linestyle="--", linewidth=1)
+    axes.plot(chosen, loss[l2.index(chosen)], "o", color="#d55e00", markersize=9, fillstyle="none", markeredgewidth=1.5)
+    axes.set_xscale("log")
+    axes.set_xlabel("L2 penalty")
+    axes.set_ylabel("held-out log-loss")
     return figure
 
 

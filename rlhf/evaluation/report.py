@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..report.fit import fit_rows, fit_sentence
 from ..report.words import accuracy_cells, aligned, count, few_prompts
 from .scored_pairs import SINGLE, Pairs
 from .statistics import Bin, Interval, normalised_margin
@@ -46,7 +47,9 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
         for name, found in m["scoring"]["scorers"].items():
             rows.append([name, f"{100 * found['under']:.1f} %", _number(found["rank_correlation"])])
         blocks.append(aligned(rows))
-    closing = []
+    if m.get("fit") and m["fit"]["curve"]:
+        blocks.append(aligned(fit_rows(m["fit"])))
+    closing = [fit_sentence(m["fit"])] if "fit" in m else []
     if m["heads"] > 1:
         shares = ", ".join(f"{100 * share:.0f} %" for share in m["head_summary"]["nominal_share"])
         off = _off_diagonal(m["head_summary"]["correlation"]["margin"])
@@ -151,6 +154,8 @@ def draw(
     if foreign is not None and pairs.num_heads > 1:
         samples = {"this data": pairs.foreignness()["std"], "foreign data": foreign.foreignness()["std"]}
         figures["std"] = pictures.std_histogram(samples)
+    if metrics.get("fit") and metrics["fit"]["curve"]:
+        figures["fit"] = pictures.penalties(metrics["fit"]["curve"], metrics["fit"]["l2"])
     return [pictures.save_png(figure, folder / f"{name}.png") for name, figure in figures.items()]
 
 

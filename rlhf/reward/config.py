@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,9 @@ from pydantic import Field, field_validator
 from ...engine.taps import check_taps
 from ...kernels import STD_FLOOR, Aggregation
 from ..job.config import JobConfig
+
+# in units of the mean square of a pair's difference in standardised features: one grid serves every trunk
+L2_GRID = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 class FitConfig(JobConfig):
@@ -51,10 +55,29 @@ class FitConfig(JobConfig):
 
 
 class BradleyTerryConfig(FitConfig):
-    """Stage 1: one head, Bradley-Terry."""
+    """Stage 1: one head, Bradley-Terry.
+
+    On a frozen trunk this is a convex problem. Solver newton solves it exactly (convex.py) with the L2 penalty of the
+    least held-out log-loss; nothing then depends on a learning rate, an order or a number of steps.
+    """
 
     stage: Literal["bt"] = Field(default="bt", description="The loss of this stage, Bradley-Terry.")
     num_heads: Literal[1] = Field(default=1, description="Number of heads of this stage, one.")
+    solver: Literal["newton", "adamw"] = Field(
+        default="adamw",
+        description="Fit the head on a frozen trunk exactly, its L2 chosen by held-out log-loss (newton), or by AdamW.",
+    )
+    l2: tuple[float, ...] = Field(
+        default=L2_GRID, description="L2 penalties that solver newton chooses from; one is used without a choice."
+    )
+    folds: int = Field(default=5, ge=2, description="Parts of the prompts, each held out once by solver newton.")
+
+    @field_validator("l2")
+    @classmethod
+    def _penalties(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or not all(math.isfinite(l2) and l2 > 0 for l2 in value):
+            raise ValueError(f"l2: expected penalties above 0, got {list(value)}")
+        return value
 
 
 class BRMEConfig(FitConfig):
@@ -262,6 +285,7 @@ class TrainConfig(JobConfig):
         return None if self.start is not None else "brme" if last == "brme" else "bt"
 
 
+_NEWTON_KEYS = ("solver", "l2", "folds")  # of BradleyTerryConfig, for a frozen trunk
 _LOOP_KEYS = ("lr", "epochs", "max_steps", "batch_size", "weight_decay", "warmup")  # of FitConfig and of TrunkConfig
 
 
@@ -311,6 +335,10 @@ def refuse_unread(config: TrainConfig, mode: str) -> None:
         for key in _changed(getattr(config, group)):
             if key in _LOOP_KEYS:
                 raise ValueError(f"{group}.{key}: has no effect in {where}: set trunk.{key}")
+            if key in _NEWTON_KEYS:
+                raise ValueError(f"{group}.{key}: has no effect in {where}, whose trunk AdamW trains: leave it out")
+    if mode == "head":
+        refuse_unread_by_solver(config.bt)
     for key in _changed(config.trunk):
         if mode == "head":
             use = " and ".join(f"{group}.{key}" for group in groups)
@@ -318,6 +346,21 @@ def refuse_unread(config: TrainConfig, mode: str) -> None:
             raise ValueError(f"trunk.{key}: has no effect in {where}: {use}")
         if mode == "full" and key.startswith("lora_"):
             raise ValueError(f"trunk.{key}: has no effect in {where}: set mode to lora")
+
+
+def refuse_unread_by_solver(bt: BradleyTerryConfig) -> None:
+    """Raise ValueError for a key of stage 1 on a frozen trunk that was set but that its solver does not read."""
+    changed = _changed(bt)
+    if bt.solver == "newton" and bt.bsr:
+        raise ValueError(
+            f"bt.bsr: expected 0 with bt.solver newton, because batch-sum regularisation depends on the batches and is "
+            f"not part of the convex problem, got {bt.bsr:g}: set bt.solver to adamw"
+        )
+    unread = (*_LOOP_KEYS, "bsr_scope") if bt.solver == "newton" else ("l2", "folds")
+    other = "adamw" if bt.solver == "newton" else "newton"
+    for key in changed:
+        if key in unread:
+            raise ValueError(f"bt.{key}: has no effect with bt.solver {bt.solver}: set bt.solver to {other}")
 
 
 def _changed(config: JobConfig) -> list[str]:

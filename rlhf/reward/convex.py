@@ -26,11 +26,11 @@ from torch import Tensor
 
 from ...engine.head import EnsembleHead
 from ...kernels import STD_FLOOR
+from .config import L2_GRID
 from .fit import Scaling, check_features, standardise
 from .newton import FACTORED, solve
 
-L2_GRID = tuple(10.0 ** (k / 2) for k in range(-12, 1))  # 1e-6 to 1, two values a decade
-_BEYOND = 4  # values that are added beyond an end of the grid where the least log-loss is
+_BEYOND = 4  # values, two a decade, that are added beyond an end of the grid where the least log-loss is
 _L2_RANGE = (1e-10, 1e3)  # at most; a pair's reward difference then has a prior std of 1e5 or .03 over sqrt(P)
 _BLOCK = 1 << 24  # elements of the differences that are computed at once
 _COLUMNS = 1 << 26  # elements of [P, problems] that are solved at once: 512 MB each
@@ -265,9 +265,9 @@ def _extension(grid: list[float], best: int) -> tuple[list[float], str | None]:
     if 0 < best < len(grid) - 1:
         return [], None
     low = best == 0
-    end, step = (grid[0], grid[0] / grid[1]) if low else (grid[-1], grid[-1] / grid[-2])
-    more = [end * step ** (k + 1) for k in range(_BEYOND)]
-    more = [value for value in more if _L2_RANGE[0] * 0.99 <= value <= _L2_RANGE[1] * 1.01]
+    steps = [(-k if low else k) / 2 for k in range(1, _BEYOND + 1)]
+    more = [float(f"{grid[best] * 10**step:.1g}") for step in steps]
+    more = [value for value in more if _L2_RANGE[0] <= value <= _L2_RANGE[1]]
     return (sorted(more), None) if more else ([], "low" if low else "high")
 
 

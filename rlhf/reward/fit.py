@@ -48,12 +48,13 @@ _CACHED_BYTES = 4 << 30  # up to this size all standardised features are kept in
 
 
 class PairFeatures(NamedTuple):
-    """Features of P pairs: chosen, rejected [P, D]; p_hat, margin [P] or None."""
+    """Features of P pairs: chosen, rejected [P, D]; p_hat, margin [P] or None; prompts [P] integer labels or None."""
 
     chosen: Tensor
     rejected: Tensor
     p_hat: Tensor | None = None
     margin: Tensor | None = None
+    prompts: Tensor | None = None
 
 
 class Fit(NamedTuple):
@@ -126,7 +127,7 @@ def fit_heads(
     progress: bool = True,
     checkpoint: Path | str | None = None,
 ) -> Fit:
-    """Train reward heads on the features of P pairs. Equal inputs and configs give equal bits.
+    """Train reward heads on the features of P pairs by AdamW. Equal inputs and configs give equal bits.
 
     Args:
         chosen, rejected: [P, D] features, any floating dtype, on the device to train on.

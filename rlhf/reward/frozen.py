@@ -10,6 +10,7 @@ from ...engine import EnsembleRewardModel, calibrate
 from ..evaluation.statistics import hidden_norms
 from ..models.features import model_fingerprint
 from ..models.loading import load_language_model
+from .convex import RidgeFit
 from .fit import PairFeatures
 from .pet.stage import PETStage, pessimistic_aggregation
 from .run import Run, Scored, Truncation, with_head
@@ -18,10 +19,11 @@ from .two_stage import fit_two_stages
 
 
 class FrozenResult(NamedTuple):
-    """scored: "single" (stage 1), "start" (before PET), "final", if the run has them. pet: PET's part of train.json."""
+    """scored: "single" (stage 1), "start" (before PET), "final", if the run has them. parts: further parts of
+    train.json, "fit" (an exact stage 1) and "pet"."""
 
     scored: dict[str, Scored]
-    pet: dict[str, Any] | None
+    parts: dict[str, Any]
 
 
 class _Loaded(NamedTuple):
@@ -33,7 +35,7 @@ class _Loaded(NamedTuple):
 
 def train_frozen(run: Run) -> FrozenResult:
     """Compute the features once, train every stage on them, and save the models."""
-    config, scored = run.config, {}
+    config, scored, parts = run.config, {}, {}
     model, policy = _load(run)
     train, cut = run.read("model", model, run.train)
     held_out, held_cut = run.read("model", model, run.held_out) if run.held_out else (None, Truncation(0, 0, 0))
@@ -43,15 +45,20 @@ def train_frozen(run: Run) -> FrozenResult:
         run.log.metrics(0, hidden_norms(*held_out), prefix="features/eval")
     final = model.score
     if config.supervised is not None:
+
+        def note(fit: RidgeFit) -> None:
+            parts["fit"] = fit.summary()
+
         heads = fit_two_stages(
-            PairFeatures(*train, None, run.margins(run.train)),
+            PairFeatures(*train, None, run.margins(run.train), run.prompts(run.train)),
             config.bt,
             config.brme if config.supervised == "brme" else None,
             seed=config.seed,
             stage1=None if config.stage1 is None else model.score,
             evaluation=None if held_out is None else PairFeatures(*held_out, None, run.margins(run.held_out)),
             aggregation=config.aggregation,
-            on_stage1=lambda head: run.save("stage1", model, head),
+            on_fit=note,
+            on_stage1=lambda head: run.save("stage1", model, head, parts.get("fit")),
             checkpoints=run.folder / "checkpoints",
             log=run.log,
             progress=run.progress,
@@ -59,15 +66,14 @@ def train_frozen(run: Run) -> FrozenResult:
         scored["single"] = Scored(heads.single, held_out)
         final = heads.final.frozen_copy()  # stage 1 stays uncalibrated: its differences are Bradley-Terry logits
         calibrate(final, torch.cat(train))
-    pet = None
     if config.stage == "pet":
         if config.supervised == "brme":
             run.save("start", model, final)
         scored["start"] = Scored(final, held_out)
         stage = PETStage(run, policy, pessimistic_aggregation(config, final))
-        final, pet = stage.heads(run.scorer("model", model), final, train, held_out)
-    run.save("model", model, final)
-    return FrozenResult({**scored, "final": Scored(final, held_out)}, pet)
+        final, parts["pet"] = stage.heads(run.scorer("model", model), final, train, held_out)
+    run.save("model", model, final, parts.get("fit") if config.stage == "bt" else None)
+    return FrozenResult({**scored, "final": Scored(final, held_out)}, parts)
 
 
 def _load(run: Run) -> _Loaded:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..job.files import read_json
 from ..job.folder import open_run_folder
+from ..report.fit import fit_sentence
 from ..report.words import accuracy_cells, aligned, count, few_prompts, truncated_texts
 from .config import TrainConfig
 
@@ -34,6 +35,7 @@ class TrainResult:
         lines = [f"{self.folder}: {head}", f"{pairs} trained on, {m['held_out_pairs']} held out"]
         lines += [f"{what}: {m['dropped'][key]}" for key, what in _DROPPED.items() if m["dropped"][key]]
         lines += _truncation_lines(m.get("truncated"))
+        lines += [fit_sentence(m["fit"])] if "fit" in m else []
         lines += _accuracy_lines(m) if m["accuracy"] else []
         lines += _pet_lines(m["pet"]) if "pet" in m else []
         lines.append(f"model: {self.folder / 'model'}")

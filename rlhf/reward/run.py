@@ -15,10 +15,12 @@ from torch import Tensor
 from ...engine import EnsembleHead, EnsembleRewardModel, Scorer
 from ...kernels import Aggregation
 from ..data.pairs import PreferencePair, both_sides, load_pairs, names_of_sides
+from ..evaluation.statistics import group_labels
 from ..job.files import atomic_folder, atomic_write_json, read_json
 from ..job.log import RunLog
 from ..models.features import compute_features
 from ..models.loading import load_tokenizer, load_trunk
+from ..report.fit import FIT_FILE
 from ..report.words import truncated_texts
 from .config import FitConfig, TrainConfig
 from .start import check_given, split_readable
@@ -181,8 +183,15 @@ class Run:
             return None
         return torch.tensor([pair.margin or 0.0 for pair in pairs], device=self.device)
 
-    def save(self, name: str, model: EnsembleRewardModel, head: EnsembleHead) -> None:
-        """Save `head` on the model's trunk, with the tokeniser, in the folder `name`, unless that exists."""
+    def prompts(self, pairs: list[PreferencePair]) -> Tensor:
+        """[P] int64 labels, equal for pairs of one prompt, on the run's device."""
+        return group_labels(pair.prompt_key for pair in pairs).to(self.device)
+
+    def save(
+        self, name: str, model: EnsembleRewardModel, head: EnsembleHead, fit: dict[str, Any] | None = None
+    ) -> None:
+        """Save `head` on the model's trunk, with the tokeniser and how the head was fitted, in the folder `name`,
+        unless that exists."""
         target = self.folder / name
         if target.exists():
             return
@@ -190,6 +199,8 @@ class Run:
         with atomic_folder(target) as folder:
             whole.save_pretrained(folder)
             self.tokenizers[name].save_pretrained(folder)
+            if fit is not None:
+                atomic_write_json(folder / FIT_FILE, fit)
 
 
 def with_head(model: EnsembleRewardModel, head: EnsembleHead, trunk: Any = None) -> EnsembleRewardModel:

@@ -66,11 +66,12 @@ def _mode(config: TrainConfig) -> str:
 
 def _trained(run: Run) -> dict[str, Any]:
     """Train every stage that is not done yet; write train.json and return its content."""
-    pet = None
+    parts: dict[str, Any] = {}
     if run.mode == "head":
-        scored, pet = train_frozen(run)
+        scored, parts = train_frozen(run)
     else:
         scored, pet = train_whole(run)
+        parts = {} if pet is None else {"pet": pet}
     metrics = {
         "mode": run.mode,
         "train_pairs": len(run.train),
@@ -78,7 +79,7 @@ def _trained(run: Run) -> dict[str, Any]:
         "dropped": run.dropped,
         "truncated": run.counts.get("truncated"),
         **(_accuracies(run, scored) if run.held_out else {"accuracy": {}}),
-        **({} if pet is None else {"pet": pet}),
+        **parts,
     }
     atomic_write_json(run.folder / "train.json", metrics)
     return metrics

@@ -12,8 +12,9 @@ from torch import Tensor
 from ...engine.head import EnsembleHead
 from ...kernels import Aggregation
 from ..job.log import RunLog
-from .config import BradleyTerryConfig, BRMEConfig, PETConfig
-from .fit import PairFeatures, fit_heads
+from .config import BradleyTerryConfig, BRMEConfig, PETConfig, refuse_unread_by_solver
+from .convex import RidgeFit, fit_ridge
+from .fit import PairFeatures, fit_heads, pair_metrics
 
 _MARGIN = 1e-7  # smallest distance of p_hat from 0 and 1
 
@@ -40,6 +41,7 @@ def fit_two_stages(
     stage1: EnsembleHead | None = None,
     evaluation: PairFeatures | None = None,
     aggregation: str | Aggregation | None = None,
+    on_fit: Callable[[RidgeFit], None] | None = None,
     on_stage1: Callable[[EnsembleHead], None] | None = None,
     checkpoints: Path | None = None,
     log: RunLog | None = None,
@@ -48,17 +50,20 @@ def fit_two_stages(
     """Train one head by Bradley-Terry (BRME eq. 3), then K heads by eq. 8 on its probabilities.
 
     Args:
-        pairs: training pairs; stage 1 uses `margin`; `p_hat` is ignored, because stage 1 computes it.
+        pairs: training pairs; stage 1 uses `margin`, with solver newton also `prompts`; `p_hat` is ignored, because
+            stage 1 computes it.
         brme: None stops after stage 1.
         seed: added to the seed of each config.
         stage1: a trained head to use instead of training stage 1.
-        evaluation: held-out pairs, evaluated after every epoch of each stage.
+        evaluation: held-out pairs, evaluated after every epoch of each stage, and after an exact fit.
         aggregation: the ensemble's; None: `fit_heads`'s default.
+        on_fit: called with stage 1's exact fit (solver newton), before `on_stage1`.
         on_stage1: called with stage 1's head before stage 2 begins.
         checkpoints: folder of bt.pt and brme.pt, from which a killed training resumes.
 
     Raises:
-        ValueError: as `fit_heads`.
+        ValueError: as `fit_heads` and `fit_ridge`; for solver newton without prompts; for a key that the solver does
+            not read.
     """
     options: dict[str, Any] = {"log": log, "progress": progress}
 
@@ -67,6 +72,13 @@ def fit_two_stages(
 
     single = stage1
     if single is None:
+        refuse_unread_by_solver(bt)
+    if single is None and bt.solver == "newton":
+        fit = _exact(pairs, seeded(bt, seed), evaluation, log)
+        single = fit.head
+        if on_fit is not None:
+            on_fit(fit)
+    elif single is None:
         single = fit_heads(
             pairs.chosen,
             pairs.rejected,
@@ -94,6 +106,38 @@ def fit_two_stages(
         **options,
     ).head
     return TwoStages(single, final)
+
+
+def _exact(
+    pairs: PairFeatures, config: BradleyTerryConfig, evaluation: PairFeatures | None, log: RunLog | None
+) -> RidgeFit:
+    """Solve stage 1; log the curve, a row for each penalty, and a row of the result as `fit_heads` logs an epoch."""
+    if pairs.prompts is None:
+        raise ValueError(
+            "prompts: expected labels of the pairs for bt.solver newton, which holds out prompts, got none"
+        )
+    fit = fit_ridge(
+        pairs.chosen,
+        pairs.rejected,
+        pairs.prompts,
+        margin=pairs.margin,
+        grid=config.l2,
+        folds=config.folds,
+        seed=config.seed,
+        std_floor=config.std_floor,
+    )
+    if log is None:
+        return fit
+    for step, point in enumerate(fit.curve):
+        log.metrics(step, {f"fit_{name}": value for name, value in point._asdict().items()}, prefix=config.stage)
+    row = {"l2": fit.l2, "loss": fit.log_loss}
+    if evaluation is not None and len(evaluation.chosen):
+        with torch.no_grad():
+            out = fit.head(torch.cat([evaluation.chosen, evaluation.rejected]))
+        measured = pair_metrics(out, config, margin=evaluation.margin)
+        row |= {f"eval_{name}": value for name, value in measured.items() if name != "std"}
+    log.metrics(fit.iterations, row, prefix=config.stage)
+    return fit
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ..job.config import JobConfig
-from ..reward.config import BradleyTerryConfig, BRMEConfig, PETConfig
+from ..reward.config import BradleyTerryConfig, BRMEConfig, PETConfig, refuse_unread_by_solver
 
 
 class ToyRewardConfig(JobConfig):
@@ -102,6 +102,11 @@ class RewardsConfig(JobConfig):
     bt: BradleyTerryConfig = Field(default=BradleyTerryConfig(), description="The single Bradley-Terry head.")
     brme: BRMEConfig = Field(default=BRMEConfig(), description="The ensemble of Gaussian heads.")
     pet: PETConfig = Field(default=PETConfig(), description="PET on both.")
+
+    @model_validator(mode="after")
+    def _keys_that_the_solver_reads(self) -> RewardsConfig:
+        refuse_unread_by_solver(self.bt)
+        return self
 
     @model_validator(mode="after")
     def _pet_keys_that_are_read(self) -> RewardsConfig:

@@ -95,7 +95,12 @@ def _train(
     chosen, rejected = pairs.features(rollouts, True)
     reference = torch.cat([rollouts[i].features for i in training]).float()
     single, ensemble = fit_two_stages(
-        PairFeatures(chosen, rejected), config.bt, config.brme, seed=seed, aggregation=spec, progress=False
+        PairFeatures(chosen, rejected, prompts=torch.tensor(pairs.prompt)),
+        config.bt,
+        config.brme,
+        seed=seed,
+        aggregation=spec,
+        progress=False,
     )
     for head in (single, ensemble):
         calibrate(head, reference)

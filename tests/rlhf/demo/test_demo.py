@@ -62,6 +62,18 @@ def test_the_run_folder_holds_everything(finished: tuple[DemoConfig, Any]) -> No
     assert not list(folder.glob(".*tmp*"))
 
 
+def test_an_exact_single_head_shows_how_its_penalty_was_chosen(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    bt = {"solver": "newton", "l2": (1e-3, 1e-2, 1e-1)}
+    config = _config(tiny_chat_folder, tmp_path / "run", bt=bt)
+    metrics = run_demo(config, progress=False).metrics
+    assert metrics["fit"] == json.loads((config.output / "single" / "fit.json").read_text())
+    page = (config.output / "report.html").read_text()
+    assert "Single head: L2" in page
+    assert "held-out log-loss" in page
+    with pytest.raises(ValueError, match=r"bt\.lr: has no effect with bt\.solver newton"):
+        _config(tiny_chat_folder, tmp_path / "other", bt={**bt, "lr": 0.1})
+
+
 def test_the_saved_models_score_text_as_the_run_scored_features(finished: tuple[DemoConfig, Any]) -> None:
     folder = finished[0].output
     rows = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]

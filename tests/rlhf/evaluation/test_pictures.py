@@ -36,6 +36,8 @@ def every_picture():
     yield pictures.accuracy({name: S.pair_accuracy(*pair) for name, pair in pairs.items()})
     yield pictures.margins({name: S.normalised_margin(*pair) for name, pair in pairs.items()})
     yield pictures.coverage(pairs)
+    curve = [{"l2": l2, "log_loss": 0.6 + l2, "standard_error": 0.01} for l2 in (0.001, 0.01)]
+    yield pictures.penalties(curve, 0.001)
     yield pictures.reliability(signal, auroc={"std": S.Interval(0.61, 0.5, 0.7)})
     yield pictures.head_correlation({"rewards": S.correlation(normal(20, 5)), "margins": [[1.0, None], [None, 1.0]]})
     yield pictures.scoring({"nominal": 0.5, "worst": 0.9})

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from prudent.engine import EnsembleHead
+from prudent.rlhf.job.log import RunLog, read_metrics
 from prudent.rlhf.reward.config import BradleyTerryConfig, BRMEConfig
+from prudent.rlhf.reward.convex import RidgeFit, fit_ridge
 from prudent.rlhf.reward.fit import PairFeatures, fit_heads
 from prudent.rlhf.reward.two_stage import fit_two_stages, preference_probability
 
@@ -81,3 +83,42 @@ def test_a_saturated_p_hat_stays_between_0_and_1_in_float32_too(difference: floa
     p = preference_probability(*_difference(difference)).float()
     assert 0 < float(p) < 1
     assert abs(float(p) - (difference > 0)) < 2e-7
+
+
+NEWTON = BradleyTerryConfig(solver="newton", l2=(1e-3, 1e-2, 1e-1), folds=4, seed=1)
+
+
+def test_stage_1_may_be_solved_exactly(tmp_path: Path) -> None:
+    pairs = _pairs()._replace(prompts=torch.arange(60) // 5)
+    fits: list[RidgeFit] = []
+    with RunLog(tmp_path) as log:
+        heads = fit_two_stages(
+            pairs, NEWTON, BRME, seed=5, evaluation=pairs, on_fit=fits.append, log=log, progress=False
+        )
+    assert pairs.prompts is not None
+    ours = fit_ridge(pairs.chosen, pairs.rejected, pairs.prompts, margin=pairs.margin, grid=NEWTON.l2, folds=4, seed=6)
+    assert torch.equal(heads.single.weight, ours.head.weight)
+    assert fits[0].curve == ours.curve
+    rows = [row for row in read_metrics(tmp_path) if any(key.startswith("bt/") for key in row)]
+    assert [row["bt/fit_l2"] for row in rows[:-1]] == [point.l2 for point in ours.curve]
+    assert rows[0]["bt/fit_log_loss"] == ours.curve[0].log_loss
+    assert rows[-1]["bt/l2"] == ours.l2
+    assert rows[-1]["bt/loss"] == ours.log_loss == pytest.approx(rows[-1]["bt/eval_loss"], rel=1e-5)
+    assert 0.5 < rows[-1]["bt/eval_accuracy_mean"] <= 1
+
+
+def test_an_exact_stage_1_needs_prompts_and_refuses_what_it_does_not_read() -> None:
+    with pytest.raises(ValueError, match=r"prompts: expected labels of the pairs for bt\.solver newton"):
+        fit_two_stages(_pairs(), NEWTON, None, progress=False)
+    pairs = _pairs()._replace(prompts=torch.arange(60))
+    for change, message in (
+        ({"lr": 0.1}, r"bt\.lr: has no effect with bt\.solver newton: set bt\.solver to adamw"),
+        ({"bsr_scope": "global"}, r"bt\.bsr_scope: has no effect with bt\.solver newton"),
+        (
+            {"bsr": 0.001},
+            r"bt\.bsr: expected 0 with bt\.solver newton, because batch-sum .* got 0\.001: set",
+        ),
+        ({"solver": "adamw"}, r"bt\.l2: has no effect with bt\.solver adamw: set bt\.solver to newton"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit_two_stages(pairs, NEWTON.model_copy(update=change), None, progress=False)
