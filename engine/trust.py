@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ def fit_trust(
     prompts: Tensor | None = None,
     head: EnsembleHead | None = None,
     shrinkage: float | None = None,
+    columns: Tensor | None = None,
 ) -> TrustRegion:
     """Fit the region in which the features of reference responses lie.
 
@@ -52,6 +53,7 @@ def fit_trust(
         head: its mean over heads, calibrated as it is, gives `unit`: the standard deviation within a prompt, or over
             all rows without `prompts` or if no prompt has two. None: unit 1.
         shrinkage: the share by which eigenvalues are drawn towards their mean, in [0, 1]; None: Ledoit and Wolf's.
+        columns: [D] bool, the features that the distance reads; None: all. See `columns_of_taps`.
 
     Returns:
         A TrustRegion in fp32 on the features' device. The same input gives the same region.
@@ -60,7 +62,35 @@ def fit_trust(
         ValueError: for another shape or dtype, fewer than 20 rows, values that are not finite, rows that are all the
             same, or an option out of range.
     """
-    _check(features, directions, prompts, shrinkage)
+    _check(features, directions, prompts, shrinkage, columns)
+    unit = _unit(head, features, prompts)
+    if columns is None:
+        return _region(features, directions, prompts, shrinkage, unit)
+    columns = columns.to(features.device)
+    part = _region(features[:, columns], directions, prompts, shrinkage, unit)
+    wide = features.new_zeros(features.shape[1], dtype=torch.float32)
+    spread = wide.new_zeros(len(part.weights), len(wide))
+    spread[:, columns] = part.directions
+    return part._replace(
+        mean=wide.masked_scatter(columns, part.mean),
+        precision=wide.masked_scatter(columns, part.precision),
+        directions=spread,
+    )
+
+
+def columns_of_taps(taps: Sequence[str] | None, width: int) -> Tensor | None:
+    """[len(taps) * width] bool, the features that a distance reads of a model with these taps (`engine.taps`).
+
+    Means over the response, if there are any: they show foreign text best. (SmolLM2-135M, eight kinds of it, 1888
+    reference responses: AUROC .95 of mean:20 alone, .91 with last:30 beside it, .64 of last:30 alone.) None: all.
+    """
+    reads = [str(tap).startswith("mean:") for tap in taps or ()]
+    return torch.tensor(reads).repeat_interleave(width) if any(reads) and not all(reads) else None
+
+
+def _region(
+    features: Tensor, directions: int, prompts: Tensor | None, shrinkage: float | None, unit: Tensor
+) -> TrustRegion:
     n, dim = features.shape
     shape = _Shape(min(directions, dim - 1, n // 4), shrinkage, torch.finfo(features.dtype).eps)
     fold = _folds(n, prompts).to(features.device)
@@ -74,7 +104,7 @@ def fit_trust(
         moments = None if total is None else total.without(_moments(held, pilot))
         unseen[fold == k] = _fit(rest, moments, shape).square_distance(held)
     edge = unseen.kthvalue(round(EDGE * n)).values  # torch.quantile takes at most 2^24 numbers
-    region = whole.region(edge, _unit(head, features, prompts))
+    region = whole.region(edge, unit)
     if not all(bool(tensor.isfinite().all()) for tensor in region):
         raise ValueError("fit_trust: features: expected a range that fp32 holds, got features too small or too large")
     return region
@@ -232,7 +262,9 @@ def _unit(head: EnsembleHead | None, features: Tensor, prompts: Tensor | None) -
     return mean.std()
 
 
-def _check(features: Tensor, directions: int, prompts: Tensor | None, shrinkage: float | None) -> None:
+def _check(
+    features: Tensor, directions: int, prompts: Tensor | None, shrinkage: float | None, columns: Tensor | None
+) -> None:
     def refuse(argument: str, expected: str, got: object) -> None:
         raise ValueError(f"fit_trust: {argument}: expected {expected}, got {got}")
 
@@ -249,3 +281,8 @@ def _check(features: Tensor, directions: int, prompts: Tensor | None, shrinkage:
         refuse("prompts", f"whole numbers [{len(features)}]", f"{list(prompts.shape)} of {prompts.dtype}")
     if shrinkage is not None and not 0 <= shrinkage <= 1:
         refuse("shrinkage", "a share from 0 to 1", shrinkage)
+    if columns is not None:
+        if columns.dtype != torch.bool or columns.shape != features.shape[1:]:
+            refuse("columns", f"[{features.shape[1]}] of bool", f"{list(columns.shape)} of {columns.dtype}")
+        if not bool(columns.any()):
+            refuse("columns", "at least one feature to read", "none")

@@ -170,6 +170,22 @@ def test_the_unit_is_the_spread_of_the_mean_head_within_a_prompt():
     assert fit_trust(features).unit.tolist() == [1]
 
 
+def test_a_distance_can_read_some_features_alone():
+    features, fresh = World().rows(200), World(seed=1).rows(50)
+    columns = torch.zeros(WIDTH, dtype=torch.bool)
+    columns[5::3] = True
+    whole, part = fit_trust(features, columns=columns), fit_trust(features[:, columns])
+    torch.testing.assert_close(distance(fresh, whole), distance(fresh[:, columns], part))
+    fresh[:, ~columns] += 100
+    torch.testing.assert_close(distance(fresh, whole), distance(fresh[:, columns], part))
+
+
+def test_of_a_models_taps_the_distance_reads_the_means_over_the_response():
+    assert trust.columns_of_taps(["last:4", "mean:2"], 3).tolist() == [False] * 3 + [True] * 3
+    for all_or_nothing in (None, ["last:4"], ["mean:2", "mean:3"]):
+        assert trust.columns_of_taps(all_or_nothing, 3) is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -183,6 +199,8 @@ def test_the_unit_is_the_spread_of_the_mean_head_within_a_prompt():
         ({"directions": True}, "directions: expected a whole number, 0 or above, got True"),
         ({"shrinkage": 1.5}, "shrinkage: expected a share from 0 to 1, got 1.5"),
         ({"prompts": torch.zeros(29, dtype=torch.int64)}, r"prompts: expected whole numbers \[30\], got \[29\]"),
+        ({"columns": torch.ones(4)}, r"columns: expected \[4\] of bool, got \[4\] of torch.float32"),
+        ({"columns": torch.zeros(4, dtype=torch.bool)}, "columns: expected at least one feature to read, got none"),
         ({"prompts": torch.zeros(30)}, r"prompts: expected whole numbers \[30\], got .*float32"),
     ],
 )
