@@ -139,6 +139,15 @@ class EnsembleHead(nn.Module):
         for name, tensor in region._asdict().items():
             setattr(self, f"trust_{name}", tensor.detach().to(self.weight).clone())
 
+    def check_price(self, spec: Aggregation) -> None:
+        """Raise ValueError for an aggregation that prices a distance if there is no trust region to measure it from."""
+        if spec.trust is not None and self.trust is None:
+            raise ValueError(
+                f"aggregation: expected a model with a trust region for {str(spec)!r}, which prices the distance from "
+                "it, got one without: fit one with `prudent calibrate --model DIR --data FILE`, or in Python with "
+                "head.set_trust"
+            )
+
     def _make_room(self, directions: int) -> None:
         """Buffers of a region with `directions` directions, in which every distance is 0."""
         wide, one = self.weight.new_zeros(self.hidden_size), self.weight.new_ones(1)
@@ -203,9 +212,7 @@ class EnsembleHead(nn.Module):
                 naming the argument.
         """
         spec = self._aggregation if aggregation is None else Aggregation.parse(aggregation)
-        trust = self.trust
-        if spec.trust is not None and trust is None:
-            raise ValueError(without_trust(str(spec)))
+        self.check_price(spec)
         with torch.autocast(hidden.device.type, enabled=False):
             return ensemble_reward(
                 hidden,
@@ -220,7 +227,7 @@ class EnsembleHead(nn.Module):
                 aggregation=spec,
                 centre=centre,
                 std_floor=self.std_floor,
-                trust=trust,
+                trust=self.trust,
             )
 
     def frozen_copy(self) -> EnsembleHead:
@@ -246,11 +253,3 @@ class EnsembleHead(nn.Module):
 
         super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def without_trust(aggregation: str) -> str:
-    """The error for an aggregation that prices a distance which the model does not measure."""
-    return (
-        f"aggregation: expected a model with a trust region for {aggregation!r}, which prices the distance from it, "
-        "got one without: fit one with `prudent calibrate --model DIR --data FILE`, or in Python with head.set_trust"
-    )

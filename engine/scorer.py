@@ -15,7 +15,6 @@ from tqdm import tqdm
 from ..kernels import Aggregation, aggregate, nominal_reward, philox_normal
 from .config import max_positions
 from .eval_mode import evaluating
-from .head import without_trust
 from .text import Encoded, Item, ItemEncoder
 
 logger = logging.getLogger(__name__)
@@ -163,9 +162,8 @@ class Scorer:
         spec = head.aggregation if aggregation is None else Aggregation.parse(aggregation)
         k = head.num_heads
         spec.check_heads(k)
+        head.check_price(spec)
         region = head.trust
-        if spec.trust is not None and region is None:
-            raise ValueError(without_trust(str(spec)))
         if spec.centre == "group":
             raise ValueError(f"Scorer: aggregation: expected centre=none or centre=batch, got {str(spec)!r}")
         sequences, num_truncated = self._encode_all(items)

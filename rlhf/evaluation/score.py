@@ -29,7 +29,7 @@ from .config import ScoreConfig
 
 CHUNK_ROWS = 256  # rows read, scored and written at a time; bounds the memory, and the work that a kill loses
 _SIDES = ("chosen", "rejected")
-_FIELDS = ("reward", "nominal", "worst", "mean", "std")
+_FIELDS = ("reward", "nominal", "worst", "mean", "std", "distance")
 _OUTPUT = (*_FIELDS, "scores", "error")  # fields that a row of the input may not have: they would look like results
 
 
@@ -84,7 +84,9 @@ def run_score(
     line per row, in order (blank lines are skipped): the row's own fields, and
         reward, nominal, worst   floats; null if not finite
         mean, std                lists of K floats
-    or, for a pair, `scores`: {"chosen": the five, "rejected": the five}. Rewards are calibrated and not sampled. A row
+        distance                 float, from the reference responses, 1 = their 95 % quantile; only of a model that has
+                                 a trust region
+    or, for a pair, `scores`: {"chosen": these, "rejected": these}. Rewards are calibrated and not sampled. A row
     that has one of these fields already, or `error`, is a broken row: an old score could be taken for a new one.
     A broken row that is skipped has its own fields, a null `reward` and the `error`.
 
@@ -119,6 +121,7 @@ def run_score(
     _refuse_another_model(config, kept, origin)
     spec = (spec or scorer.model.score.aggregation).with_centre("none")
     spec.check_heads(scorer.model.score.num_heads)
+    scorer.model.score.check_price(spec)
     result = ScoreResult(config.output, rows=kept, kept=kept)
     total = None if config.data == "-" else os.path.getsize(config.data)
     with writing(config.output), ExitStack() as stack:  # closing the file writes too
@@ -290,11 +293,12 @@ def _try_encoding(row: _Row, scorer: Scorer) -> None:
 
 
 def _by_item(scores: Scores) -> Iterator[dict[str, Any]]:
-    columns = (scores.reward, scores.nominal, scores.worst, scores.mean.tolist(), scores.std.tolist())
+    distance = [] if scores.distance is None else [scores.distance.tolist()]
+    columns = (scores.reward, scores.nominal, scores.worst, scores.mean.tolist(), scores.std.tolist(), *distance)
     for values in zip(*columns, strict=True):
         yield {
             name: [_number(x) for x in value] if isinstance(value, list) else _number(value)
-            for name, value in zip(_FIELDS, values, strict=True)
+            for name, value in zip(_FIELDS, values, strict=False)
         }
 
 

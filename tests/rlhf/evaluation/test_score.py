@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from prudent import Aggregation, EnsembleRewardModel, Scorer
+from prudent import Aggregation, EnsembleRewardModel, Scorer, fit_trust
 from prudent.rlhf.evaluation import score
 from prudent.rlhf.evaluation.score import ScoreConfig, run_score
 
@@ -73,6 +73,29 @@ def test_another_aggregation_changes_the_reward_and_nothing_else(make):
         assert row["worst"] == min(row["mean"])
 
 
+def test_a_model_with_a_trust_region_gives_the_distance_of_each_response(make, model_folder, tmp_path):
+    model = EnsembleRewardModel.from_pretrained(model_folder)
+    model.score.set_trust(fit_trust(torch.randn(40, model.config.hidden_size)))
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.save_pretrained(folder)
+    config = make(ROWS[:4], model=str(folder), aggregation="trust:1")
+    run_score(config, progress=False)
+    *rows, pair = written(config)
+    want = Scorer(model, tokenizer, progress=False).score([ROWS[0], ROWS[1]], aggregation="trust:1")
+    assert [row["distance"] for row in rows[:2]] == pytest.approx(want.distance.tolist(), rel=1e-4)
+    assert [row["reward"] for row in rows[:2]] == pytest.approx(want.reward, rel=1e-4)
+    assert all(isinstance(side["distance"], float) for side in pair["scores"].values())
+
+
+def test_a_price_is_refused_before_a_row_is_read_if_the_model_has_no_trust_region(make):
+    config = make(ROWS[:1], aggregation="trust:1")
+    with pytest.raises(ValueError, match=r"prudent calibrate --model DIR --data FILE"):
+        run_score(config, progress=False)
+    assert not Path(config.output).exists()
+
+
 BROKEN = [
     ('{"prompt": "the food"', "JSON object per line"),
     ("[1, 2]", "one object per line, got an array"),
@@ -86,7 +109,7 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("field", ["reward", "nominal", "worst", "mean", "std", "scores", "error"])
+@pytest.mark.parametrize("field", ["reward", "nominal", "worst", "mean", "std", "distance", "scores", "error"])
 @pytest.mark.parametrize("row", [ROWS[0], ROWS[3]])
 def test_a_result_of_before_is_refused_and_never_stands_beside_a_new_one(make, field, row):
     config = make([{**row, field: "stale"}])
