@@ -77,6 +77,7 @@ def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
     head: EnsembleHead = scorer.model.score
     spec = (spec or head.aggregation).with_centre("none")
     spec.check_heads(head.num_heads)
+    head.check_price(spec)
     pairs = _readable(config, "data", pairs, data.counts, scorers, progress)
     features, truncated = _features(scorer, pairs, config, progress)
     chosen, rejected = _outputs(head, features)
@@ -86,12 +87,14 @@ def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
         others = _readable(config, "foreign", foreign_data.pairs, foreign_data.counts, scorers[:1], progress)
         foreign = _outputs(head, _features(scorer, others, config, progress)[0])
     std_ref = head.std_ref.detach().cpu()
+    unit = None if head.trust is None else head.trust.unit.cpu()
     sources = [pair.source for pair in pairs] if len({pair.source for pair in pairs}) > 1 else None
     evaluation = evaluate_heads(
         chosen,
         rejected,
         aggregation=spec,
         std_ref=std_ref,
+        unit=unit,
         prompts=[pair.prompt_key for pair in pairs],
         sources=sources,
         scores=_given_scores(pairs),
@@ -110,10 +113,10 @@ def run_eval(config: EvalConfig, *, progress: bool = True) -> EvalResult:
     pictures = []
     if config.pictures:
         finite = finite_pairs(chosen, rejected, spec, std_ref, compare)
-        drawn = pairs_of(chosen, rejected, finite, spec, std_ref)
+        drawn = pairs_of(chosen, rejected, finite, spec, std_ref, unit)
         others_drawn = {name: (c[finite], r[finite]) for name, (c, r) in compare.items()}
         labels = None if sources is None else source_labels(sources, finite)
-        foreign_drawn = _foreign_pairs(foreign, spec, std_ref)
+        foreign_drawn = _foreign_pairs(foreign, drawn)
         pictures = draw(config.output, metrics, drawn, others_drawn, foreign_drawn, labels)
     for path in {config.output / f"{name}.png" for name in _PICTURES} - set(pictures):
         path.unlink(missing_ok=True)  # of an earlier evaluation
@@ -182,7 +185,9 @@ def _outputs(head: EnsembleHead, features: tuple[Tensor, Tensor]) -> tuple[Side,
     sides = []
     for side in features:
         blocks = [head(block.to(head.weight.device), aggregation="mean") for block in side.split(_BLOCK_ROWS)]
-        sides.append(Side(torch.cat([b.mean for b in blocks]).cpu(), torch.cat([b.std for b in blocks]).cpu()))
+        distance = [block.distance for block in blocks if block.distance is not None]
+        mean, std = (torch.cat([getattr(block, name) for block in blocks]).cpu() for name in ("mean", "std"))
+        sides.append(Side(mean, std, torch.cat(distance).cpu() if distance else None))
     return sides[0], sides[1]
 
 
@@ -204,7 +209,10 @@ def _compared(
     head: EnsembleHead = other.model.score
     spec = head.aggregation.with_centre("none")
     std_ref = head.std_ref.detach().cpu()
-    chosen, rejected = (aggregate(o.mean, o.std, o.mean, spec, std_ref) for o in _outputs(head, features))
+    unit = None if head.trust is None else head.trust.unit.cpu()
+    chosen, rejected = (
+        aggregate(o.mean, o.std, o.mean, spec, std_ref, o.distance, unit) for o in _outputs(head, features)
+    )
     single = head.num_heads == 1 < scorer.model.score.num_heads
     return {SINGLE if single else "compared model": (chosen, rejected)}
 
@@ -223,7 +231,8 @@ def _lengths(pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
     return torch.tensor([float(len(c)) for c, _ in texts]), torch.tensor([float(len(r)) for _, r in texts])
 
 
-def _foreign_pairs(foreign: tuple[Side, Side] | None, spec: Aggregation, std_ref: Tensor) -> Pairs | None:
+def _foreign_pairs(foreign: tuple[Side, Side] | None, own: Pairs) -> Pairs | None:
     if foreign is None:
         return None
-    return pairs_of(*foreign, finite_pairs(*foreign, spec, std_ref, {}), spec, std_ref)
+    finite = finite_pairs(*foreign, own.spec, own.std_ref, {})
+    return pairs_of(*foreign, finite, own.spec, own.std_ref, own.unit)

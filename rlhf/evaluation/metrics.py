@@ -23,6 +23,7 @@ def evaluate_heads(
     *,
     aggregation: str | Aggregation = "tradeoff:0.4",
     std_ref: Tensor | None = None,
+    unit: Tensor | None = None,
     prompts: Sequence[Hashable] | None = None,
     sources: Sequence[Hashable] | None = None,
     scores: tuple[Tensor, Tensor] | None = None,
@@ -35,9 +36,10 @@ def evaluate_heads(
     """Evaluate K heads on P preference pairs by their means, without sampling noise.
 
     Args:
-        chosen, rejected: the heads' mean and std [P, K], calibrated, row i of both the same pair.
+        chosen, rejected: the heads' mean and std [P, K], calibrated, and any distance [P]; row i of both the same pair.
         aggregation: the reward under test, without its centring, which shifts both rewards of a pair equally.
         std_ref: [K] each head's typical std (`EnsembleHead.std_ref`), for nominal=relative_std.
+        unit: [1] of the trust region, for an aggregation that prices the distance.
         prompts: [P] keys; intervals resample prompts. None: every pair is its own prompt.
         sources: [P] keys of the data source; z-scores (margin, scoring) are taken per source; sources of fewer than
             20 pairs are taken together.
@@ -50,7 +52,8 @@ def evaluate_heads(
     Returns:
         JSON-able: pairs, prompts, excluded (pairs with a reward that is not finite), heads, aggregation; accuracy,
         difference, margin, coverage by scorer; signals (right_or_wrong, own_or_foreign: AUROC), reliability, scoring,
-        head_summary, features. A value that cannot be computed is None, and `reasons` explains it by the key's path.
+        distance, head_summary, features. A value that cannot be computed is None, and `reasons` explains it by the
+        key's path.
 
     Raises:
         ValueError: for shapes that differ, a wrong aggregation, or no pair with finite rewards.
@@ -60,7 +63,8 @@ def evaluate_heads(
     finite = finite_pairs(chosen, rejected, spec, std_ref, compare)
     if not finite.any():
         raise ValueError(f"evaluate_heads: expected pairs with finite rewards, got none among {len(finite)}")
-    pairs = pairs_of(chosen, rejected, finite, spec, std_ref)
+    pairs = pairs_of(chosen, rejected, finite, spec, std_ref, unit)
+    other = None if foreign is None else _foreign(foreign, pairs)
     groups = _labels(prompts, finite)
     options = {"resamples": resamples, "seed": seed}
     reasons: dict[str, str] = {}
@@ -84,10 +88,11 @@ def evaluate_heads(
         "coverage": {name: _coverage(*pair) for name, pair in rewards.items()},
         "signals": {
             "right_or_wrong": _right_or_wrong(pairs, rewards, groups, options, reasons),
-            "own_or_foreign": _own_or_foreign(pairs, foreign, spec, std_ref, groups, options, reasons),
+            "own_or_foreign": _own_or_foreign(pairs, foreign, other, groups, options, reasons),
         },
         "reliability": _reliability(pairs, rewards, groups, options, reasons),
         "scoring": _scoring(pairs, others, given_scores, labels, reasons),
+        "distance": _distance(pairs, other, reasons),
         "head_summary": _head_summary(pairs, reasons),
         "features": None,
     }
@@ -223,27 +228,31 @@ def _auroc(
     return interval._asdict()
 
 
+def _foreign(sides: tuple[HeadOutput, HeadOutput], own: Pairs) -> Pairs:
+    """The foreign pairs that have finite rewards."""
+    finite = finite_pairs(*sides, own.spec, own.std_ref, {})
+    if not finite.any():
+        raise ValueError(f"evaluate_heads: foreign: expected pairs with finite rewards, got none among {len(finite)}")
+    return pairs_of(*sides, finite, own.spec, own.std_ref, own.unit)
+
+
 def _own_or_foreign(
     pairs: Pairs,
     foreign: tuple[HeadOutput, HeadOutput] | None,
-    spec: Aggregation,
-    std_ref: Tensor | None,
+    other: Pairs | None,
     groups: Tensor,
     options: dict[str, int],
     reasons: dict[str, str],
 ) -> dict[str, Any] | None:
     """Signal -> AUROC of foreign against own data. Each foreign pair counts as a prompt of its own."""
     path = "signals.own_or_foreign"
-    if foreign is None:
+    if foreign is None or other is None:
         reasons[path] = "no foreign data given"
         return None
-    finite = finite_pairs(*foreign, spec, std_ref, {})
-    if not finite.any():
-        raise ValueError(f"evaluate_heads: foreign: expected pairs with finite rewards, got none among {len(finite)}")
-    other = pairs_of(*foreign, finite, spec, std_ref)
     ours, theirs = pairs.foreignness(), other.foreignness()
     their_groups = int(groups.max()) + 1 + torch.arange(len(other.chosen.mean))
-    result: dict[str, Any] = {"pairs": int(finite.sum()), "excluded": int((~finite).sum()), "std": None}
+    used = len(other.chosen.mean)
+    result: dict[str, Any] = {"pairs": used, "excluded": len(foreign[0].mean) - used, "std": None}
     for name in ours:
         signal = torch.cat([ours[name], theirs[name]])
         is_foreign = torch.arange(len(signal)) >= len(ours[name])
@@ -313,6 +322,19 @@ def _scoring(
     if result["std_against_error"] is None:
         constant = "the std or the error is the same everywhere"
         reasons["scoring.std_against_error"] = UNTRAINED if pairs.num_heads == 1 else constant
+    return result
+
+
+def _distance(pairs: Pairs, other: Pairs | None, reasons: dict[str, str]) -> dict[str, Any] | None:
+    """Side -> median and 95 % quantile of its distances, and the share beyond 1: .05 of reference responses."""
+    sides = {"chosen": pairs.chosen, "rejected": pairs.rejected} | ({} if other is None else {"foreign": other.both})
+    result = {}
+    for name, side in sides.items():
+        if side.distance is None:
+            reasons["distance"] = "the model has no trust region: prudent calibrate fits one"
+            return None
+        median, high = torch.quantile(side.distance, torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
+        result[name] = {"median": median, "p95": high, "beyond": (side.distance > 1).double().mean().item()}
     return result
 
 

@@ -42,6 +42,11 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
         rows += [[name, *accuracy_cells(found, sign=True)] for name, found in differences.items()]
         blocks.append(aligned(rows))
     blocks.append(aligned(_signal_rows(m)))
+    if m["distance"] is not None:
+        rows = [["distance (1: 95 % of reference responses)", "median", "95 %", "beyond 1"]]
+        for name, found in m["distance"].items():
+            rows.append([name, f"{found['median']:.2f}", f"{found['p95']:.2f}", f"{100 * found['beyond']:.1f} %"])
+        blocks.append(aligned(rows))
     if m["scoring"] is not None:
         rows = [["given scores", "under-scored", "rank correlation"]]
         for name, found in m["scoring"]["scorers"].items():
@@ -91,6 +96,8 @@ def _signal_rows(m: Mapping[str, Any]) -> list[list[str]]:
         if own_or_foreign is not None:
             row.append(_auroc(own_or_foreign[name]))
         rows.append(row)
+    if own_or_foreign is not None and "distance" in own_or_foreign:
+        rows.append(["distance", *["-"] * len(targets), _auroc(own_or_foreign["distance"])])
     return rows
 
 
