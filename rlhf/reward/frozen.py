@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...engine import EnsembleRewardModel, calibrate
+from ...engine import EnsembleHead, EnsembleRewardModel, calibrate
 from ..evaluation.statistics import hidden_norms
 from ..models.features import model_fingerprint
 from ..models.loading import load_language_model
 from .convex import RidgeFit
 from .fit import PairFeatures
 from .pet.stage import PETStage, pessimistic_aggregation
-from .run import Run, Scored, Truncation, with_head
+from .region import place_region, without_price
+from .run import Run, Scored, Sides, Truncation, with_head
 from .start import load_frozen, load_stage1
 from .two_stage import fit_two_stages
 
@@ -43,7 +44,7 @@ def train_frozen(run: Run) -> FrozenResult:
     run.log.metrics(0, hidden_norms(*train), prefix="features/train")
     if held_out is not None:
         run.log.metrics(0, hidden_norms(*held_out), prefix="features/eval")
-    final = model.score
+    final, prompts = model.score, [pair.prompt_key for pair in run.train]
     if config.supervised is not None:
 
         def note(fit: RidgeFit) -> None:
@@ -56,9 +57,9 @@ def train_frozen(run: Run) -> FrozenResult:
             seed=config.seed,
             stage1=None if config.stage1 is None else model.score,
             evaluation=None if held_out is None else PairFeatures(*held_out, None, run.margins(run.held_out)),
-            aggregation=config.aggregation,
+            aggregation=without_price(config.aggregation),
             on_fit=note,
-            on_stage1=lambda head: run.save("stage1", model, head, parts.get("fit")),
+            on_stage1=lambda head: _save_stage1(run, model, head, train, parts.get("fit")),
             checkpoints=run.folder / "checkpoints",
             log=run.log,
             progress=run.progress,
@@ -66,14 +67,24 @@ def train_frozen(run: Run) -> FrozenResult:
         scored["single"] = Scored(heads.single, held_out)
         final = heads.final.frozen_copy()  # stage 1 stays uncalibrated: its differences are Bradley-Terry logits
         calibrate(final, torch.cat(train))
+    place_region(model.config, final, train, prompts, config.aggregation)
     if config.stage == "pet":
         if config.supervised == "brme":
             run.save("start", model, final)
         scored["start"] = Scored(final, held_out)
         stage = PETStage(run, policy, pessimistic_aggregation(config, final))
         final, parts["pet"] = stage.heads(run.scorer("model", model), final, train, held_out)
+        place_region(model.config, final, train, prompts, config.aggregation)  # its unit is that of the new heads
     run.save("model", model, final, parts.get("fit") if config.stage == "bt" else None)
     return FrozenResult({**scored, "final": Scored(final, held_out)}, parts)
+
+
+def _save_stage1(
+    run: Run, model: EnsembleRewardModel, head: EnsembleHead, train: Sides, fit: dict[str, Any] | None
+) -> None:
+    saved = head.frozen_copy()
+    place_region(model.config, saved, train, [pair.prompt_key for pair in run.train])
+    run.save("stage1", model, saved, fit)
 
 
 def _load(run: Run) -> _Loaded:

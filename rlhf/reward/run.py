@@ -23,6 +23,7 @@ from ..models.loading import load_tokenizer, load_trunk
 from ..report.fit import FIT_FILE
 from ..report.words import truncated_texts
 from .config import FitConfig, TrainConfig
+from .region import without_price
 from .start import check_given, split_readable
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class Run:
         torch.manual_seed(config.seed if losses is None else losses.seed)
         options: dict[str, Any] = {
             "num_heads": num_heads,
-            "aggregation": "mean" if num_heads == 1 else config.aggregation,
+            "aggregation": "mean" if num_heads == 1 else without_price(config.aggregation),
             "std_floor": None if losses is None else losses.std_floor,
             "append_eos": config.append_eos,
             "max_score_length": config.max_length,

@@ -17,12 +17,13 @@ from ..models.loading import load_language_model, load_reward
 from .config import FitConfig
 from .losses import partition
 from .pet.stage import PETStage, pessimistic_aggregation
+from .region import place_region
 from .run import Run, Scored, Truncation
 from .start import load_frozen, load_stage1
 from .trunk import train_trunk
 from .two_stage import preference_probability, seeded
 
-_CALIBRATION_PAIRS = 2000  # give a head's mean and std to about 1.6 %; only calibration needs their features
+_CALIBRATION_PAIRS = 2000  # give a head's mean and std to about 1.6 %; their features are computed for that alone
 
 
 class WholeResult(NamedTuple):
@@ -76,7 +77,7 @@ def _supervised(run: Run, name: str) -> tuple[Scored, EnsembleRewardModel]:
             del stage1, model  # one trunk in memory at a time
             model = _train_stage(run, seeded(config.brme, config.seed), (p_hat, held_p))
         model.score = model.score.frozen_copy()
-        calibrate(model.score, torch.cat(run.features("model", model, run.train[:_CALIBRATION_PAIRS])))
+        _place_region(run, model, calibrates=True)
         if name == "model" or config.supervised == "brme":
             run.save(name, model, model.score)
     return single, model
@@ -88,9 +89,20 @@ def _pessimistic(run: Run, start: EnsembleRewardModel) -> tuple[EnsembleRewardMo
     policy = load_language_model("model", config.model, config.dtype).to(run.device).eval()
     lora = None if config.supervised is None else run.folder / "checkpoints" / config.supervised / "adapter"
     stage = PETStage(run, policy, pessimistic_aggregation(config, start.score))
-    model, entry = stage.model(start, lora, _saved(run, "model"))
-    run.save("model", model, model.score)
+    finished = _saved(run, "model")
+    model, entry = stage.model(start, lora, finished)
+    if finished is None:
+        _place_region(run, model, calibrates=False)
+        run.save("model", model, model.score)
     return model, entry
+
+
+def _place_region(run: Run, model: EnsembleRewardModel, *, calibrates: bool) -> None:
+    pairs = run.train[:_CALIBRATION_PAIRS]
+    features = run.features("model", model, pairs)
+    if calibrates:
+        calibrate(model.score, torch.cat(features))
+    place_region(model.config, model.score, features, [pair.prompt_key for pair in pairs], run.config.aggregation)
 
 
 def _scored(run: Run, name: str, model: EnsembleRewardModel) -> Scored:

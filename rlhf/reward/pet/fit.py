@@ -222,6 +222,7 @@ class _State(HeadTraining):
 def _scaled(head: EnsembleHead, scaling: Scaling) -> EnsembleHead:
     """The head for scaled features that equals `head` on raw ones: W' = W s, b' = b + W m; ready to train."""
     scaled = head.frozen_copy()
+    scaled.set_trust(None)  # it lies in raw features
     if head.num_heads == 1:
         scaled.reset_calibration()
     weight, inverse = head.weight.double(), scaling.inverse.double()

@@ -22,6 +22,7 @@ from ...sampling.stored import Request, Rollout, sample
 from ...sampling.tokens import Sampling
 from ...sampling.turn import Turn
 from ..config import TrainConfig
+from ..region import without_price
 from ..run import Run, Sides, with_head
 from ..two_stage import seeded
 from .fit import PETFeatures, fit_pet, measure_pet
@@ -217,8 +218,8 @@ class PETStage:
 
 
 def pessimistic_aggregation(config: TrainConfig, start: EnsembleHead) -> str:
-    """The aggregation that PET makes pessimistic."""
-    aggregation = "mean" if start.num_heads == 1 else config.aggregation
+    """The aggregation that PET makes pessimistic, without a price of distance."""
+    aggregation = "mean" if start.num_heads == 1 else without_price(config.aggregation)
     Aggregation.parse(aggregation).check_heads(start.num_heads)
     return aggregation
 
