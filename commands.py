@@ -108,9 +108,9 @@ examples:
         "ScoreConfig",
         "run_score",
         "write the reward of every line of a file",
-        """Read JSON lines and write the same lines with reward, nominal, worst, and the mean and std of every head. A
-line holds prompt and response, or messages, or a pair (chosen, rejected). The order is kept; memory use does not grow
-with the file.
+        """Read JSON lines and write the same lines with reward, nominal, worst, the mean and std of every head, and the
+distance from the reference responses (1: their 95 % quantile). A line holds prompt and response, or messages, or a pair
+(chosen, rejected). The order is kept; memory use does not grow with the file.
 
 examples:
   prudent score --model runs/reward/model --data responses.jsonl --output scored.jsonl
@@ -147,6 +147,30 @@ examples:
             "pictures",
         ),
         "the same command starts over (with --set feature_cache=FOLDER it keeps the features)",
+    ),
+    "calibrate": Job(
+        "reward.calibrate",
+        "CalibrateConfig",
+        "run_calibrate",
+        "refit what a reward model knows: its trust region, and the scale of its heads",
+        """The trust region says where a reward was taught: its distance is 1 at the edge of 95 % of the reference
+responses, and more for text unlike them, whatever the heads say. `prudent train` fits it to the training responses.
+Refit it, without labels, to responses of the policy that you will optimise, then let the reward fall with the distance:
+--aggregation trust:1 takes one unit (a standard deviation of the reward within a prompt) at the edge, four at
+distance 2; trust:3,from=1,power=1 takes nothing inside.
+
+A line of the data holds prompt and response, or messages, or a pair (chosen, rejected), as for `prudent score`; 20 are
+needed, thousands are better, to prompts like those of the policy. --scale-data measures shift, scale and std_ref of the
+heads too: each head then has mean 0 and standard deviation 1 on that file (BRME, arXiv 2409.15360, appendix F). The
+weights stay as they are. The model's folder is exchanged in one step, or written to --output.
+
+examples:
+  prudent calibrate --model runs/reward/model --data policy_samples.jsonl
+  prudent calibrate --model runs/reward/model --data policy_samples.jsonl --aggregation trust:1
+  prudent calibrate --model my/one-head-reward --data samples.jsonl --scale-data hh.jsonl --output runs/calibrated""",
+        ("model", "data", "output", "scale_data", "aggregation", "skip_bad_rows"),
+        ("directions", "shrinkage", "limit", "features", "max_length", "batch_tokens", "append_eos"),
+        "the same command starts over (with --set features=FOLDER it keeps the features)",
     ),
     "plan": Job(
         "plan.plan",

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from ...engine.taps import check_taps
+from ...engine.trust import DIRECTIONS
 from ...kernels import STD_FLOOR, Aggregation
 from ..job.config import JobConfig
 
@@ -365,3 +366,47 @@ def refuse_unread_by_solver(bt: BradleyTerryConfig) -> None:
 
 def _changed(config: JobConfig) -> list[str]:
     return [name for name, field in type(config).model_fields.items() if getattr(config, name) != field.default]
+
+
+class CalibrateConfig(JobConfig):
+    """The config of `prudent calibrate`."""
+
+    model: str = Field(description="Reward model, an ensemble or any one-head sequence classifier: folder or hub name.")
+    data: str = Field(
+        description="Responses of the policy that the reward shall trust: JSON lines, Parquet, or a data set name."
+    )
+    output: Path | None = Field(
+        default=None, description="Folder for the calibrated model; null: it replaces the model's own folder."
+    )
+    scale_data: str | None = Field(
+        default=None,
+        description="Responses whose rewards get mean 0 and standard deviation 1 in each head; null: scales stay.",
+    )
+    aggregation: str | None = Field(
+        default=None,
+        description="How the saved model combines K heads into one reward, e.g. trust:1 or lcb:1; null: as before.",
+    )
+    directions: int = Field(
+        default=DIRECTIONS, ge=0, description="Directions in which the trust region has a width of its own; 0: none."
+    )
+    shrinkage: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Share by which the widths are drawn towards their mean; null: what suits the number of rows.",
+    )
+    limit: int | None = Field(default=None, ge=1, description="Rows to read of each data file; null: all.")
+    skip_bad_rows: bool = Field(
+        default=False, description="Count broken rows and continue instead of stopping at the first."
+    )
+    append_eos: bool | None = Field(
+        default=None,
+        description="Whether a classifier trained elsewhere read EOS after plain texts; null: yes for decoders.",
+    )
+    batch_tokens: int = Field(default=4096, ge=1, description="Tokens in one forward pass, padding included.")
+    max_length: int | None = Field(
+        default=None, ge=1, description="Tokens kept, from the end, of a longer text; null: the model's limit."
+    )
+    features: Path | None = Field(
+        default=None, description="Folder of cached features, such as a training run's, to read and add to; null: none."
+    )
