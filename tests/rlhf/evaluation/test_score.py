@@ -179,8 +179,8 @@ def test_a_reward_that_is_not_finite_is_null_and_counted(make, monkeypatch):
     config = make(ROWS[:3])
     original = EnsembleRewardModel.features
 
-    def overflowing(self, input_ids, attention_mask):
-        hidden = original(self, input_ids, attention_mask)
+    def overflowing(self, input_ids, *rest):
+        hidden = original(self, input_ids, *rest)
         hidden[input_ids.shape[0] - 1] = math.inf  # the shortest of the batch
         return hidden
 
