@@ -208,7 +208,8 @@ examples:
         "run_recipe",
         "train a policy against a reward, and watch for reward hacking",
         """One trunk serves policy, reference, critic and reward: LoRA on (policy), LoRA off (reference), a value head,
-and the ensemble's heads if they fit the trunk. Every step logs reward, KL, length and how much the heads disagree.
+and the ensemble's heads if they fit the trunk. Every step logs reward, KL, length, how much the heads disagree, and the
+distance from the responses that the reward was fitted to.
 --gold adds a second reward, which is only watched; --stop-when ends the run, or rolls it back, when a metric meets a
 condition. The run folder holds the policy, metrics.jsonl, TensorBoard files, samples and report.html.
 
@@ -222,7 +223,7 @@ examples:
   prudent ppo --config ppo.yaml --set update.estimator=rloo --set rollout.samples_per_prompt=4 --set kl.coef=0.02
   prudent ppo --recipe pet --model NAME_OR_PATH --data pairs.jsonl --prompts prompts.txt --output runs/pet
   prudent ppo --config ppo.yaml --gold vader --data pairs.jsonl \\
-      --stop-when "kl > 20 for 3" --stop-when "disagreement > 3x for 5 then rollback"\n""",
+      --stop-when "kl > 20 for 3" --stop-when "foreign > 0.2 for 3 then rollback"\n""",
         (
             "model",
             "prompts",

@@ -70,6 +70,7 @@ class Scored:
     worst: Tensor | None = None  # [N] the lowest head's mean; None: as for `nominal`
     head_mean: Tensor | None = None  # [N, K]; None: the reward has no heads
     head_std: Tensor | None = None  # [N, K]; None: the reward has no heads
+    distance: Tensor | None = None  # [N] 1 = the edge of the reward's trust region; None: it has none
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

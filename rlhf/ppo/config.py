@@ -221,7 +221,7 @@ class PPOConfig(JobConfig):
     sample_every: int = Field(default=10, ge=1, description="Steps between sample texts in samples.jsonl.")
     stop_when: tuple[str, ...] = Field(
         default=(),
-        description='Rules that end the run, e.g. "kl > 20 for 3" or "disagreement > 3x for 5 then rollback".',
+        description='Rules that end the run, e.g. "kl > 20 for 3" or "foreign > 0.2 for 3 then rollback".',
     )
     trackers: tuple[str, ...] = Field(
         default=(), description="Trackers beside JSON lines and TensorBoard, any of wandb and trackio."

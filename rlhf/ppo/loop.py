@@ -100,4 +100,5 @@ def _learn(run: Run, resume: bool) -> dict[str, Any]:
 def _short(metrics: dict[str, float]) -> str:
     """A step's numbers for the progress bar."""
     names = {"reward": "reward/mean", "gold": "gold/mean", "kl": "kl/sequence", "length": "text/length"}
+    names |= {"distance": "reward/distance", "foreign": "text/foreign"}
     return ", ".join(f"{short} {metrics[name]:.3g}" for short, name in names.items() if name in metrics)

@@ -34,6 +34,8 @@ SHOWN = (  # metrics of the first and the last step in ppo.json and the command'
     "reward/mean",
     "reward/gap",
     "reward/disagreement",
+    "reward/distance",
+    "text/foreign",
     "gold/mean",
     "kl/sequence",
     "policy/entropy",

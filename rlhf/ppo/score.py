@@ -133,7 +133,7 @@ class _Tables:
 
     def scored(self, rewards: Rewards) -> Scored:
         """The tables with `rewards` of all samples, in fp32 on the policy's device; a non-finite reward becomes NaN."""
-        reward, nominal, worst, mean, std = (None if t is None else t.to(self.logprob) for t in rewards)
+        reward, nominal, worst, mean, std, distance = (None if t is None else t.to(self.logprob) for t in rewards)
         assert reward is not None
         return Scored(
             samples=self.samples,
@@ -147,6 +147,7 @@ class _Tables:
             worst=worst,
             head_mean=mean,
             head_std=std,
+            distance=distance,
         )
 
 

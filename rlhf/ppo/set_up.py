@@ -65,7 +65,7 @@ def set_up(
     reward = resolve_reward(config.reward, model, device)
     refuse_unread_by_reward(config, reward.kind)
     rules = StopRules(config.stop_when)
-    rules.refuse(unmeasured(config, reward.num_heads))
+    rules.refuse(unmeasured(config, reward.num_heads, reward.measures_distance))
     encoder = None if reward.on_trunk is None else open_encoder(config.reward.source, model)
 
     data = _read_data(config, turn, model, encoder or reward.scorer, progress)
@@ -134,10 +134,11 @@ def _read_data(config: PPOConfig, turn: Turn, model: Any, reward: HeadEncoder | 
     return _Data(prompts, preferences, {"prompts": bad, "data": preferences.bad_rows})
 
 
-def unmeasured(config: PPOConfig, num_heads: int | None) -> dict[str, str]:
+def unmeasured(config: PPOConfig, num_heads: int | None, distance: bool = True) -> dict[str, str]:
     """Return the metrics that a run cannot measure -> what they need.
 
     num_heads: K of the reward; None for a function or a server, which may or may not have heads.
+    distance: whether the reward has a trust region.
     """
     missing = {} if config.gold is not None else {"gold/mean": "a gold scorer: set gold"}
     if config.critic == "none":
@@ -145,6 +146,9 @@ def unmeasured(config: PPOConfig, num_heads: int | None) -> dict[str, str]:
     if num_heads == 1:
         names = ("nominal", "worst", "gap", "disagreement", "disagreement_ratio")
         missing |= dict.fromkeys((f"reward/{name}" for name in names), "a reward of several heads, not one")
+    if not distance:
+        of_distance = ("reward/distance", "reward/distance_reference", "text/foreign")
+        missing |= dict.fromkeys(of_distance, "a reward model with a trust region: prudent calibrate fits one")
     return missing
 
 

@@ -1,4 +1,4 @@
-"""Rules over a run's metrics that end it early, such as "disagreement > 3x for 5 then rollback"."""
+"""Rules over a run's metrics that end it early, such as "foreign > 0.2 for 3 then rollback"."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ METRICS = (
     "reward/disagreement",
     "reward/head_std_ratio",
     "reward/disagreement_ratio",
+    "reward/distance",
+    "reward/distance_reference",
     "kl/sequence",
     "kl/token",
     "kl/chi2",
@@ -33,6 +35,7 @@ METRICS = (
     "value/explained_variance",
     "text/length",
     "text/truncated",
+    "text/foreign",
     "gold/mean",
     "samples/dropped",
     "update/skipped",
@@ -48,6 +51,8 @@ SHORT = {
     "disagreement": "reward/disagreement",
     "gap": "reward/gap",
     "std": "reward/head_std",
+    "distance": "reward/distance",
+    "foreign": "text/foreign",
     "kl": "kl/sequence",
     "length": "text/length",
     "truncated": "text/truncated",

@@ -36,6 +36,6 @@ def judge(head: EnsembleHead, features: Tensor, seed: int | None = None) -> Rewa
         if bool(usable.any()):
             reward[usable] = head(features[usable], seed=key, centre="none").reward
     if head.num_heads == 1:
-        return Rewards(reward, mean=mean, std=std)
+        return Rewards(reward, mean=mean, std=std, distance=out.distance)
     nominal = nominal_reward(mean, std, head.aggregation, head.std_ref)
-    return Rewards(reward, nominal, mean.amin(dim=1), mean, std)
+    return Rewards(reward, nominal, mean.amin(dim=1), mean, std, out.distance)

@@ -35,9 +35,9 @@ class ModelReward:
         scores = self._scorer.score([{"prompt": p, "response": r} for p, r in rows], seed=seed)
         reward = _column(scores.reward)
         if self.num_heads == 1:
-            return Rewards(reward, mean=scores.mean, std=scores.std)
+            return Rewards(reward, mean=scores.mean, std=scores.std, distance=scores.distance)
         worst = scores.mean.amin(dim=1)  # not scores.worst, which is sampled too
-        return Rewards(reward, _column(scores.nominal), worst, scores.mean, scores.std)
+        return Rewards(reward, _column(scores.nominal), worst, scores.mean, scores.std, scores.distance)
 
 
 def _column(values: list[float | None]) -> Tensor:

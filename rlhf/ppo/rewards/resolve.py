@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,12 @@ from ....engine import EnsembleHead, EnsembleRewardConfig, Scorer
 from ....engine.config import max_positions
 from ....engine.own_code import refusing_own_code
 from ....engine.text import ItemEncoder
+from ....kernels import Aggregation
 from ...job.files import refuse_mistyped
 from ...models.adapter import adapter_settings, is_reward_adapter, load_head
 from ...models.causal_lm import causal_lm
 from ...models.loading import LoadedReward, load_reward, load_tokenizer, model_folder
+from ...reward.region import of_heads
 from ..config import Kind, RewardConfig, kind_by_name
 from ..policy.policy import RewardOnTrunk
 from .reading import HeadEncoder
@@ -44,6 +47,13 @@ class Resolved(NamedTuple):
             return self.on_trunk.head.num_heads
         return None if self.scorer is None else int(self.scorer.model.score.num_heads)
 
+    @property
+    def measures_distance(self) -> bool:
+        """Whether the reward has a trust region; a function or a server has none."""
+        if self.on_trunk is not None:
+            return self.on_trunk.head.trust is not None
+        return self.scorer is not None and self.scorer.model.score.trust is not None
+
     def __str__(self) -> str:
         """The kind, and how heads become a reward."""
         if self.on_trunk is None and self.scorer is None:
@@ -51,7 +61,7 @@ class Resolved(NamedTuple):
         head: EnsembleHead = self.on_trunk.head if self.on_trunk else self.scorer.model.score  # type: ignore[union-attr]
         spec = head.aggregation
         if head.num_heads == 1:
-            return f"{self.kind}, one head"
+            return f"{self.kind}, one head" + (f", {spec}" if spec.trust is not None else "")
         how = "of the heads' means"
         if spec.source == "sample" and spec.kind != "nominal":
             how = "of sampled heads, with noise by seed and step; source=mean takes the means"
@@ -64,13 +74,15 @@ def resolve_reward(config: RewardConfig, policy: Any, device: torch.device | str
     For kind adapter the source is adapter/, which `prudent train` with mode lora saves, or the run folder that has it.
 
     Args:
-        config: aggregation "" means the heads' own; for one head it is always mean.
+        config: aggregation "" means the heads' own; for one head it is always mean, less a price of distance that the
+            config or else the model asks for.
         policy: the causal language model to train, as loaded.
         device: of a reward model with its own trunk.
 
     Raises:
         ValueError: for a source of no known kind, or of another kind than `config.kind`; for heads that cannot be read,
-            or that do not read the last token of a shared trunk; for append_eos with another kind than model.
+            or that do not read the last token of a shared trunk; for a price of distance without a trust region; for
+            append_eos with another kind than model.
     """
     resolved = _resolved(config, policy, device)
     if config.append_eos is not None and resolved.kind != "model":
@@ -145,14 +157,15 @@ def _read_head(folder: Path) -> EnsembleHead:
 
 
 def _aggregated(head: EnsembleHead, aggregation: str) -> EnsembleHead:
-    if head.num_heads == 1:
-        head.aggregation = "mean,source=mean"  # Bradley-Terry trains no std to sample with
-    elif aggregation:
-        try:
-            head.aggregation = aggregation
-        except ValueError as error:
-            raise ValueError(f"reward.{error}") from None
-    head.aggregation = head.aggregation.with_centre("none")  # the loop centres, over all of a step's samples
+    try:
+        spec = Aggregation.parse(aggregation or head.aggregation)
+        if head.num_heads == 1:
+            priced = spec if spec.trust is not None else head.aggregation
+            spec = replace(of_heads(priced, 1), source="mean")  # Bradley-Terry trains no std to sample with
+        head.aggregation = spec.with_centre("none")  # the loop centres, over all of a step's samples
+        head.check_price(head.aggregation)
+    except ValueError as error:
+        raise ValueError(f"reward.{error}") from None
     return head.requires_grad_(False).eval()
 
 

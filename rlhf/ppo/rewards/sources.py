@@ -21,6 +21,7 @@ class Rewards(NamedTuple):
     reward          [N], NaN where scoring failed
     nominal, worst  [N] of K > 1 heads, by their means; else None
     mean, std       [N, K], None if the source has no heads
+    distance        [N] from the reference responses, 1 = their 95 % quantile; None if the source does not measure it
     """
 
     reward: Tensor
@@ -28,6 +29,7 @@ class Rewards(NamedTuple):
     worst: Tensor | None = None
     mean: Tensor | None = None
     std: Tensor | None = None
+    distance: Tensor | None = None
 
 
 class RewardSource(Protocol):

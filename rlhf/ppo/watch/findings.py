@@ -180,7 +180,7 @@ def findings(rows: Rows, *, steps: int | None = None, rolled_back_to: int | None
     rows = by_step(rows)
     if not rows:
         return ["No step was finished." if not steps else "metrics.jsonl is empty: it shows nothing of the run."]
-    lines = [headline(rows), _rolled_back(rows, rolled_back_to), faults(rows, steps)]
+    lines = [headline(rows), _foreign(rows), _rolled_back(rows, rolled_back_to), faults(rows, steps)]
     return [line for line in lines if line]
 
 
@@ -206,6 +206,18 @@ def headline(rows: Rows) -> str:
         return f"The policy got worse: {fell}, and so did the proxy ({beyond}). That is not over-optimisation."
     verdict = " No over-optimisation is shown." if overall.verdict == RISES else ""
     return f"The gold reward {_PAST[overall.verdict]} ({overall}) while the proxy {_PAST[up.verdict]} ({up}).{verdict}"
+
+
+def _foreign(rows: Rows) -> str:
+    """Say that the policy left the texts that the reward knows; "" if it did not, or no distance was measured."""
+    share = series(rows, "text/foreign")
+    moved = change(share)
+    if moved is None or moved.verdict != RISES:
+        return ""
+    return (
+        f"The policy leaves what the reward knows: {100 * moved.first:.0f} % of the responses were foreign (beyond the "
+        f"95 % quantile of the reference's distance) in the first block of steps, {100 * moved.last:.0f} % in the last."
+    )
 
 
 def _rolled_back(rows: Rows, step: int | None) -> str:

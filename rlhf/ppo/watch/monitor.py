@@ -27,6 +27,7 @@ from ..losses import chi2_estimate
 logger = logging.getLogger(__name__)
 
 RATIOS = {"reward/head_std": "reward/head_std_ratio", "reward/disagreement": "reward/disagreement_ratio"}
+_BASELINE = (*RATIOS, "reward/distance")  # metrics whose value on the preference data, or at the start, is kept
 TEXTS = 4  # prompts whose responses are logged
 
 
@@ -34,9 +35,10 @@ def experience_metrics(experience: Scored) -> dict[str, float]:
     """Metrics of one step's samples, named as in metrics.jsonl; NaN if no value is finite.
 
     reward/gap: mean of nominal - worst. reward/head_std: mean of the heads' stds. reward/disagreement: the (population)
-    std of several heads' means on a sample, its mean over samples. kl/sequence, kl/token: log pi / pi_ref, nats.
-    kl/chi2: sqrt of `chi2_estimate`. text/length: tokens, the stop token included. text/truncated: share of
-    responses that reached max_new_tokens.
+    std of several heads' means on a sample, its mean over samples. reward/distance: mean distance from the responses
+    that the reward was fitted to. text/foreign: share of responses beyond 1, the 95 % quantile of those. kl/sequence,
+    kl/token: log pi / pi_ref, nats. kl/chi2: sqrt of `chi2_estimate`. text/length: tokens, the stop token included.
+    text/truncated: share of responses that reached max_new_tokens.
     """
     kept = torch.isfinite(experience.reward)
     if isinstance(experience, Experience):
@@ -54,6 +56,9 @@ def experience_metrics(experience: Scored) -> dict[str, float]:
         mean = experience.head_mean[kept].double()
         if mean.shape[1] > 1:  # one head agrees with itself
             values["reward/disagreement"] = (mean - mean.mean(1, keepdim=True)).square().mean(1).sqrt().mean()
+    if experience.distance is not None:
+        distance = experience.distance[kept].double()
+        values |= {"reward/distance": distance.mean(), "text/foreign": (distance > 1).double().mean()}
     values |= {
         "kl/sequence": log_ratio.mean(),
         "kl/token": log_ratio.sum() / tokens,
@@ -121,15 +126,15 @@ class Monitor:
     ) -> None:
         self.config, self.log, self.device, self.gold, self.decode = config, log, device, gold, decode
         self.clock = Clock(device)
-        self.baseline: dict[str, float] = {}  # of the metrics in RATIOS
+        self.baseline: dict[str, float] = {}  # of the metrics in _BASELINE
         self._gold_failed = False
         self._trackers = open_trackers(config)
         self._texts = TextLog(config.output / "samples.jsonl")
 
     def compare_with(self, experience: Scored) -> None:
-        """Use the head std and disagreement of `experience`, if measured, as the denominators of the ratios."""
+        """Compare later steps with the head std, disagreement and distance of `experience`, if measured."""
         measured = experience_metrics(experience)
-        self.baseline = {name: measured[name] for name in RATIOS if name in measured}
+        self.baseline = {name: measured[name] for name in _BASELINE if name in measured}
 
     def observe(
         self, step: int, experience: Experience, learned: Mapping[str, float], kl_coef: float
@@ -137,11 +142,13 @@ class Monitor:
         """Measure, log and return all metrics of `step`."""
         metrics = experience_metrics(experience)
         if not self.baseline:
-            self.baseline = {name: metrics[name] for name in RATIOS if math.isfinite(metrics.get(name, math.nan))}
+            self.baseline = {name: metrics[name] for name in _BASELINE if math.isfinite(metrics.get(name, math.nan))}
         for name, ratio in RATIOS.items():
             if name in metrics:
                 start = self.baseline.get(name, math.nan)
                 metrics[ratio] = metrics[name] / start if start else math.nan
+        if "reward/distance" in metrics:
+            metrics["reward/distance_reference"] = self.baseline.get("reward/distance", math.nan)
         if self.gold is not None:
             metrics["gold/mean"] = self._gold_mean(step, self.gold(experience.samples).reward)
         metrics |= {"kl/coef": kl_coef, **learned, **self.clock.metrics(int(experience.mask.sum()))}
@@ -174,6 +181,7 @@ class Monitor:
             "nominal": experience.nominal,
             "worst": experience.worst,
             "head_std": std,
+            "distance": experience.distance,
             "gold": gold,
         }
         for i, response in enumerate(samples.responses):

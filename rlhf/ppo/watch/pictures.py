@@ -33,6 +33,11 @@ _WATCH: dict[str, dict[str, tuple[str, str]]] = {
         "disagreement of the heads": ("reward/disagreement_ratio", "#cc79a7"),
         "std that the heads predict": ("reward/head_std_ratio", "#56b4e9"),
     },
+    "distance, 1: edge of the known": {
+        "of the policy's responses": ("reward/distance", _BLUE),
+        "of the reference": ("reward/distance_reference", GREY),
+    },
+    "foreign, %": {"foreign": ("text/foreign", _BLUE)},
     "KL, nats a response": {"kl": ("kl/sequence", _BLUE)},
     "chi-squared": {"chi2": ("kl/chi2", _BLUE)},
     "length, tokens": {"length": ("text/length", _BLUE)},

@@ -22,6 +22,9 @@ TITLES = {  # metric -> its name in the table, in the table's order
     "gold/mean": "gold reward",
     "reward/disagreement": "disagreement of the heads",
     "reward/disagreement_ratio": "disagreement, relative to {versus}",
+    "reward/distance": "distance from the reference responses",
+    "reward/distance_reference": "distance of {versus}",
+    "text/foreign": "share foreign: beyond distance 1",
     "reward/head_std": "std that the heads predict",
     "reward/head_std_ratio": "predicted std, relative to {versus}",
     "kl/sequence": "KL, nats a response",
@@ -34,7 +37,8 @@ TITLES = {  # metric -> its name in the table, in the table's order
     "time/tokens_per_second": "tokens a second",
     "memory/peak_gib": "peak memory, GiB",
 }
-_SHARES = ("text/truncated",)
+_SHARES = ("text/truncated", "text/foreign")
+_UNSIGNED = {"head_std": "std", "distance": "distance"}  # number of a sample -> its name
 _UPDATE = (
     "policy/loss",
     "value/loss",
@@ -73,6 +77,7 @@ def render(
         versus=versus(config),
         several=bool(series(rows, "reward/disagreement").values),
         has_gold=bool(series(rows, "gold/mean").values),
+        has_distance=bool(series(rows, "reward/distance").values),
         table=table(rows, versus(config)),
         figures=_figures(config, rows),
         samples=before_and_after(samples_rows, back),
@@ -95,7 +100,7 @@ def table(rows: Rows, versus: str = "the start") -> dict[str, Any]:
         both = ends(found)
         if both is None:
             continue
-        moved = None if name.startswith(("time/", "memory/")) else change(found)
+        moved = None if name.startswith(("time/", "memory/", "reward/distance_reference")) else change(found)
         if moved is not None and name in _SHARES:
             moved = moved.within(1)
         lines.append(
@@ -139,10 +144,10 @@ def before_and_after(samples_rows: Sequence[Mapping[str, Any]], end: int | None 
 
 def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
     parts = []
-    for key, word in (("gold", "gold"), ("reward", "reward"), ("worst", "worst case"), ("head_std", "std")):
+    for key, word in (("gold", "gold"), ("reward", "reward"), ("worst", "worst case"), *_UNSIGNED.items()):
         value = row.get(key)
         if isinstance(value, int | float):
-            parts.append(f"{word} {value:{'.2f' if key == 'head_std' else '+.2f'}}")
+            parts.append(f"{word} {value:{'.2f' if key in _UNSIGNED else '+.2f'}}")
     if row.get("length") is not None:
         parts.append(f"{row['length']} tokens")
     if row.get("stopped") is False:

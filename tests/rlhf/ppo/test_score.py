@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prudent.engine import EnsembleHead, EnsembleRewardModel
+from prudent.engine import EnsembleHead, EnsembleRewardModel, fit_trust
 from prudent.rlhf.ppo.batch import Samples, Scored
 from prudent.rlhf.ppo.config import PPOConfig
 from prudent.rlhf.ppo.policy.policy import Policy, RewardOnTrunk
@@ -133,6 +133,21 @@ def test_shared_rewards_are_those_of_the_reward_model_that_has_the_heads(packed:
         assert nominal == experience.head_mean[row, experience.head_std[row].argmin()]
         assert worst == experience.head_mean[row].min()
         torch.testing.assert_close(experience.reward[row], 0.4 * nominal + 0.6 * worst)
+
+
+def test_shared_rewards_have_the_distance_and_its_price() -> None:
+    head = heads()
+    head.set_trust(fit_trust(torch.randn(40, head.hidden_size)))
+    free = scored(make(RewardOnTrunk(head)))
+    head.aggregation = str(head.aggregation) + ",trust=1"
+    priced = scored(make(RewardOnTrunk(head)))
+    model = EnsembleRewardModel.from_trunk(tiny_lm(), head=head).eval()
+    with torch.no_grad():
+        want = model(torch.tensor([SAMPLES.prompts[1] + SAMPLES.responses[1] + CLOSING])).distance
+    assert priced.distance is not None
+    torch.testing.assert_close(priced.distance[1:2], want, rtol=1e-3, atol=1e-4)
+    price = head.trust.unit * priced.distance.square()
+    torch.testing.assert_close(free.reward - priced.reward, price, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

@@ -6,6 +6,8 @@ import math
 
 import pytest
 
+from prudent.rlhf.ppo.config import PPOConfig, RewardConfig
+from prudent.rlhf.ppo.set_up import unmeasured
 from prudent.rlhf.ppo.stop import METRICS, SHORT, Fired, StopRules, parse_rule
 
 
@@ -92,6 +94,17 @@ def test_a_rule_over_what_the_run_cannot_have_is_refused_with_what_would_give_it
         ValueError, match=r"^stop_when: 'gold/mean < 0 for 2' watches gold/mean, which needs a gold scorer"
     ):
         rules.refuse({"gold/mean": "a gold scorer"})
+
+
+def test_a_rule_over_foreign_text_needs_a_reward_that_measures_the_distance() -> None:
+    rules = StopRules(["foreign > 0.2 for 3 then rollback"])
+    config = PPOConfig(model="m", prompts="p", output="o", reward=RewardConfig(source="r"))
+    rules.refuse(unmeasured(config, 5, distance=True))
+    with pytest.raises(ValueError, match=r"watches text/foreign, which needs a reward model with a trust region"):
+        rules.refuse(unmeasured(config, None, distance=False))
+    fired = _first_fired(rules, "text/foreign", [0.1, 0.3, 0.3, 0.25])
+    assert fired is not None
+    assert (fired.since, fired.rule.rollback) == (1, True)
 
 
 def test_the_first_rule_to_fire_is_reported() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prudent.engine import EnsembleHead, EnsembleRewardModel, Scorer
+from prudent.engine import EnsembleHead, EnsembleRewardModel, Scorer, fit_trust
 from prudent.kernels import philox_normal
 from prudent.rlhf.models.adapter import save_head
 from prudent.rlhf.ppo.batch import Samples
@@ -75,6 +75,50 @@ def test_a_reward_model_and_its_tokeniser_are_read_once(
     if source is None:
         open_encoder(config.source, policy)
     assert loads == [EnsembleRewardModel, AutoTokenizer]
+
+
+# -- distance
+
+
+def _with_region(folder: Path) -> Path:
+    model = EnsembleRewardModel.from_pretrained(folder)
+    model.score.set_trust(fit_trust(torch.randn(40, model.config.hidden_size)))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_price_needs_a_trust_region_and_one_head_takes_it_alone(
+    policy: Any, tokenizer: Any, tmp_path: Path, heads: int
+) -> None:
+    folder = _save(tmp_path, policy, tokenizer, heads=heads)
+    with pytest.raises(ValueError, match=r"^reward.aggregation: expected a model with a trust region .* calibrate"):
+        load_shared_head(folder, policy, "lcb:1,trust=2")
+    head = load_shared_head(_with_region(folder), policy, "lcb:1,trust=2")
+    assert str(head.aggregation) == ("trust:2,source=mean" if heads == 1 else "lcb:1,trust=2")
+
+
+def test_one_head_keeps_the_price_that_the_model_was_saved_with(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
+    folder = _with_region(_save(tmp_path, policy, tokenizer, heads=1))
+    model = EnsembleRewardModel.from_pretrained(folder)
+    model.score.aggregation = "trust:1"
+    model.save_pretrained(folder)
+    for asked, priced in (("tradeoff:0.4", 1.0), ("", 1.0), ("mean,trust=0", 0.0)):
+        assert load_shared_head(folder, policy, asked).aggregation.trust == priced
+
+
+def test_models_with_a_region_give_distances_and_functions_do_not(
+    policy: Any, tokenizer: Any, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    folder = _save(tmp_path, policy, tokenizer)
+    samples = Samples([prompts[0].ids], [[5, 6]], [False], [0])
+    config = RewardConfig(source=str(folder), kind="model")
+    assert not resolve_reward(config, None, "cpu").measures_distance
+    assert not resolve_reward(RewardConfig(source="vader"), policy, "cpu").measures_distance
+    assert _open_model(folder, tokenizer, prompts)(samples).distance is None
+    _with_region(folder)
+    assert resolve_reward(config, None, "cpu").measures_distance
+    assert _open_model(folder, tokenizer, prompts)(samples).distance.shape == (1,)
 
 
 # -- kinds

@@ -95,6 +95,12 @@ def test_one_head_has_its_std_and_nobody_to_disagree_with() -> None:
     assert "reward/disagreement" not in metrics
 
 
+def test_the_distance_of_kept_samples_and_the_share_of_them_beyond_the_edge() -> None:
+    metrics = experience_metrics(_experience(distance=torch.tensor([0.5, 1.5, 9.0])))
+    assert (metrics["reward/distance"], metrics["text/foreign"]) == (1.0, 0.5)
+    assert not {"reward/distance", "text/foreign"} & set(experience_metrics(_experience()))
+
+
 def test_nothing_finite_is_nan_and_no_error() -> None:
     metrics = experience_metrics(_experience(reward=torch.full((3,), math.nan)))
     assert math.isnan(metrics["reward/mean"])
@@ -160,6 +166,21 @@ class TestMonitor:
             again.close()
         assert metrics["reward/head_std_ratio"] == pytest.approx(5)
 
+    def test_the_distance_stands_beside_that_of_the_start_or_of_preference_data(self, tmp_path: Path) -> None:
+        for known in (None, _experience(distance=torch.full((3,), 0.25))):
+            with RunLog(tmp_path) as log, Monitor(_config(tmp_path), log, CPU, None, _decode) as watch:
+                if known is not None:
+                    watch.compare_with(known)
+                rows = [
+                    watch.observe(step, _experience(distance=torch.full((3,), 0.5 + step)), {}, 0.0) for step in (0, 1)
+                ]
+                watch.texts(0, _experience(distance=torch.tensor([0.5, 1.5, math.nan])))
+            assert [row["reward/distance"] for row in rows] == [0.5, 1.5]
+            assert [row["text/foreign"] for row in rows] == [0, 1]
+            assert {row["reward/distance_reference"] for row in rows} == {0.5 if known is None else 0.25}
+            assert set(rows[0]) <= set(METRICS)
+        assert [row["distance"] for row in read_texts(tmp_path)] == [0.5, 1.5, None]
+
     def test_a_judge_without_a_number_is_told_of_once(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         def judge(samples: Samples) -> Rewards:
             return Rewards(torch.full((len(samples.responses),), math.nan))
@@ -184,6 +205,7 @@ class TestMonitor:
             "nominal": 2.0,
             "worst": 0.0,
             "head_std": 1.5,
+            "distance": None,
             "gold": 0.25,
             "length": 2,
             "stopped": True,

@@ -46,7 +46,8 @@ def whole(steps: int = 30) -> list[dict[str, Any]]:
         "reward/disagreement": 0.3, "reward/head_std_ratio": 1.4, "reward/disagreement_ratio": 2.1, "kl/token": 0.4,
         "kl/chi2": 30.0, "kl/coef": 0.0, "policy/entropy": 1.5, "policy/loss": -0.1, "policy/clip_fraction": 0.1,
         "policy/update_kl": 0.01, "policy/grad_norm": 1.0, "value/loss": 0.3, "value/explained_variance": 0.2,
-        "text/length": 20.0, "text/truncated": 0.25, "samples/dropped": 0, "update/skipped": 0,
+        "text/length": 20.0, "text/truncated": 0.25, "text/foreign": 0.1, "reward/distance": 0.8,
+        "reward/distance_reference": 0.7, "samples/dropped": 0, "update/skipped": 0,
     }  # fmt: skip
     return [row | rest for row in run(steps)]
 
@@ -55,7 +56,8 @@ def texts(steps: tuple[int, ...] = (0, 10, 20)) -> list[dict[str, Any]]:
     return [
         {
             "step": step, "prompt": f"prompt {i}", "response": f"response {i} at {step}", "reward": 0.25 * i,
-            "nominal": 0.5, "worst": -0.5, "head_std": 0.3, "gold": -0.75, "length": 7, "stopped": i == 0,
+            "nominal": 0.5, "worst": -0.5, "head_std": 0.3, "distance": 0.9, "gold": -0.75, "length": 7,
+            "stopped": i == 0,
         }
         for step in steps for i in range(2)
     ]  # fmt: skip
@@ -78,6 +80,16 @@ def texts(steps: tuple[int, ...] = (0, 10, 20)) -> list[dict[str, Any]]:
 )
 def test_the_headline_follows_from_gold_and_proxy(gold: str | None, proxy: float, said: str) -> None:
     assert said in F.headline(run(gold=gold, proxy=proxy))
+
+
+def test_a_policy_that_leaves_the_known_texts_is_told_of_and_one_that_stays_is_not() -> None:
+    draw = random.Random(0)
+    leaves = [row | {"text/foreign": 0.05 + row["step"] / 100 + draw.gauss(0, 0.02)} for row in run()]
+    stays = [row | {"text/foreign": 0.05 + draw.gauss(0, 0.02)} for row in run()]
+    said = " ".join(F.findings(leaves))
+    assert re.search(r"leaves what the reward knows: \d+ % of the responses were foreign .* 6\d % in the last", said)
+    assert "foreign" not in " ".join(F.findings(stays))
+    assert "foreign" not in " ".join(F.findings(run()))
 
 
 def test_the_turn_is_named_where_it_is() -> None:
@@ -250,7 +262,8 @@ def test_samples_stand_side_by_side_first_against_last() -> None:
     found = before_and_after(texts())
     assert [pair["prompt"] for pair in found] == ["prompt 0", "prompt 1"]
     assert (found[0]["before"]["step"], found[0]["after"]["step"]) == (0, 20)
-    assert found[1]["after"]["facts"] == "gold -0.75, reward +0.25, worst case -0.50, std 0.30, 7 tokens, cut off"
+    facts = "gold -0.75, reward +0.25, worst case -0.50, std 0.30, distance 0.90, 7 tokens, cut off"
+    assert found[1]["after"]["facts"] == facts
     assert before_and_after([]) == []
     assert before_and_after(texts((4,)))[0]["after"] is None
     chat = [{"role": "user", "content": "hello"}]
@@ -294,6 +307,6 @@ def test_smoothing_keeps_a_line_and_the_length() -> None:
 
 
 def test_only_what_was_measured_gets_a_panel() -> None:
-    assert len(pictures.watched(F.by_step(whole()))) == 9
+    assert len(pictures.watched(F.by_step(whole()))) == 11
     assert list(pictures.watched(run(5, gold=None))) == ["reward", "KL, nats a response"]
     assert to_svg(pictures.watch(whole(1))).startswith("<svg")
