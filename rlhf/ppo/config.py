@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ...kernels import Aggregation
 from ..job.config import JobConfig
-from ..reward.config import PETConfig
+from ..reward.pet.config import PETConfig
 from ..sampling.config import RolloutConfig
 from .budget import parse_size
 from .stop import parse_rule

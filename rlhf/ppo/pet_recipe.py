@@ -18,9 +18,10 @@ from ...engine import EnsembleRewardConfig
 from ..job.files import atomic_write_json, atomic_write_text
 from ..job.folder import has_run_files, locked_folder, open_run_folder
 from ..models.loading import load_reward_config
-from ..reward.config import BRMEConfig, PETConfig
+from ..reward.config import BRMEConfig
 from ..reward.config import refuse_unread as refuse_unread_by_train
 from ..reward.outcome import RUN_FILES as TRAIN_RUN_FILES
+from ..reward.pet.config import PETConfig
 from ..reward.start import check_given
 from ..reward.train import TrainConfig, run_train
 from . import loop

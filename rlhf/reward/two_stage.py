@@ -12,9 +12,10 @@ from torch import Tensor
 from ...engine.head import EnsembleHead
 from ...kernels import Aggregation
 from ..job.log import RunLog
-from .config import BradleyTerryConfig, BRMEConfig, PETConfig, refuse_unread_by_solver
+from .config import BradleyTerryConfig, BRMEConfig, refuse_unread_by_solver
 from .convex import RidgeFit, fit_ridge
 from .fit import PairFeatures, fit_heads, pair_metrics
+from .pet.config import PETConfig
 
 _MARGIN = 1e-7  # smallest distance of p_hat from 0 and 1
 

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ..job.config import JobConfig
-from ..reward.config import BradleyTerryConfig, BRMEConfig, PETConfig, refuse_unread_by_solver
+from ..reward.config import BradleyTerryConfig, BRMEConfig, refuse_unread_by_solver
+from ..reward.pet.config import PETConfig
 
 
 class ToyRewardConfig(JobConfig):

@@ -23,7 +23,8 @@ from ...evaluation.statistics import pair_correct
 from ...job.log import RunLog
 from ..fit import Scaling, standardise
 from ..head_training import HeadTraining
-from .objective import PETConfig, PETLoss, best_samples, pet_loss, takes_rejected
+from .config import PETConfig
+from .objective import PETLoss, best_samples, pet_loss, takes_rejected
 
 __all__ = ["PETFeatures", "PETFit", "fit_pet", "measure_pet"]
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import PETConfig
 from ..losses import bradley_terry
+from .config import PETConfig
 
 __all__ = ["PETConfig", "PETLoss", "best_samples", "pet_gap", "pet_loss", "takes_rejected"]
 

@@ -25,8 +25,8 @@ from ..config import TrainConfig
 from ..region import without_price
 from ..run import Run, Sides, with_head
 from ..two_stage import seeded
+from .config import PETConfig
 from .fit import PETFeatures, fit_pet, measure_pet
-from .objective import PETConfig
 from .trunk import Ids, PETTexts, train_pet_trunk
 
 

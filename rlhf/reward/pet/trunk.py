@@ -14,8 +14,9 @@ from ....engine.eval_mode import evaluating
 from ....engine.scorer import micro_batches
 from ...evaluation.statistics import pair_correct
 from ...job.log import RunLog
-from ..config import PETConfig, TrunkConfig
+from ..config import TrunkConfig
 from ..trunk import TrunkTrainer, padded, train_with
+from .config import PETConfig
 from .objective import PETLoss, best_samples, pet_loss, takes_rejected
 
 Ids = Sequence[int]

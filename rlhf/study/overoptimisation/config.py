@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from ...job.config import JobConfig
-from ...reward.config import BradleyTerryConfig, BRMEConfig, PETConfig
+from ...reward.config import BradleyTerryConfig, BRMEConfig
+from ...reward.pet.config import PETConfig
 
 GOLDS = ("sentiment", "careful", "lexicon")
 TUNING_GOLDS = ("variety", "linear")

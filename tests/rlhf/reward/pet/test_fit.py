@@ -12,8 +12,9 @@ from torch import Tensor
 
 from prudent.engine import EnsembleHead, calibrate
 from prudent.rlhf.reward.pet import fit as pet_fit
+from prudent.rlhf.reward.pet.config import PETConfig
 from prudent.rlhf.reward.pet.fit import PETFeatures, fit_pet, measure_pet
-from prudent.rlhf.reward.pet.objective import PETConfig, best_samples, pet_gap, pet_loss, takes_rejected
+from prudent.rlhf.reward.pet.objective import best_samples, pet_gap, pet_loss, takes_rejected
 
 PROMPTS, RESPONSES = 3, 4
 # (prompt, winner, loser), with disagreeing labels, without which Bradley-Terry has no finite minimum

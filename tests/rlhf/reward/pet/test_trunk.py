@@ -19,7 +19,8 @@ from prudent.rlhf.data.pairs import load_pairs, split_by_prompt
 from prudent.rlhf.job.config import load_config
 from prudent.rlhf.job.log import read_metrics
 from prudent.rlhf.models.adapter import load_head
-from prudent.rlhf.reward.config import BRMEConfig, PETConfig
+from prudent.rlhf.reward.config import BRMEConfig
+from prudent.rlhf.reward.pet.config import PETConfig
 from prudent.rlhf.reward.pet.objective import pet_loss, takes_rejected
 from prudent.rlhf.reward.pet.trunk import PETTexts, PETTrainer
 from prudent.rlhf.reward.train import TrainConfig, run_train
