@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from prudent.engine import EnsembleHead, EnsembleRewardConfig, EnsembleRewardModel, Scorer, fit_trust
 from prudent.rlhf.data.pairs import both_sides, load_pairs, split_by_prompt
@@ -83,6 +83,16 @@ def test_too_few_responses_give_no_region_and_no_price(caplog: pytest.LogCapture
     assert "expected at least 20 training responses for a trust region, got 18: the model measures no" in caplog.text
     with pytest.raises(ValueError, match=r"^aggregation: expected at least 20 .* 'lcb:1,trust=1' has no distance"):
         place_region(config, head, sides, range(9), "lcb:1,trust=1")
+
+
+def test_a_wide_models_distance_reads_the_means_over_the_response(tiny_chat_folder: Path) -> None:
+    trunk = AutoConfig.from_pretrained(tiny_chat_folder)
+    config, head = EnsembleRewardConfig(trunk, taps=["last:-1", "mean:1"]), EnsembleHead(64, 2)
+    place_region(config, head, torch.randn(2, 30, 64).unbind(), range(30))
+    assert head.trust is not None
+    assert not head.trust.precision[:32].any()
+    assert not head.trust.directions[:, :32].any()
+    assert bool((head.trust.precision[32:] > 0).all())
 
 
 def test_one_head_keeps_the_price_and_a_head_in_training_has_none() -> None:
