@@ -36,6 +36,7 @@ def _config(model: Path, data: Path, output: Path, *sets: str, **given: Any) -> 
     base = [
         "mode=head",
         "eval_fraction=0.25",
+        "bt.solver=adamw",
         "bt.epochs=20",
         "brme.epochs=20",
         "bt.lr=0.02",

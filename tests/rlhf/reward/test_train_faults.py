@@ -34,7 +34,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(model: Path, data: Path, output: Path, mode: str) -> TrainConfig:
-    sets = ["bt.epochs=2", "brme.epochs=2"] if mode == "head" else ["trunk.max_steps=2", "trunk.lora_rank=2"]
+    sets = (
+        ["bt.solver=adamw", "bt.epochs=2", "brme.epochs=2"]
+        if mode == "head"
+        else ["trunk.max_steps=2", "trunk.lora_rank=2"]
+    )
     sets += ["brme.num_heads=2", "eval_fraction=0.0", f"mode={mode}"]
     return load_config(TrainConfig, None, sets, model=str(model), data=str(data), output=output)
 

@@ -18,7 +18,11 @@ _TAIL = " and the train was late and the soup was bad"
 def _config(model: Path, rows: list[dict[str, str]], folder: Path, mode: str, *sets: str) -> TrainConfig:
     data = folder / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sizes = ["bt.epochs=1", "brme.epochs=1"] if mode == "head" else ["trunk.max_steps=2", "trunk.batch_size=2"]
+    sizes = (
+        ["bt.solver=adamw", "bt.epochs=1", "brme.epochs=1"]
+        if mode == "head"
+        else ["trunk.max_steps=2", "trunk.batch_size=2"]
+    )
     sets = (f"mode={mode}", f"max_length={LENGTH}", "brme.num_heads=2", "eval_fraction=0.25", *sizes, *sets)
     return load_config(TrainConfig, None, list(sets), model=str(model), data=str(data), output=folder / "run")
 

@@ -15,7 +15,7 @@ from prudent.rlhf.reward.convex import RidgeFit, fit_ridge
 from prudent.rlhf.reward.fit import PairFeatures, fit_heads
 from prudent.rlhf.reward.two_stage import fit_two_stages, preference_probability
 
-BT, BRME = BradleyTerryConfig(epochs=3, lr=0.03, seed=1), BRMEConfig(epochs=2, num_heads=2, seed=2)
+BT, BRME = BradleyTerryConfig(solver="adamw", epochs=3, lr=0.03, seed=1), BRMEConfig(epochs=2, num_heads=2, seed=2)
 
 
 def _pairs(count: int = 60) -> PairFeatures:

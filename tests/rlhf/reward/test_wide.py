@@ -43,7 +43,11 @@ def test_the_saved_model_reads_what_was_trained_and_measured(
 ) -> None:
     if mode == "lora":
         pytest.importorskip("peft")
-    sets = ["bt.epochs=3", "brme.epochs=3"] if mode == "head" else ["trunk.max_steps=2", "trunk.lr=0.01"]
+    sets = (
+        ["bt.solver=adamw", "bt.epochs=3", "brme.epochs=3"]
+        if mode == "head"
+        else ["trunk.max_steps=2", "trunk.lr=0.01"]
+    )
     result = run_train(_config(tiny_chat_folder, pairs, tmp_path / "run", f"mode={mode}", *sets), progress=False)
     for name in ("stage1", "model"):
         assert json.loads((tmp_path / "run" / name / "config.json").read_text())["taps"] == TAPS
@@ -61,7 +65,7 @@ def test_the_saved_model_reads_what_was_trained_and_measured(
 
 
 def test_a_list_of_taps_may_be_given(tiny_chat_folder: Path, pairs: Path, tmp_path: Path) -> None:
-    sets = ["mode=head", "stage=bt", "bt.epochs=2", "features=[last:-1,last:0, mean:2]"]
+    sets = ["mode=head", "stage=bt", "bt.solver=adamw", "bt.epochs=2", "features=[last:-1,last:0, mean:2]"]
     config = _config(tiny_chat_folder, pairs, tmp_path / "run", *sets)
     run_train(config, progress=False)
     assert EnsembleRewardModel.from_pretrained(tmp_path / "run" / "model").config.taps == ["last:2", "last:0", "mean:2"]
@@ -75,7 +79,15 @@ def test_pet_uses_the_taps_that_were_read_while_sampling(
     data = stage.PETStage._data
     monkeypatch.setattr(stage, "compute_features", lambda *_: pytest.fail("a second forward pass"))
     monkeypatch.setattr(stage.PETStage, "_data", lambda self, *a: kept.append(a) or data(self, *a))
-    sets = ["stage=pet", "mode=head", "bt.epochs=2", "pet.epochs=2", "pet.samples=4", "pet.max_new_tokens=5"]
+    sets = [
+        "stage=pet",
+        "mode=head",
+        "bt.solver=adamw",
+        "bt.epochs=2",
+        "pet.epochs=2",
+        "pet.samples=4",
+        "pet.max_new_tokens=5",
+    ]
     run_train(_config(tiny_chat_folder, pairs, tmp_path / "run", *sets), progress=False)
     scorer = _scorer(tmp_path / "run" / "model")
     assert scorer.model.config.taps == TAPS

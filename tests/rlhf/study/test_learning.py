@@ -19,6 +19,7 @@ _QUICK = (
     "rewards.max_new_tokens=6",
     "rewards.pet.samples=4",
     "rewards.pet.epochs=1",
+    "rewards.bt.solver=adamw",
     "rewards.bt.epochs=1",
     "rewards.brme.epochs=1",
     "ppo.steps=3",

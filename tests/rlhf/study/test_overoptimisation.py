@@ -45,6 +45,7 @@ _QUICK = (
     "views=['last:-1 | mean:1/2']",
     "measured_directions=[0]",
     "directions=4",
+    "bt.solver=adamw",
     "bt.epochs=1",
     "brme.epochs=1",
     "pet.epochs=1",

@@ -32,7 +32,15 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(model: Path, data: Path, output: Path, *sets: str) -> TrainConfig:
-    base = ["stage=pet", "mode=head", "eval_fraction=0.34", "bt.epochs=20", "bt.lr=0.02", "brme.num_heads=3"]
+    base = [
+        "stage=pet",
+        "mode=head",
+        "eval_fraction=0.34",
+        "bt.solver=adamw",
+        "bt.epochs=20",
+        "bt.lr=0.02",
+        "brme.num_heads=3",
+    ]
     base += ["pet.samples=8", "pet.max_new_tokens=5", "pet.epochs=10", "pet.lr=0.02"]
     return load_config(TrainConfig, None, [*base, *sets], model=str(model), data=str(data), output=output)
 
