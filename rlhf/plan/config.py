@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from ..ppo.budget import parse_size
 from ..ppo.config import PPOConfig, RewardConfig
+from ..reward.config import Features
 
 
 class PlanConfig(PPOConfig):
@@ -25,6 +26,9 @@ class PlanConfig(PPOConfig):
         description="Memory of the card, e.g. 80GB (10^9 bytes) or 80GiB (2^30), unless memory_budget is less.",
     )
     heads: int = Field(default=5, ge=1, description="Heads of a reward on the policy's trunk, K.")
+    features: Features = Field(
+        default="last", description="What these heads read: last, wide, or a list such as [last:-1, mean:20]."
+    )
     verify: bool = Field(
         default=False, description="Run the loop on tensors without data and compare its memory with the plan."
     )

@@ -99,7 +99,7 @@ def run_plan(config: PlanConfig, *, progress: bool = True) -> PlanResult:
     if config.memory_budget is not None:
         limit = min(limit, parse_size(config.memory_budget))
     shape = ModelShape.of(model, config.model)
-    job = job_shape(config, model, heads=config.heads)
+    job = job_shape(config, model, heads=config.heads, features=config.features)
     configured = config.update.micro_tokens
     tokens = micro_tokens(shape, job, limit) if configured == "auto" else configured
     budget = plan(shape, job, tokens or job.tokens)
@@ -119,5 +119,5 @@ def run_plan(config: PlanConfig, *, progress: bool = True) -> PlanResult:
     )
     heads = config.heads if job.reward else None
     weights = trunk_dtype(config, torch.device("cuda"))
-    traced = trace(settings, model, weights, job.prompt_tokens, heads, progress)
+    traced = trace(settings, model, weights, job.prompt_tokens, heads, progress, config.features)
     return result._replace(verified={phase: traced.peaks[phase]["Total"] for phase in PHASES})

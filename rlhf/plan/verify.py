@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from ...engine import EnsembleHead
+from ...engine.taps import layers_of, parse_taps
 from ..ppo import batch
 from ..ppo.batch import Experience, Samples, Scored
 from ..ppo.budget import logprob_workspace
@@ -172,6 +173,7 @@ def trace(
     prompt_tokens: int,
     heads: int | None,
     progress: bool = True,
+    features: str | Sequence[str] = "last",
 ) -> Traced:
     """Trace a step of the loop on a model of `model_config`'s shape: full-length prompts and responses, static cache.
 
@@ -182,11 +184,16 @@ def trace(
         config: its `update.micro_tokens` is a number.
         dtype: of the trunk's weights.
         heads: K of a reward on the trunk's hidden states; None: no such reward.
+        features: what these heads read; see `engine.taps`.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     settings = config.model_copy(update={"attn": "sdpa", "packed": False})
-    reward = RewardOnTrunk(EnsembleHead(model_config.hidden_size, heads)) if heads else None
+    taps = parse_taps(features, layers_of(model_config))
+    reward = None
+    if heads:
+        head = EnsembleHead(model_config.hidden_size * len(taps), heads)
+        reward = RewardOnTrunk(head, taps=None if features == "last" else [str(tap) for tap in taps])
     policy = Policy(settings, model, device="meta", reward=reward)
     policy.device = _CPU
     with (

@@ -38,6 +38,8 @@ class TokenBatch(NamedTuple):
     sequence        [R] int64: which of the B sequences
     offset          [R] int64: its index in its response
     last            [B] int64 into hidden.view(-1, D): the last token read, after `closing`: where rewards are read
+    first           [B] int64 into hidden.view(-1, D): the first token of what a reward reads as the response, which
+                    ends at `last`
 
     Response tokens are sorted by `sequence`, then `offset`.
     """
@@ -50,6 +52,12 @@ class TokenBatch(NamedTuple):
     sequence: Tensor
     offset: Tensor
     last: Tensor
+    first: Tensor
+
+    def response(self) -> Tensor:
+        """[B, T] bool: the tokens that a reward reads as the response; packed: [B, S]."""
+        place = torch.arange(self.input_ids.numel(), device=self.last.device).view(self.input_ids.shape)
+        return (place >= self.first[:, None]) & (place <= self.last[:, None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +153,7 @@ def token_batch(
         sequence.to(device),
         offset.to(device),
         (start + lengths - 1).to(device),
+        (start + torch.minimum(first + 1, lengths - 1)).to(device),
     )
 
 

@@ -136,7 +136,8 @@ class JobShape:
     """The sizes of one step of the loop. Tokens are those of the longest prompt and the longest response.
 
     dtype: of the trunk. mixed: fp32 weights under bf16 autocast (mode full on a GPU). reward: None if it is not on this
-    trunk; reward_bytes then counts its own model. masked: the attention gets a mask, and with it keys and values of
+    trunk; reward_bytes then counts its own model. taps: states that its heads read; captured: how many inner layers'
+    states are kept for them. masked: the attention gets a mask, and with it keys and values of
     every head (packed without flash-attn, or a family that does more than mask causally). device: "gpu" or "cpu".
     """
 
@@ -152,6 +153,8 @@ class JobShape:
     reward: Literal["shared", "adapter"] | None = "shared"
     heads: int = 5
     reward_bytes: int = 0
+    taps: int = 1
+    captured: int = 0
     checkpointing: bool = False
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     dtype: torch.dtype = torch.bfloat16
@@ -275,7 +278,7 @@ def _resident(shape: ModelShape, job: JobShape) -> Terms:
     """Bytes allocated in every phase; the optimizer's moments count, though the first step makes them."""
     numbers, size = _trained(shape, job)
     trunk = shape.parameters * job.dtype.itemsize
-    heads = 4 * 2 * job.heads * (shape.hidden + 1) if job.reward else 0
+    heads = 4 * 2 * job.heads * (job.taps * shape.hidden + 1) if job.reward else 0
     reward_lora = 4 * shape.lora_parameters(job.rank) if job.reward == "adapter" else 0
     # a copy of each LoRA weight in the trunk's dtype, made by the first rollout and kept for the CUDA graph
     copies = job.dtype.itemsize * shape.lora_parameters(job.rank) if job.dtype.itemsize < 4 else 0
@@ -327,7 +330,7 @@ def _scoring(shape: ModelShape, job: JobShape, layer: Layer, micro_tokens: int) 
     after = width * shape.hidden * (tokens + responses)
     if job.mixed:  # the head in bf16
         after += width * shape.vocabulary * shape.hidden
-    forward = layer.forward(tokens)
+    forward = layer.forward(tokens) + job.captured * width * shape.hidden * tokens
     # the peak is inside the trunk, or at the head with the hidden states of both roles
     if forward >= after + workspace:
         return {"activations": forward}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoModel
 
+from ...engine.taps import layers_of, parse_taps
 from ..models.loading import model_folder
 from ..models.shapes import model_config
 from ..sampling.prompts import longest_prompt
@@ -28,7 +30,14 @@ def limit_memory(config: PPOConfig, device: torch.device) -> None:
 
 
 def resolve_micro_tokens(
-    config: PPOConfig, model_config: Any, device: torch.device, *, longest: int, kind: Kind, heads: int
+    config: PPOConfig,
+    model_config: Any,
+    device: torch.device,
+    *,
+    longest: int,
+    kind: Kind,
+    heads: int,
+    features: str | Sequence[str] = "last",
 ) -> PPOConfig:
     """`config` with a number for update.micro_tokens: auto becomes the most that fit a GPU, or `CPU_MICRO_TOKENS`.
 
@@ -36,7 +45,7 @@ def resolve_micro_tokens(
         model_config: of the policy's model.
         longest: number of tokens of the longest prompt.
         kind: of the reward, from `resolve_reward`.
-        heads: K of a reward on the policy's trunk.
+        heads, features: K of a reward on the policy's trunk, and what they read; see `engine.taps`.
 
     Raises:
         ValueError: if not even one sample fits the memory.
@@ -48,7 +57,7 @@ def resolve_micro_tokens(
         rollout = config.rollout.model_copy(update={"max_prompt_tokens": longest})
         reward = config.reward.model_copy(update={"kind": kind})
         planned = config.model_copy(update={"rollout": rollout, "reward": reward})
-        tokens = auto_micro_tokens(planned, model_config, _limit(config, device), heads=heads)
+        tokens = auto_micro_tokens(planned, model_config, _limit(config, device), heads=heads, features=features)
     return config.model_copy(update={"update": config.update.model_copy(update={"micro_tokens": tokens})})
 
 
@@ -64,15 +73,23 @@ def _limit(config: PPOConfig, device: torch.device) -> int:
 PROMPT_TOKENS = 512  # if neither rollout.max_prompt_tokens nor the model's positions limit a prompt
 
 
-def job_shape(config: PPOConfig, model: Any, device: str = "cuda", heads: int = 5) -> JobShape:
-    """The sizes of `config` for a model of config `model`; `device`: cuda or cpu.
+def job_shape(
+    config: PPOConfig, model: Any, device: str = "cuda", heads: int = 5, features: str | Sequence[str] = "last"
+) -> JobShape:
+    """The sizes of `config` for a model of config `model`; `device`: cuda or cpu; features: what reward heads read.
 
     A reward of kind auto counts as heads on the policy's trunk, one of kind model with its weights in the policy's
     dtype.
 
     Raises:
-        ValueError: for more new tokens than the model has positions, as `prudent ppo` would.
+        ValueError: for more new tokens than the model has positions, as `prudent ppo` would; for taps that the model
+            does not have.
     """
+    layers = layers_of(model)
+    try:
+        taps = parse_taps(features, layers)
+    except ValueError as error:
+        raise ValueError(f"features: {str(error).removeprefix('taps: ')}") from None
     rollout, on_gpu = config.rollout, device == "cuda"
     kind = "shared" if config.reward.kind == "auto" else config.reward.kind
     dtype = trunk_dtype(config, torch.device(device))
@@ -92,6 +109,8 @@ def job_shape(config: PPOConfig, model: Any, device: str = "cuda", heads: int = 
         reward=kind if kind in ("shared", "adapter") else None,  # type: ignore[arg-type]
         heads=heads,
         reward_bytes=_other_model(config.reward.source, dtype) if kind == "model" else 0,
+        taps=len(taps),
+        captured=len({tap.layer for tap in taps} - {layers}),
         checkpointing=config.policy.gradient_checkpointing,
         optimizer=config.update.optimizer,
         dtype=dtype,
@@ -136,19 +155,24 @@ def _other_model(source: str, dtype: torch.dtype) -> int:
 
 
 def auto_micro_tokens(
-    config: PPOConfig, model_config: Any, limit: int, prompt_tokens: int | None = None, heads: int = 5
+    config: PPOConfig,
+    model_config: Any,
+    limit: int,
+    prompt_tokens: int | None = None,
+    heads: int = 5,
+    features: str | Sequence[str] = "last",
 ) -> int:
     """The most tokens in a forward pass that fit into `limit` bytes of a GPU, at most all of a step's samples.
 
     Args:
         limit: bytes that the process may allocate.
         prompt_tokens: of the longest prompt; None: rollout.max_prompt_tokens, or 512 without it.
-        heads: K of a reward on the policy's trunk.
+        heads, features: K of a reward on the policy's trunk, and what they read; see `engine.taps`.
 
     Raises:
         ValueError: if not even one sample fits, with the keys that would help.
     """
-    shape, job = ModelShape.of(model_config), job_shape(config, model_config, heads=heads)
+    shape, job = ModelShape.of(model_config), job_shape(config, model_config, heads=heads, features=features)
     job = replace(job, prompt_tokens=prompt_tokens or job.prompt_tokens)
     found = micro_tokens(shape, job, limit)
     if not found:

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...engine.eval_mode import evaluating
+from ...engine.text import Encoded
 from .batch import Samples, Scored, TokenBatch, micro_batches, response_mask, sequence_length, token_batch
 from .config import PPOConfig
 from .policy.policy import Policy
@@ -71,7 +72,7 @@ def score(
 
 
 class _Tables:
-    """[N, T] tables, and the features [N, D] that reward heads read, filled one micro-batch at a time."""
+    """[N, T] tables, and the features [N, F] that reward heads read, filled one micro-batch at a time."""
 
     def __init__(self, policy: Policy, samples: Samples, config: PPOConfig, closing: Sequence[int]) -> None:
         self.policy, self.samples, self.config, self.closing = policy, samples, config, closing
@@ -81,38 +82,42 @@ class _Tables:
         self.value = None if policy.value_head is None else zeros.clone()
         self.features: Tensor | None = None
         if policy.reward_head is not None:
-            shape = (len(self.mask), policy.hidden_size)
+            shape = (len(self.mask), policy.reward_head.hidden_size)
             self.features = torch.full(shape, float("nan"), dtype=policy.dtype, device=policy.device)
 
     def read_frozen(self, indices: list[int]) -> None:
         """Compute reference log-probabilities, and the features that heads on the trunk read."""
-        policy, head = self.policy, self.policy.reward_head
-        batch = self._batch(indices, () if head is None else self.closing)
-        hidden = policy.hidden(batch, "reference")
+        policy, kind = self.policy, self.policy.reward_kind
+        batch = self._batch(indices, () if kind is None else self.closing)
+        if kind == "shared":
+            hidden, features = policy.read(batch, "reference")
+            self._keep(indices, features)
+        else:
+            hidden = policy.hidden(batch, "reference")
         logprob = policy.logprobs(hidden, batch, self.config.rollout.temperature, "reference").logprob
         _put(self.ref_logprob, indices, batch, logprob)
-        if head is None:
-            return
-        if policy.reward_kind == "adapter":
-            hidden = policy.hidden(batch, "reward")
-        self._keep(indices, hidden, batch)
+        del hidden
+        if kind == "adapter":
+            self._keep(indices, policy.read(batch, "reward")[1])
 
-    def read_again(self, sequences: dict[int, list[int]], budget: int) -> None:
+    def read_again(self, sequences: dict[int, Encoded], budget: int) -> None:
         """Replace the features of samples that the heads read as other `sequences`; by NaN for an empty one."""
         policy = self.policy
         assert self.features is not None
-        self.features[[row for row, ids in sequences.items() if not ids]] = float("nan")
-        rows = [row for row, ids in sequences.items() if ids]
+        self.features[[row for row, read in sequences.items() if not read.ids]] = float("nan")
+        rows = [row for row, read in sequences.items() if read.ids]
+        ids = [sequences[row].ids for row in rows]
+        behind = torch.tensor([len(sequences[row].ids) - 1 - sequences[row].start for row in rows])
         # each is a prompt whose response is one stop token, so that the heads read the prompt's last id
-        alone = Samples([sequences[row] for row in rows], [[0]] * len(rows), [True] * len(rows), rows)
+        alone = Samples(ids, [[0]] * len(rows), [True] * len(rows), rows)
         for part in micro_batches(alone, range(len(rows)), budget, policy.packed):
             batch = token_batch(alone, part, packed=policy.packed, device=policy.device)
-            self._keep([rows[i] for i in part], policy.hidden(batch, "reward"), batch)
+            batch = batch._replace(first=batch.last - behind[part].to(batch.last))
+            self._keep([rows[i] for i in part], policy.read(batch, "reward")[1])
 
-    def _keep(self, indices: list[int], hidden: Tensor, batch: TokenBatch) -> None:
-        """Keep hidden[batch.last], which the heads read of the samples `indices`."""
+    def _keep(self, indices: list[int], features: Tensor) -> None:
         assert self.features is not None
-        self.features[indices] = hidden.index_select(0, batch.last)
+        self.features[indices] = features
 
     def read_trained(self, indices: list[int]) -> None:
         """Compute log-probabilities and entropies of the policy that sampled, and values."""

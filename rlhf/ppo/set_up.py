@@ -76,7 +76,13 @@ def set_up(
     # the run's config from here on: auto has become a number
     longest = max(len(prompt.ids) for prompt in data.prompts)
     config = resolve_micro_tokens(
-        config, model.config, device, longest=longest, kind=reward.kind, heads=reward.num_heads or 0
+        config,
+        model.config,
+        device,
+        longest=longest,
+        kind=reward.kind,
+        heads=reward.num_heads or 0,
+        features=(reward.on_trunk and reward.on_trunk.taps) or "last",
     )
     with peft_hushed():
         policy = Policy(config, model, device=device, reward=reward.on_trunk)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from ...engine.taps import check_taps
 from ...engine.trust import DIRECTIONS
@@ -16,6 +16,18 @@ from .pet.config import PETConfig
 
 # in units of the mean square of a pair's difference in standardised features: one grid serves every trunk
 L2_GRID = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+def _checked_taps(value: Any) -> Any:
+    try:
+        check_taps(value)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("taps: ")) from None
+    return value
+
+
+# last, wide or a list of taps; see `engine.taps`
+Features = Annotated[Literal["last", "wide"] | list[str], AfterValidator(_checked_taps)]
 
 
 class FitConfig(JobConfig):
@@ -177,7 +189,7 @@ class TrainConfig(JobConfig):
         ge=1,
         description="Tokens kept, from the end, of a longer text, also by the saved model; null: the trunk's limit.",
     )
-    features: Literal["last", "wide"] | list[str] = Field(
+    features: Features = Field(
         default="last",
         description="Hidden states that heads read: last (the last token's), wide (a mean over the response too), or a "
         "list such as [last:-1, mean:20].",
@@ -200,15 +212,6 @@ class TrainConfig(JobConfig):
                 "prudent ppo takes the worst head of a step"
             )
         return str(spec)
-
-    @field_validator("features")
-    @classmethod
-    def _known_features(cls, value: str | list[str]) -> str | list[str]:
-        try:
-            check_taps(value)
-        except ValueError as error:
-            raise ValueError(str(error).removeprefix("taps: ")) from None
-        return value
 
     @property
     def start(self) -> str | None:

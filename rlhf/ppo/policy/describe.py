@@ -48,6 +48,8 @@ def _reward(policy: Policy) -> str:
         return "not on this trunk"
     count = policy.reward_head.num_heads
     heads = f"{count} heads" if count > 1 else "one head"
+    if policy.reward_taps is not None:
+        heads += f" reading {', '.join(map(str, policy.reward_taps))},"
     if policy.reward_kind == "shared":
         return f"{heads} on the reference's hidden states (no pass of their own)"
     return f"a frozen LoRA on the trunk and {heads} (one more pass)"

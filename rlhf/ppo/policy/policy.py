@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ....engine import EnsembleHead
 from ....engine.config import position_offset
 from ....engine.eval_mode import evaluating
+from ....engine.taps import Tap, capturing, num_layers, parse_taps, read_taps
 from ....kernels import linear_logprob
 from ....kernels.linear_logprob.contract import LogprobOutput
 from ...job.log import say_once
@@ -31,10 +32,15 @@ Role = Literal["actor", "critic", "reference", "reward"]
 
 
 class RewardOnTrunk(NamedTuple):
-    """A reward that reads the policy's own trunk. adapter: the folder of its LoRA; None: it reads the frozen trunk."""
+    """A reward that reads the policy's own trunk.
+
+    adapter: the folder of its LoRA; None: it reads the frozen trunk. taps: the states that the heads read (see
+    `EnsembleRewardConfig`); None: the trunk's output at the last token.
+    """
 
     head: EnsembleHead
     adapter: Path | None = None
+    taps: list[str] | None = None
 
 
 class Policy(nn.Module):
@@ -62,6 +68,7 @@ class Policy(nn.Module):
         model: the causal language model that samplers call.
         attention: transformers' name of the attention in use.         packed: whether batches are to be packed
         reward_kind: "shared", "adapter" or None.                      reward_head: EnsembleHead or None
+        reward_taps: what the reward's heads read.
         value_head: nn.Linear(D, 1), starting as `policy.critic_init` says, or None.
         logit_rule: scale and softcap of the logits.                   hidden_size, vocab_size, device, dtype
 
@@ -124,10 +131,13 @@ class Policy(nn.Module):
             self._adapters.add("critic", config.policy)
         self.reward_kind: Literal["shared", "adapter"] | None = None
         self.reward_head: EnsembleHead | None = None
+        self.reward_taps: tuple[Tap, ...] | None = None
         if reward is not None:
-            if reward.head.hidden_size != width:
+            self.reward_taps = parse_taps(reward.taps, num_layers(self.model)) if reward.taps else None
+            wanted = width * len(self.reward_taps or ("last",))
+            if reward.head.hidden_size != wanted:
                 raise ValueError(
-                    f"reward.source: expected heads on hidden states of width {width}, got {reward.head.hidden_size}"
+                    f"reward.source: expected heads on hidden states of width {wanted}, got {reward.head.hidden_size}"
                 )
             self.reward_kind = "shared" if reward.adapter is None else "adapter"
             self.reward_head = reward.head.to(self.device).requires_grad_(False)
@@ -163,6 +173,11 @@ class Policy(nn.Module):
             raise ValueError(
                 "policy.critic_init: expected zero without reward heads on the policy's own hidden states (reward.kind "
                 "shared), got reward"
+            )
+        if self.reward_taps is not None:
+            raise ValueError(
+                "policy.critic_init: expected zero with a reward that reads other states than the critic, which are "
+                f"{', '.join(map(str, self.reward_taps))}, got reward"
             )
         count = head.num_heads
         weight, bias = head.weight[:count], head.bias[:count]
@@ -206,6 +221,16 @@ class Policy(nn.Module):
         with autocast, self._adapters.using(adapter):
             hidden: Tensor = model.base_model(**inputs).last_hidden_state
         return hidden.flatten(0, 1).to(self.dtype)
+
+    def read(self, batch: TokenBatch, role: Literal["reference", "reward"]) -> tuple[Tensor, Tensor]:
+        """`hidden`, and of the same pass what the reward's heads read of each sequence: [B, F] in `dtype`."""
+        if self.reward_taps is None:
+            hidden = self.hidden(batch, role)
+            return hidden, hidden.index_select(0, batch.last)
+        with capturing(self._part(role)[0].base_model, [tap.layer for tap in self.reward_taps]) as states:
+            hidden = self.hidden(batch, role)
+        output = hidden.view(*batch.input_ids.shape, -1)
+        return hidden, read_taps(self.reward_taps, states, output, batch.last, batch.response())
 
     def logprobs(
         self, hidden: Tensor, batch: TokenBatch, temperature: float, role: Literal["actor", "reference"] = "actor"

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from ....engine import EnsembleHead, EnsembleRewardConfig, Scorer
 from ....engine.config import max_positions
 from ....engine.own_code import refusing_own_code
+from ....engine.taps import averages, num_layers, parse_taps
 from ....engine.text import ItemEncoder
 from ....kernels import Aggregation
 from ...job.files import refuse_mistyped
@@ -100,7 +101,7 @@ def _resolved(config: RewardConfig, policy: Any, device: torch.device | str) -> 
     adapter = _adapter_folder(source) if kind in (None, "adapter") else None
     if adapter is not None:
         head = _aggregated(_read_head(adapter), config.aggregation)
-        return Resolved("adapter", RewardOnTrunk(head, adapter))
+        return Resolved("adapter", RewardOnTrunk(head, adapter, adapter_settings(adapter).get("taps")))
     if kind == "adapter":
         raise ValueError(
             "reward.source: expected a folder with a LoRA and heads, as `prudent train` with mode lora saves in "
@@ -114,7 +115,8 @@ def _resolved(config: RewardConfig, policy: Any, device: torch.device | str) -> 
         loaded = _load(config)
         differs = _first_difference(loaded.model.model.state_dict(), trunk.state_dict())
         if differs is None:
-            return Resolved("shared", RewardOnTrunk(_aggregated(loaded.model.score, config.aggregation)))
+            head = _aggregated(loaded.model.score, config.aggregation)
+            return Resolved("shared", RewardOnTrunk(head, taps=loaded.model.config.taps))
         difference = f"whose trunk has another {differs} than the policy"
     if kind == "shared":
         raise ValueError(
@@ -134,13 +136,14 @@ def open_encoder(source: str | Path, policy: Any) -> HeadEncoder:
     adapter = _adapter_folder(source)
     folder = str(adapter or model_folder(source))
     settings: Any = adapter_settings(adapter) if adapter else vars(_config(folder))
-    trunk = causal_lm(policy)
+    trunk, taps = causal_lm(policy), settings.get("taps")
     limits = (settings.get("max_score_length"), max_positions(trunk.config.get_text_config()))
     encoder = ItemEncoder(
         load_tokenizer("reward.source", folder),
         append_eos=settings.get("append_eos", True),
         max_length=min((n for n in limits if n is not None), default=None),
         vocab_size=trunk.get_input_embeddings().num_embeddings,
+        finds_response=bool(taps) and averages(parse_taps(taps, num_layers(trunk))),
     )
     return HeadEncoder(encoder, settings.get("skip_token_id"))
 

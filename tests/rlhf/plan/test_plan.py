@@ -76,6 +76,20 @@ def test_the_plan_is_within_a_tenth_of_the_loop_on_tensors_without_data(case: st
     assert all(0.9 <= ratio <= 1.1 for ratio in ratios.values()), ratios
 
 
+def test_states_of_inner_layers_that_the_reward_reads_are_counted() -> None:
+    given = config("dtype=bfloat16", "features=[last:-1,mean:1,mean:2,last:1]")
+    model = LlamaConfig(**{**SIZES, "vocab_size": 100})  # the peak is inside the trunk, where they are kept
+    tracked = trace(given, model, torch.bfloat16, PROMPT, 5, False, given.features).peaks["scoring"]["Total"]
+    wide, last = (job_shape(given, model, features=features) for features in (given.features, "last"))
+    assert (wide.taps, wide.captured) == (4, 2)
+    planned, plain = (plan(ModelShape.of(model), job, 400).tensors("scoring") for job in (wide, last))
+    assert 0.9 <= planned / tracked <= 1.1
+    tokens = 4 * (PROMPT + RESPONSE + 1)
+    assert planned - plain == 2 * 2 * SIZES["hidden_size"] * tokens + 4 * 2 * 5 * 3 * SIZES["hidden_size"]
+    with pytest.raises(ValueError, match=r"features: expected a layer from 0 to 3 .*, got 'mean:4'"):
+        job_shape(given, model, features=["mean:4"])
+
+
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sets", [(), pytest.param(("policy.gradient_checkpointing=true",), marks=pytest.mark.slow)])
 def test_fp32_weights_under_bf16_autocast_are_within_a_tenth_too(sets: tuple[str, ...], tied: bool) -> None:

@@ -25,6 +25,7 @@ def test_a_padded_batch_reads_each_response_but_for_its_last_token() -> None:
     assert batch.sequence.tolist() == [0, 1, 1, 2, 2, 2]
     assert batch.offset.tolist() == [0, 0, 1, 0, 1, 2]
     assert batch.last.tolist() == [0, 6, 11]
+    assert batch.first.tolist() == [0, 6, 10]  # of a response that is not read, at least the last token
 
 
 def test_a_packed_batch_is_one_row_whose_positions_restart() -> None:
@@ -34,6 +35,8 @@ def test_a_packed_batch_is_one_row_whose_positions_restart() -> None:
     assert batch.attention_mask is None
     assert batch.rows.tolist() == [0, 2, 3, 5, 6, 7]
     assert batch.last.tolist() == [0, 3, 7]
+    assert batch.first.tolist() == [0, 3, 6]
+    assert batch.response().int().tolist() == [[1, *[0] * 7], [0, 0, 0, 1, 0, 0, 0, 0], [*[0] * 6, 1, 1]]
 
 
 def test_closing_replaces_a_stop_token_and_follows_a_cut_response() -> None:
@@ -42,6 +45,8 @@ def test_closing_replaces_a_stop_token_and_follows_a_cut_response() -> None:
     assert batch.targets.tolist() == [3, STOP, 4, 4, 4]  # the stop token was drawn: it stays a target
     assert batch.rows.tolist() == [1, 2, 8, 9, 10]
     assert batch.last.tolist() == [4, 13]
+    assert batch.first.tolist() == [2, 9]
+    assert batch.response().int().tolist() == [[0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1]]
 
 
 @st.composite
@@ -66,6 +71,8 @@ def test_packed_and_padded_name_the_same_tokens(samples: Samples, closes: bool, 
         assert places[row] == place
         assert flat[row - place : row + 1].tolist() == read[: place + 1]  # all that came before the token
         assert batch.targets[i] == read[place + 1]
+    assert (batch.first <= batch.last).all()
+    assert batch.response().sum(1).tolist() == (batch.last - batch.first + 1).tolist()
     for n, row in enumerate(batch.last.tolist()):
         assert places[row] == sequence_length(samples, n, len(closing)) - 1
         if closing:

@@ -12,6 +12,7 @@ from torch import Tensor
 from prudent.engine import EnsembleHead, EnsembleRewardModel, fit_trust
 from prudent.rlhf.ppo.batch import Samples, Scored
 from prudent.rlhf.ppo.config import PPOConfig
+from prudent.rlhf.ppo.policy.describe import describe_policy
 from prudent.rlhf.ppo.policy.policy import Policy, RewardOnTrunk
 from prudent.rlhf.ppo.rewards.sources import Rewards
 from prudent.rlhf.ppo.score import score
@@ -148,6 +149,28 @@ def test_shared_rewards_have_the_distance_and_its_price() -> None:
     torch.testing.assert_close(priced.distance[1:2], want, rtol=1e-3, atol=1e-4)
     price = head.trust.unit * priced.distance.square()
     torch.testing.assert_close(free.reward - priced.reward, price, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_reward_of_several_taps_is_read_in_the_same_pass(packed: bool, adapter: bool, tmp_path: Path) -> None:
+    taps = ["mean:1", "last:2", "mean:2"]
+    head = EnsembleHead(3 * WIDTH, 3, aggregation="mean")
+    make(None).save(tmp_path)
+    policy = make(RewardOnTrunk(head, tmp_path if adapter else None, taps), packed=packed)
+    count = passes(policy)
+    experience = scored(policy)
+    batches = len(count) // (3 if adapter else 2)
+    assert len(count) == batches * (3 if adapter else 2)
+    with policy._adapters.using("reward" if adapter else None):
+        model = EnsembleRewardModel.from_trunk(policy.model, head=head, taps=taps).eval()
+        for row, (prompt, response) in enumerate(zip(SAMPLES.prompts, SAMPLES.responses, strict=True)):
+            said = response[:-1] if SAMPLES.stopped[row] else response
+            with torch.no_grad():
+                out = model(torch.tensor([prompt + said + CLOSING]), response_start=torch.tensor([len(prompt)]))
+            assert experience.head_mean is not None
+            torch.testing.assert_close(experience.head_mean[row], out.mean[0], rtol=1e-4, atol=1e-4)
+    assert "reading mean:1, last:2, mean:2," in describe_policy(policy)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

@@ -278,6 +278,11 @@ def test_logits_that_linear_logprob_cannot_compute_are_refused() -> None:
 
 
 def test_heads_and_adapters_of_another_width_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"reward.source: expected heads on hidden states of width 64, got 32"):
+        make(reward=RewardOnTrunk(EnsembleHead(WIDTH, 3), taps=["last:2", "mean:1"]))
+    wide = RewardOnTrunk(EnsembleHead(2 * WIDTH, 3), taps=["last:2", "mean:1"])
+    with pytest.raises(ValueError, match=r"critic_init: expected zero with .* which are last:2, mean:1, got reward"):
+        make(reward=wide, policy={"critic_init": "reward"})
     with pytest.raises(ValueError, match=r"reward.source: expected heads on hidden states of width 32, got 16"):
         make(reward=RewardOnTrunk(EnsembleHead(16, 3)))
     make(tiny_lm(hidden_size=16)).save(tmp_path)

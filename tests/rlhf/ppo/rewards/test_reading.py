@@ -38,9 +38,9 @@ def a_trunk() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def a_reward(folder: Path, trunk: Any, tokenizer: Any) -> Scorer:
+def a_reward(folder: Path, trunk: Any, tokenizer: Any, taps: list[str] | None = None) -> Scorer:
     torch.manual_seed(4)
-    model = EnsembleRewardModel.from_trunk(trunk, num_heads=3)
+    model = EnsembleRewardModel.from_trunk(trunk, num_heads=3, taps=taps)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Scorer(model.eval(), tokenizer, progress=False)
@@ -56,15 +56,16 @@ def drawn(turn: Turn, tokenizer: Any) -> Samples:
     return Samples([turn.prompt(ASKED)] * len(rows), responses, [s for _, s in rows], [0] * len(rows))
 
 
+@pytest.mark.parametrize("taps", [None, ["last:2", "mean:1"]])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_reward_of_a_sample_is_the_scorers_of_its_prompt_and_text(
-    template: str, packed: bool, tmp_path: Path
+    template: str, packed: bool, taps: list[str] | None, tmp_path: Path
 ) -> None:
     tokenizer, trunk = a_tokenizer(TEMPLATES[template]), a_trunk()
-    scorer = a_reward(tmp_path, trunk, tokenizer)
+    scorer = a_reward(tmp_path, trunk, tokenizer, taps)
     config = PPOConfig(model="m", prompts="p", output="o", reward={"source": "r"}, packed=packed, update=UPDATE)
-    policy = Policy(config, a_trunk(), device="cpu", reward=RewardOnTrunk(scorer.model.score))
+    policy = Policy(config, a_trunk(), device="cpu", reward=RewardOnTrunk(scorer.model.score, taps=taps))
     turn = Turn(tokenizer, policy.model)
     texts = Texts(tokenizer, [Prompt(ASKED, turn.prompt(ASKED))])
     samples = drawn(turn, tokenizer)
@@ -84,9 +85,10 @@ def test_the_reward_of_a_sample_is_the_scorers_of_its_prompt_and_text(
 @pytest.mark.parametrize("template", [*DIFFERENT, "chatml", "alpaca"])
 def test_stored_features_are_those_that_the_scorer_reads(template: str, tmp_path: Path) -> None:
     tokenizer, trunk = a_tokenizer(TEMPLATES[template]), a_trunk()
-    scorer = Scorer(EnsembleRewardModel.from_trunk(trunk), tokenizer, progress=False)
+    taps = ["last:2", "mean:1"]
+    scorer = Scorer(EnsembleRewardModel.from_trunk(trunk, taps=taps), tokenizer, progress=False)
     requests = [Request(ASKED, 6), Request("two", 6)]
-    rollouts = sample(trunk, tokenizer, requests, tmp_path, Sampling(10), progress=False)
+    rollouts = sample(trunk, tokenizer, requests, tmp_path, Sampling(10), taps=taps, progress=False)
     for rollout in rollouts:
         items = [{"prompt": rollout.prompt, "response": text} for text in rollout.responses]
         torch.testing.assert_close(rollout.features, scorer.features(items), rtol=1e-4, atol=1e-4)

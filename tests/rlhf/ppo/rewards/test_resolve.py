@@ -267,6 +267,24 @@ def test_an_aggregation_of_a_head_that_is_not_there_is_refused(policy: Any, toke
         _open_model(source, tokenizer, [], aggregation="head:7")
 
 
+@torch.no_grad()
+def test_taps_come_with_the_heads_of_either_kind(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
+    source, folder = _save(tmp_path / "model", policy, tokenizer, taps="wide"), tmp_path / "adapter"
+    folder.mkdir()
+    save_head(EnsembleHead(64, 2), folder, taps=["last:2", "mean:1"])
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_text("{}")
+    tokenizer.save_pretrained(folder)
+    for place in (source, folder):
+        found = resolve_reward(RewardConfig(source=str(place)), policy, "cpu").on_trunk
+        assert found is not None
+        assert (found.taps, found.head.hidden_size) == (["last:2", "mean:1"], 64)
+        read = open_encoder(place, policy).read({"prompt": "my day", "response": "good food"})
+        assert read.start == len(tokenizer("<|user|> my day <|end|> <|assistant|>")["input_ids"])
+    plain = _save(tmp_path / "plain", policy, tokenizer)
+    assert open_encoder(plain, policy).read({"prompt": "my day", "response": "good food"}).start == 0
+
+
 def test_the_model_is_found_in_the_run_that_trained_it(policy: Any, tokenizer: Any, tmp_path: Path) -> None:
     source = _save(tmp_path / "run" / "model", policy, tokenizer)
     run = source.parent
