@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ..job.config import JobConfig
-from ..reward.config import BradleyTerryConfig, BRMEConfig, refuse_unread_by_solver
+from ..reward.config import BradleyTerryConfig, BRMEConfig, Features, refuse_unread_by_solver
 
 
 class DemoPPOConfig(JobConfig):
@@ -53,6 +53,11 @@ class DemoConfig(JobConfig):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Number type of the model; auto: bfloat16 if the machine multiplies it in hardware."
+    )
+    features: Features = Field(
+        default="last",
+        description="Hidden states that heads read: last (the last token's), wide (a mean over the response too), or a "
+        "list such as [last:-1, mean:20].",
     )
     seed: int = Field(default=0, ge=0, lt=2**30, description="Seed of the run.")
     samples_per_prompt: int = Field(default=16, ge=2, description="Number of responses to each training prompt.")

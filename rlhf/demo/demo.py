@@ -215,6 +215,7 @@ class _Run:
             sampling,
             seed=config.seed,
             batch_rows=config.batch_rows,
+            taps=config.features,
             progress=self.progress,
         )
 
@@ -246,7 +247,7 @@ class _Run:
         return metrics, report.Page(None, report.pair_examples(ensemble, held, test), None)
 
     def _features(self, pairs: list[PreferencePair]) -> tuple[Tensor, Tensor]:
-        model = EnsembleRewardModel.from_trunk(self.model)
+        model = EnsembleRewardModel.from_trunk(self.model, taps=self.config.features)
         scorer = Scorer(model, self.tokenizer, progress=False)
         folder = self.folder / "features"
         both = compute_features(scorer, both_sides(pairs), folder, self.progress, names_of_sides(pairs)).features
@@ -281,7 +282,8 @@ class _Run:
         if (self.folder / name).exists():
             return
         with atomic_folder(self.folder / name) as folder:
-            EnsembleRewardModel.from_trunk(self.model, head=head).save_pretrained(folder)
+            model = EnsembleRewardModel.from_trunk(self.model, head=head, taps=self.config.features)
+            model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             if name == "single" and self.fit is not None:
                 atomic_write_json(folder / FIT_FILE, self.fit)

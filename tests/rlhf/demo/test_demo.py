@@ -74,8 +74,23 @@ def test_an_exact_single_head_shows_how_its_penalty_was_chosen(tiny_chat_folder:
         _config(tiny_chat_folder, tmp_path / "other", bt={**bt, "lr": 0.1})
 
 
-def test_the_saved_models_score_text_as_the_run_scored_features(finished: tuple[DemoConfig, Any]) -> None:
+@pytest.fixture
+def wide(tiny_chat_folder: Path, tmp_path: Path) -> tuple[DemoConfig, Any]:
+    ppo = {"steps": 1, "max_new_tokens": 5, "lora_rank": 2, "prompts_per_step": 2}
+    config = _config(tiny_chat_folder, tmp_path / "run", features="wide", ppo=ppo, best_of=8)
+    return config, run_demo(config, progress=False)
+
+
+@pytest.mark.parametrize("run", ["finished", "wide"])
+def test_the_saved_models_score_text_as_the_run_scored_features(run: str, request: pytest.FixtureRequest) -> None:
+    finished = request.getfixturevalue(run)
     folder = finished[0].output
+    if run == "wide":
+        config = json.loads((folder / "model" / "config.json").read_text())
+        assert config["taps"] == ["last:2", "mean:1"]
+        for arm in ("single", "ensemble"):  # PPO reads them in the frozen trunk's own pass
+            said = (folder / "ppo" / arm / "ppo.json").read_text()
+            assert json.loads(said)
     rows = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
     accuracies = {}
     for name in ("single", "model"):
