@@ -167,7 +167,7 @@ _DIRECTED: dict[tuple[torch.dtype, int], tuple[Row, ...]] = {
     ),
     (_BF16, 128): (Row(_ANY, Config(16, 32, 8, 3)),),
     (_FP16, 32): (Row(_ANY, Config(16, 32, 4, 3)),),
-    (_FP16, 64): (Row(_ANY, Config(16, 32, 4, 3)),),
+    (_FP16, 64): (Row(_ANY, Config(16, 16, 4, 3)),),
     (_FP16, 128): (Row(_ANY, Config(16, 16, 8, 3)),),
     (_FP32, 32): (Row(_ANY, Config(16, 32, 4, 2)),),
     (_FP32, 64): (Row(_ANY, Config(16, 32, 4, 2)),),

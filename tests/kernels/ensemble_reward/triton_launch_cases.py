@@ -244,7 +244,7 @@ def test_a_bf16_weight_without_a_norm_needs_no_low_half() -> None:
     inputs = make(40, 129, torch.bfloat16, norm_weight=None)
     narrow, wide = (inputs._replace(weight=inputs.weight.bfloat16().to(t)) for t in (torch.bfloat16, torch.float32))
     assert [recorded(lambda i=i: execution.forward(i))[0].arguments["EXACT"] for i in (narrow, wide)] == [True, False]
-    for a, b in zip(execution.forward(narrow), execution.forward(wide), strict=True):
+    for a, b in zip(execution.forward(narrow)[:4], execution.forward(wide)[:4], strict=True):
         assert torch.equal(a, b)
 
 
