@@ -360,6 +360,22 @@ examples:
         ),
         "the same command continues",
     ),
+    "warning": Job(
+        "study.overoptimisation.warning",
+        "WarningConfig",
+        "run_warning",
+        "what warns before gold falls: distance, heads' disagreement, KL, length, ...",
+        """Read the PPO runs of a folder that have a gold scorer: in some gold falls, in others it stays. Each signal of
+metrics.jsonl gets a threshold from the runs with another seed (or another gold) in which gold stays; the table says for
+how many falls it was crossed in time, and how many steps ahead. Writes warning.json, warning.md and warning.png.
+
+examples:
+  prudent study warning --runs runs/study/overoptimisation/policy/runs
+  prudent study warning --runs runs/study/learning/runs --set hold_out=gold""",
+        ("runs", "output"),
+        ("window", "fall", "false_alarms", "hold_out", "resamples"),
+        "the same command starts over",
+    ),
 }
 
 STUDY_ABOUT = """Test claims about pessimism over many seeds. Each study writes its table, its picture and every number,
@@ -368,7 +384,9 @@ whether or not they support the claim. `prudent study STUDY --help` says more.
 examples:
   prudent study toy
   prudent study stochastic
-  prudent study learning --model path/to/stories260k"""
+  prudent study learning --model path/to/stories260k
+  prudent study overoptimisation
+  prudent study warning --runs runs/study/overoptimisation/policy/runs"""
 
 # first flag after `prudent bench` -> module under `prudent.bench` that parses the remaining flags
 BENCHES = {"--aot": "aot", "--traffic": "traffic", "--gpu-check": "gpu_check"}

@@ -1,4 +1,4 @@
-"""The config of `prudent study overoptimisation`."""
+"""The configs of `prudent study overoptimisation` and `prudent study warning`."""
 
 from __future__ import annotations
 
@@ -59,8 +59,34 @@ class View(NamedTuple):
         return cls(*sides)
 
 
+class PolicyGradientConfig(JobConfig):
+    """PPO against some arms, of heads fitted on one number of pairs and share of noise.
+
+    Every reward is divided by its sd within a prompt, so that one KL coefficient means the same for all.
+    """
+
+    steps: int = Field(default=0, ge=0, description="Steps of each PPO run; 0: no PPO.")
+    view: str | None = Field(default=None, description="The view whose heads and distance are used; null: the first.")
+    arms: tuple[str, ...] = Field(
+        default=("single, tuned", "single, shipped before", "BRME tradeoff:0.4", "trust quad", "trust hinge"),
+        description="Rewards to maximise, those with a constant at the chosen one; not posterior LCB.",
+    )
+    golds: tuple[str, ...] = Field(
+        default=("sentiment", "careful"), description="Gold scorers, each with its own runs."
+    )
+    kl: tuple[float, ...] = Field(default=(0.0, 0.05, 0.2), description="KL coefficients.")
+    seeds: int = Field(default=5, ge=2, description="Repetitions, each with its own pairs.")
+    pairs: int = Field(default=300, ge=50, description="Number of preference pairs.")
+    noise: float = Field(default=0.25, ge=0, lt=0.5, description="Share of labels that are flipped.")
+    prompts_per_step: int = Field(default=8, ge=1, description="Prompts in a step.")
+    samples_per_prompt: int = Field(default=8, ge=2, description="Responses to each prompt.")
+    mode: Literal["lora", "full"] = Field(default="lora", description="Train a LoRA adapter, or all weights.")
+    lr: float = Field(default=2e-3, gt=0, description="Learning rate of the policy.")
+    window: int = Field(default=10, ge=1, description="Steps over which the final gold is averaged.")
+
+
 class OveroptimisationConfig(JobConfig):
-    """The config of `prudent study overoptimisation`."""
+    """The configs of `prudent study overoptimisation` and `prudent study warning`."""
 
     model: str | None = Field(
         default=None, description="Language model, folder or hub name; null: the embedded SmolLM2-135M-Instruct."
@@ -95,6 +121,9 @@ class OveroptimisationConfig(JobConfig):
     bsr: float = Field(default=1e-3, gt=0, description="Weight of batch-sum regularisation in the arm BSR.")
     brme: BRMEConfig = Field(default=BRMEConfig(), description="BRME's ensemble of Gaussian heads.")
     pet: PETConfig = Field(default=PETConfig(), description="PET on AdamW's head, with at most pet.samples responses.")
+    policy_gradient: PolicyGradientConfig = Field(
+        default=PolicyGradientConfig(), description="PPO against the rewards, after best-of-n."
+    )
     resamples: int = Field(default=2000, ge=100, description="Resamples of each interval.")
     processes: int = Field(default=1, ge=1, description="Number of settings fitted at a time, with one thread each.")
 
@@ -113,6 +142,13 @@ class OveroptimisationConfig(JobConfig):
                 )
         if {*self.golds} & {*self.tuning_golds}:
             raise ValueError("tuning_golds: expected golds that are not reported, got one of the key golds")
+        if self.policy_gradient.view not in (None, *self.views):
+            raise ValueError(f"policy_gradient.view: expected one of the key views, got {self.policy_gradient.view}")
+        if not {*self.policy_gradient.golds} <= {*GOLDS, "variety"}:
+            raise ValueError(
+                f"policy_gradient.golds: expected golds that read texts, {', '.join((*GOLDS, 'variety'))}, got "
+                f"{', '.join(self.policy_gradient.golds)}"
+            )
         for key in ("noise", "shares"):
             if not all(0 <= value < 0.5 for value in getattr(self, key)):
                 raise ValueError(f"{key}: expected values from 0 to below 0.5, got {list(getattr(self, key))}")
@@ -125,3 +161,21 @@ def resolved(tap: str, num_layers: int) -> str:
     """`mean:2/3` -> `mean:20` of 30 layers (the nearest); other forms unchanged."""
     kind, _, layer = tap.partition(":")
     return f"{kind}:{round(Fraction(layer) * num_layers)}" if "/" in layer else tap
+
+
+class WarningConfig(JobConfig):
+    """The config of `prudent study warning`."""
+
+    runs: Path = Field(description="Folder of PPO runs with a gold scorer, at any depth.")
+    output: Path = Field(default=Path("runs/study/warning"), description="Folder for the results.")
+    window: int = Field(default=5, ge=1, description="Steps over which gold and signals are averaged, the latest last.")
+    fall: float = Field(
+        default=0.25, gt=0, description="A run's gold has fallen when it stays this much below its maximum to the end."
+    )
+    false_alarms: tuple[float, ...] = Field(
+        default=(0.05, 0.1), description="Shares of the other runs whose gold stays that may cross a threshold."
+    )
+    hold_out: Literal["seed", "gold"] = Field(
+        default="seed", description="A run's thresholds come from the runs with another seed, or another gold."
+    )
+    resamples: int = Field(default=2000, ge=100, description="Resamples of each interval.")

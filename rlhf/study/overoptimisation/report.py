@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ...report.words import count, interval, markdown_table, signed, verdict
+from . import policy_report
 from .attacks import REFERENCE
 from .rewards import TUNED
 
@@ -66,6 +67,8 @@ def markdown(metrics: Numbers) -> str:
                 *markdown_table(_gold_rows(attacks)),
                 "",
             ]
+    if metrics["policy_gradient"]:
+        lines += policy_report.section(config, metrics["policy_gradient"])
     return "\n".join(lines)
 
 
@@ -128,7 +131,8 @@ def findings(metrics: Numbers) -> list[str]:
             ]
             lines.append(f"{view}: {chosen[kind]} against the tuned single head brings {'; '.join(parts)}.")
         lines.append(f"{view}: {_turning(golds, metrics['attacks'], [TUNED, SHIPPED, *chosen.values()])}")
-    return [*lines, _advice(metrics)]
+    runs = metrics.get("policy_gradient")
+    return [*lines, *(policy_report.findings(metrics["config"], runs) if runs else []), _advice(metrics)]
 
 
 def _sorted(golds: Mapping[str, Any], attack: str, arm: str, opposite: bool = False) -> dict[str, list[str]]:
@@ -176,7 +180,9 @@ def _turning(golds: Mapping[str, Any], attacks: Sequence[str], arms: Sequence[st
 
 def _advice(metrics: Numbers) -> str:
     """When to use a price on distance, from the intervals of the chosen quadratic price."""
-    helps, hurts, costs = set(), set(), set()
+    helps: set[tuple[str, str]] = set()
+    hurts: set[tuple[str, str]] = set()
+    costs: set[tuple[str, str]] = set()
     for numbers in metrics["views"].values():
         arm = f"trust quad {numbers['constants']['trust quad']['chosen']:g}"
         for gold, attacks in numbers["golds"].items():

@@ -134,6 +134,14 @@ def reward(arm: Arm, scored: Scored, distance: Tensor | None = None) -> Tensor:
     return _brme(brme, scored.brme_std, {"worst": "min"}.get(arm.kind.removeprefix("BRME "), arm.kind[5:]))
 
 
+def unit_of(arm: Arm, unit: Mapping[str, float]) -> float:
+    """The sd within a prompt of the head that an arm is based on."""
+    of = {"single, shipped before": "shipped", "PET": "pet", "BSR": "bsr", "UWO": "ensemble"}
+    if "BRME" in arm.kind or "tradeoff" in arm.kind:
+        return unit["brme"]
+    return unit[of.get(arm.kind, "ensemble" if arm.kind.startswith("ensemble") else "tuned")]
+
+
 def _brme(mean: Tensor, std: Tensor, spec: str) -> Tensor:
     means, stds = mean.flatten(0, 1), std.flatten(0, 1)
     return aggregate(means, stds, means, Aggregation.parse(spec)).view(mean.shape[:2])

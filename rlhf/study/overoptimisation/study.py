@@ -16,13 +16,14 @@ from ..result import StudyResult, command, run_study
 from . import pictures, report
 from .cells import fill_cells, ns_of
 from .config import OveroptimisationConfig
+from .policy import policy_gradient
 from .summary import CHOICE_RULE, attack_names, summary_of_view
 from .world import prepare, read_auroc
 
 # keys that may differ from those of the results in the folder: no stored cell depends on them
 RESUMABLE_CHANGES = (
     *("output", "samples.folder", "seeds", "tuning_seeds", "golds", "tuning_golds", "pairs", "noise", "views"),
-    *("resamples", "processes"),
+    *("policy_gradient", "resamples", "processes"),
 )
 
 
@@ -58,6 +59,8 @@ def _measure(config: OveroptimisationConfig, progress: bool) -> dict[str, Any]:
             "samples": config.samples.model_copy(update={"folder": None}),
         }
     )
+    views = {view: summary_of_view(view, config) for view in config.views}
+    runs = policy_gradient(config, views, progress=progress) if config.policy_gradient.steps else None
     return {
         "command": command("overoptimisation", named),
         "config": named.model_dump(mode="json", exclude={"output"}),
@@ -65,6 +68,7 @@ def _measure(config: OveroptimisationConfig, progress: bool) -> dict[str, Any]:
         "attacks": attack_names(config),
         "choice": CHOICE_RULE,
         "auroc": read_auroc(config.output),
-        "views": {view: summary_of_view(view, config) for view in config.views},
+        "views": views,
+        "policy_gradient": runs,
         "torch": torch.__version__,
     }

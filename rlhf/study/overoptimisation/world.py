@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from ....engine.trust import fit_trust
 from ....engine.weights import reading_weights
 from ....kernels import TrustRegion
 from ...job.files import atomic_file, atomic_write_json
-from ...reward.fit import standardise
+from ...reward.fit import Scaling, standardise
 from . import golds
 from .candidates import Candidates, load_candidates
 from .config import OveroptimisationConfig, View
@@ -70,12 +71,10 @@ def prepare(config: OveroptimisationConfig, *, progress: bool = True) -> None:
     views = [View.parse(text) for text in config.views]
     makers: dict[str, Callable[[Candidates], Both]] = {}
     for view in views:
-        makers[f"heads-{slug(view.heads)}"] = lambda found, taps=view.heads: _features(found, taps)
-        makers[f"distance-{slug(view.distance)}"] = lambda found, taps=view.distance: _distance(
-            found, taps, config.directions
-        )
+        makers[f"heads-{slug(view.heads)}"] = partial(_features, view.heads)
+        makers[f"distance-{slug(view.distance)}"] = partial(_distance, view.distance, config.directions)
     for name in (*config.golds, *config.tuning_golds):
-        makers[f"gold-{name}"] = lambda found, name=name: _gold(found, name, config.taps[0])
+        makers[f"gold-{name}"] = partial(_gold, name, config.taps[0])
     folder = config.output / "prepared"
     missing = {name: make for name, make in makers.items() if not (folder / f"{name}.safetensors").is_file()}
     table = config.output / "auroc.json"
@@ -102,17 +101,29 @@ def _joined(found: Candidates, taps: Sequence[str]) -> Both:
     return Both(found.columns_of(taps, found.training_features), torch.cat(parts, dim=1))
 
 
-def _features(found: Candidates, taps: Sequence[str]) -> Both:
-    both = _joined(found, taps)
-    scale = standardise(both.training.flatten(0, 1))
-    rotation = _rotation(scale(both.training.flatten(0, 1))) if both.training.shape[-1] > _WIDEST else None
+class Reader(NamedTuple):
+    """What heads read of raw features: standardised, and rotated if there are more than 768 columns."""
 
-    def read(features: Tensor) -> Tensor:
-        blocks = [scale(block) for block in features.flatten(0, 1).split(_ROWS)]
-        rows = torch.cat([block if rotation is None else block @ rotation for block in blocks])
+    scaling: Scaling
+    rotation: Tensor | None
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """[A, B, D] -> [A, B, D or 512] fp32."""
+        blocks = [self.scaling(block) for block in features.flatten(0, 1).split(_ROWS)]
+        rows = torch.cat([block if self.rotation is None else block @ self.rotation for block in blocks])
         return rows.view(*features.shape[:2], -1)
 
-    return Both(*map(read, both))
+
+def reader(found: Candidates, taps: Sequence[str]) -> Reader:
+    """Measured on the training responses."""
+    rows = found.columns_of(taps, found.training_features).flatten(0, 1)
+    scaling = standardise(rows)
+    return Reader(scaling, _rotation(scaling(rows)) if rows.shape[1] > _WIDEST else None)
+
+
+def _features(taps: Sequence[str], found: Candidates) -> Both:
+    read = reader(found, taps)
+    return Both(*(read(features) for features in _joined(found, taps)))
 
 
 def _rotation(rows: Tensor) -> Tensor:
@@ -128,7 +139,8 @@ def _rotation(rows: Tensor) -> Tensor:
         covariance += block.double().T @ block.double()
     directions = torch.linalg.eigh(covariance).eigenvectors[:, -_PROJECTED:]
     mixing = torch.from_numpy(hadamard(_PROJECTED)).double() / _PROJECTED**0.5
-    return (directions @ mixing).float()
+    rotation: Tensor = (directions @ mixing).float()
+    return rotation
 
 
 def trust_region(found: Candidates, taps: Sequence[str], directions: int) -> TrustRegion:
@@ -149,12 +161,12 @@ def distances(region: TrustRegion, features: Tensor) -> Tensor:
     return torch.cat(parts).view(features.shape[:-1])
 
 
-def _distance(found: Candidates, taps: Sequence[str], directions: int) -> Both:
+def _distance(taps: Sequence[str], directions: int, found: Candidates) -> Both:
     region = trust_region(found, taps, directions)
     return Both(*(distances(region, features) for features in _joined(found, taps)))
 
 
-def _gold(found: Candidates, name: str, tap: str) -> Both:
+def _gold(name: str, tap: str, found: Candidates) -> Both:
     """Standardised on the training responses."""
     groups = [
         [*found.training.items()],
@@ -167,11 +179,8 @@ def _gold(found: Candidates, name: str, tap: str) -> Both:
         both = _joined(found, [tap])
         scale = standardise(both.training.flatten(0, 1))
         values = [golds.linear(scale(side.flatten(0, 1))).view(side.shape[:2]) for side in both]
-    elif name == "careful":
-        judge = golds.Careful(list(found.training), list(found.training.values()))
-        values = [torch.tensor([judge(*row) for row in rows], dtype=torch.float64) for rows in groups]
     else:
-        plain = {"sentiment": golds.sentiment, "lexicon": golds.lexicon, "variety": golds.variety}[name]
-        values = [torch.tensor([plain(texts) for _, texts in rows], dtype=torch.float64) for rows in groups]
+        judge = golds.scorer(name, found.training)
+        values = [torch.tensor([judge(*row) for row in rows], dtype=torch.float64) for rows in groups]
     mean, sd = values[0].mean(), values[0].std(correction=0)
     return Both(*((value - mean) / sd for value in values))

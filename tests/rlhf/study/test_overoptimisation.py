@@ -181,6 +181,8 @@ def test_taps_are_named_by_their_share_of_the_trunk() -> None:
         (["tuning_golds=[careful]"], "tuning_golds: expected golds that are not reported"),
         (["noise=[0.5]"], r"noise: expected values from 0 to below 0\.5"),
         (["pairs=[20]"], "pairs: expected at least 50, got 20"),
+        (["policy_gradient.view='a | b'"], r"policy_gradient\.view: expected one of the key views, got a \| b"),
+        (["policy_gradient.golds=[linear]"], r"policy_gradient\.golds: expected golds that read texts, .* got linear"),
     ],
 )
 def test_a_config_that_means_nothing_is_refused(sets: list[str], says: str) -> None:
@@ -276,6 +278,38 @@ def _config(model: Path, output: Path, *sets: str) -> OveroptimisationConfig:
     words.write_text("".join(f"the {thing} {verb}\n" for thing in things for verb in ("was", "is")))
     given = [*_QUICK, f"samples.prompts={words}", *sets]
     return load_config(OveroptimisationConfig, None, given, model=str(model), output=output)
+
+
+@pytest.mark.slow
+def test_policy_gradient_is_judged_by_the_gold_and_its_signals_are_kept(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vaderSentiment")
+    sets = (
+        "policy_gradient.steps=2",
+        "policy_gradient.arms=['single, tuned', trust quad]",
+        "policy_gradient.golds=[sentiment]",
+        "policy_gradient.kl=[0.1]",
+        "policy_gradient.seeds=2",
+        "policy_gradient.pairs=50",
+        "policy_gradient.prompts_per_step=2",
+        "policy_gradient.samples_per_prompt=2",
+    )
+    config = _config(tiny_chat_folder, tmp_path / "study", *sets)
+    metrics = run_overoptimisation(config, progress=False).metrics
+    runs = metrics["policy_gradient"]
+    chosen = metrics["views"]["last:-1 | mean:1/2"]["constants"]["trust quad"]["chosen"]
+    assert [run["arm"] for run in runs] == ["single, tuned", f"trust quad {chosen:g}"] * 2
+    assert all(run["final"]["gold/mean"] is not None for run in runs)
+    folder = tmp_path / "study" / "policy" / "runs"
+    written = sorted(folder.glob("*/signals.jsonl"))
+    assert len(written) == 4
+    for file in written:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len(rows) == 2
+        assert all(row["reward/distance"] > 0 and 0 <= row["text/foreign"] <= 1 for row in rows)
+    assert "### Gold: sentiment, KL coefficient 0.1" in (tmp_path / "study" / "overoptimisation.md").read_text()
+    before = {file: os.stat(file).st_mtime_ns for file in folder.glob("*/metrics.jsonl")}
+    assert run_overoptimisation(config, progress=False).metrics == metrics
+    assert {file: os.stat(file).st_mtime_ns for file in before} == before
 
 
 @pytest.mark.slow
