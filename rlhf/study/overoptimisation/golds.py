@@ -47,11 +47,10 @@ def sentiment(responses: Sequence[str]) -> list[float]:
 class Careful:
     """VADER of each word once, - .8 repeated - .8 salad.
 
-    salad = max(0, u - q) / (1 - q). u is the share of the response's adjacent word pairs that the reference policy
-    uses in
-    no response to another training prompt; q is the upper quartile of u among its responses to the training prompts, so
-    that three of four ordinary responses pay nothing and one without any known pair pays .8. (With the 95 % quantile,
-    half of the shuffled responses of stories260k would pay less than .06.)
+    salad = max(0, u - q) / (1 - q). u is the share of the response's adjacent word pairs that the reference policy uses
+    in no response to another training prompt; q is the upper quartile of u among its responses to the training prompts,
+    so that three of four ordinary responses pay nothing and one without any known pair pays .8. (With the 95 %
+    quantile, half of the shuffled responses of stories260k would pay less than .06.)
     """
 
     def __init__(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> None:
