@@ -14,6 +14,11 @@ from ...evaluation.best_of_n import best_of_n_weights
 REFERENCE = "reference"
 
 
+def mixture(share: float) -> str:
+    """The name of the attack over candidates of which `share` are foreign."""
+    return f"{100 * share:g}% foreign"
+
+
 def pools(candidates: int, attacks: int, shares: Sequence[float]) -> dict[str, Tensor]:
     """Name of an attack -> numbers [N] of the candidates that each prompt's pool holds.
 
@@ -26,7 +31,7 @@ def pools(candidates: int, attacks: int, shares: Sequence[float]) -> dict[str, T
         if foreign > attacks:
             raise ValueError(f"shares: expected at most {attacks / candidates:g}, got {share:g}")
         own = torch.arange(candidates - foreign)
-        found[f"{share:.3g} foreign"] = torch.cat([own, torch.arange(candidates, candidates + foreign)])
+        found[mixture(share)] = torch.cat([own, torch.arange(candidates, candidates + foreign)])
     return found
 
 

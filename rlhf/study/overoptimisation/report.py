@@ -26,50 +26,59 @@ def markdown(metrics: Numbers) -> str:
         f"reward on features of its frozen trunk: {', '.join(map(str, config['pairs']))} pairs, "
         f"{' and '.join(f'{noise:.0%}' for noise in config['noise'])} of the labels flipped, "
         f"{count(config['seeds'], 'seed')}. Best-of-n then optimises each reward over {samples['candidates']} "
-        f"candidates "
-        f"of each of {samples['held_out']} held-out prompts, of the reference policy alone or mixed with foreign ones "
-        "(half repeated snippets, half shuffled words), and the gold scorer judges the picks. All golds are in "
-        "standard "
-        "deviations of the reference responses. Brackets are 95 % intervals over seeds and prompts.",
+        f"candidates of each of {samples['held_out']} held-out prompts, of the reference policy alone or mixed with "
+        "foreign ones (half repeated snippets, half shuffled words), and the gold scorer judges the picks. All "
+        "golds are in standard deviations of the reference responses. Brackets: 95 % intervals over seeds and prompts.",
         "",
         f"    {metrics['command']}",
         "",
         *(f"- {line}" for line in findings(metrics)),
         "",
-        "## What each distance sees",
+        "## Which differences are shown",
         "",
-        "AUROC of the distance for foreign texts against reference responses to the same held-out prompts; `beyond` is "
-        "the share of these reference responses beyond distance 1, which was set to 5 % on training prompts. `read "
-        "again` "
-        "is the control: reference responses, .5 if nothing but the text matters.",
-        "",
-        *markdown_table(_auroc_rows(metrics["auroc"])),
+        f"Gold at n = {metrics['n'][-1]} less that of the tuned single head, where the interval leaves out 0.",
         "",
     ]
     for view, numbers in metrics["views"].items():
-        heads, distance = view.split(" | ")
-        lines += [
-            f"## Heads read {heads}, the distance reads {distance}",
-            "",
-            f"Constants: {metrics['choice']}.",
-            "",
-            *markdown_table(_constant_rows(numbers["constants"])),
-            "",
-        ]
+        lines += [f"### {_title(view)}", "", *markdown_table(_shown_rows(numbers["golds"], metrics["attacks"])), ""]
+    lines += [
+        "## What each distance sees",
+        "",
+        "AUROC of the distance for foreign texts against reference responses to the same held-out prompts. `beyond`: "
+        "the share of these reference responses beyond distance 1, set to 5 % on training prompts. `read again` is the "
+        "control: reference responses, .5 if nothing but the text matters.",
+        "",
+        *markdown_table(_auroc_rows(metrics["auroc"])),
+        "",
+        "## Every number",
+        "",
+        f"Constants: {metrics['choice']}. Then gold at n = {metrics['n'][-1]}, the mean over "
+        f"{count(settings, 'setting')}, and the difference to the tuned single head. `turns`: the n with most gold.",
+        "",
+    ]
+    for view, numbers in metrics["views"].items():
+        lines += [f"### {_title(view)}", "", *markdown_table(_constant_rows(numbers["constants"])), ""]
         for gold, attacks in numbers["golds"].items():
-            lines += [
-                f"### Gold: {gold}",
-                "",
-                f"At n = {metrics['n'][-1]}, mean over {count(settings, 'setting')}; the difference is to the tuned "
-                f"single "
-                "head. `turns`: the n with the most gold.",
-                "",
-                *markdown_table(_gold_rows(attacks)),
-                "",
-            ]
+            lines += [f"Gold: {gold}", "", *markdown_table(_gold_rows(attacks)), ""]
     if metrics["policy_gradient"]:
         lines += policy_report.section(config, metrics["policy_gradient"])
     return "\n".join(lines)
+
+
+def _title(view: str) -> str:
+    heads, distance = view.split(" | ")
+    return f"Heads read {heads}, the distance reads {distance}"
+
+
+def _shown_rows(golds: Mapping[str, Any], attacks: Sequence[str]) -> list[list[str]]:
+    """An arm a row; a difference whose interval leaves out 0, else a dot."""
+    rows = [["reward", *(f"{attack}: {gold}" for attack in attacks for gold in golds)]]
+    for arm in next(iter(golds.values()))[attacks[0]]:
+        found = [golds[gold][attack][arm]["difference"] for attack in attacks for gold in golds]
+        shown = [verdict(values) != "no difference shown" for values in found]
+        cells = [f"{values[0]:+.2f}" if is_shown else "." for values, is_shown in zip(found, shown, strict=True)]
+        rows += [] if arm == TUNED else [[arm, *cells]]
+    return rows
 
 
 def _auroc_rows(auroc: Iterable[Numbers]) -> list[list[str]]:
@@ -120,17 +129,17 @@ def findings(metrics: Numbers) -> list[str]:
     for view, numbers in metrics["views"].items():
         golds = numbers["golds"]
         chosen = {kind: f"{kind} {found['chosen']:g}" for kind, found in numbers["constants"].items()}
-        fit = _sorted(golds, REFERENCE, SHIPPED, opposite=True)
+        fit = _in_words(_sorted(golds, REFERENCE, SHIPPED, opposite=True))
         lines.append(
-            f"{view}: at n = {n} of the reference policy, the tuned single head against the one shipped before brings "
-            f"{_in_words(fit)}."
+            f"{_title(view)}. The fit: at n = {n} of the reference policy, the tuned single head brings {fit} against "
+            "the one shipped before."
         )
         for kind in ("trust quad", "trust hinge"):
             parts = [
                 f"{_where(attack)} {_in_words(_sorted(golds, attack, chosen[kind]))}" for attack in metrics["attacks"]
             ]
-            lines.append(f"{view}: {chosen[kind]} against the tuned single head brings {'; '.join(parts)}.")
-        lines.append(f"{view}: {_turning(golds, metrics['attacks'], [TUNED, SHIPPED, *chosen.values()])}")
+            lines.append(f"The price ({chosen[kind]}) against the tuned single head: {'; '.join(parts)}.")
+        lines.append(f"Over-optimisation: {_turning(golds, metrics['attacks'], [TUNED, SHIPPED, *chosen.values()])}")
     runs = metrics.get("policy_gradient")
     return [*lines, *(policy_report.findings(metrics["config"], runs) if runs else []), _advice(metrics)]
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...evaluation.crossed import crossed_interval
-from .attacks import pools
+from .attacks import mixture, pools
 from .candidates import attack_count
 from .cells import arms_of, ns_of, read_cell, settings
 from .config import OveroptimisationConfig, View
 from .heads import Setting
+from .intervals import crossed_interval
 from .rewards import GRIDS, TUNED, Arm, reported_arms
 
 CHOICE_RULE = (
@@ -49,7 +49,7 @@ def attack_names(config: OveroptimisationConfig) -> list[str]:
 
 def _choose(config: OveroptimisationConfig, heads: tuple[str, ...], arms: list[Arm], rows: list[int]) -> dict[str, Any]:
     names = attack_names(config)
-    attacks = [0, names.index(f"{max(config.shares):.3g} foreign")] if config.shares else [0]
+    attacks = [0, names.index(mixture(max(config.shares)))] if config.shares else [0]
     by_gold: dict[str, Tensor] = {}  # gold -> [A]
     for gold in config.tuning_golds:
         cells = [read_cell(config, heads, s) for s in settings(config, tuning=True) if s.gold == gold]

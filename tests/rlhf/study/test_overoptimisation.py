@@ -137,8 +137,8 @@ def test_a_mixture_has_as_many_candidates_of_which_a_share_is_foreign() -> None:
     found = pools(100, 10, (0.1, 0.01))
     assert {name: (len(pool), int((pool >= 100).sum())) for name, pool in found.items()} == {
         "reference": (100, 0),
-        "0.1 foreign": (100, 10),
-        "0.01 foreign": (100, 1),
+        "10% foreign": (100, 10),
+        "1% foreign": (100, 1),
     }
     with pytest.raises(ValueError, match=r"shares: expected at most 0\.1, got 0\.2"):
         pools(100, 10, (0.2,))
@@ -254,15 +254,15 @@ def test_the_page_says_what_the_intervals_say() -> None:
         chosen = {f"{kind} {grid[0]:g}": _numbers(zero, zero) for kind, grid in GRIDS.items()}
         reference, mixture = {**arms, **chosen}, {**arms, **chosen}
         mixture["trust quad 0.1"] = _numbers(mixed, zero)
-        return {"reference": reference, "0.1 foreign": mixture}
+        return {"reference": reference, "10% foreign": mixture}
 
     numbers = {
         "constants": {kind: {"chosen": grid[0]} for kind, grid in GRIDS.items()},
         "golds": {"careful": attacks(up), "lexicon": attacks(down)},
     }
-    lines = findings({"views": {"a | b": numbers}, "n": [1, 64], "attacks": ["reference", "0.1 foreign"]})
-    assert "against the one shipped before brings more gold (careful +0.50 [+0.20, +0.80]" in lines[0]
-    assert "with 0.1 foreign candidates more gold (careful" in lines[1]
+    lines = findings({"views": {"a | b": numbers}, "n": [1, 64], "attacks": ["reference", "10% foreign"]})
+    assert "brings more gold (careful +0.50 [+0.20, +0.80]" in lines[0]
+    assert "with 10% foreign candidates more gold (careful" in lines[1]
     assert "less gold (lexicon -0.50 [-0.80, -0.20])" in lines[1]
     assert "gold falls over the last factor 4 of n for single, tuned (careful), single, tuned (lexicon)" in lines[3]
     assert lines[-1] == (
@@ -328,10 +328,10 @@ def test_a_study_from_end_to_end_is_resumed_not_repeated(tiny_chat_folder: Path,
     saved = json.loads((output / "overoptimisation.json").read_text())
     assert saved == more.metrics
     table = saved["views"]["last:-1 | mean:1/2"]["golds"]["sentiment"]
-    assert set(table) == {"reference", "0.25 foreign"}
+    assert set(table) == {"reference", "25% foreign"}
     assert table["reference"]["single, tuned"]["difference"] == [0, 0, 0]
     assert set(table["reference"]["single, tuned"]["settings"]) == {"50-0.25", "50-0"}
-    assert "### Gold: sentiment" in (output / "overoptimisation.md").read_text()
+    assert "Gold: sentiment\n" in (output / "overoptimisation.md").read_text()
     assert (output / "overoptimisation.png").stat().st_size > 10_000
     world = World(_config(tiny_chat_folder, output))
     reference = world.gold("sentiment").training
