@@ -14,11 +14,13 @@ from prudent.rlhf.evaluation.best_of_n import best_of_n_curve
 from prudent.rlhf.job.config import load_config
 from prudent.rlhf.study.overoptimisation import golds
 from prudent.rlhf.study.overoptimisation.attacks import best_of_n, pools
+from prudent.rlhf.study.overoptimisation.candidates import load_candidates
 from prudent.rlhf.study.overoptimisation.cells import arms_of, settings
 from prudent.rlhf.study.overoptimisation.config import OveroptimisationConfig, View, resolved
 from prudent.rlhf.study.overoptimisation.foreign import AGAIN, ATTACKS, OTHERS, foreign_texts
 from prudent.rlhf.study.overoptimisation.heads import draw_pairs
 from prudent.rlhf.study.overoptimisation.intervals import crossed_interval
+from prudent.rlhf.study.overoptimisation.judge import RewardJudge, load_gold
 from prudent.rlhf.study.overoptimisation.report import findings
 from prudent.rlhf.study.overoptimisation.rewards import GRIDS, PLAIN, Arm, Scored, reported_arms, reward
 from prudent.rlhf.study.overoptimisation.study import run_overoptimisation
@@ -307,6 +309,19 @@ def test_policy_gradient_is_judged_by_the_gold_and_its_signals_are_kept(tiny_cha
         assert len(rows) == 2
         assert all(row["reward/distance"] > 0 and 0 <= row["text/foreign"] <= 1 for row in rows)
     assert "### Gold: sentiment, KL coefficient 0.1" in (tmp_path / "study" / "overoptimisation.md").read_text()
+    # what PPO maximises and what judges it are the study's own numbers
+    world, view, fit = World(config), View.parse("last:-1 | mean:1/2"), folder.parent / "sentiment-0"
+    found = load_candidates(config, progress=False)
+    prompt, responses = next(iter(found.held_out.items()))
+    judge = RewardJudge(fit, Arm("trust quad", 2.0), tmp_path / "log.jsonl")
+    x = world.features(view.heads).candidates[0, : len(responses)]
+    distance = world.distance(view.distance).candidates[0, : len(responses)]
+    unit = json.loads((fit / "judge.json").read_text())["unit"]["tuned"]
+    expected = judge._heads["tuned"](x).reward / unit - 2 * distance.square()
+    given = judge([prompt] * len(responses), responses)["rewards"]
+    torch.testing.assert_close(torch.tensor(given), expected.detach(), rtol=1e-3, atol=1e-3)
+    gold = load_gold(folder.parent, "sentiment")([prompt] * len(responses), responses)
+    torch.testing.assert_close(torch.tensor(gold).double(), world.gold("sentiment").candidates[0, : len(responses)])
     before = {file: os.stat(file).st_mtime_ns for file in folder.glob("*/metrics.jsonl")}
     assert run_overoptimisation(config, progress=False).metrics == metrics
     assert {file: os.stat(file).st_mtime_ns for file in before} == before
