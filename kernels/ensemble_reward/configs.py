@@ -201,6 +201,10 @@ _OUTER: dict[tuple[torch.dtype, int], Config] = {
     (_FP64, 128): Config(16, 16, 8, 2),
 }
 
+# The same with the distance's gradient, where the table above by all columns is not the best: 64 columns of D and
+# not 32 halve how often each row's 2K + R numbers come from L2, in fewer registers on gfx942.
+_OUTER_MEASURED: dict[tuple[torch.dtype, int], Config] = {(_BF16, 64): Config(16, 64, 4, 4)}
+
 # Centring by label, one program per group: 1024 members at a time.
 CENTRE = Config(1, 1024, 4, 1)
 
@@ -305,15 +309,19 @@ def sweep(num_rows: int) -> int:
     return int(min(SWEEP, max(1024, 1 << (num_rows - 1).bit_length())))
 
 
-def outer_config(columns: int, dtype: torch.dtype) -> Config:
-    """The tile of the backward's outer products."""
-    return _OUTER[dtype, columns]
+def outer_config(columns: Columns, dtype: torch.dtype, measured: bool = False) -> Config:
+    """The tile of the backward's outer products; `measured`: with the distance's gradient, for which 16 columns are too
+    few to choose by.
+    """
+    if not measured:
+        return _OUTER[dtype, columns.heads]
+    return _OUTER_MEASURED.get((dtype, columns.all), _OUTER[dtype, max(32, columns.all)])
 
 
 @cache
-def outer_candidates(columns: int, dtype: torch.dtype) -> tuple[Config, ...]:
+def outer_candidates(columns: Columns, dtype: torch.dtype, measured: bool = False) -> tuple[Config, ...]:
     """The candidates of PRUDENT_AUTOTUNE=1: the table's tile and half its columns, with its stages and with fewer."""
-    tile = _OUTER[dtype, columns]
+    tile = outer_config(columns, dtype, measured)
     widths = sorted({tile.block_dim, max(16, tile.block_dim // 2)})
     return tuple(tile._replace(block_dim=w, num_stages=s) for w in widths for s in range(2, tile.num_stages + 1))
 

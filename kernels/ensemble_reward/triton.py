@@ -282,8 +282,7 @@ def _outer_products(
         out = inputs.hidden.new_zeros(inputs.hidden.shape)
         rows, arguments["rows"] = _combined(rows, inputs, common)
     new, dtype, columns = inputs.hidden.new_empty, inputs.output_dtype, configs.columns_of(inputs)
-    # the distance's part takes as many registers as twice the least heads
-    width = columns.all if rows.slopes is None else max(32, columns.all)
+    measured = rows.slopes is not None
 
     def run(config: Config) -> tuple[Tensor | None, Tensor | None]:
         blocks_each, shares = configs.row_shares(n, d, config, inputs.hidden.device)
@@ -297,9 +296,9 @@ def _outer_products(
         return partials, gain
 
     config = tuning.choose(
-        configs.outer_config(width, inputs.hidden.dtype),
-        configs.outer_candidates(width, inputs.hidden.dtype),
-        ("ensemble_reward.outer", need_hidden, need_folded,
+        configs.outer_config(columns, inputs.hidden.dtype, measured),
+        configs.outer_candidates(columns, inputs.hidden.dtype, measured),
+        ("ensemble_reward.outer", need_hidden, need_folded, *(("distance",) if measured else ()),
          *configs.bucket(n, columns, d, inputs.hidden.dtype)),
         run, inputs.hidden.device,
     )  # fmt: skip

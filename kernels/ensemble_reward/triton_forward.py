@@ -127,6 +127,9 @@ def product(
     acc = tl.zeros((M, BN), ACC)
     squares, lengths, crosses = tl.zeros((M,), ACC), tl.zeros((M,), ACC), tl.zeros((M,), ACC)
     spread, along, pull = tl.zeros((1,), ACC), tl.zeros((M, RN), ACC), tl.zeros((RN,), ACC)
+    size = 1.0  # of the rows, beside a mean of normed features
+    if precision is not None and norm_weight is not None:
+        size = tl.load(rms).to(ACC)
     at = hidden + row * row_stride
     for start in range(first, end, BD):
         columns = start + tl.arange(0, BD)
@@ -137,7 +140,7 @@ def product(
             squares += tl.sum(x.to(ACC) * x.to(ACC), axis=1)
         if precision is not None:
             t, lengths, crosses, spread = add_lengths(
-                x=x, norm_weight=norm_weight, centre=centre, precision=precision, rms=rms, columns=columns, d=d,
+                x=x, norm_weight=norm_weight, centre=centre, precision=precision, size=size, columns=columns, d=d,
                 lengths=lengths, crosses=crosses, spread=spread, ACC=ACC,
             )  # fmt: skip
             if R > 0:
@@ -153,7 +156,7 @@ def product(
         else:
             acc = tl.dot(x.to(ACC), w, acc, input_precision=PRECISION, out_dtype=ACC)
     if HALVES and R > 0:
-        along -= (pull if norm_weight is None else pull * tl.load(rms).to(ACC))[None, :]
+        along -= (pull * size)[None, :]
     return acc, squares, lengths, crosses, spread, along, pull
 
 

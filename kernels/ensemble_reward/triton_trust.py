@@ -31,16 +31,16 @@ def direction_tile(directions, columns, d, R: tl.constexpr, RN: tl.constexpr, AC
 
 @triton.jit
 def add_lengths(
-    x, norm_weight, centre, precision, rms, columns, d, lengths, crosses, spread, ACC: tl.constexpr
+    x, norm_weight, centre, precision, size, columns, d, lengths, crosses, spread, ACC: tl.constexpr
 ):  # fmt: skip
     """Add a tile's sum p t^2 to `lengths` [M] and, with a norm, sum p mean t to `crosses` [M] and sum p mean^2 to
-    `spread` [1]; returns t [M, BD] too.
+    `spread` [1]; returns t [M, BD] too. size: rms, a number of ACC.
     """
     mean = vector(centre, columns, columns < d, 0.0, ACC)
     p = vector(precision, columns, columns < d, 0.0, ACC)
     t = x.to(ACC)
     if norm_weight is not None:
-        t = t * vector(norm_weight, columns, columns < d, 0.0, ACC)[None, :] - (mean * tl.load(rms).to(ACC))[None, :]
+        t = t * vector(norm_weight, columns, columns < d, 0.0, ACC)[None, :] - (mean * size)[None, :]
         pulled = p * mean
         crosses += tl.sum(t * pulled[None, :], axis=1)
         spread += tl.sum(pulled * mean, axis=0)
@@ -59,7 +59,7 @@ def add_projections(
     """Add a tile's v_r . t to `along` [M, RN] and v_r . mean to `pull` [RN].
 
     HALVES: x is bf16 and goes to the matrix units as it is, with g v_r in two halves: v_r . (x g), from which the
-    caller subtracts v_r . c. That is exact to 2^-17 of each product, where x itself is rounded to 2^-9.
+    caller subtracts v_r . c. That is exact to 2^-17 of each product, where x itself is rounded to 2^-8.
     """
     v = direction_tile(directions, columns, d, R, RN, ACC)
     mean = vector(centre, columns, columns < d, 0.0, ACC)

@@ -287,7 +287,7 @@ def test_a_distance_far_from_zero_is_more_exact_than_the_features_that_it_is_of(
     right = reference.backward(OutputGrads(*(None if t is None else t.double() for t in grads)), wide, truth[-1], needs)
     for a, b in ((found[0], right[0]), (found[3], right[3])):
         if a is not None and b is not None:
-            # an output in 16 bits is rounded last
+            # the last rounding of an output in 16 bits, which the interpreter makes toward zero
             error = (a.double() - b).abs().max() / b.abs().max()
             assert error < {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 8e-3}[dtype]
 
