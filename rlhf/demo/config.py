@@ -3,36 +3,64 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from ..job.config import JobConfig
-from ..reward.config import BradleyTerryConfig, BRMEConfig, Features, refuse_unread_by_solver
+from ..reward.config import BRMEConfig
+
+# what `size` sets; a key that is given itself stays as given
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {
+        "samples_per_prompt": 8,
+        "held_out_prompts": 48,
+        "best_of": 64,
+        "max_new_tokens": 16,
+        "ppo": {"steps": 8, "max_new_tokens": 16},
+    },
+    "full": {
+        "samples_per_prompt": 16,
+        "held_out_prompts": 32,
+        "best_of": 256,
+        "max_new_tokens": 28,
+        "ppo": {"steps": 12, "max_new_tokens": 20},
+    },
+}
 
 
 class DemoPPOConfig(JobConfig):
-    """The two PPO runs. A step takes about 6 s on two idle AVX512-BF16 cores, so the defaults take 2.5 minutes."""
+    """The two PPO runs."""
 
-    steps: int = Field(default=12, ge=0, description="Steps of each PPO run; 0: no PPO.")
+    steps: int = Field(default=8, ge=0, description="Steps of each PPO run; 0: no PPO.")
     prompts_per_step: int = Field(default=6, ge=1, description="Number of held-out prompts in a step.")
     samples_per_prompt: int = Field(
         default=4, ge=2, description="Number of responses to each prompt, each compared with the others' mean (RLOO)."
     )
-    max_new_tokens: int = Field(default=20, ge=1, description="Largest number of tokens in a response.")
+    max_new_tokens: int = Field(default=16, ge=1, description="Largest number of tokens in a response.")
     lr: float = Field(default=2e-3, gt=0, description="Learning rate, high because the steps are few.")
     kl_coef: float = Field(
         default=0.0, ge=0, description="Weight of the KL divergence from the reference; 0: only the reward counts."
     )
     lora_rank: int = Field(default=16, ge=1, description="Rank of the policy's LoRA adapter.")
+    judged: int = Field(
+        default=4,
+        ge=1,
+        description="Number of responses of each trained policy to each held-out prompt, judged at the end.",
+    )
 
 
 class DemoConfig(JobConfig):
-    """The config of `prudent demo`. The defaults sample about 270,000 tokens: about 4 minutes on two idle AVX512-BF16
-    cores (1,400 tokens/s), 13 on cores that multiply in float32. The heads take half a minute; for PPO see
-    `DemoPPOConfig`."""
+    """The config of `prudent demo`.
+
+    Size small samples about 85,000 tokens, size full about 270,000.
+    """
 
     output: Path = Field(default=Path("runs/demo"), description="Run folder.")
+    size: Literal["small", "full"] = Field(
+        default="small",
+        description="Sets the numbers of prompts, responses, tokens and PPO steps that are not given themselves.",
+    )
     model: str | None = Field(
         default=None,
         description="Causal language model, folder or hub name; null: SmolLM2-135M-Instruct from its wheel.",
@@ -54,31 +82,39 @@ class DemoConfig(JobConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Number type of the model; auto: bfloat16 if the machine multiplies it in hardware."
     )
-    features: Features = Field(
-        default="last",
-        description="Hidden states that heads read: last (the last token's), wide (a mean over the response too), or a "
-        "list such as [last:-1, mean:20].",
-    )
     seed: int = Field(default=0, ge=0, lt=2**30, description="Seed of the run.")
-    samples_per_prompt: int = Field(default=16, ge=2, description="Number of responses to each training prompt.")
-    pairs_per_prompt: int = Field(
-        default=120, ge=1, description="Number of pairs of each training prompt; 120: all pairs of 16 responses."
+    samples_per_prompt: int = Field(default=8, ge=2, description="Number of responses to each training prompt.")
+    pairs: int = Field(default=300, ge=20, description="Number of preference pairs that a reward is trained on.")
+    draws: int = Field(
+        default=5, ge=1, description="Number of draws of pairs and flipped labels, each with rewards of its own."
     )
-    held_out_prompts: int = Field(default=32, ge=2, description="Number of prompts held out for evaluation.")
-    best_of: int = Field(default=256, ge=4, description="Number of responses to each held-out prompt, n of best-of-n.")
     label_noise: float = Field(default=0.25, ge=0, le=0.5, description="Share of the labels that are flipped.")
-    max_new_tokens: int = Field(default=28, ge=1, description="Largest number of tokens in a response.")
+    held_out_prompts: int = Field(default=48, ge=2, description="Number of prompts held out for evaluation.")
+    best_of: int = Field(default=64, ge=4, description="Number of candidates for each held-out prompt, n of best-of-n.")
+    foreign: float = Field(
+        default=0.1,
+        ge=0,
+        le=0.5,
+        description="Share of foreign candidates (repeated snippets, shuffled words) in the mixture.",
+    )
+    price: float = Field(default=1.0, gt=0, description="c of trust:c, the price of the distance.")
+    max_new_tokens: int = Field(default=16, ge=1, description="Largest number of tokens in a response.")
     temperature: float = Field(default=0.8, gt=0, description="Temperature of sampling.")
     top_k: int = Field(default=50, ge=1, description="Number of most likely tokens to sample from.")
     top_p: float = Field(
         default=0.95, gt=0, le=1, description="Probability mass of the most likely tokens to sample from."
     )
     batch_rows: int = Field(default=256, ge=1, description="Number of responses sampled in one batch.")
-    bt: BradleyTerryConfig = Field(default=BradleyTerryConfig(), description="The single Bradley-Terry head.")
     brme: BRMEConfig = Field(default=BRMEConfig(), description="The ensemble of Gaussian heads.")
     ppo: DemoPPOConfig = Field(default=DemoPPOConfig(), description="The two PPO runs.")
 
-    @model_validator(mode="after")
-    def _keys_that_the_solver_reads(self) -> DemoConfig:
-        refuse_unread_by_solver(self.bt)
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _sized(cls, values: Any) -> Any:
+        size = SIZES.get(values.get("size", "small")) if isinstance(values, dict) else None
+        if size is None:  # refused below
+            return values
+        filled = {**size, **values}
+        if isinstance(filled["ppo"], dict):
+            filled["ppo"] = {**size["ppo"], **filled["ppo"]}
+        return filled

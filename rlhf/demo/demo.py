@@ -1,4 +1,4 @@
-"""Run `prudent demo`: from a real language model to a report on what a pessimistic ensemble gains."""
+"""Run `prudent demo`: from a real language model to a report on what a price on distance protects from."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...engine import EnsembleHead, EnsembleRewardModel, Scorer, calibrate
-from ..data.gold import VaderGold
+from ...engine import EnsembleRewardModel, Scorer
 from ..data.pairs import (
     PairData,
     PreferencePair,
@@ -28,9 +27,9 @@ from ..data.pairs import (
     split_by_prompt,
     text_reader,
 )
-from ..evaluation.best_of_n import SINGLE, rewards, study
 from ..evaluation.metrics import evaluate_heads
-from ..evaluation.statistics import group_labels, pair_accuracy
+from ..evaluation.statistics import group_labels
+from ..job.config import load_config
 from ..job.files import atomic_folder, atomic_write_json, atomic_write_text, read_json
 from ..job.folder import locked_folder, open_run_folder
 from ..job.log import RunLog
@@ -38,20 +37,21 @@ from ..models.embedded import embedded_model, wheel_folder
 from ..models.features import compute_features
 from ..models.loading import load_language_model, load_tokenizer
 from ..report import style as plot_style
-from ..report.fit import FIT_FILE
-from ..reward.convex import RidgeFit
-from ..reward.fit import PairFeatures
-from ..reward.two_stage import fit_two_stages
 from ..sampling.labelled_pairs import GoldPairs, make_pairs
 from ..sampling.prompts import read_prompts
 from ..sampling.stored import Request, Rollout, sample
 from ..sampling.tokens import Sampling
+from . import attack, distances, report
 from . import ppo as demo_ppo
-from . import report
+from .candidates import Candidates, read_candidates
 from .config import DemoConfig
+from .estimate import estimate
+from .judges import CAREFUL, judged_candidates, judges_of, proxies_of, tensor_of
+from .rewards import ENSEMBLE, SINGLE, TRUST, Fitted, Reference, fit_rewards, rewards_of, taps_of
 
-STAGES = ("the language model", "responses", "preference pairs", "reward heads", "evaluation", "PPO", "report")
-_HELD_OUT_PAIRS = 40  # per held-out prompt: with 32 prompts an accuracy is measured to about 2 %
+STAGES = ("the language model", "responses", "preference pairs", "rewards", "evaluation", "PPO", "report")
+_HELD_OUT_PAIRS = 40  # per held-out prompt: with 64 prompts an accuracy is measured to about 2 %
+_DRAWN_PAIRS = 120  # per training prompt, of which `pairs` are kept
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class DemoResult:
 def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
     """Sample, label, train, evaluate, report. An interrupted run is continued.
 
-    The run folder: config.yaml (resolved), samples.jsonl, features/, pairs.jsonl and held_out.jsonl (as `prudent train`
-    and `prudent eval` read them), metrics.jsonl (training), checkpoints/, single/ (stage 1) and model/ (the ensemble,
-    calibrated), both with the tokeniser, ppo/single and ppo/ensemble (run folders of `prudent ppo`), report.html, and
-    metrics.json (written last).
+    The run folder: config.yaml (resolved), samples.jsonl, features/, foreign/, pairs.jsonl and held_out.jsonl (as
+    `prudent train` and `prudent eval` read them), metrics.jsonl (training), checkpoints/, model/ (the single head with
+    its trust region) and ensemble/ (BRME's heads), both with the tokeniser, ppo/single and ppo/trust (run folders of
+    `prudent ppo`, with the trained policies' responses in judged/), report.html, and metrics.json (written last).
 
     Raises:
         ValueError: for prompts, pairs or a model that cannot be used; for an output folder that holds another run.
@@ -80,6 +80,7 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
     config = config.model_copy(update={"dtype": _dtype(config.dtype)})
     done = config.output / "metrics.json"
     with locked_folder(config.output):
+        _refuse_other_version(config.output)
         if open_run_folder(config, ("samples.jsonl", "features", "checkpoints", "metrics.json")) and done.exists():
             return DemoResult(config.output, read_json(done))
         plot_style.require_matplotlib()  # refuse before minutes of work
@@ -87,6 +88,20 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
             wheel_folder()
         with RunLog(config.output) as log:
             return DemoResult(config.output, _Run(config, log, progress).go())
+
+
+def _refuse_other_version(folder: Path) -> None:
+    """Raise ValueError for a folder whose config.yaml this version cannot read."""
+    saved = folder / "config.yaml"
+    if not saved.exists():
+        return
+    try:
+        load_config(DemoConfig, saved)
+    except ValueError as error:
+        raise ValueError(
+            f"output: expected a new folder or one of this version's demo, got {folder} of another version or job "
+            f"({error}): choose another folder"
+        ) from None
 
 
 def _dtype(dtype: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
@@ -110,7 +125,6 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.model: Any = None
         self.tokenizer: Any = None
-        self.fit: dict[str, Any] | None = None  # how the single head's penalty was chosen, if it was
 
     def go(self) -> dict[str, Any]:
         """Run all seven stages; return the metrics."""
@@ -130,9 +144,9 @@ class _Run:
         )
         with self._stage(0):
             self._load_model()
+            if data is None and self.progress:
+                tqdm.write(estimate(self.model, self.tokenizer, prompts, config), file=sys.stderr)
         metrics, page = self._with_gold(prompts) if data is None else self._with_preferences(data)
-        if self.fit is not None:
-            metrics["fit"] = self.fit
         with self._stage(6):
             metrics["seconds"] = dict(self.seconds)
             atomic_write_text(self.folder / "report.html", report.render(self.config, metrics, page))
@@ -153,43 +167,126 @@ class _Run:
         self.tokenizer = load_tokenizer("model", self.source)
         model = load_language_model("model", self.source, getattr(torch, self.config.dtype))
         self.model = model.to(self.device).eval()
+        self.taps = taps_of(self.model)
 
-    # sampled responses, labelled by gold
+    @property
+    def _sampling(self) -> Sampling:
+        config = self.config
+        return Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
+
+    # sampled responses, labelled by a judge
 
     def _with_gold(self, prompts: list[str]) -> tuple[dict[str, Any], report.Page]:
         config = self.config
-        gold_scorer = VaderGold()
         held = sorted(random.Random(config.seed).sample(range(len(prompts)), config.held_out_prompts))
+        training = [i for i in range(len(prompts)) if i not in set(held)]
         with self._stage(1):
             rollouts = self._sample(prompts, held)
+            candidates = self._candidates([rollouts[i] for i in held])
         with self._stage(2):
-            gold = [torch.tensor(gold_scorer(rollout.responses), dtype=torch.float64) for rollout in rollouts]
-            training = [i for i in range(len(prompts)) if i not in set(held)]
-            pairs = make_pairs(gold, training, config.pairs_per_prompt, config.label_noise, config.seed)
-            test = make_pairs(gold, held, _HELD_OUT_PAIRS, config.label_noise, config.seed + 1)
-            for name, part, noisy in (("pairs", pairs, True), ("held_out", test, False)):
-                rows = part.rows(rollouts, gold, noisy)
+            judges = judges_of([rollouts[i] for i in training])
+            gold = {name: [tensor_of(judge, r.prompt, r.responses) for r in rollouts] for name, judge in judges.items()}
+            drawn = {name: [self._pairs(gold[name], training, draw) for draw in range(config.draws)] for name in judges}
+            test = make_pairs(gold[CAREFUL], held, _HELD_OUT_PAIRS, 0.0, config.seed + 1)
+            for name, part, noisy in (("pairs", drawn[CAREFUL][0], True), ("held_out", test, False)):
+                rows = part.rows(rollouts, gold[CAREFUL], noisy)
                 lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
                 atomic_write_text(self.folder / f"{name}.jsonl", "".join(lines))
         with self._stage(3):
-            reference = torch.cat([rollouts[i].features for i in training])
-            training_pairs = PairFeatures(*pairs.features(rollouts, True), prompts=torch.tensor(pairs.prompt))
-            single, ensemble = self._train(training_pairs, test.features(rollouts, False), reference)
+            sizes = torch.tensor([len(rollouts[i].responses) for i in training])
+            features = torch.cat([rollouts[i].features for i in training])
+            reference = Reference.fit(features, torch.tensor(training).repeat_interleave(sizes))
+            sides = test.features(rollouts, False)
+            fitted = self._fit_all(drawn, rollouts, reference, sides)
         with self._stage(4):
-            metrics = self._accuracy(single, ensemble, test.features(rollouts, False), test.prompt, test.flipped)
-            metrics["counts"] = _counts(prompts, rollouts, pairs, test)
-            held_gold = torch.stack([gold[i] for i in held])
-            features = torch.stack([rollouts[i].features for i in held])
-            flat = rewards(single, ensemble, features.flatten(0, 1))
-            result = study({name: value.view(len(held), -1) for name, value in flat.items()}, held_gold)
-            metrics["best_of_n"] = report.study_as_dict(result)
-            metrics["gold"] = {"name": gold_scorer.name, "meaning": gold_scorer.meaning}
-            shown = report.examples(ensemble, [rollouts[i] for i in held], held_gold, flat)
-        metrics["ppo"] = self._ppo([prompts[i] for i in held])
-        runs = None if metrics["ppo"] is None else demo_ppo.page(self.folder, metrics["ppo"])
-        return metrics, report.Page(result, shown, runs)
+            first = fitted[CAREFUL][0]
+            metrics = self._accuracy(first, sides, test.prompt)
+            metrics["counts"] = _counts(prompts, rollouts, drawn[CAREFUL][0], test)
+            metrics["choice"] = first.choice
+            judged = {name: judged_candidates(judge, candidates) for name, judge in judges.items()}
+            proxies = {
+                name: [proxies_of(one, candidates, config.price) for one in all_] for name, all_ in fitted.items()
+            }
+            metrics["attacks"] = {
+                name: {
+                    pool: attack.as_dict(attack.curves(proxies[name], judged[name], rows))
+                    for pool, rows in candidates.pools.items()
+                }
+                for name in judges
+            }
+            metrics["findings"] = attack.findings(metrics["attacks"], config.foreign)
+            metrics["foreign_picks"] = report.foreign_picks(candidates, proxies[CAREFUL][0])
+            metrics["gold"] = {"name": judges[CAREFUL].name, "meaning": judges[CAREFUL].meaning}
+        policies = self._ppo(candidates.prompts)
+        metrics["distances"] = distances.distance_rows(distances.measure(first, reference, candidates, policies))
+        metrics["ppo"], said = None, []
+        own = judged[CAREFUL][:, : config.best_of]
+        if policies is not None:
+            metrics["ppo"] = demo_ppo.as_dict(policies, own, judges[CAREFUL], first, self.folder)
+            said = demo_ppo.samples(policies, [rollouts[i] for i in held], first)
+        shown = report.examples(first.ensemble, [rollouts[i] for i in held], own)
+        far = distances.of_candidates(first, candidates)
+        shown["picks"] = report.picks(candidates, proxies[CAREFUL][0], far, judged[CAREFUL])
+        return metrics, report.Page(shown, said)
 
-    def _ppo(self, prompts: list[str]) -> dict[str, Any] | None:
+    def _candidates(self, rollouts: list[Rollout]) -> Candidates:
+        config = self.config
+        return read_candidates(
+            self.model,
+            self.tokenizer,
+            rollouts,
+            config.foreign,
+            self.taps,
+            self.folder / "foreign",
+            seed=config.seed,
+            progress=self.progress,
+        )
+
+    def _pairs(self, gold: list[Tensor], training: list[int], draw: int) -> GoldPairs:
+        config = self.config
+        seed = config.seed + 1000 * draw
+        return make_pairs(gold, training, _DRAWN_PAIRS, config.label_noise, seed, at_most=config.pairs)
+
+    def _fit_all(
+        self,
+        drawn: dict[str, list[GoldPairs]],
+        rollouts: list[Rollout],
+        reference: Reference,
+        held_out: tuple[Tensor, Tensor],
+    ) -> dict[str, list[Fitted]]:
+        """The rewards of every judge and draw; the careful judge's first are saved, and their training logged."""
+        found: dict[str, list[Fitted]] = {name: [] for name in drawn}
+        for name, parts in drawn.items():
+            for draw, part in enumerate(parts):
+                kept = (name, draw) == (CAREFUL, 0)
+                one = self._fit(part.features(rollouts, True), part.prompt, reference, draw, held_out if kept else None)
+                found[name].append(one)
+        self._save(found[CAREFUL][0])
+        return found
+
+    def _fit(
+        self,
+        sides: tuple[Tensor, Tensor],
+        prompts: Sequence[int],
+        reference: Reference,
+        draw: int,
+        held_out: tuple[Tensor, Tensor] | None,
+    ) -> Fitted:
+        """Both rewards of one draw; with held-out pairs their training is shown, logged, and resumed after a kill."""
+        kept = held_out is not None
+        return fit_rewards(
+            *sides,
+            prompts,
+            reference,
+            self.config.brme,
+            seed=self.config.seed + draw,
+            held_out=held_out,
+            checkpoints=self.folder / "checkpoints" if kept else None,
+            log=self.log if kept else None,
+            progress=self.progress and kept,
+        )
+
+    def _ppo(self, prompts: list[str]) -> demo_ppo.Policies | None:
         """Run PPO with both rewards, on prompts on which no head was trained; None if ppo.steps is 0."""
         config = self.config
         if config.ppo.steps == 0:
@@ -197,8 +294,8 @@ class _Run:
         with self._stage(5):
             dtype: Literal["float32", "bfloat16"] = "bfloat16" if config.dtype == "bfloat16" else "float32"
             self.model = None  # each PPO run loads its own
-            start = demo_ppo.Start(self.source, dtype, config.temperature, config.seed)
-            return demo_ppo.run_arms(config.ppo, start, self.folder, prompts, self.progress)
+            start = demo_ppo.Start(self.source, dtype, self._sampling, config.seed, config.batch_rows)
+            return demo_ppo.run_arms(config.ppo, start, self.folder, prompts, config.price, self.taps, self.progress)
 
     def _sample(self, prompts: list[str], held: list[int]) -> list[Rollout]:
         config = self.config
@@ -206,16 +303,15 @@ class _Run:
             Request(prompt, config.best_of if i in set(held) else config.samples_per_prompt)
             for i, prompt in enumerate(prompts)
         ]
-        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
         return sample(
             self.model,
             self.tokenizer,
             requests,
             self.folder,
-            sampling,
+            self._sampling,
             seed=config.seed,
             batch_rows=config.batch_rows,
-            taps=config.features,
+            taps=self.taps,
             progress=self.progress,
         )
 
@@ -235,19 +331,23 @@ class _Run:
             sizes |= {name: data.counts[name] for name in ("prompts", "bad_rows")}
         with self._stage(3):
             cut = len(train)
-            reference = torch.cat([chosen[:cut], rejected[:cut]])
-            test = (chosen[cut:], rejected[cut:])
             labels = group_labels(pair.prompt_key for pair in train)
-            single, ensemble = self._train(PairFeatures(chosen[:cut], rejected[:cut], prompts=labels), test, reference)
+            reference = Reference.fit(torch.cat([chosen[:cut], rejected[:cut]]), torch.cat([labels, labels]))
+            test = (chosen[cut:], rejected[cut:])
+            fitted = self._fit((chosen[:cut], rejected[:cut]), labels.tolist(), reference, 0, test)
+            self._save(fitted)
         with self._stage(4):
-            prompts = group_labels(pair.prompt_key for pair in held).tolist()
-            metrics = self._accuracy(single, ensemble, test, prompts, None)
-            metrics["counts"] = sizes
-            metrics["best_of_n"] = metrics["gold"] = metrics["ppo"] = None
-        return metrics, report.Page(None, report.pair_examples(ensemble, held, test), None)
+            prompts = group_labels(pair.prompt_key for pair in held)
+            metrics = self._accuracy(fitted, test, prompts.tolist())
+            metrics["counts"], metrics["choice"] = sizes, fitted.choice
+            metrics["attacks"] = metrics["findings"] = metrics["gold"] = metrics["ppo"] = None
+            metrics["distances"] = distances.distance_rows(
+                distances.of_pairs(fitted, reference, torch.cat(test), torch.cat([prompts, prompts]))
+            )
+        return metrics, report.Page(report.pair_examples(fitted.ensemble, held, test))
 
     def _features(self, pairs: list[PreferencePair]) -> tuple[Tensor, Tensor]:
-        model = EnsembleRewardModel.from_trunk(self.model, taps=self.config.features)
+        model = EnsembleRewardModel.from_trunk(self.model, taps=self.taps)
         scorer = Scorer(model, self.tokenizer, progress=False)
         folder = self.folder / "features"
         both = compute_features(scorer, both_sides(pairs), folder, self.progress, names_of_sides(pairs)).features
@@ -255,69 +355,33 @@ class _Run:
 
     # both
 
-    def _train(
-        self, pairs: PairFeatures, held_out: tuple[Tensor, Tensor], reference: Tensor
-    ) -> tuple[EnsembleHead, EnsembleHead]:
-        """Train the single head and the ensemble, calibrate both on `reference`, and save them."""
-        heads = fit_two_stages(
-            pairs,
-            self.config.bt,
-            self.config.brme,
-            seed=self.config.seed,
-            evaluation=PairFeatures(*held_out),
-            on_fit=self._note_fit,
-            checkpoints=self.folder / "checkpoints",
-            log=self.log,
-            progress=self.progress,
-        )
-        for name, head in zip(("single", "model"), heads, strict=True):
-            calibrate(head, reference)
-            self._save(name, head)
-        return heads.single, heads.final
+    def _save(self, fitted: Fitted) -> None:
+        price = f"trust:{self.config.price:g}"
+        for name, head, spec in (("model", fitted.single, price), ("ensemble", fitted.ensemble, ENSEMBLE)):
+            if (self.folder / name).exists():
+                continue
+            with atomic_folder(self.folder / name) as folder:
+                model = EnsembleRewardModel.from_trunk(
+                    self.model, head=head.frozen_copy(), aggregation=spec, taps=self.taps
+                )
+                model.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
 
-    def _note_fit(self, fit: RidgeFit) -> None:
-        self.fit = fit.summary()
-
-    def _save(self, name: str, head: EnsembleHead) -> None:
-        if (self.folder / name).exists():
-            return
-        with atomic_folder(self.folder / name) as folder:
-            model = EnsembleRewardModel.from_trunk(self.model, head=head, taps=self.config.features)
-            model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-            if name == "single" and self.fit is not None:
-                atomic_write_json(folder / FIT_FILE, self.fit)
-
-    def _accuracy(
-        self,
-        single: EnsembleHead,
-        ensemble: EnsembleHead,
-        held_out: tuple[Tensor, Tensor],
-        prompts: Sequence[int],
-        flipped: Tensor | None,
-    ) -> dict[str, Any]:
-        """Evaluate on the held-out pairs: `evaluate_heads` on the true labels, and the accuracies on the noisy ones."""
+    def _accuracy(self, fitted: Fitted, held_out: tuple[Tensor, Tensor], prompts: Sequence[int]) -> dict[str, Any]:
+        """Evaluate on the held-out pairs, by their true labels."""
+        sides = [side.float() for side in held_out]
+        rewards = [rewards_of(fitted, side, self.config.price) for side in sides]
         with torch.no_grad():
-            sides = [ensemble(side, aggregation="mean") for side in held_out]
-        compared = [rewards(single, ensemble, side) for side in held_out]
-        metrics = {
-            "pairs": evaluate_heads(
-                *sides,
-                std_ref=ensemble.std_ref,
-                prompts=prompts,
-                compare={SINGLE: (compared[0][SINGLE], compared[1][SINGLE])},
-                features=held_out,
-            )
-        }
-        if flipped is not None:
-            groups = group_labels(prompts)
-            noisy = {}
-            for name in compared[0]:
-                a, b = compared[0][name], compared[1][name]
-                chosen, rejected = torch.where(flipped, b, a), torch.where(flipped, a, b)
-                noisy[name] = pair_accuracy(chosen, rejected, groups)._asdict()
-            metrics["noisy_accuracy"] = noisy
-        return metrics
+            chosen, rejected = (fitted.ensemble(side, aggregation="mean") for side in sides)
+        found = evaluate_heads(
+            chosen,
+            rejected,
+            std_ref=fitted.ensemble.std_ref,
+            prompts=prompts,
+            compare={name: (rewards[0][name], rewards[1][name]) for name in (SINGLE, TRUST)},
+            features=(sides[0], sides[1]),
+        )
+        return {"pairs": found}
 
 
 def _counts(prompts: list[str], rollouts: list[Rollout], pairs: GoldPairs, test: GoldPairs) -> dict[str, int]:
@@ -327,8 +391,6 @@ def _counts(prompts: list[str], rollouts: list[Rollout], pairs: GoldPairs, test:
         "stopped": sum(sum(rollout.stopped) for rollout in rollouts),
         "pairs": len(pairs.better),
         "flipped": int(pairs.flipped.sum()),
-        "ties": pairs.ties,
         "held_out_pairs": len(test.better),
-        "held_out_flipped": int(test.flipped.sum()),
         "held_out_ties": test.ties,
     }

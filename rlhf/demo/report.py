@@ -13,16 +13,21 @@ from ...engine import EnsembleHead
 from ...kernels import EnsembleOutput
 from ..data.pairs import PreferencePair
 from ..evaluation import pictures
-from ..evaluation.best_of_n import REFERENCES, SCORERS, SINGLE, TITLES, BestOfN, Study, findings
 from ..evaluation.statistics import Bin, Interval
 from ..job.log import read_metrics
 from ..ppo.watch.pictures import over_optimisation
-from ..report.fit import fit_sentence
 from ..report.page import render_page
 from ..report.words import accuracy_cells, aligned, few_prompts, interval, plain_text, signed, verdict
 from ..sampling.stored import Rollout
+from . import pictures as own_pictures
+from .candidates import MIXTURE, OWN, Candidates
+from .distances import HELD_OUT, TRAINING
+from .distances import table_rows as distance_table
+from .ppo import ARMS
 from .ppo import table_rows as table_of_runs
+from .rewards import ENSEMBLE, SINGLE, TITLES, TRUST
 
+REWARDS = (SINGLE, ENSEMBLE, TRUST)
 SIGNALS = {
     "std": "predicted std of the nominal head",
     "disagreement": "disagreement of the heads",
@@ -32,68 +37,71 @@ _WIDTH, _MARGIN = 420, 14  # pixels of the strip that shows a response's heads
 
 
 class Page(NamedTuple):
-    """The parts of the page besides the metrics: the best-of-n study (None without gold), example responses with their
-    heads, and the PPO runs as `demo.ppo.page` describes them (None without PPO)."""
+    """The parts of the page besides the metrics.
 
-    study: Study | None
+    examples: {"strips": responses with their heads, "picks": foreign candidates that the single head picked}.
+    policies: responses before and after PPO (empty without PPO).
+    """
+
     examples: dict[str, Any]
-    ppo: dict[str, Any] | None = None
+    policies: Sequence[Mapping[str, Any]] = ()
 
 
-def study_as_dict(result: Study) -> dict[str, Any]:
-    """The study as JSON: n, kl, each scorer's curves, comparisons, trends, findings."""
+def examples(ensemble: EnsembleHead, rollouts: Sequence[Rollout], gold: Tensor) -> dict[str, Any]:
+    """Responses to held-out prompts on which the heads agree and disagree most.
 
-    def column(values: Tensor) -> list[float | None]:
-        return [x if x == x else None for x in values.tolist()]
-
-    def curve(values: BestOfN) -> dict[str, Any]:
-        return {name: column(getattr(values, name)) for name in ("proxy", "gold", "gold_se")}
-
-    return {
-        "prompts": result.oracle.gold_per_prompt.shape[0],
-        "n": result.oracle.n.tolist(),
-        "kl": column(result.oracle.kl),
-        "scorers": {name: curve(values) for name, values in result.curves.items()} | {"oracle": curve(result.oracle)},
-        "comparisons": [
-            {"scorer": c.scorer, "against": c.against, "n": c.n, **c.difference._asdict(), "verdict": c.verdict}
-            for c in result.comparisons
-        ],
-        "trends": [
-            {"scorer": t.scorer, "first": t.first, "last": t.last, **t.difference._asdict(), "verdict": t.verdict}
-            for t in result.trends
-        ],
-        "findings": findings(result),
-    }
-
-
-def examples(
-    ensemble: EnsembleHead, rollouts: Sequence[Rollout], gold: Tensor, rewards: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """Example responses to held-out prompts: where the heads agree and disagree most, and what each scorer picks.
-
-    rollouts: P prompts with N responses; gold [P, N]; rewards: scorer -> [P * N].
+    rollouts: P prompts with N responses; gold [P, N].
     """
     prompts, samples = gold.shape
     with torch.no_grad():
-        heads = ensemble(torch.cat([rollout.features for rollout in rollouts]), aggregation="mean")
+        heads = ensemble(torch.cat([rollout.features for rollout in rollouts]).float(), aggregation="mean")
     texts = [(rollout.prompt, response) for rollout in rollouts for response in rollout.responses]
     strips = [
         _strip(heads, i, prompt=texts[i][0], response=texts[i][1], gold=float(gold.flatten()[i]))
         for i in _extremes(heads.mean, [i // samples for i in range(prompts * samples)])
     ]
-    picks = []
-    for p in range(min(4, prompts)):  # the first four, not selected
-        chosen = {name: int(values.view(prompts, samples)[p].argmax()) for name, values in rewards.items()}
-        chosen["oracle"] = int(gold[p].argmax())
+    return {"strips": _scaled(strips), "picks": []}
+
+
+def picks(
+    candidates: Candidates, rewards: Mapping[str, Tensor], distance: Tensor, gold: Tensor, count: int = 3
+) -> list[dict[str, Any]]:
+    """The first prompts at which the single head picked a foreign candidate of the mixture: every reward's pick there.
+
+    rewards: name -> [P, N + A], of one draw.   distance, gold: [P, N + A].
+    """
+    pool = candidates.pools[MIXTURE]
+    found: list[dict[str, Any]] = []
+    for p, prompt in enumerate(candidates.prompts):
+        chosen = {name: int(pool[int(values[p, pool].argmax())]) for name, values in rewards.items()}
+        if not candidates.kinds[p][chosen[SINGLE]] or len(found) == count:
+            continue
         by_response: dict[int, list[str]] = {}
         for name, i in chosen.items():
             by_response.setdefault(i, []).append(TITLES[name])
         rows = [
-            {"scorers": names, "response": rollouts[p].responses[i], "gold": float(gold[p, i])}
+            {
+                "rewards": names,
+                "response": candidates.texts[p][i],
+                "kind": candidates.kinds[p][i],
+                "distance": float(distance[p, i]),
+                "single": float(rewards[SINGLE][p, i]),
+                "trust": float(rewards[TRUST][p, i]),
+                "gold": float(gold[p, i]),
+            }
             for i, names in by_response.items()
         ]
-        picks.append({"prompt": rollouts[p].prompt, "rows": rows})
-    return {"strips": _scaled(strips), "picks": picks}
+        found.append({"prompt": prompt, "rows": rows})
+    return found
+
+
+def foreign_picks(candidates: Candidates, rewards: Mapping[str, Tensor]) -> dict[str, int]:
+    """At how many prompts each reward picks a foreign candidate of the whole mixture."""
+    pool = candidates.pools[MIXTURE]
+    return {
+        name: sum(bool(candidates.kinds[p][int(pool[int(row[pool].argmax())])]) for p, row in enumerate(values))
+        for name, values in rewards.items()
+    }
 
 
 def pair_examples(
@@ -111,7 +119,7 @@ def pair_examples(
     return {"strips": _scaled(rows), "picks": []}
 
 
-def _extremes(mean: Tensor, prompt: Sequence[int], count: int = 3) -> list[int]:
+def _extremes(mean: Tensor, prompt: Sequence[int], count: int = 2) -> list[int]:
     """Numbers of the `count` rows with the least spread over heads, then of the `count` with the most, each of another
     prompt."""
     order = mean.std(dim=1, correction=0).argsort().tolist()
@@ -162,38 +170,54 @@ def _scaled(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(metrics: Mapping[str, Any]) -> str:
-    """The closing tables of the terminal, each with its headline."""
-    curves = metrics["best_of_n"]
-    no_gold = "Given preferences have no gold scorer, so there is no best-of-n and no PPO."
-    text = [aligned(table_rows(metrics)), "", curves["findings"][0] if curves else no_gold]
-    if metrics.get("ppo"):
+    """The closing tables of the terminal, each with what it shows."""
+    text = [aligned(table_rows(metrics))]
+    if not metrics["attacks"]:
+        return "\n".join([*text, "", "Given preferences have no judge, so there is no best-of-n and no PPO."])
+    text += ["", *metrics["findings"]]
+    if metrics["ppo"]:
         text += ["", aligned(table_of_runs(metrics["ppo"])), "", metrics["ppo"]["findings"][0]]
     return "\n".join(text)
 
 
 def table_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
-    """A header, then a row for each reward: accuracy on pairs, and the gold reward of its picks at three n; as text."""
-    accuracy, noisy = metrics["pairs"]["accuracy"], metrics.get("noisy_accuracy")
-    curves = metrics["best_of_n"]
-    places = sorted({0, len(curves["n"]) // 2, len(curves["n"]) - 1}) if curves else []
+    """A header, then a row for each reward: accuracy on pairs, and the gold of its picks, as text."""
+    accuracy, attacks = metrics["pairs"]["accuracy"], (metrics["attacks"] or {}).get("careful")
     rows = [["reward used", "pair accuracy, %", "95 % interval"]]
-    rows[0] += ["noisy labels, %"] if noisy else []
-    rows[0] += [f"gold, n={curves['n'][i]}" for i in places]
-    for name in (*SCORERS, "oracle") if curves else SCORERS:
+    if attacks:
+        last = attacks[OWN]["n"][-1]
+        rows[0] += ["gold, n=1", f"own, n={last}", f"mixture, n={last}", "foreign picks"]
+    for name in (*REWARDS, "oracle") if attacks else REWARDS:
         cells = ["", ""] if name == "oracle" else accuracy_cells(accuracy[name])
-        if noisy:
-            cells.append("" if name == "oracle" else accuracy_cells(noisy[name])[0])
-        rows.append([TITLES[name], *cells, *(f"{curves['scorers'][name]['gold'][i]:+.3f}" for i in places)])
+        if attacks:
+            own, mixed = (attacks[pool]["scorers"][name] for pool in (OWN, MIXTURE))
+            cells += [f"{row['value']:+.3f}" for row in (own[0], own[-1], mixed[-1])]
+            picked = metrics["foreign_picks"].get(name)
+            cells.append("" if picked is None else f"{picked} of {attacks[OWN]['prompts']}")
+        rows.append([TITLES[name], *cells])
     return rows
 
 
+def comparison_rows(attacks: Mapping[str, Any]) -> list[list[str]]:
+    """A header, then the trust region's gold at the largest n less each other reward's, by judge and pool."""
+    rows = [["judge, candidates", *(f"trust region minus {TITLES[name]}" for name in (SINGLE, ENSEMBLE))]]
+    for judge, pools in attacks.items():
+        for pool, found in pools.items():
+            title = f"{JUDGES[judge]}, {POOLS[pool]}, n={found['n'][-1]}"
+            rows.append([title, *(signed(_values(row), 3) for row in found["comparisons"].values())])
+    return rows
+
+
+JUDGES = {"careful": "careful judge", "vader": "VADER"}
+POOLS = {OWN: "the model's own", MIXTURE: "mixture"}
+
+
 def accuracy_rows(pairs: Mapping[str, Any]) -> list[list[str]]:
-    """A header, then each aggregation's accuracy minus the single head's, paired, and the interval's verdict."""
+    """A header, then each reward's accuracy minus the single head's, paired, and the interval's verdict."""
     rows = [["pair accuracy minus the single head's", "points", "95 % interval", ""]]
-    for name in SCORERS[1:]:
-        gap = pairs["difference"].get(f"{name} - {SINGLE}")
-        if gap is not None:
-            rows.append([TITLES[name], *accuracy_cells(gap, sign=True), verdict(_values(gap))])
+    gap = pairs["difference"].get(f"{ENSEMBLE} - {SINGLE}")
+    if gap is not None:
+        rows.append([TITLES[ENSEMBLE], *accuracy_cells(gap, sign=True), verdict(_values(gap))])
     return rows
 
 
@@ -209,64 +233,64 @@ def signal_rows(pairs: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def best_of_n_rows(curves: Mapping[str, Any]) -> list[list[str]]:
-    """A header, then each reward's gold at the largest n minus both references', and its change over the last n."""
-    gaps = {(row["scorer"], row["against"]): signed(_values(row), 3) for row in curves["comparisons"]}
-    trend = curves["trends"][0]
-    head = [f"gold reward at n={trend['last']}", *(f"minus {TITLES[r]}" for r in REFERENCES)]
-    rows = [[*head, f"minus its own at n={trend['first']}"]]
-    for row in curves["trends"]:
-        cells = [gaps.get((row["scorer"], reference), "") for reference in REFERENCES]
-        rows.append([TITLES[row["scorer"]], *cells, signed(_values(row), 3)])
-    return rows
-
-
 def _values(found: Mapping[str, Any]) -> tuple[float | None, ...]:
     return found["value"], found["low"], found["high"]
 
 
-def _figures(metrics: Mapping[str, Any], page: Page, folder: Path) -> dict[str, str]:
+def _figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, str]:
     pairs = metrics["pairs"]
-    kept = {name: Interval(*(pairs["accuracy"][name][k] for k in Interval._fields)) for name in SCORERS}
+    kept = {name: Interval(*(pairs["accuracy"][name][k] for k in Interval._fields)) for name in REWARDS}
     bins = {
         name: [Bin(**{**row, "accuracy": Interval(**row["accuracy"])}) for row in rows]
         for name, rows in pairs["reliability"].items()
     }
     auroc = {name: Interval(**found["nominal"]) for name, found in pairs["signals"]["right_or_wrong"].items()}
+    policies = [row["kind"] for row in metrics["distances"] if row["kind"].startswith("PPO")]
+    own = (TRAINING, HELD_OUT, "read again")
     figures = {
         "accuracy": pictures.accuracy({TITLES[name]: value for name, value in kept.items()}),
         "reliability": pictures.reliability(bins, auroc=auroc),
+        "distances": own_pictures.distances(metrics["distances"], own, policies),
     }
-    if metrics.get("fit") and metrics["fit"]["curve"]:
-        figures["fit"] = pictures.penalties(metrics["fit"]["curve"], metrics["fit"]["l2"])
-    losses = ("step", "bt/loss", "bt/eval_loss", "brme/loss", "brme/eval_loss", "brme/std")
+    losses = ("step", "brme/loss", "brme/eval_loss", "brme/std")
     history = [{k: v for k, v in row.items() if k in losses} for row in read_metrics(folder)]
     if any(len(row) > 1 for row in history):
         figures["training"] = pictures.training_curves(history)
-    if page.study is not None:
-        curves = {TITLES[name]: curve for name, curve in page.study.curves.items()}
-        figures["best_of_n"] = pictures.best_of_n(curves, gold_label=f"gold reward ({metrics['gold']['name']})")
-    if page.ppo is not None:
-        figures["ppo"] = over_optimisation(page.ppo["rows"], gold_label=f"gold reward ({metrics['gold']['name']})")
+    for judge, pools in (metrics["attacks"] or {}).items():
+        titles = {pool: _panel(pool, found) for pool, found in pools.items()}
+        figures[f"gold_{judge}"] = own_pictures.gold_against_n(
+            {titles[pool]: found for pool, found in pools.items()},
+            {name: TITLES[name] for name in REWARDS},
+            f"gold reward ({JUDGES[judge]})",
+        )
+    if metrics["ppo"]:
+        runs = {TITLES[reward]: read_metrics(folder / "ppo" / name) for name, reward in ARMS.items()}
+        figures["ppo"] = over_optimisation(runs, gold_label="gold reward (careful judge)")
     return {name: pictures.to_svg(figure) for name, figure in figures.items()}
+
+
+def _panel(pool: str, found: Mapping[str, Any]) -> str:
+    return f"{found['n'][-1]} of the model's own" if pool == OWN else f"{found['n'][-1]}, some of them foreign"
 
 
 def render(config: Any, metrics: Mapping[str, Any], page: Page) -> str:
     """Render the report as HTML. `config`: the run's DemoConfig."""
+    attacks = metrics["attacks"]
     return render_page(
         "demo_template.html",
         config=config,
         metrics=metrics,
         counts=metrics["counts"],
-        curves=metrics["best_of_n"],
+        attacks=attacks,
         gold=metrics["gold"],
         table=table_rows(metrics),
-        figures=_figures(metrics, page, config.output),
-        ppo=page.ppo,
+        comparisons=comparison_rows(attacks) if attacks else [],
+        figures=_figures(metrics, config.output),
+        ppo=None if not metrics["ppo"] else {"table": table_of_runs(metrics["ppo"]), **metrics["ppo"]},
+        policies=page.policies,
+        distances=distance_table(metrics["distances"]),
         accuracy_rows=accuracy_rows(metrics["pairs"]),
         signal_rows=signal_rows(metrics["pairs"]),
-        best_of_n_rows=best_of_n_rows(metrics["best_of_n"]) if metrics["best_of_n"] else [],
-        fit=fit_sentence(metrics["fit"]) if "fit" in metrics else "",
         few_prompts=few_prompts(metrics["pairs"]["prompts"]),
         strips=page.examples["strips"],
         picks=page.examples["picks"],

@@ -31,8 +31,9 @@ _SCORERS: dict[str, tuple[str, Any]] = {  # the first word of a scorer's name ->
     "nominal": ("#e69f00", "-"),
     "worst": ("#d55e00", "-"),
     "tradeoff": ("#009e73", "-"),
+    "trust": ("#cc79a7", "-"),
 }
-OTHERS = ("#cc79a7", "#56b4e9", "#5d4a8a", "#7a7a00", "#8c564b")
+OTHERS = ("#56b4e9", "#5d4a8a", "#7a7a00", "#8c564b", "#117733")
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,

@@ -58,7 +58,13 @@ class GoldPairs(NamedTuple):
 
 
 def make_pairs(
-    gold: Sequence[Tensor], prompts: Sequence[int], per_prompt: int, label_noise: float, seed: int
+    gold: Sequence[Tensor],
+    prompts: Sequence[int],
+    per_prompt: int,
+    label_noise: float,
+    seed: int,
+    *,
+    at_most: int | None = None,
 ) -> GoldPairs:
     """Draw `per_prompt` pairs of each prompt's responses, order them by gold, drop ties, flip a share of the labels.
 
@@ -66,6 +72,7 @@ def make_pairs(
         gold: prompt number -> [S] gold scores of its responses.
         prompts: the numbers of the prompts to draw from.
         label_noise: the share flipped, exact to within one pair.
+        at_most: keep so many of the pairs, drawn at random; None: all.
 
     Raises:
         ValueError: if all drawn pairs are ties.
@@ -84,6 +91,8 @@ def make_pairs(
                 kept.append((prompt, a, b) if scores[a] > scores[b] else (prompt, b, a))
     if not kept:
         raise ValueError(f"pairs: expected the gold scorer to tell some pairs apart, got {ties} ties of {drawn}")
+    if at_most is not None and at_most < len(kept):
+        kept = [kept[i] for i in sorted(draw.sample(range(len(kept)), at_most))]
     flipped = torch.zeros(len(kept), dtype=torch.bool)
     flipped[draw.sample(range(len(kept)), round(label_noise * len(kept)))] = True
     prompt_of, better, worse = (list(column) for column in zip(*kept, strict=True))

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import html
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vaderSentiment", reason="the gold scorer is an extra: pip install 'prudent[demo]'")
 pytest.importorskip("matplotlib", reason="the pictures are an extra: pip install 'prudent[report]'")
+pytest.importorskip("peft", reason="PPO is an extra: pip install 'prudent[train]'")
 
+from prudent.engine import EnsembleHead
+from prudent.engine.trust import fit_trust
 from prudent.rlhf.demo import ppo as demo_ppo
 from prudent.rlhf.demo.demo import DemoConfig, run_demo
-from prudent.rlhf.job.log import read_metrics
+from prudent.rlhf.demo.rewards import SINGLE, TRUST, Fitted
+from prudent.rlhf.job.log import RunLog, read_metrics
 from prudent.rlhf.ppo import loop
+from prudent.rlhf.sampling.stored import Rollout
 
 SUBJECTS = ("the food", "the hotel", "my day", "your train", "the film")
 STEPS = 7
@@ -32,13 +37,13 @@ def _config(model: Path, output: Path, steps: int = STEPS) -> DemoConfig:
         held_out_prompts=5,
         best_of=8,
         samples_per_prompt=4,
-        pairs_per_prompt=4,
+        pairs=30,
+        draws=1,
         max_new_tokens=6,
         dtype="float32",
         batch_rows=24,
-        bt={"epochs": 2},
         brme={"epochs": 2, "max_steps": 20},
-        ppo={"steps": steps, "max_new_tokens": 5, "lora_rank": 2, "lr": 1e-2},
+        ppo={"steps": steps, "max_new_tokens": 5, "lora_rank": 2, "lr": 1e-2, "judged": 3},
     )
 
 
@@ -68,21 +73,24 @@ def test_the_arms_start_from_the_same_samples(finished: tuple[DemoConfig, Any]) 
     first = [read_metrics(finished[0].output / "ppo" / name)[0] for name in demo_ppo.ARMS]
     for metric in ("gold/mean", "text/length", "policy/entropy"):
         assert first[0][metric] == first[1][metric]
-    assert first[0]["reward/mean"] != first[1]["reward/mean"]
+    assert first[0]["reward/mean"] > first[1]["reward/mean"], "the price is paid"
 
 
-def test_metrics_hold_what_the_runs_measured(finished: tuple[DemoConfig, Any]) -> None:
+def test_the_judge_of_the_runs_is_the_judge_of_the_demo(finished: tuple[DemoConfig, Any]) -> None:
+    """The mean gold of step 0, at which both policies are still the language model."""
     found = finished[1].metrics["ppo"]
-    assert (found["steps"], found["samples"]) == (STEPS, 5 * 4)
-    for name, arm in found["arms"].items():
-        rows = read_metrics(finished[0].output / "ppo" / name)
-        for key, metric in demo_ppo.SHOWN.items():
-            if arm[key] is not None:
-                values = [row[metric] for row in rows]
-                assert arm[key]["start"] == pytest.approx(sum(values[:3]) / 3)
-                assert arm[key]["end"] == pytest.approx(sum(values[-4:]) / 4)
-        assert arm["gold"] is not None
-        assert arm["kl"] is not None
+    row = read_metrics(finished[0].output / "ppo" / "single")[0]
+    assert row["gold/mean"] == pytest.approx(found["before"], abs=0.3)
+    assert found["steps"] == STEPS
+    assert found["responses"] == 5 * 3
+    for name in demo_ppo.ARMS:
+        rows = [json.loads(line) for line in (finished[0].output / "ppo" / name / "judged" / "samples.jsonl").open()]
+        assert [len(row["responses"]) for row in rows] == [3] * 5
+        arm = found["arms"][name]
+        assert arm["gold"] - found["before"] == pytest.approx(arm["change"]["value"])
+        assert 0 <= arm["beyond"] <= 1
+    arms = found["arms"]
+    assert found["difference"]["value"] == pytest.approx(arms["trust"]["gold"] - arms["single"]["gold"])
 
 
 def test_the_page_and_the_terminal_show_both(finished: tuple[DemoConfig, Any]) -> None:
@@ -91,8 +99,8 @@ def test_the_page_and_the_terminal_show_both(finished: tuple[DemoConfig, Any]) -
     for line in result.metrics["ppo"]["findings"]:
         assert line in page
     assert "What the policies say" in page
+    assert "PPO on the trust region" in page
     text = str(result)
-    assert "proxy" in text
     assert result.metrics["ppo"]["findings"][0] in text
     assert all(cell in text for row in demo_ppo.table_rows(result.metrics["ppo"]) for cell in row)
 
@@ -105,9 +113,10 @@ def test_the_rest_of_the_demo_is_what_it_is_without_ppo(
     assert not (tmp_path / "run" / "ppo").exists()
     assert "PPO" not in str(without)
     assert "PPO" not in (tmp_path / "run" / "report.html").read_text().split("All settings")[0]
-    own = ("seconds", "ppo")
+    own = ("seconds", "ppo", "distances")
     same = [{k: v for k, v in r.metrics.items() if k not in own} for r in (without, finished[1])]
     assert same[0] == same[1]
+    assert without.metrics["distances"] == finished[1].metrics["distances"][:-2]
     for name in ("samples.jsonl", "pairs.jsonl", "held_out.jsonl"):
         assert (tmp_path / "run" / name).read_bytes() == (finished[0].output / name).read_bytes()
 
@@ -129,43 +138,58 @@ def test_interrupted_in_the_second_run_the_demo_goes_on_to_the_same_numbers(
     with pytest.raises(KeyboardInterrupt):
         run_demo(config, progress=False)
     assert (config.output / "ppo" / "single" / "ppo.json").exists()
-    assert not (config.output / "ppo" / "ensemble" / "ppo.json").exists()
+    assert not (config.output / "ppo" / "trust" / "ppo.json").exists()
     result = run_demo(config, progress=False)
     assert count < 2 * STEPS + 4, "what was done was not done again"
     assert result.metrics["ppo"] == finished[1].metrics["ppo"]
 
 
-def _rows(end: float, seed: int) -> list[dict[str, float]]:
-    draw = random.Random(seed)
-    noisy = [(step, step / 11) for step in range(12)]
-    return [
-        {
-            "step": step,
-            "reward/mean": x + draw.gauss(0, 0.05),
-            "gold/mean": end * x + draw.gauss(0, 0.05),
-            "kl/sequence": 9 * x,
-            "text/length": 20.0,
-        }
-        for step, x in noisy
-    ]
+def _judged(tmp_path: Path, single: float, trust: float) -> dict[str, Any]:
+    """Two policies to 30 prompts whose responses the judge likes by so much more than the language model's."""
+    for name in demo_ppo.ARMS:
+        with RunLog(tmp_path / "ppo" / name) as log:
+            log.metrics(0, {"kl/sequence": 1.5})
+    torch.manual_seed(1)
+    known = torch.randn(60, 4)
+    head = EnsembleHead(4, 1, aggregation="mean")
+    head.set_trust(fit_trust(known, directions=0, head=head))
+    noise = 0.1 * torch.randn(2, 30, 2)
+    rollouts = {
+        name: [
+            Rollout(f"p{p}", [str(better + float(noise[i, p, j])) for j in range(2)], [True] * 2, torch.randn(2, 4))
+            for p in range(30)
+        ]
+        for i, (name, better) in enumerate({SINGLE: single, TRUST: trust}.items())
+    }
+
+    def judge(prompt: str, responses: list[str]) -> list[float]:
+        return [float(text) for text in responses]
+
+    own = 0.1 * torch.randn(30, 8, dtype=torch.float64)
+    return demo_ppo.as_dict(rollouts, own, judge, Fitted(head, head, {}), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("single", "ensemble", "said"),
+    ("single", "trust", "said"),
     [
-        (0.0, 1.0, "the policy trained on tradeoff λ=0.4 ends with more gold reward"),
-        (1.0, 0.0, "the policy trained on tradeoff λ=0.4 ends with less gold reward"),
-        (1.0, 1.0, "no difference in gold reward is shown"),
+        (0.0, 0.5, "the policy trained on the trust region has more gold reward than that on the single head (+0."),
+        (0.5, 0.0, "the policy trained on the trust region has less gold reward than that on the single head (-0."),
+        (0.5, 0.5, "no difference in gold reward is shown between the policies trained on the trust region and on"),
     ],
 )
-def test_the_comparison_claims_no_more_than_the_interval_shows(single: float, ensemble: float, said: str) -> None:
-    found = demo_ppo.as_dict({"single": _rows(single, 1), "ensemble": _rows(ensemble, 2)})["findings"]
-    assert said in found[0]
-    assert "One seed is one observation." in found[0]
-    assert found[1].startswith("Single head: ")
-    assert found[2].startswith("Tradeoff λ=0.4: ")
+def test_the_comparison_claims_no_more_than_the_interval_shows(
+    tmp_path: Path, single: float, trust: float, said: str
+) -> None:
+    found = _judged(tmp_path, single, trust)["findings"]
+    assert found[0].startswith(f"PPO: {said}")
+    assert found[0].endswith("One seed is one observation.")
+    assert len(found) == 3
 
 
-def test_too_few_steps_tell_nothing() -> None:
-    rows = {name: _rows(1.0, 1)[:5] for name in demo_ppo.ARMS}
-    assert "too few steps" in demo_ppo.as_dict(rows)["findings"][0]
+@pytest.mark.parametrize(
+    ("change", "said"), [(0.5, "raised"), (-0.5, "lowered"), (0.0, "is not shown to have changed")]
+)
+def test_each_policy_is_compared_with_the_language_model(tmp_path: Path, change: float, said: str) -> None:
+    line = _judged(tmp_path, change, 0.0)["findings"][1]
+    assert line.startswith(f"PPO on the single head {said} the gold reward (")
+    assert "of its responses lie beyond distance 1" in line

@@ -1,4 +1,4 @@
-"""The demo's tables and examples follow from the numbers they are given."""
+"""The demo's tables, examples and sentences follow from the numbers they are given."""
 
 from __future__ import annotations
 
@@ -8,40 +8,61 @@ import pytest
 import torch
 
 from prudent.engine import EnsembleHead
-from prudent.rlhf.demo.report import accuracy_rows, best_of_n_rows, examples, signal_rows, table
-from prudent.rlhf.evaluation.best_of_n import TITLES
+from prudent.rlhf.demo.candidates import MIXTURE, OWN, Candidates
+from prudent.rlhf.demo.distances import HELD_OUT, TRAINING, Measured, distance_rows
+from prudent.rlhf.demo.distances import table_rows as distance_table
+from prudent.rlhf.demo.report import (
+    accuracy_rows,
+    comparison_rows,
+    examples,
+    foreign_picks,
+    picks,
+    signal_rows,
+    table,
+)
+from prudent.rlhf.demo.rewards import ENSEMBLE, SINGLE, TITLES, TRUST
 from prudent.rlhf.sampling.stored import Rollout
 
-NAMES = ("single head", "mean", "nominal", "worst", "tradeoff:0.4")
+REWARDS = (SINGLE, ENSEMBLE, TRUST)
+
+
+def _attack(gold: float) -> dict[str, Any]:
+    curve = [{"value": gold * x, "low": gold * x - 0.1, "high": gold * x + 0.1} for x in (0.0, 0.5, 1.0)]
+    gap = {"value": 0.1, "low": -0.05, "high": 0.25, "verdict": "no difference shown"}
+    return {
+        "prompts": 40,
+        "draws": 2,
+        "n": [1, 4, 16],
+        "scorers": dict.fromkeys((*REWARDS, "oracle"), curve),
+        "comparisons": {SINGLE: gap, ENSEMBLE: gap},
+    }
 
 
 def _metrics(gold: bool = True) -> dict[str, Any]:
-    accuracy = {name: {"value": 0.7 + i / 100, "low": 0.65, "high": 0.8, "ties": 0} for i, name in enumerate(NAMES)}
-    curves = {
-        "n": [1, 2, 4, 8, 16],
-        "scorers": {name: {"gold": [0.1, 0.2, 0.3, 0.4, 0.5]} for name in (*NAMES, "oracle")},
-        "findings": ["The headline."],
-    }
+    accuracy = {name: {"value": 0.7 + i / 100, "low": 0.65, "high": 0.8} for i, name in enumerate(REWARDS)}
     return {
         "pairs": {"accuracy": accuracy},
-        "noisy_accuracy": accuracy if gold else None,
-        "best_of_n": curves if gold else None,
+        "attacks": {"careful": {OWN: _attack(0.4), MIXTURE: _attack(0.2)}} if gold else None,
+        "findings": ["The headline."] if gold else None,
+        "foreign_picks": {SINGLE: 13, ENSEMBLE: 4, TRUST: 1},
+        "ppo": None,
     }
 
 
-def test_the_table_has_a_row_for_each_scorer_and_the_headline_below() -> None:
+def test_the_table_has_a_row_for_each_reward_and_the_finding_below() -> None:
     lines = table(_metrics()).splitlines()
-    assert [line[: len(TITLES[name])] for line, name in zip(lines[1:7], (*NAMES, "oracle"), strict=True)] == [
-        TITLES[name] for name in (*NAMES, "oracle")
+    names = (*REWARDS, "oracle")
+    assert [line[: len(TITLES[name])] for line, name in zip(lines[1:5], names, strict=True)] == [
+        TITLES[name] for name in names
     ]
-    assert lines[0].endswith("gold, n=1  gold, n=4  gold, n=16")
-    assert lines[3].split()[1:] == ["72.0", "65.0", "to", "80.0", "72.0", "+0.100", "+0.300", "+0.500"]
+    assert lines[0].endswith("gold, n=1  own, n=16  mixture, n=16  foreign picks")
+    assert lines[1].split()[2:] == ["70.0", "65.0", "to", "80.0", "+0.000", "+0.400", "+0.200", "13", "of", "40"]
     assert lines[-1] == "The headline."
 
 
-def test_without_gold_the_table_says_so() -> None:
+def test_without_a_judge_the_table_says_so() -> None:
     lines = table(_metrics(gold=False)).splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 6
     assert "gold, n" not in lines[0]
     assert "no best-of-n" in lines[-1]
 
@@ -51,8 +72,8 @@ def test_without_gold_the_table_says_so() -> None:
 )
 def test_an_accuracy_difference_is_claimed_only_if_its_interval_excludes_0(low: float, high: float, said: str) -> None:
     gap = {"value": (low + high) / 2, "low": low, "high": high}
-    _, row = accuracy_rows({"difference": {"nominal - single head": gap}})
-    assert row == ["nominal", f"{100 * gap['value']:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}", said]
+    _, row = accuracy_rows({"difference": {f"{ENSEMBLE} - {SINGLE}": gap}})
+    assert row == [TITLES[ENSEMBLE], f"{100 * gap['value']:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}", said]
 
 
 @pytest.mark.parametrize(
@@ -66,41 +87,72 @@ def test_a_signal_is_credited_only_if_its_interval_excludes_a_half(low: float, h
     assert row[3].startswith(said)
 
 
-def test_best_of_n_is_compared_with_both_references_and_with_itself() -> None:
-    gap = {"value": 0.1, "low": -0.05, "high": 0.25}
-    curves = {
-        "comparisons": [{"scorer": "worst", "against": "mean", "n": 16, **gap}],
-        "trends": [{"scorer": "worst", "first": 4, "last": 16, **gap}],
-    }
-    head, row = best_of_n_rows(curves)
-    assert head == ["gold reward at n=16", "minus single head", "minus mean of heads", "minus its own at n=4"]
-    assert row == ["worst case", "", "+0.100 [-0.050, +0.250]", "+0.100 [-0.050, +0.250]"]
+def test_every_judge_and_pool_is_compared_in_a_row() -> None:
+    head, own, mixed = comparison_rows({"careful": {OWN: _attack(0.4), MIXTURE: _attack(0.2)}})
+    assert head[1:] == ["trust region minus single head", "trust region minus tradeoff λ=0.4 (BRME)"]
+    assert own == ["careful judge, the model's own, n=16", *["+0.100 [-0.050, +0.250]"] * 2]
+    assert mixed[0] == "careful judge, mixture, n=16"
 
 
 def test_examples_show_the_least_and_the_most_disagreement_of_different_prompts() -> None:
     torch.manual_seed(0)
     head = EnsembleHead(6, 5)
     rollouts = [Rollout(f"p{i}", [f"r{i}{j}" for j in range(7)], [True] * 7, torch.randn(7, 6)) for i in range(5)]
-    rewards = {name: torch.randn(35) for name in NAMES}
-    gold = torch.rand(5, 7)
-    found = examples(head, rollouts, gold, rewards)
-    rows = found["strips"]["rows"]
+    rows = examples(head, rollouts, torch.rand(5, 7))["strips"]["rows"]
     with torch.no_grad():
         spread = head(torch.cat([r.features for r in rollouts])).mean.std(dim=1, correction=0)
+    assert len(rows) == 4
     assert rows[0]["spread"] == pytest.approx(spread.min().item())
-    assert rows[3]["spread"] == pytest.approx(spread.max().item())
-    for half in (rows[:3], rows[3:]):
-        assert len({row["prompt"] for row in half}) == 3
+    assert rows[2]["spread"] == pytest.approx(spread.max().item())
+    for half in (rows[:2], rows[2:]):
+        assert len({row["prompt"] for row in half}) == 2
     for row in rows:
         assert row["worst"] == row["mean"].index(min(row["mean"]))
         assert row["nominal"] == row["std"].index(min(row["std"]))
         positions = [value for mark in row["heads"] for value in (mark["from"], mark["x"], mark["to"])]
-        assert min(positions) >= 0
-        assert max(positions) <= found["strips"]["width"]
-    assert [pick["prompt"] for pick in found["picks"]] == ["p0", "p1", "p2", "p3"]
-    by_scorer = {name: row for row in found["picks"][0]["rows"] for name in row["scorers"]}
-    assert set(by_scorer) == set(TITLES.values())
-    assert by_scorer["single head"]["response"] == f"r0{int(rewards['single head'][:7].argmax())}"
-    assert by_scorer["the gold scorer itself"]["gold"] == pytest.approx(gold[0].max().item())
-    responses = [row["response"] for row in found["picks"][0]["rows"]]
-    assert len(responses) == len(set(responses)), "who picked the same stands in one row"
+        assert 0 <= min(positions) <= max(positions) <= 420
+
+
+def _candidates() -> tuple[Candidates, dict[str, torch.Tensor]]:
+    """Two prompts with three own responses and one foreign each; the single head picks the second prompt's."""
+    every = torch.arange(4)
+    found = Candidates(
+        ["p0", "p1"],
+        [["a", "b", "c", "love love"], ["d", "e", "f", "nice nice"]],
+        [["", "", "", "repeated"]] * 2,
+        torch.zeros(2, 4, 1),
+        {OWN: every[:3], MIXTURE: torch.tensor([0, 1, 3])},
+        {},
+    )
+    single = torch.tensor([[0.0, 2.0, 9.0, 1.0], [0.0, 1.0, 9.0, 3.0]])
+    return found, {SINGLE: single, ENSEMBLE: single, TRUST: single - torch.tensor([0.0, 0.0, 0.0, 5.0])}
+
+
+def test_a_foreign_pick_of_the_single_head_is_shown_beside_the_others_with_its_distance() -> None:
+    candidates, rewards = _candidates()
+    far = torch.tensor([[0.5, 0.5, 0.5, 2.0]] * 2)
+    (shown,) = picks(candidates, rewards, far, torch.zeros(2, 4))
+    assert shown["prompt"] == "p1"
+    wrong, right = shown["rows"]
+    assert (wrong["response"], wrong["kind"], wrong["distance"]) == ("nice nice", "repeated", 2.0)
+    assert wrong["rewards"] == [TITLES[SINGLE], TITLES[ENSEMBLE]]
+    assert (wrong["single"], wrong["trust"]) == (3.0, -2.0)
+    assert (right["response"], right["rewards"], right["kind"]) == ("e", [TITLES[TRUST]], "")
+    assert foreign_picks(candidates, rewards) == {SINGLE: 1, ENSEMBLE: 1, TRUST: 0}
+
+
+def test_distances_are_described_by_quantiles_and_compared_with_held_out_responses() -> None:
+    known = Measured(torch.linspace(0, 1.25, 100), torch.arange(100) // 10)
+    beyond = Measured(torch.linspace(2, 3, 10), torch.arange(10))
+    rows = distance_rows({TRAINING: known, HELD_OUT: known, "repeated": beyond, "code": Measured(*known[:2])})
+    by_kind = {row["kind"]: row for row in rows}
+    assert by_kind["repeated"]["auroc"]["value"] == 1.0
+    assert by_kind["code"]["auroc"]["value"] == pytest.approx(0.5)
+    assert by_kind[HELD_OUT]["auroc"] is None
+    assert by_kind[HELD_OUT]["beyond"] == pytest.approx(0.2)
+    assert by_kind["repeated"]["median"] == pytest.approx(2.5)
+    cells = distance_table(rows)
+    assert cells[3][:5] == ["repeated", "10", "2.50", "100", "1.00"]
+    assert (
+        distance_rows({TRAINING: known, HELD_OUT: known, "none": Measured(torch.empty(0), torch.empty(0))}) == rows[:2]
+    )

@@ -33,6 +33,13 @@ def test_only_the_given_prompts_and_so_many_pairs_are_drawn() -> None:
     assert len(set(zip(pairs.prompt, pairs.better, pairs.worse, strict=True))) == 6
 
 
+def test_of_more_pairs_so_many_are_kept_and_their_flips_are_exact() -> None:
+    pairs = make_pairs(GOLD, [0, 1, 2], 6, 0.25, seed=0, at_most=8)
+    assert (len(pairs.better), int(pairs.flipped.sum()), pairs.drawn, pairs.ties) == (8, 2, 18, 1)
+    assert len(set(zip(pairs.prompt, pairs.better, pairs.worse, strict=True))) == 8
+    assert len(make_pairs(GOLD, [0, 1, 2], 6, 0.25, seed=0, at_most=99).better) == 17
+
+
 def test_noisy_features_and_rows_swap_exactly_the_flipped_pairs() -> None:
     pairs = make_pairs(GOLD, [0, 1, 2], 6, 0.25, seed=0)
     true, noisy = pairs.features(ROLLOUTS, noisy=False), pairs.features(ROLLOUTS, noisy=True)

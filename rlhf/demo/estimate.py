@@ -1,0 +1,71 @@
+"""How long the demo will take on this machine, from two seconds of sampling."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ..sampling.shared_prefix import sample_batch
+from ..sampling.tokens import Rule, Sampling, keyed_uniforms
+from ..sampling.turn import Turn
+from .config import SIZES, DemoConfig
+
+_SECONDS = 2.0
+_PROBE = Sampling(64, 1.0, 50, 1.0)
+# measured on two cores, as multiples of the time in which one token of a full batch is sampled
+_OVERHEAD = 1.25  # the prompts, the closing tokens and the texts' features
+_READ = 0.5  # a token of a text that is read, prompt included
+_LEARN = 6.0  # a token of PPO: sampled in a small batch, scored and learnt from
+_FIXED = 30.0  # seconds for models, rewards, evaluation and pictures
+
+
+def estimate(model: Any, tokenizer: Any, prompts: Sequence[str], config: DemoConfig) -> str:
+    """Sample for two seconds, and say how long the whole run will take and how to change that."""
+    speed = tokens_per_second(model, tokenizer, prompts, config.batch_rows)
+    other = "full" if config.size == "small" else "small"
+    values = {**config.model_dump(), **SIZES[other], "size": other}
+    values["ppo"] = {**config.ppo.model_dump(), **SIZES[other]["ppo"]}
+    sized = DemoConfig(**values)
+    here, there = (_minutes(seconds(speed, len(prompts), each)) for each in (config, sized))
+    return (
+        f"      this machine samples about {speed:.0f} tokens a second: about {here} in all, unless the work is done "
+        f"already; --size {other} takes about {there}, and --set held_out_prompts=N or ppo.steps=N changes it too"
+    )
+
+
+def tokens_per_second(model: Any, tokenizer: Any, prompts: Sequence[str], rows: int) -> float:
+    """The speed at which a batch of `rows` rows is sampled."""
+    turn = Turn(tokenizer, model)
+    ids = turn.prompt(prompts[0])
+    uniform = keyed_uniforms("probe", rows, _PROBE.max_new_tokens)
+    drawn, start = 0, 0.0
+    for step in sample_batch(model, [ids], rows, uniform, Rule(_PROBE, 0, turn.stop)):
+        if not isinstance(step, int):
+            break
+        now = time.perf_counter()
+        if not start:  # the first step reads the prompt too
+            start = now
+            continue
+        drawn += step
+        if now - start > _SECONDS:
+            break
+    return drawn / max(time.perf_counter() - start, 1e-9)
+
+
+def seconds(speed: float, prompts: int, config: DemoConfig) -> float:
+    """Of the whole run with `prompts` prompts."""
+    held, ppo = config.held_out_prompts, config.ppo
+    responses = (prompts - held) * config.samples_per_prompt + held * config.best_of
+    foreign = held * config.foreign * config.best_of
+    judged = 2 * held * ppo.judged if ppo.steps else 0
+    learnt = 2 * ppo.steps * min(ppo.prompts_per_step, held) * ppo.samples_per_prompt
+    whole = config.max_new_tokens + 40  # with the prompt and its template
+    tokens = _OVERHEAD * (responses + judged) * config.max_new_tokens
+    tokens += _READ * (foreign + judged) * whole + _LEARN * learnt * (ppo.max_new_tokens + 40)
+    return _FIXED + tokens / speed
+
+
+def _minutes(found: float) -> str:
+    whole = max(1, round(found / 60))
+    return f"{whole} minute{'s' * (whole > 1)}"

@@ -1,0 +1,138 @@
+"""The demo's rewards: a single head with a trust region, and BRME's ensemble, on the same hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...engine import EnsembleHead, calibrate
+from ...engine.taps import num_layers, wide_taps
+from ...engine.trust import fit_trust
+from ...kernels import TrustRegion
+from ..job.log import RunLog
+from ..reward.config import BradleyTerryConfig, BRMEConfig
+from ..reward.convex import fit_ridge
+from ..reward.fit import PairFeatures
+from ..reward.two_stage import fit_two_stages, seeded
+
+SINGLE, ENSEMBLE, TRUST = "single head", "tradeoff:0.4", "trust"
+TITLES = {
+    SINGLE: "single head",
+    ENSEMBLE: "tradeoff λ=0.4 (BRME)",
+    TRUST: "trust region",
+    "oracle": "the judge itself",
+}
+
+
+def taps_of(model: Any) -> list[str]:
+    """The hidden state that heads and distance read: the mean over the response at two thirds of the layers.
+
+    There a distance sees foreign text best, and a head learns most from few pairs: on SmolLM2-135M a single head on 300
+    noisy pairs raises the judge's score from .12 to .3 by best of 64; on the trunk's output at the last token it does
+    not raise it.
+    """
+    return [str(tap) for tap in wide_taps(num_layers(model)) if tap.kind == "mean"]
+
+
+class Fitted(NamedTuple):
+    """Heads on features [N, D], calibrated on the reference responses, each with their trust region.
+
+    single: one head.   ensemble: K Gaussian heads.   choice: how the single head's penalty was chosen, as JSON.
+    """
+
+    single: EnsembleHead
+    ensemble: EnsembleHead
+    choice: dict[str, Any]
+
+
+class Reference(NamedTuple):
+    """Features [N, D] fp32 of the reference responses, their prompts' labels [N] int64, and the region they lie in."""
+
+    features: Tensor
+    prompts: Tensor
+    region: TrustRegion
+
+    @classmethod
+    def fit(cls, features: Tensor, prompts: Tensor) -> Reference:
+        """Fit the region once; its unit is each head's own."""
+        return cls(features.float(), prompts, fit_trust(features.float(), prompts=prompts))
+
+
+def fit_rewards(
+    chosen: Tensor,
+    rejected: Tensor,
+    prompts: Sequence[int],
+    reference: Reference,
+    brme: BRMEConfig,
+    *,
+    seed: int,
+    held_out: tuple[Tensor, Tensor] | None = None,
+    checkpoints: Path | None = None,
+    log: RunLog | None = None,
+    progress: bool = True,
+) -> Fitted:
+    """Train both rewards on pairs; the ensemble learns from the single head's probabilities.
+
+    Args:
+        chosen, rejected: [P, D], any floating dtype.   prompts: [P] labels of the pairs' prompts.
+        held_out: features of held-out pairs, evaluated after every epoch of the ensemble.
+        checkpoints, log: of the ensemble's training.
+
+    Raises:
+        ValueError: as `fit_ridge`, `fit_heads`, `calibrate` and `fit_trust`.
+    """
+    sides = chosen.float(), rejected.float()
+    ridge = fit_ridge(*sides, torch.tensor(prompts), seed=seed)
+    ensemble = fit_two_stages(
+        PairFeatures(*sides),
+        BradleyTerryConfig(),
+        seeded(brme, seed),
+        stage1=ridge.head,
+        evaluation=None if held_out is None else PairFeatures(held_out[0].float(), held_out[1].float()),
+        checkpoints=checkpoints,
+        log=log,
+        progress=progress,
+    ).final
+    heads = []
+    for fitted in (ridge.head, ensemble):
+        head = fitted.frozen_copy().eval()
+        calibrate(head, reference.features)
+        with torch.no_grad():
+            reward = head(reference.features, aggregation="mean").mean.mean(dim=1)
+        unit = _spread_within(reward.double(), reference.prompts)
+        head.set_trust(reference.region._replace(unit=unit.reshape(1)))
+        heads.append(head)
+    return Fitted(heads[0], heads[1], ridge.summary())
+
+
+def _spread_within(values: Tensor, prompts: Tensor) -> Tensor:
+    """[]: the standard deviation of values [N] within a prompt; of all if no prompt has two."""
+    labels = prompts.unique(return_inverse=True)[1]
+    counts = labels.bincount()
+    if len(values) == len(counts):
+        return values.std()
+    mean = torch.zeros(len(counts), dtype=values.dtype).index_add_(0, labels, values) / counts
+    return ((values - mean[labels]).square().sum() / (len(values) - len(counts))).sqrt()
+
+
+@torch.no_grad()
+def rewards_of(fitted: Fitted, features: Tensor, price: float) -> dict[str, Tensor]:
+    """[N, D] of any floating dtype -> the names of `TITLES` but the oracle's -> rewards [N]."""
+    features = features.float()
+    return {
+        SINGLE: fitted.single(features, aggregation="mean").reward,
+        ENSEMBLE: fitted.ensemble(features, aggregation=ENSEMBLE).reward,
+        TRUST: fitted.single(features, aggregation=f"trust:{price:g}").reward,
+    }
+
+
+@torch.no_grad()
+def distance(fitted: Fitted, features: Tensor) -> Tensor:
+    """[N, D] of any floating dtype -> [N]; 1 is the edge of 95 % of the reference responses."""
+    found = fitted.single(features.float(), aggregation="mean").distance
+    assert found is not None
+    return found
