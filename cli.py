@@ -12,9 +12,10 @@ from importlib import import_module
 from typing import Any, Literal, get_args, get_origin
 
 from . import __version__
-from .commands import BENCH_ABOUT, BENCHES, JOBS, OPTIONS, STUDIES, STUDY_ABOUT, Job
+from .commands import BENCH_ABOUT, BENCHES, JOBS, OPTIONS, Job
 from .rlhf.job.config import JobConfig, config_default, config_field, config_template, load_config
 from .rlhf.job.files import explain_os_error
+from .study_commands import STUDIES, STUDY_ABOUT
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -26,8 +26,9 @@ from prudent.rlhf.job.config import (
     config_template,
     load_config,
 )
+from prudent.study_commands import STUDIES
 
-EVERY_JOB = commands.JOBS | commands.STUDIES
+EVERY_JOB = commands.JOBS | STUDIES
 
 
 def prudent(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -42,7 +43,7 @@ def test_help_teaches_by_example_and_key_without_loading_a_model_library(
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)  # importing it now raises
     monkeypatch.setenv("COLUMNS", "400")
-    command = ["study", name] if name in commands.STUDIES else [name]
+    command = ["study", name] if name in STUDIES else [name]
     with pytest.raises(SystemExit) as done:
         cli.main([*command, "--help"])
     assert done.value.code == 0

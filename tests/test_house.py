@@ -17,7 +17,7 @@ PARTS = ("kernels", "engine", "rlhf", "bench")
 ORDER = (
     *("kernels", "engine", ""),  # "": the package's own __init__.py
     *("job", "data", "models", "report", "sampling", "evaluation", "reward", "ppo", "plan", "demo", "study"),
-    *("commands", "cli", "bench"),
+    *("commands", "study_commands", "cli", "bench"),
 )
 
 

@@ -54,7 +54,7 @@ def test_every_picture_has_labelled_axes_and_becomes_a_png(tmp_path):
         path = pictures.save_png(figure, tmp_path / "deep" / f"{index}.png")
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes)
-    assert sorted(p.suffix for p in (tmp_path / "deep").iterdir()) == [".png"] * 9  # no temporary left
+    assert sorted(p.suffix for p in (tmp_path / "deep").iterdir()) == [".png"] * 10  # no temporary left
 
 
 def test_an_svg_is_one_self_contained_element_and_the_same_every_time():

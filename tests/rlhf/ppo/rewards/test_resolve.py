@@ -392,8 +392,7 @@ def make_bytes() -> Callable[..., Any]:
 
     def build() -> Any:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        vocabulary = {token: i for i, token in enumerate(["</s>", *alphabet])}
-        bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        bytewise = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(["</s>", *alphabet])}, merges=[]))
         bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         bytewise.decoder = decoders.ByteLevel()
         return PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="</s>")
