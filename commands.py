@@ -168,8 +168,8 @@ examples:
   prudent calibrate --model runs/reward/model --data policy_samples.jsonl --aggregation trust:1
   prudent calibrate --model my/one-head-reward --data samples.jsonl --scale-data hh.jsonl --output runs/calibrated""",
         ("model", "data", "output", "scale_data", "aggregation", "skip_bad_rows"),
-        ("directions", "shrinkage", "limit", "features", "max_length", "batch_tokens", "append_eos"),
-        "the same command starts over (with --set features=FOLDER it keeps the features)",
+        ("directions", "shrinkage", "limit", "feature_cache", "max_length", "batch_tokens", "append_eos"),
+        "the same command starts over (with --set feature_cache=FOLDER it keeps the features)",
     ),
     "plan": Job(
         "plan.plan",

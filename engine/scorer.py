@@ -124,14 +124,10 @@ class Scorer:
 
     def encode(self, item: Item, name: str = "item") -> list[int]:
         """The token ids that the model reads for this item, truncated to max_length; errors call the item `name`."""
-        return self.encode_truncating(item, name)[0]
-
-    def encode_truncating(self, item: Item, name: str = "item") -> tuple[list[int], bool]:
-        """`encode`, and whether the item was longer than max_length and lost its beginning."""
-        return self._encoder.encode(item, name)
+        return self._encoder.encode(item, name)[0]
 
     def read(self, item: Item, name: str = "item") -> Encoded:
-        """`encode_truncating`, and where the response begins if the model averages over it."""
+        """`encode`, whether the item was truncated, and where the response begins if the model averages over it."""
         return self._encoder.read(item, name)
 
     def features(self, items: Sequence[Item]) -> Tensor:

@@ -171,10 +171,10 @@ def _read(config: CalibrateConfig, key: str, scorer: Scorer, progress: bool) -> 
     name_unread(key, name, unread)
     if not texts:
         raise ValueError(f"{key}: {name}: expected responses, got none" + f" ({bad} broken rows)" * (bad > 0))
-    if config.features is None:
+    if config.feature_cache is None:
         features = scorer.features(texts)
     else:
-        features = compute_features(scorer, texts, config.features, progress, names).features
+        features = compute_features(scorer, texts, config.feature_cache, progress, names).features
     labels, truncated = group_labels(prompts), sum(text.truncated for text in texts)
     counts = {"responses": len(texts), "prompts": int(labels.max()) + 1, "bad_rows": bad, "truncated": truncated}
     return _Responses(features, labels, counts)
@@ -239,7 +239,7 @@ def _write(reward: LoadedReward, target: Path, numbers: dict[str, Any]) -> None:
         atomic_write_json(folder / "calibration.json", numbers)
     adapter = target.parent / "adapter"
     if source.is_dir() and source.samefile(target) and is_reward_adapter(adapter):
-        reading = {name: getattr(model.config, name) for name in ("append_eos", "max_score_length")}
+        reading = {name: getattr(model.config, name) for name in ("append_eos", "max_score_length", "taps")}
         with atomic_folder(adapter) as folder:
             shutil.copytree(adapter, folder, dirs_exist_ok=True)
             save_head(model.score, folder, **reading)

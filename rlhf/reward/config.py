@@ -346,6 +346,6 @@ class CalibrateConfig(JobConfig):
     max_length: int | None = Field(
         default=None, ge=1, description="Tokens kept, from the end, of a longer text; null: the model's limit."
     )
-    features: Path | None = Field(
+    feature_cache: Path | None = Field(
         default=None, description="Folder of cached features, such as a training run's, to read and add to; null: none."
     )

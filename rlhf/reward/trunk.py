@@ -34,11 +34,10 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     right padded, chosen first; p_hat, margin [P] float32 if given; head [P] int64.
 
     chosen_start and rejected_start, where the responses begin, become response_start [2P] int64."""
-    batch = padded([row["chosen"] for row in rows] + [row["rejected"] for row in rows])
+    sides = ("chosen", "rejected")
+    starts = [row[f"{side}_start"] for side in sides for row in rows] if "chosen_start" in rows[0] else None
+    batch = padded([row[side] for side in sides for row in rows], starts)
     batch["head"] = torch.tensor([row["head"] for row in rows])
-    if "chosen_start" in rows[0]:
-        starts = [row[f"{side}_start"] for side in ("chosen", "rejected") for row in rows]
-        batch["response_start"] = torch.tensor(starts)
     for name in ("p_hat", "margin"):
         if rows[0][name] is not None:
             batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
@@ -50,13 +49,15 @@ def _read_by_model(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in ("input_ids", "attention_mask", "response_start") if name in batch}
 
 
-def padded(sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Token ids of N texts -> input_ids and attention_mask [N, T], right padded."""
+def padded(sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """Token ids of N texts -> input_ids and attention_mask [N, T], right padded, and response_start [N] if `starts`
+    says where the responses begin."""
     length = max(map(len, sequences))
     # any id can pad: the model uses the mask
     ids = torch.tensor([[*s, *[0] * (length - len(s))] for s in sequences])
     mask = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences])
-    return {"input_ids": ids, "attention_mask": mask}
+    batch = {"input_ids": ids, "attention_mask": mask}
+    return batch if starts is None else {**batch, "response_start": torch.tensor(starts)}
 
 
 class TrunkTrainer(Trainer):

@@ -27,7 +27,7 @@ from ..run import Run, Sides, with_head
 from ..two_stage import seeded
 from .config import PETConfig
 from .fit import PETFeatures, fit_pet, measure_pet
-from .trunk import Ids, PETTexts, train_pet_trunk
+from .trunk import PETTexts, train_pet_trunk
 
 
 class References(NamedTuple):
@@ -135,12 +135,11 @@ class PETStage:
         return found
 
     def _texts(self, scorer: Scorer, pairs: list[PreferencePair], references: References) -> PETTexts:
-        """The token ids of pairs and of their prompts' samples, with prompts renumbered from 0."""
+        """What the model reads of pairs and of their prompts' samples, with prompts renumbered from 0."""
         rows, prompt = _renumbered(pairs, references)
-        sides = [[scorer.encode(item) for item in pair.items()] for pair in pairs]
+        sides = [[scorer.read(item) for item in pair.items()] for pair in pairs]
         drawn = [references.rollouts[row] for row in rows]
-        texts: list[list[Ids]]
-        texts = [[scorer.encode({"prompt": r.prompt, "response": text}) for text in r.responses] for r in drawn]
+        texts = [[scorer.read({"prompt": r.prompt, "response": text}) for text in r.responses] for r in drawn]
         count, margins = self.pet.samples, self.run.margins(pairs)
         return PETTexts(
             [chosen for chosen, _ in sides],

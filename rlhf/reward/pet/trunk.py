@@ -12,6 +12,7 @@ from torch import Tensor
 from ....engine import EnsembleHead, EnsembleRewardModel
 from ....engine.eval_mode import evaluating
 from ....engine.scorer import micro_batches
+from ....engine.text import Encoded
 from ...evaluation.statistics import pair_correct
 from ...job.log import RunLog
 from ..config import TrunkConfig
@@ -19,11 +20,9 @@ from ..trunk import TrunkTrainer, padded, train_with
 from .config import PETConfig
 from .objective import PETLoss, best_samples, pet_loss, takes_rejected
 
-Ids = Sequence[int]
-
 
 class PETTexts(NamedTuple):
-    """Token ids of P pairs and of n reference samples for each of X prompts; see `PETFeatures`.
+    """What the model reads of P pairs and of n reference samples for each of X prompts; see `PETFeatures`.
 
     chosen, rejected  P texts
     prompt            P numbers: each pair's row in `samples`; -1: no samples, for Bradley-Terry alone
@@ -32,11 +31,11 @@ class PETTexts(NamedTuple):
     margin            P numbers, of the Bradley-Terry loss
     """
 
-    chosen: list[Ids]
-    rejected: list[Ids]
+    chosen: list[Encoded]
+    rejected: list[Encoded]
     prompt: list[int]
-    samples: list[list[Ids]]
-    reference: list[Ids] | None = None
+    samples: list[list[Encoded]]
+    reference: list[Encoded] | None = None
     margin: list[float] | None = None
 
 
@@ -86,15 +85,15 @@ class PETTrainer(TrunkTrainer):
         found = pet_loss(winners[inverse], reference, chosen, rejected, config, margin)
         return found, pair_correct(chosen.detach(), rejected.detach())
 
-    def _best(self, model: Any, samples: list[list[Ids]]) -> list[int]:
+    def _best(self, model: Any, samples: list[list[Encoded]]) -> list[int]:
         """The number of the best of each prompt's n samples, ranked without gradient and dropout."""
         if not samples:
             return []
         flat = [text for texts in samples for text in texts]
-        order = sorted(range(len(flat)), key=lambda i: (-len(flat[i]), i))
+        order = sorted(range(len(flat)), key=lambda i: (-len(flat[i].ids), i))
         rewards = torch.empty(len(flat))
         with evaluating(model):
-            for part in micro_batches([len(flat[i]) for i in order], self.batch_tokens):
+            for part in micro_batches([len(flat[i].ids) for i in order], self.batch_tokens):
                 rewards[order[part]] = _rewards(model, [flat[i] for i in order[part]]).cpu()
         return best_samples(rewards.view(len(samples), -1)).tolist()
 
@@ -117,9 +116,10 @@ class PETTrainer(TrunkTrainer):
         return metrics
 
 
-def _rewards(model: Any, texts: Sequence[Ids]) -> Tensor:
+def _rewards(model: Any, texts: Sequence[Encoded]) -> Tensor:
     """[N] rewards, by the model's own aggregation."""
-    inputs = {name: tensor.to(model.device) for name, tensor in padded(texts).items()}
+    batch = padded([text.ids for text in texts], [text.start for text in texts])
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     rewards: Tensor = model(**inputs).logits[:, 0]
     return rewards
 

@@ -104,7 +104,7 @@ def test_pairs_messages_and_texts_are_read_and_broken_rows_counted(model):
 def test_cached_features_give_the_same_model(model, tmp_path):
     plain, cached = model.parent / "plain", model.parent / "cached"
     run_calibrate(config(model, ROWS, output=plain), progress=False)
-    run_calibrate(config(model, ROWS, output=cached, features=tmp_path / "features"), progress=False)
+    run_calibrate(config(model, ROWS, output=cached, feature_cache=tmp_path / "features"), progress=False)
     assert (plain / "model.safetensors").read_bytes() == (cached / "model.safetensors").read_bytes()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from prudent.engine import EnsembleRewardModel, Scorer
+from prudent.engine.text import Encoded
 from prudent.rlhf.data.pairs import load_pairs, split_by_prompt
 from prudent.rlhf.job.config import load_config
 from prudent.rlhf.job.log import read_metrics
@@ -28,19 +29,22 @@ from prudent.rlhf.reward.train import TrainConfig, run_train
 from ...sentiment import write_pairs
 
 
-def _texts(count: int, seed: int) -> list[list[int]]:
+def _texts(count: int, seed: int) -> list[Encoded]:
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 7, (count,), generator=g).tolist()
-    return [torch.randint(4, 30, (length,), generator=g).tolist() for length in lengths]
+    return [Encoded(torch.randint(4, 30, (length,), generator=g).tolist(), False, seed % length) for length in lengths]
 
 
-@pytest.mark.parametrize("reference", ["chosen", "dataset", "sample"])
+@pytest.mark.parametrize(
+    ("reference", "taps"), [("chosen", None), ("dataset", None), ("sample", None), ("sample", "wide")]
+)
 def test_the_loss_on_texts_is_the_objective_of_the_rewards_of_each_alone(
-    tiny_chat_folder: Path, tmp_path: Path, reference: Any
+    tiny_chat_folder: Path, tmp_path: Path, reference: Any, taps: Any
 ) -> None:
     """4 pairs of 2 prompts with 3 samples each; the last pair's prompt has none."""
     torch.manual_seed(0)
-    model = EnsembleRewardModel.from_trunk(str(tiny_chat_folder), num_heads=2, aggregation="min", dtype=torch.float32)
+    options = {"num_heads": 2, "aggregation": "min", "dtype": torch.float32, "taps": taps}
+    model = EnsembleRewardModel.from_trunk(str(tiny_chat_folder), **options)
     drawn = _texts(8, 2)
     data = PETTexts(
         _texts(4, 0), _texts(4, 1), [0, 1, 0, -1], [drawn[:3], drawn[3:6]], drawn[6:], [0.0, 0.5, 0.0, 0.25]
@@ -52,8 +56,10 @@ def test_the_loss_on_texts_is_the_objective_of_the_rewards_of_each_alone(
     )
     model.eval()
 
-    def reward(texts: list[list[int]]) -> Tensor:
-        return torch.cat([model(torch.tensor([ids])).logits[:, 0] for ids in texts])
+    def reward(texts: list[Encoded]) -> Tensor:
+        starts = [torch.tensor([text.start]) for text in texts]
+        inputs = [torch.tensor([text.ids]) for text in texts]
+        return torch.cat([model(i, response_start=s).logits[:, 0] for i, s in zip(inputs, starts, strict=True)])
 
     chosen, rejected = reward(data.chosen), reward(data.rejected)
     best = torch.stack([reward(own).max() for own in data.samples])[[0, 1, 0]]
