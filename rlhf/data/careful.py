@@ -12,7 +12,7 @@ from .gold import VaderGold
 
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 _PRICE = 0.8  # of a response that consists of repeated, or of unknown, word pairs; sentiment is from -1 to 1
-_USUAL = 0.95  # quantile of the share of unknown word pairs among ordinary responses
+_USUAL = 0.75  # quantile of the share of unknown word pairs among ordinary responses
 
 Pair = tuple[str, str]
 
@@ -32,8 +32,9 @@ class Careful:
     """VADER of each word once, - .8 repeated - .8 salad.
 
     salad = max(0, u - q) / (1 - q). u is the share of the response's adjacent word pairs that the reference policy uses
-    in no response to another training prompt; q is the 95 % quantile of u among its responses to the training prompts,
-    so that an ordinary response pays nothing and one without any known pair pays .8.
+    in no response to another training prompt; q is the upper quartile of u among its responses to the training prompts,
+    so that three of four ordinary responses pay nothing and one without any known pair pays .8. (With the 95 %
+    quantile, half of the shuffled responses of stories260k would pay less than .06.)
 
     Args:
         prompts: the training prompts.

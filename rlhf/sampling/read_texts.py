@@ -56,7 +56,7 @@ def read_texts(
                     min(starts[json.dumps(prompt)], len(i) - 1) for (prompt, _), i in zip(chunk, ids, strict=True)
                 ]
                 with atomic_file(file) as temporary:
-                    save_file({"features": _forward(model, ids, begins, parsed)}, temporary, label)
+                    save_file({"features": forward(model, ids, begins, parsed)}, temporary, label)
             with reading_weights(file), safe_open(file, "pt") as stored:
                 if (stored.metadata() or {}) != label:
                     raise ValueError(f"{file}: expected the features of the present texts; name another output folder")
@@ -65,8 +65,8 @@ def read_texts(
     return torch.cat(parts)
 
 
-def _forward(model: Any, ids: list[list[int]], begins: list[int], taps: Sequence[Tap]) -> Tensor:
-    """[len(ids), F] by forward passes over texts of one length each."""
+def forward(model: Any, ids: Sequence[list[int]], begins: Sequence[int], taps: Sequence[Tap]) -> Tensor:
+    """[len(ids), F], the taps' states of whole sequences whose responses begin at `begins`, one length at a time."""
     features: dict[int, Tensor] = {}
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     for _, group in groupby(order, key=lambda row: len(ids[row])):

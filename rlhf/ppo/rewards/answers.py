@@ -21,7 +21,7 @@ def rewards_of(answer: Any, count: int, where: str) -> Rewards:
         raise ValueError(f"{where}: expected rewards, got None")
     tensors = {
         name: _numbers(parts[name], count, f"{where}: {name}", matrix=name in ("mean", "std"))
-        for name in ("rewards", "nominal", "worst", "mean", "std")
+        for name in ("rewards", "nominal", "worst", "mean", "std", "distance")
         if parts.get(name) is not None
     }
     mean, std = tensors.get("mean"), tensors.get("std")

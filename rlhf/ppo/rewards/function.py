@@ -48,8 +48,8 @@ class CallableReward:
     Arguments named prompts, or responses or completions (or one of these in the singular), get those lists whatever
     their order; two arguments with other names get prompts, then responses. A prompt is a text, or a list of messages
     if the run's prompts are; a response is a text. The answer is a list, array or tensor of N numbers (True counts as
-    1), None or NaN for a missing one; or a mapping with `rewards` and, optionally, `nominal`, `worst` (N numbers each),
-    `mean` and `std` (N lists of K).
+    1), None or NaN for a missing one; or a mapping with `rewards` and, optionally, `nominal`, `worst`, `distance` (N
+    numbers each), `mean` and `std` (N lists of K).
 
     Args:
         key: the config key that errors name.

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from ....engine.taps import Tap, num_layers, parse_taps
-from ....engine.weights import reading_weights
-from ...job.files import atomic_file
+from ....engine.taps import num_layers, parse_taps
 from ...models.embedded import embedded_model
 from ...models.loading import load_language_model, load_tokenizer
+from ...sampling.foreign import AGAIN, ATTACKS, OTHERS, foreign_texts
 from ...sampling.prompts import read_prompts
-from ...sampling.stored import Request, read_again, sample
+from ...sampling.read_texts import read_texts
+from ...sampling.stored import Request, sample
 from ...sampling.tokens import Sampling
-from ...sampling.turn import Turn
 from ..openings import openings
 from .config import OveroptimisationConfig, resolved
-from .foreign import AGAIN, ATTACKS, OTHERS, ForeignText, foreign_texts
-
-_CHUNK = 1024  # texts in a file
-_ROWS = 64  # texts in one forward pass
 
 
 class Candidates(NamedTuple):
@@ -91,7 +80,8 @@ def load_candidates(config: OveroptimisationConfig, *, progress: bool = True) ->
     training, judged = ([r for i, r in enumerate(rollouts) if (i in held_out) == held] for held in (False, True))
     asked, said = [str(r.prompt) for r in judged], [r.responses for r in judged]
     texts = foreign_texts(asked, said, tokenizer, attack_count(config), config.others, given.seed)
-    read = _read(model, tokenizer, asked, texts, taps, config.output / "foreign", progress)
+    items = [(asked[text.prompt], text.text) for text in texts]
+    read = read_texts(model, tokenizer, items, taps, config.output / "foreign", progress=progress)
     rows: dict[str, list[int]] = {}
     for row, text in enumerate(texts):
         rows.setdefault("attack" if text.kind in ATTACKS else text.kind, []).append(row)
@@ -115,48 +105,3 @@ def _prompts(source: str | None, held_out: int) -> list[str]:
     if len(found) < held_out + 10:
         raise ValueError(f"samples.prompts: expected at least {held_out + 10} different prompts, got {len(found)}")
     return found
-
-
-def _read(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    texts: Sequence[ForeignText],
-    taps: Sequence[Tap],
-    folder: Path,
-    progress: bool,
-) -> Tensor:
-    """[len(texts), F], one file for each chunk of texts, so that an interrupted reading continues."""
-    turn = Turn(tokenizer, model)
-    starts = [len(turn.prompt(prompt)) for prompt in prompts]
-    parts = []
-    with tqdm(total=len(texts), desc="foreign texts", unit="text", disable=not progress) as bar:
-        for number, first in enumerate(range(0, len(texts), _CHUNK)):
-            chunk = texts[first : first + _CHUNK]
-            file = folder / f"{number:05d}.safetensors"
-            asked = json.dumps([[prompts[text.prompt], text.text] for text in chunk])
-            label = {"taps": " ".join(map(str, taps)), "texts": hashlib.sha256(asked.encode()).hexdigest()}
-            if not file.is_file():
-                ids = [turn.read(prompts[text.prompt], text.text) for text in chunk]
-                begins = [min(starts[text.prompt], len(i) - 1) for text, i in zip(chunk, ids, strict=True)]
-                with atomic_file(file) as temporary:
-                    save_file({"features": forward(model, ids, begins, taps)}, temporary, label)
-            with reading_weights(file), safe_open(file, "pt") as stored:
-                if (stored.metadata() or {}) != label:
-                    raise ValueError(f"{file}: expected the features of the present texts; name another output folder")
-                parts.append(stored.get_tensor("features"))
-            bar.update(len(chunk))
-    return torch.cat(parts)
-
-
-def forward(model: Any, ids: Sequence[list[int]], begins: Sequence[int], taps: Sequence[Tap]) -> Tensor:
-    """[len(ids), F] by forward passes over texts of one length each."""
-    features: dict[int, Tensor] = {}
-    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    for _, group in groupby(order, key=lambda row: len(ids[row])):
-        same = list(group)
-        for rows in (same[i : i + _ROWS] for i in range(0, len(same), _ROWS)):
-            batch = torch.tensor([ids[row] for row in rows])
-            read = read_again(model, batch, torch.tensor([begins[row] for row in rows]), taps)
-            features.update(zip(rows, read, strict=True))
-    return torch.stack([features[row] for row in range(len(ids))])

@@ -66,7 +66,7 @@ class PolicyGradientConfig(JobConfig):
     """
 
     steps: int = Field(default=0, ge=0, description="Steps of each PPO run; 0: no PPO.")
-    view: str | None = Field(default=None, description="The view whose heads and distance are used; null: the first.")
+    view: str | None = Field(default=None, description="The view whose heads and distance are used; null: the last.")
     arms: tuple[str, ...] = Field(
         default=("single, tuned", "single, shipped before", "BRME tradeoff:0.4", "trust quad", "trust hinge"),
         description="Rewards to maximise, those with a constant at the chosen one; not posterior LCB.",

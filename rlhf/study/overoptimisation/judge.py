@@ -20,9 +20,10 @@ from ....kernels import TrustRegion
 from ...job.files import atomic_file, atomic_write_json
 from ...models.loading import load_language_model, load_tokenizer
 from ...reward.fit import Scaling
+from ...sampling.read_texts import forward
 from ...sampling.turn import Turn
 from . import golds
-from .candidates import Candidates, forward
+from .candidates import Candidates
 from .config import OveroptimisationConfig, View, resolved
 from .heads import Fitted
 from .rewards import Arm, Scored, reward, unit_of
@@ -47,11 +48,10 @@ class GoldJudge:
 class RewardJudge:
     """One arm's reward, in units of its sd within a prompt, so that one KL coefficient means the same for every arm.
 
-    Each call adds a line to `log`: the mean distance, the share of responses beyond 1, and the mean disagreement of the
-    deep ensemble.
+    Beside it every call measures, for PPO's metrics, the distance and BRME's heads.
     """
 
-    def __init__(self, folder: Path, arm: Arm, log: Path) -> None:
+    def __init__(self, folder: Path, arm: Arm) -> None:
         given = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
         self._model = load_language_model("model", given["model"], getattr(torch, given["dtype"])).eval()
         self._turn = Turn(load_tokenizer("model", given["model"]), self._model)
@@ -63,8 +63,7 @@ class RewardJudge:
         self._reader = Reader(scaling, tensors.get("rotation"))
         self._region = TrustRegion(*(tensors[f"trust/{name}"] for name in TrustRegion._fields))
         self._heads = {name: _head(name, tensors) for name in given["heads"]}
-        self._unit, self._arm, self._log = given["unit"], arm, log
-        log.write_text("")  # a run that starts again
+        self._unit, self._arm = given["unit"], arm
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Any]:
@@ -76,16 +75,7 @@ class RewardJudge:
         mean, std = {name: out.mean[None] for name, out in outputs.items()}, outputs["brme"].std[None]
         distance = distances(self._region, features[..., self._columns["distance"]])
         scored = Scored(mean, std, torch.zeros_like(distance), self._unit)
-        unit = unit_of(self._arm, self._unit)
-        value = reward(self._arm, scored, distance)[0] / unit
-        spread = mean["ensemble"][0].std(dim=1, correction=0) / self._unit["ensemble"]
-        row = {
-            "reward/distance": float(distance.mean()),
-            "text/foreign": float((distance > 1).double().mean()),
-            "ensemble/disagreement": float(spread.mean()),
-        }
-        with self._log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        value = reward(self._arm, scored, distance)[0] / unit_of(self._arm, self._unit)
         heads = mean["brme"][0]
         return {
             "rewards": value.tolist(),
@@ -93,6 +83,7 @@ class RewardJudge:
             "worst": heads.amin(dim=1).tolist(),
             "mean": heads.tolist(),
             "std": std[0].tolist(),
+            "distance": distance[0].tolist(),
         }
 
 

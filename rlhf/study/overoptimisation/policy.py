@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from ...job.files import atomic_write_json, atomic_write_text, read_json_lines
+from ...job.files import atomic_write_json, atomic_write_text
 from ...job.log import read_metrics
 from ...models.embedded import embedded_model
 from ...ppo.config import KLConfig, PolicyConfig, PPOConfig, RewardConfig, UpdateConfig
@@ -24,7 +23,6 @@ from .world import World
 
 CURVES = ("gold/mean", "reward/mean", "kl/sequence")
 BLOCK = 5  # steps in a point of a curve
-SIGNALS = "signals.jsonl"
 
 
 class Run(NamedTuple):
@@ -42,7 +40,7 @@ def policy_gradient(
 ) -> list[dict[str, Any]]:
     """Do every run that is not done; return a row for each: gold, arm, kl, seed and `_summary` of its curves."""
     given = config.policy_gradient
-    view = given.view or config.views[0]
+    view = given.view or config.views[-1]
     constants = {kind: found["chosen"] for kind, found in views[view]["constants"].items()}
     arms = [_arm(kind, constants) for kind in given.arms]
     seeds = range(config.first_seed, config.first_seed + given.seeds)
@@ -119,10 +117,9 @@ def _ppo(config: OveroptimisationConfig, folder: Path, run: Run) -> PPOConfig:
 
 
 def _work(text: str, fit: str, given: tuple[Any, ...]) -> dict[str, list[float | None]]:
-    """Start one run, or do nothing if it is done; its curves and the signals of its steps."""
+    """Start one run, or do nothing if it is done; return its curves."""
     run = Run(given[0], Arm(*given[1]), *given[2:])
     config = PPOConfig.model_validate_json(text)
-    signals = config.output / SIGNALS
     if not (config.output / "ppo.json").is_file():
         lines = (
             "from pathlib import Path",
@@ -130,24 +127,13 @@ def _work(text: str, fit: str, given: tuple[Any, ...]) -> dict[str, list[float |
             "from prudent.rlhf.study.overoptimisation.judge import RewardJudge",
             "from prudent.rlhf.study.overoptimisation.rewards import Arm",
             "",
-            "here = Path(__file__)",
-            f"fit = here.parent.parent / {Path(fit).name!r}",
-            f'reward = RewardJudge(fit, Arm({run.arm.kind!r}, {run.arm.constant!r}), here.with_suffix(".jsonl"))',
+            f"fit = Path(__file__).parents[1] / {Path(fit).name!r}",
+            f"reward = RewardJudge(fit, Arm({run.arm.kind!r}, {run.arm.constant!r}))",
         )
         atomic_write_text(f"{config.output}.py", "\n".join(lines) + "\n")
         run_ppo(config, resume=config.output.exists(), progress=False)
-    if not signals.is_file():
-        atomic_write_text(signals, "".join(_steps(config)))
     rows = read_metrics(config.output)
     return {name: [row.get(name) for row in rows] for name in CURVES}
-
-
-def _steps(config: PPOConfig) -> list[str]:
-    """The lines that the reward wrote for the steps: its first and last call judged texts to show."""
-    lines = [json.dumps(row) + "\n" for row in read_json_lines(Path(f"{config.output}.jsonl"))]
-    if len(lines) != config.steps + 2:
-        raise ValueError(f"{config.output}: expected {config.steps + 2} calls of the reward, got {len(lines)}")
-    return lines[1:-1]
 
 
 def _summary(curves: dict[str, list[float | None]], window: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def section(config: Mapping[str, Any], runs: Rows) -> list[str]:
         "",
         f"PPO with rloo, {given['mode']}, {given['steps']} steps of {given['prompts_per_step']} prompts x "
         f"{given['samples_per_prompt']} responses, heads of {given['pairs']} pairs with {given['noise']:.0%} noise, "
-        f"view `{given['view'] or config['views'][0]}`. Rewards are in their own sd within a prompt. Final: the mean "
+        f"view `{given['view'] or config['views'][-1]}`. Rewards are in their own sd within a prompt. Final: the mean "
         f"of the last {given['window']} steps. Differences are to the tuned single head, paired by seed, with "
         "Student's interval of 95 %.",
         "",

@@ -140,8 +140,9 @@ def findings(metrics: Numbers) -> list[str]:
             ]
             lines.append(f"The price ({chosen[kind]}) against the tuned single head: {'; '.join(parts)}.")
         lines.append(f"Over-optimisation: {_turning(golds, metrics['attacks'], [TUNED, SHIPPED, *chosen.values()])}")
+        lines.append(_advice(golds, chosen["trust hinge"]))
     runs = metrics.get("policy_gradient")
-    return [*lines, *(policy_report.findings(metrics["config"], runs) if runs else []), _advice(metrics)]
+    return [*lines, *(policy_report.findings(metrics["config"], runs) if runs else [])]
 
 
 def _sorted(golds: Mapping[str, Any], attack: str, arm: str, opposite: bool = False) -> dict[str, list[str]]:
@@ -187,31 +188,21 @@ def _turning(golds: Mapping[str, Any], attacks: Sequence[str], arms: Sequence[st
     return "; ".join(parts) + "."
 
 
-def _advice(metrics: Numbers) -> str:
-    """When to use a price on distance, from the intervals of the chosen quadratic price."""
-    helps: set[tuple[str, str]] = set()
-    hurts: set[tuple[str, str]] = set()
-    costs: set[tuple[str, str]] = set()
-    for numbers in metrics["views"].values():
-        arm = f"trust quad {numbers['constants']['trust quad']['chosen']:g}"
-        for gold, attacks in numbers["golds"].items():
-            for attack, found in attacks.items():
-                said = verdict(found[arm]["difference"])
-                if said == "higher":
-                    helps.add((gold, attack))
-                elif said == "lower":
-                    (costs if attack == REFERENCE else hurts).add((gold, attack))
-    foreign = sorted({gold for gold, attack in helps if attack != REFERENCE})
-    lost = sorted({gold for gold, _ in hurts})
-    text = "When to use a price on distance: "
-    if foreign:
-        text += f"where a policy can leave the reference's text and the true reward is like {' or '.join(foreign)}; "
+def _advice(golds: Mapping[str, Any], arm: str) -> str:
+    """When to use a price on distance, from the intervals of one priced arm."""
+    said = {
+        gold: {attack: verdict(found[arm]["difference"]) for attack, found in attacks.items()}
+        for gold, attacks in golds.items()
+    }
+    foreign = {gold: {v for attack, v in by.items() if attack != REFERENCE} for gold, by in said.items()}
+    helps = [gold for gold, found in foreign.items() if "higher" in found and "lower" not in found]
+    hurts = [gold for gold, found in foreign.items() if "lower" in found]
+    costs = [gold for gold, by in said.items() if by[REFERENCE] == "lower"]
+    text = f"When to use {arm}: "
+    if helps:
+        text += f"where a policy can leave the reference's text and the true reward is like {' or '.join(helps)}; "
     else:
-        text += "nothing here shows a gain under foreign candidates; "
-    text += f"not where it is like {' or '.join(lost)}, which keeps paying there; " if lost else ""
-    if costs:
-        return (
-            text
-            + f"on the reference's own candidates it costs gold ({', '.join(sorted({gold for gold, _ in costs}))})."
-        )
-    return text + "on the reference's own candidates no loss is shown."
+        text += "no gain is shown under foreign candidates; "
+    text += f"not where it is like {' or '.join(hurts)}, which keeps paying there; " if hurts else ""
+    where = f"it costs gold ({', '.join(costs)})" if costs else "no loss is shown"
+    return f"{text}on the reference's own candidates {where}."

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...evaluation.crossed import crossed_interval
 from .attacks import mixture, pools
 from .candidates import attack_count
 from .cells import arms_of, ns_of, read_cell, settings
 from .config import OveroptimisationConfig, View
 from .heads import Setting
-from .intervals import crossed_interval
 from .rewards import GRIDS, TUNED, Arm, reported_arms
 
 CHOICE_RULE = (

@@ -17,13 +17,11 @@ from torch import Tensor
 
 from ...evaluation.statistics import mean_interval, share_interval
 from ...job.config import load_config
-from ...job.files import read_json_lines
 from ...job.log import read_metrics
 from ...ppo.config import PPOConfig
 from ..result import StudyResult, command, run_study
 from . import warning_report
 from .config import WarningConfig
-from .policy import SIGNALS
 
 Side = Literal["up", "down", "both"]
 # metric -> its name in tables, and the side on which it warns
@@ -31,7 +29,6 @@ WATCHED: dict[str, tuple[str, Side]] = {
     "reward/distance": ("distance", "up"),
     "text/foreign": ("share foreign", "up"),
     "reward/disagreement": ("heads' disagreement", "up"),
-    "ensemble/disagreement": ("deep ensemble's disagreement", "up"),
     "reward/head_std": ("heads' std", "up"),
     "reward/gap": ("gap, nominal - worst", "up"),
     "reward/mean": ("reward", "up"),
@@ -95,12 +92,9 @@ def read_runs(config: WarningConfig) -> list[Watched]:
         if len(rows) < 2 * config.window:
             raise ValueError(f"runs: {file}: expected at least {2 * config.window} steps with gold, got {len(rows)}")
         ppo = load_config(PPOConfig, file.with_name("config.yaml"))
-        beside = file.with_name(SIGNALS)
-        extra = read_json_lines(beside) if beside.is_file() else [{}] * len(rows)
-        merged = [{**row, **more} for row, more in zip(rows, extra, strict=True)]
-        names = [name for name in WATCHED if all(row.get(name) is not None for row in merged)]
-        signals = {name: _warning(name, [row[name] for row in merged], config.window) for name in names}
-        gold = smoothed([row["gold/mean"] for row in merged], config.window)
+        names = [name for name in WATCHED if all(row.get(name) is not None for row in rows)]
+        signals = {name: _warning(name, [row[name] for row in rows], config.window) for name in names}
+        gold = smoothed([row["gold/mean"] for row in rows], config.window)
         place = str(file.parent.relative_to(config.runs))
         found.append(Watched(place, Path(str(ppo.gold)).name, ppo.seed, fall_of(gold, config.fall), signals))
     groups = {_group(run, config) for run in found}

@@ -38,8 +38,8 @@ def test_what_was_read_is_not_read_again_and_other_texts_are_refused(
     texts = [("the food was", word) for word in ("good", "good good good", "", "a train")]
     whole = read_texts(*loaded, texts, TAPS, tmp_path / "whole", progress=False)
     read_texts(*loaded, texts[:2], TAPS, tmp_path / "cut", progress=False)
-    usual, rows = module._forward, []
-    monkeypatch.setattr(module, "_forward", lambda *given: rows.append(len(given[1])) or usual(*given))
+    usual, rows = module.forward, []
+    monkeypatch.setattr(module, "forward", lambda *given: rows.append(len(given[1])) or usual(*given))
     assert torch.equal(read_texts(*loaded, texts, TAPS, tmp_path / "cut", progress=False), whole)
     assert rows == [2]
     with pytest.raises(ValueError, match="expected the features of the present texts; name another output folder"):

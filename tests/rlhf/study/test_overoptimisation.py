@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from prudent.rlhf.evaluation.best_of_n import best_of_n_curve
+from prudent.rlhf.evaluation.crossed import crossed_interval
 from prudent.rlhf.job.config import load_config
+from prudent.rlhf.sampling.foreign import AGAIN, ATTACKS, OTHERS, foreign_texts
 from prudent.rlhf.study.overoptimisation import golds
 from prudent.rlhf.study.overoptimisation.attacks import best_of_n, pools
 from prudent.rlhf.study.overoptimisation.candidates import load_candidates
 from prudent.rlhf.study.overoptimisation.cells import arms_of, settings
 from prudent.rlhf.study.overoptimisation.config import OveroptimisationConfig, View, resolved
-from prudent.rlhf.study.overoptimisation.foreign import AGAIN, ATTACKS, OTHERS, foreign_texts
 from prudent.rlhf.study.overoptimisation.heads import draw_pairs
-from prudent.rlhf.study.overoptimisation.intervals import crossed_interval
 from prudent.rlhf.study.overoptimisation.judge import RewardJudge, load_gold
 from prudent.rlhf.study.overoptimisation.report import findings
 from prudent.rlhf.study.overoptimisation.rewards import GRIDS, PLAIN, Arm, Scored, reported_arms, reward
@@ -63,24 +63,6 @@ class _Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(f"t{i}" for i in ids)
-
-
-def test_the_careful_judge_takes_a_word_once_and_dislikes_repetition_and_salad() -> None:
-    pytest.importorskip("vaderSentiment")
-    ordinary = ["the food was good and the room was calm", "a film about a train and a boat at sea"]
-    judge = golds.Careful(["p", "q", "r"], [ordinary, ordinary, ordinary])
-    assert judge.usual == 0  # every pair occurs with another prompt
-    honest, repeated, salad = judge("new", ["the food was good", "good good good good", "was sea the calm"])
-    assert honest == pytest.approx(golds.sentiment(["the food was good"])[0])
-    assert repeated == pytest.approx(golds.sentiment(["good"])[0] - 0.8 * 2 / 3 - 0.8)
-    assert salad == pytest.approx(golds.sentiment(["was sea the calm"])[0] - 0.8)
-
-
-def test_a_word_pair_of_the_response_s_own_prompt_is_unknown() -> None:
-    pytest.importorskip("vaderSentiment")
-    judge = golds.Careful(["p", "q"], [["blue chairs float"] * 9 + ["the day was long"], ["the day was long"]])
-    own, other = judge("p", ["blue chairs float"]), judge("q", ["blue chairs float"])
-    assert own[0] < other[0]
 
 
 def test_the_lexicon_pays_each_occurrence_and_variety_none() -> None:
@@ -255,7 +237,7 @@ def test_the_page_says_what_the_intervals_say() -> None:
         arms = {"single, tuned": _numbers(zero, down), "single, shipped before": _numbers(down, zero)}
         chosen = {f"{kind} {grid[0]:g}": _numbers(zero, zero) for kind, grid in GRIDS.items()}
         reference, mixture = {**arms, **chosen}, {**arms, **chosen}
-        mixture["trust quad 0.1"] = _numbers(mixed, zero)
+        mixture["trust hinge 0.3"] = mixture["trust quad 0.1"] = _numbers(mixed, zero)
         return {"reference": reference, "10% foreign": mixture}
 
     numbers = {
@@ -268,7 +250,7 @@ def test_the_page_says_what_the_intervals_say() -> None:
     assert "less gold (lexicon -0.50 [-0.80, -0.20])" in lines[1]
     assert "gold falls over the last factor 4 of n for single, tuned (careful), single, tuned (lexicon)" in lines[3]
     assert lines[-1] == (
-        "When to use a price on distance: where a policy can leave the reference's text and the true reward is like "
+        "When to use trust hinge 0.3: where a policy can leave the reference's text and the true reward is like "
         "careful; not where it is like lexicon, which keeps paying there; on the reference's own candidates no loss is "
         "shown."
     )
@@ -302,18 +284,19 @@ def test_policy_gradient_is_judged_by_the_gold_and_its_signals_are_kept(tiny_cha
     assert [run["arm"] for run in runs] == ["single, tuned", f"trust quad {chosen:g}"] * 2
     assert all(run["final"]["gold/mean"] is not None for run in runs)
     folder = tmp_path / "study" / "policy" / "runs"
-    written = sorted(folder.glob("*/signals.jsonl"))
+    written = sorted(folder.glob("*/metrics.jsonl"))
     assert len(written) == 4
     for file in written:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert len(rows) == 2
         assert all(row["reward/distance"] > 0 and 0 <= row["text/foreign"] <= 1 for row in rows)
+        assert all(row["reward/head_std"] > 0 and row["reward/disagreement"] > 0 for row in rows)
     assert "### Gold: sentiment, KL coefficient 0.1" in (tmp_path / "study" / "overoptimisation.md").read_text()
     # what PPO maximises and what judges it are the study's own numbers
     world, view, fit = World(config), View.parse("last:-1 | mean:1/2"), folder.parent / "sentiment-0"
     found = load_candidates(config, progress=False)
     prompt, responses = next(iter(found.held_out.items()))
-    judge = RewardJudge(fit, Arm("trust quad", 2.0), tmp_path / "log.jsonl")
+    judge = RewardJudge(fit, Arm("trust quad", 2.0))
     x = world.features(view.heads).candidates[0, : len(responses)]
     distance = world.distance(view.distance).candidates[0, : len(responses)]
     unit = json.loads((fit / "judge.json").read_text())["unit"]["tuned"]
@@ -322,7 +305,7 @@ def test_policy_gradient_is_judged_by_the_gold_and_its_signals_are_kept(tiny_cha
     torch.testing.assert_close(torch.tensor(given), expected.detach(), rtol=1e-3, atol=1e-3)
     gold = load_gold(folder.parent, "sentiment")([prompt] * len(responses), responses)
     torch.testing.assert_close(torch.tensor(gold).double(), world.gold("sentiment").candidates[0, : len(responses)])
-    before = {file: os.stat(file).st_mtime_ns for file in folder.glob("*/metrics.jsonl")}
+    before = {file: os.stat(file).st_mtime_ns for file in written}
     assert run_overoptimisation(config, progress=False).metrics == metrics
     assert {file: os.stat(file).st_mtime_ns for file in before} == before
 

@@ -11,7 +11,6 @@ import torch
 from prudent.rlhf.job.config import load_config
 from prudent.rlhf.ppo.config import PPOConfig, RewardConfig
 from prudent.rlhf.study.overoptimisation.config import WarningConfig
-from prudent.rlhf.study.overoptimisation.policy import SIGNALS
 from prudent.rlhf.study.overoptimisation.warning import fall_of, run_warning, smoothed, threshold
 from prudent.rlhf.study.overoptimisation.warning_report import finding
 
@@ -24,10 +23,9 @@ def _write(folder: Path, seed: int, gold: list[float], kl: list[float], distance
         model="m", prompts="p.txt", output=folder, seed=seed, reward=RewardConfig(source="r"), gold="vader"
     )
     (folder / "config.yaml").write_text(config.to_yaml())
-    rows = [{"step": i, "gold/mean": g, "kl/sequence": k} for i, (g, k) in enumerate(zip(gold, kl, strict=True))]
+    columns = zip(gold, kl, distance, strict=True)
+    rows = [{"step": i, "gold/mean": g, "kl/sequence": k, "reward/distance": d} for i, (g, k, d) in enumerate(columns)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = [json.dumps({"reward/distance": value}) + "\n" for value in distance]
-    (folder / SIGNALS).write_text("".join(lines))
 
 
 def _runs(folder: Path) -> Path:
