@@ -38,27 +38,33 @@ JOBS = {
         "DemoConfig",
         "run_demo",
         "run the whole pipeline on a small model and write a report",
-        """Sample responses from a real model, make preference pairs with a quarter of the labels flipped, train a
-single Bradley-Terry head and a BRME ensemble on the trunk's features, let best-of-n exploit both, train the model
-itself by PPO against each, and write report.html. The same command continues an interrupted run; after a finished one
-it prints the table again.
+        """What does a reward know, and what happens beyond? Sample responses from a real model; let a judge label a few
+hundred pairs, a quarter of the labels flipped; train a single head and a BRME ensemble; fit a trust region to the
+responses, without labels. Then let best-of-n choose among the model's own responses and among a mixture with foreign
+ones, train the model itself by PPO against the single head with and without the price on distance, and write
+report.html. Two seconds of sampling at the start tell how long it will take.
+
+The same command continues an interrupted run; after a finished one it prints the table again. --size full takes four to
+five times as long; single keys override what the size sets.
 
 examples:
   prudent demo
-  prudent demo --set ppo.steps=0      # without PPO
+  prudent demo --size full --output runs/full
+  prudent demo --set ppo.steps=0 --set held_out_prompts=24      # shorter, with wider intervals
+  prudent demo --set foreign=0.5 --set price=3                  # more foreign candidates, a higher price
   prudent demo --output runs/mine --prompts my_prompts.txt
   prudent demo --model meta-llama/Llama-3.2-1B-Instruct --set samples_per_prompt=8""",
-        ("output", "model", "prompts", "preferences", "skip_bad_rows"),
+        ("output", "size", "model", "prompts", "preferences", "skip_bad_rows"),
         (
-            "samples_per_prompt",
-            "pairs_per_prompt",
+            "pairs",
+            "label_noise",
+            "draws",
             "held_out_prompts",
             "best_of",
-            "label_noise",
-            "max_new_tokens",
-            "brme.num_heads",
+            "foreign",
+            "price",
+            "features",
             "ppo.steps",
-            "ppo.kl_coef",
             "seed",
         ),
         "the same command continues",

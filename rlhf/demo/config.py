@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ..job.config import JobConfig
-from ..reward.config import BRMEConfig
+from ..reward.config import BRMEConfig, Features
 
 # what `size` sets; a key that is given itself stays as given
 SIZES: dict[str, dict[str, Any]] = {
@@ -81,6 +81,11 @@ class DemoConfig(JobConfig):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Number type of the model; auto: bfloat16 if the machine multiplies it in hardware."
+    )
+    features: Features | None = Field(
+        default=None,
+        description="Hidden states that heads and distance read: last, wide, or a list such as [last:-1, mean:20]; "
+        "null: the mean over the response at two thirds of the layers.",
     )
     seed: int = Field(default=0, ge=0, lt=2**30, description="Seed of the run.")
     samples_per_prompt: int = Field(default=8, ge=2, description="Number of responses to each training prompt.")

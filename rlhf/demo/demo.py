@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...engine import EnsembleRewardModel, Scorer
+from ...engine.trust import LEAST_ROWS
 from ..data.pairs import (
     PairData,
     PreferencePair,
@@ -37,16 +38,17 @@ from ..models.embedded import embedded_model, wheel_folder
 from ..models.features import compute_features
 from ..models.loading import load_language_model, load_tokenizer
 from ..report import style as plot_style
+from ..report.fit import FIT_FILE
 from ..sampling.labelled_pairs import GoldPairs, make_pairs
 from ..sampling.prompts import read_prompts
 from ..sampling.stored import Request, Rollout, sample
 from ..sampling.tokens import Sampling
 from . import attack, distances, report
 from . import ppo as demo_ppo
-from .candidates import Candidates, read_candidates
+from .candidates import Candidates, Policies, read_candidates
 from .config import DemoConfig
-from .estimate import estimate
 from .judges import CAREFUL, judged_candidates, judges_of, proxies_of, tensor_of
+from .machine import estimate, number_type
 from .rewards import ENSEMBLE, SINGLE, TRUST, Fitted, Reference, fit_rewards, rewards_of, taps_of
 
 STAGES = ("the language model", "responses", "preference pairs", "rewards", "evaluation", "PPO", "report")
@@ -77,7 +79,7 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
         ValueError: for prompts, pairs or a model that cannot be used; for an output folder that holds another run.
         ImportError: naming the extra to install.
     """
-    config = config.model_copy(update={"dtype": _dtype(config.dtype)})
+    config = config.model_copy(update={"dtype": number_type(config.dtype)})
     done = config.output / "metrics.json"
     with locked_folder(config.output):
         _refuse_other_version(config.output)
@@ -102,17 +104,6 @@ def _refuse_other_version(folder: Path) -> None:
             f"output: expected a new folder or one of this version's demo, got {folder} of another version or job "
             f"({error}): choose another folder"
         ) from None
-
-
-def _dtype(dtype: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
-    """bfloat16 if the hardware multiplies it; a CPU that does not is slower in it than in float32."""
-    if dtype != "auto":
-        return dtype
-    if torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if fast else "float32"
 
 
 class _Run:
@@ -167,7 +158,7 @@ class _Run:
         self.tokenizer = load_tokenizer("model", self.source)
         model = load_language_model("model", self.source, getattr(torch, self.config.dtype))
         self.model = model.to(self.device).eval()
-        self.taps = taps_of(self.model)
+        self.taps = taps_of(self.model, self.config.features)
 
     @property
     def _sampling(self) -> Sampling:
@@ -195,7 +186,7 @@ class _Run:
         with self._stage(3):
             sizes = torch.tensor([len(rollouts[i].responses) for i in training])
             features = torch.cat([rollouts[i].features for i in training])
-            reference = Reference.fit(features, torch.tensor(training).repeat_interleave(sizes))
+            reference = Reference.fit(features, torch.tensor(training).repeat_interleave(sizes), self.taps)
             sides = test.features(rollouts, False)
             fitted = self._fit_all(drawn, rollouts, reference, sides)
         with self._stage(4):
@@ -286,7 +277,7 @@ class _Run:
             progress=self.progress and kept,
         )
 
-    def _ppo(self, prompts: list[str]) -> demo_ppo.Policies | None:
+    def _ppo(self, prompts: list[str]) -> Policies | None:
         """Run PPO with both rewards, on prompts on which no head was trained; None if ppo.steps is 0."""
         config = self.config
         if config.ppo.steps == 0:
@@ -324,6 +315,11 @@ class _Run:
             [data.pairs], readers, data.counts, skip_bad_rows=config.skip_bad_rows, key="preferences"
         )
         train, held = split_by_prompt(pairs, config.eval_fraction, config.seed)
+        if 2 * len(train) < LEAST_ROWS:
+            raise ValueError(
+                f"preferences: expected at least {LEAST_ROWS // 2} pairs to train on, for a trust region of their "
+                f"{LEAST_ROWS} responses, got {len(train)} beside {len(held)} that are held out"
+            )
         with self._stage(1):
             chosen, rejected = self._features(train + held)
         with self._stage(2):
@@ -332,7 +328,7 @@ class _Run:
         with self._stage(3):
             cut = len(train)
             labels = group_labels(pair.prompt_key for pair in train)
-            reference = Reference.fit(torch.cat([chosen[:cut], rejected[:cut]]), torch.cat([labels, labels]))
+            reference = Reference.fit(torch.cat([chosen[:cut], rejected[:cut]]), torch.cat([labels, labels]), self.taps)
             test = (chosen[cut:], rejected[cut:])
             fitted = self._fit((chosen[:cut], rejected[:cut]), labels.tolist(), reference, 0, test)
             self._save(fitted)
@@ -366,6 +362,8 @@ class _Run:
                 )
                 model.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
+                if name == "model":
+                    atomic_write_json(folder / FIT_FILE, fitted.choice)
 
     def _accuracy(self, fitted: Fitted, held_out: tuple[Tensor, Tensor], prompts: Sequence[int]) -> dict[str, Any]:
         """Evaluate on the held-out pairs, by their true labels."""

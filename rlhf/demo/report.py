@@ -16,6 +16,7 @@ from ..evaluation import pictures
 from ..evaluation.statistics import Bin, Interval
 from ..job.log import read_metrics
 from ..ppo.watch.pictures import over_optimisation
+from ..report.fit import fit_sentence
 from ..report.page import render_page
 from ..report.words import accuracy_cells, aligned, few_prompts, interval, plain_text, signed, verdict
 from ..sampling.stored import Rollout
@@ -252,6 +253,8 @@ def _figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, str]:
         "reliability": pictures.reliability(bins, auroc=auroc),
         "distances": own_pictures.distances(metrics["distances"], own, policies),
     }
+    if metrics["choice"]["curve"]:
+        figures["fit"] = pictures.penalties(metrics["choice"]["curve"], metrics["choice"]["l2"])
     losses = ("step", "brme/loss", "brme/eval_loss", "brme/std")
     history = [{k: v for k, v in row.items() if k in losses} for row in read_metrics(folder)]
     if any(len(row) > 1 for row in history):
@@ -288,6 +291,7 @@ def render(config: Any, metrics: Mapping[str, Any], page: Page) -> str:
         figures=_figures(metrics, config.output),
         ppo=None if not metrics["ppo"] else {"table": table_of_runs(metrics["ppo"]), **metrics["ppo"]},
         policies=page.policies,
+        fit=fit_sentence(metrics["choice"]),
         distances=distance_table(metrics["distances"]),
         accuracy_rows=accuracy_rows(metrics["pairs"]),
         signal_rows=signal_rows(metrics["pairs"]),

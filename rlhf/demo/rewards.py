@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ...engine import EnsembleHead, calibrate
-from ...engine.taps import num_layers, wide_taps
-from ...engine.trust import fit_trust
+from ...engine.taps import num_layers, parse_taps, wide_taps
+from ...engine.trust import columns_of_taps, fit_trust
 from ...kernels import TrustRegion
 from ..job.log import RunLog
 from ..reward.config import BradleyTerryConfig, BRMEConfig
-from ..reward.convex import fit_ridge
+from ..reward.convex import RidgeFit
 from ..reward.fit import PairFeatures
-from ..reward.two_stage import fit_two_stages, seeded
+from ..reward.two_stage import fit_two_stages
 
 SINGLE, ENSEMBLE, TRUST = "single head", "tradeoff:0.4", "trust"
 TITLES = {
@@ -28,14 +28,17 @@ TITLES = {
 }
 
 
-def taps_of(model: Any) -> list[str]:
-    """The hidden state that heads and distance read: the mean over the response at two thirds of the layers.
+def taps_of(model: Any, features: str | list[str] | None) -> list[str]:
+    """The hidden states that heads and distance read; None: the mean over the response at two thirds of the layers.
 
     There a distance sees foreign text best, and a head learns most from few pairs: on SmolLM2-135M a single head on 300
     noisy pairs raises the judge's score from .12 to .3 by best of 64; on the trunk's output at the last token it does
     not raise it.
     """
-    return [str(tap) for tap in wide_taps(num_layers(model)) if tap.kind == "mean"]
+    layers = num_layers(model)
+    if features is None:
+        return [str(tap) for tap in wide_taps(layers) if tap.kind == "mean"]
+    return [str(tap) for tap in parse_taps(features, layers)]
 
 
 class Fitted(NamedTuple):
@@ -57,9 +60,11 @@ class Reference(NamedTuple):
     region: TrustRegion
 
     @classmethod
-    def fit(cls, features: Tensor, prompts: Tensor) -> Reference:
+    def fit(cls, features: Tensor, prompts: Tensor, taps: Sequence[str]) -> Reference:
         """Fit the region once; its unit is each head's own."""
-        return cls(features.float(), prompts, fit_trust(features.float(), prompts=prompts))
+        features = features.float()
+        columns = columns_of_taps(taps, features.shape[1] // len(taps))
+        return cls(features, prompts, fit_trust(features, prompts=prompts, columns=columns))
 
 
 def fit_rewards(
@@ -83,22 +88,23 @@ def fit_rewards(
         checkpoints, log: of the ensemble's training.
 
     Raises:
-        ValueError: as `fit_ridge`, `fit_heads`, `calibrate` and `fit_trust`.
+        ValueError: as `fit_two_stages`, `calibrate` and `fit_trust`.
     """
     sides = chosen.float(), rejected.float()
-    ridge = fit_ridge(*sides, torch.tensor(prompts), seed=seed)
-    ensemble = fit_two_stages(
-        PairFeatures(*sides),
-        BradleyTerryConfig(),
-        seeded(brme, seed),
-        stage1=ridge.head,
+    choices: list[RidgeFit] = []
+    stages = fit_two_stages(
+        PairFeatures(*sides, prompts=torch.tensor(prompts)),
+        BradleyTerryConfig(solver="newton"),
+        brme,
+        seed=seed,
         evaluation=None if held_out is None else PairFeatures(held_out[0].float(), held_out[1].float()),
+        on_fit=choices.append,
         checkpoints=checkpoints,
         log=log,
         progress=progress,
-    ).final
+    )
     heads = []
-    for fitted in (ridge.head, ensemble):
+    for fitted in (stages.single, stages.final):
         head = fitted.frozen_copy().eval()
         calibrate(head, reference.features)
         with torch.no_grad():
@@ -106,7 +112,7 @@ def fit_rewards(
         unit = _spread_within(reward.double(), reference.prompts)
         head.set_trust(reference.region._replace(unit=unit.reshape(1)))
         heads.append(head)
-    return Fitted(heads[0], heads[1], ridge.summary())
+    return Fitted(heads[0], heads[1], choices[0].summary())
 
 
 def _spread_within(values: Tensor, prompts: Tensor) -> Tensor:
@@ -116,7 +122,8 @@ def _spread_within(values: Tensor, prompts: Tensor) -> Tensor:
     if len(values) == len(counts):
         return values.std()
     mean = torch.zeros(len(counts), dtype=values.dtype).index_add_(0, labels, values) / counts
-    return ((values - mean[labels]).square().sum() / (len(values) - len(counts))).sqrt()
+    spread: Tensor = ((values - mean[labels]).square().sum() / (len(values) - len(counts))).sqrt()
+    return spread
 
 
 @torch.no_grad()
@@ -133,6 +140,6 @@ def rewards_of(fitted: Fitted, features: Tensor, price: float) -> dict[str, Tens
 @torch.no_grad()
 def distance(fitted: Fitted, features: Tensor) -> Tensor:
     """[N, D] of any floating dtype -> [N]; 1 is the edge of 95 % of the reference responses."""
-    found = fitted.single(features.float(), aggregation="mean").distance
+    found: Tensor | None = fitted.single(features.float(), aggregation="mean").distance
     assert found is not None
     return found

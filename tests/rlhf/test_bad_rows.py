@@ -86,16 +86,22 @@ def _score(models: Path, data: Path, out: Path, skip: bool) -> int:
 
 def _demo(models: Path, data: Path, out: Path, skip: bool) -> int:
     sets = [
-        "bt.solver=adamw",
-        "bt.epochs=1",
         "brme.epochs=1",
         "brme.num_heads=2",
         "dtype=float32",
         f"skip_bad_rows={str(skip).lower()}",
     ]
-    config = load_config(DemoConfig, None, sets, model=str(models / "policy"), preferences=str(data), output=out)
+    more = [  # a trust region needs 20 responses
+        {"prompt": f"the {word} was {how}", "chosen": f"very good {word}", "rejected": f"bad {word}"}
+        for word in WORDS
+        for how in ("very", "not")
+    ]
+    enough = data.parent / "more" / data.name
+    enough.parent.mkdir(exist_ok=True)
+    enough.write_text(data.read_text() + "".join(json.dumps(row) + "\n" for row in more))
+    config = load_config(DemoConfig, None, sets, model=str(models / "policy"), preferences=str(enough), output=out)
     counts = run_demo(config, progress=False).metrics["counts"]
-    assert counts["pairs"] + counts["held_out_pairs"] == counts["prompts"] == 6
+    assert counts["pairs"] + counts["held_out_pairs"] == counts["prompts"] == 18
     return int(counts["bad_rows"])
 
 

@@ -20,7 +20,7 @@ from prudent.rlhf.demo import demo
 from prudent.rlhf.demo.config import SIZES
 from prudent.rlhf.demo.demo import DemoConfig, run_demo
 from prudent.rlhf.demo.distances import HELD_OUT, TRAINING
-from prudent.rlhf.demo.estimate import estimate, seconds
+from prudent.rlhf.demo.machine import estimate, seconds
 from prudent.rlhf.demo.rewards import TITLES
 from prudent.rlhf.job.config import load_config
 from prudent.rlhf.job.folder import locked_folder
@@ -67,16 +67,12 @@ def test_the_run_folder_holds_everything(finished: tuple[DemoConfig, Any]) -> No
     assert not list(folder.glob(".*tmp*"))
 
 
-def test_an_exact_single_head_shows_how_its_penalty_was_chosen(tiny_chat_folder: Path, tmp_path: Path) -> None:
-    bt = {"solver": "newton", "l2": (1e-3, 1e-2, 1e-1)}
-    config = _config(tiny_chat_folder, tmp_path / "run", bt=bt)
-    metrics = run_demo(config, progress=False).metrics
-    assert metrics["fit"] == json.loads((config.output / "single" / "fit.json").read_text())
-    page = (config.output / "report.html").read_text()
+def test_the_page_shows_how_the_single_head_s_penalty_was_chosen(finished: tuple[DemoConfig, Any]) -> None:
+    folder, metrics = finished[0].output, finished[1].metrics
+    assert metrics["choice"] == json.loads((folder / "model" / "fit.json").read_text())
+    page = (folder / "report.html").read_text()
     assert "Single head: L2" in page
-    assert "held-out log-loss" in page
-    with pytest.raises(ValueError, match=r"bt\.lr: has no effect with bt\.solver newton"):
-        _config(tiny_chat_folder, tmp_path / "other", bt={**bt, "lr": 0.1})
+    assert "How the single head's L2 penalty was chosen" in page
 
 
 @pytest.fixture
@@ -93,7 +89,7 @@ def test_the_saved_models_score_text_as_the_run_scored_features(run: str, reques
     if run == "wide":
         config = json.loads((folder / "model" / "config.json").read_text())
         assert config["taps"] == ["last:2", "mean:1"]
-        for arm in ("single", "ensemble"):  # PPO reads them in the frozen trunk's own pass
+        for arm in ("single", "trust"):  # PPO reads them in the frozen trunk's own pass
             said = (folder / "ppo" / arm / "ppo.json").read_text()
             assert json.loads(said)
     rows = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
@@ -309,6 +305,14 @@ def test_real_preferences_take_the_place_of_the_judge(tiny_chat_folder: Path, tm
     assert "No judge can score new responses" in text
     assert "Best-of-n: each reward" not in text
     assert [row["kind"] for row in result.metrics["distances"]] == list(KNOWN)
+
+
+def test_too_few_preferences_for_a_trust_region_are_refused(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"it was {i}", "chosen": "good", "rejected": "bad"} for i in range(11)]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = _config(tiny_chat_folder, tmp_path / "run", preferences=str(tmp_path / "few.jsonl"), prompts=None)
+    with pytest.raises(ValueError, match=r"^preferences: expected at least 10 pairs to train on, .* got 9 beside 2"):
+        run_demo(config, progress=False)
 
 
 def test_our_prompts_are_a_few_hundred_different_ones() -> None:

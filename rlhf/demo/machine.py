@@ -1,10 +1,12 @@
-"""How long the demo will take on this machine, from two seconds of sampling."""
+"""What the demo learns of this machine: its number type, and from two seconds of sampling how long it will take."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from ..sampling.shared_prefix import sample_batch
 from ..sampling.tokens import Rule, Sampling, keyed_uniforms
@@ -18,6 +20,17 @@ _OVERHEAD = 1.25  # the prompts, the closing tokens and the texts' features
 _READ = 0.5  # a token of a text that is read, prompt included
 _LEARN = 6.0  # a token of PPO: sampled in a small batch, scored and learnt from
 _FIXED = 30.0  # seconds for models, rewards, evaluation and pictures
+
+
+def number_type(dtype: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
+    """bfloat16 if the hardware multiplies it; a CPU that does not is slower in it than in float32."""
+    if dtype != "auto":
+        return dtype
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"
 
 
 def estimate(model: Any, tokenizer: Any, prompts: Sequence[str], config: DemoConfig) -> str:
