@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import TrustRegion
+from ..kernels import TRUST_DIRECTIONS, TrustRegion
 from .head import EnsembleHead
 
-DIRECTIONS = 32
 LEAST_ROWS = 20  # of fewer rows none lies beyond the 95 % quantile
 EDGE = 0.95
 FOLDS = 5
@@ -24,7 +23,7 @@ _GREATEST_RATIO = 1e5  # of variances: the op subtracts in fp32, which leaves tw
 def fit_trust(
     features: Tensor,
     *,
-    directions: int = DIRECTIONS,
+    directions: int = TRUST_DIRECTIONS,
     prompts: Tensor | None = None,
     head: EnsembleHead | None = None,
     shrinkage: float | None = None,

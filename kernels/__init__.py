@@ -11,6 +11,7 @@ else:
     from .advantages import AdvantageOutput, advantage_convention, advantages
     from .ensemble_reward import (
         STD_FLOOR,
+        TRUST_DIRECTIONS,
         Aggregation,
         EnsembleOutput,
         TrustRegion,
@@ -24,6 +25,7 @@ else:
 
     __all__ = [
         "STD_FLOOR",
+        "TRUST_DIRECTIONS",
         "AdvantageOutput",
         "Aggregation",
         "EnsembleOutput",

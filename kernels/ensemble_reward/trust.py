@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .spec import Aggregation
 
+TRUST_DIRECTIONS = 32  # R of a fitted region, unless another is asked for
+
 
 class TrustRegion(NamedTuple):
     """Where the reward was taught: the reference responses' features f as a mean and a precision of low rank plus

@@ -102,7 +102,7 @@ class DemoConfig(JobConfig):
         le=0.5,
         description="Share of foreign candidates (repeated snippets, shuffled words) in the mixture.",
     )
-    price: float = Field(default=1.0, gt=0, description="c of trust:c, the price of the distance.")
+    price: float = Field(default=1.0, gt=0, description="Price of the distance, the number of trust:NUMBER.")
     max_new_tokens: int = Field(default=16, ge=1, description="Largest number of tokens in a response.")
     temperature: float = Field(default=0.8, gt=0, description="Temperature of sampling.")
     top_k: int = Field(default=50, ge=1, description="Number of most likely tokens to sample from.")

@@ -259,7 +259,7 @@ def _described(annotation: Any, constraints: Iterable[Any] = ()) -> str:
         *others, last = map(repr, arguments)
         return f"{', '.join(others)} or {last}" if others else last
     if kind is Annotated:
-        return _described(arguments[0], [bound for note in arguments[1:] for bound in note.metadata])
+        return _described(arguments[0], [bound for note in arguments[1:] for bound in getattr(note, "metadata", ())])
     if kind is tuple:
         return f"a list of {_described(arguments[0]).removeprefix('a ')}s"
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}

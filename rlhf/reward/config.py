@@ -8,9 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from ...engine.taps import check_taps
-from ...engine.trust import DIRECTIONS
-from ...kernels import STD_FLOOR, Aggregation
+from ...kernels import STD_FLOOR, TRUST_DIRECTIONS, Aggregation
 from ..job.config import JobConfig
 from .pet.config import PETConfig
 
@@ -19,6 +17,8 @@ L2_GRID = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3,
 
 
 def _checked_taps(value: Any) -> Any:
+    from ...engine.taps import check_taps  # the engine imports transformers, which --help does without
+
     try:
         check_taps(value)
     except ValueError as error:
@@ -191,8 +191,7 @@ class TrainConfig(JobConfig):
     )
     features: Features = Field(
         default="last",
-        description="Hidden states that heads read: last (the last token's), wide (a mean over the response too), or a "
-        "list such as [last:-1, mean:20].",
+        description="What heads read: last (the last token), wide (also a response's mean), or taps: [last:-1, mean:20].",
     )
     feature_cache: Path | None = Field(
         default=None, description="Folder of cached features that several runs share; null: in the run folder."
@@ -326,7 +325,9 @@ class CalibrateConfig(JobConfig):
         description="How the saved model combines K heads into one reward, e.g. trust:1 or lcb:1; null: as before.",
     )
     directions: int = Field(
-        default=DIRECTIONS, ge=0, description="Directions in which the trust region has a width of its own; 0: none."
+        default=TRUST_DIRECTIONS,
+        ge=0,
+        description="Directions in which the region has a width of its own; 0: none.",
     )
     shrinkage: float | None = Field(
         default=None,
