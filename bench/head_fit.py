@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/head_fit"), help="folder (default %(default)s)")
     args = parser.parse_args(argv)
     configs: list[FitConfig] = [
-        BradleyTerryConfig(epochs=args.epochs),
+        BradleyTerryConfig(solver="adamw", epochs=args.epochs),
         BRMEConfig(epochs=args.epochs, num_heads=HEADS, max_steps=None),
     ]
     here = machine.describe("cpu", quick=True)

@@ -64,7 +64,7 @@ class Study:
         """The held-out prompts, and the (chosen, rejected) rewards of every scorer on their pairs."""
         train, held_out = split_by_prompt(self.pairs, self.held_out, seed)
         x = self.sides(train)
-        configs = BradleyTerryConfig(), BRMEConfig(num_heads=self.heads)
+        configs = BradleyTerryConfig(solver="adamw"), BRMEConfig(num_heads=self.heads)
         prompts = group_labels(pair.prompt_key for pair in train)
         single, ensemble = fit_two_stages(PairFeatures(*x, prompts=prompts), *configs, seed=seed, progress=False)
         _typical_std(ensemble, torch.cat(x))

@@ -94,7 +94,7 @@ def fit_rewards(
     choices: list[RidgeFit] = []
     stages = fit_two_stages(
         PairFeatures(*sides, prompts=torch.tensor(prompts)),
-        BradleyTerryConfig(solver="newton"),
+        BradleyTerryConfig(),
         brme,
         seed=seed,
         evaluation=None if held_out is None else PairFeatures(held_out[0].float(), held_out[1].float()),

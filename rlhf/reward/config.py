@@ -78,7 +78,7 @@ class BradleyTerryConfig(FitConfig):
     stage: Literal["bt"] = Field(default="bt", description="The loss of this stage, Bradley-Terry.")
     num_heads: Literal[1] = Field(default=1, description="Number of heads of this stage, one.")
     solver: Literal["newton", "adamw"] = Field(
-        default="adamw",
+        default="newton",
         description="Fit the head on a frozen trunk exactly, its L2 chosen by held-out log-loss (newton), or by AdamW.",
     )
     l2: tuple[float, ...] = Field(

@@ -100,7 +100,9 @@ class RewardsConfig(JobConfig):
     pairs_per_prompt: int = Field(default=200, ge=1, description="Preference pairs of each prompt.")
     label_noise: float = Field(default=0.25, ge=0, le=0.5, description="Share of the labels that are flipped.")
     max_new_tokens: int = Field(default=24, ge=1, description="Largest number of tokens in a response.")
-    bt: BradleyTerryConfig = Field(default=BradleyTerryConfig(), description="The single Bradley-Terry head.")
+    bt: BradleyTerryConfig = Field(
+        default=BradleyTerryConfig(solver="adamw"), description="The single Bradley-Terry head."
+    )
     brme: BRMEConfig = Field(default=BRMEConfig(), description="The ensemble of Gaussian heads.")
     pet: PETConfig = Field(default=PETConfig(), description="PET on both.")
 

@@ -117,7 +117,9 @@ class OveroptimisationConfig(JobConfig):
     shares: tuple[float, ...] = Field(default=(0.1, 0.01), description="Shares of foreign candidates in the mixtures.")
     others: int = Field(default=8, ge=1, description="Texts of each other foreign kind to a held-out prompt.")
     ensemble: int = Field(default=5, ge=2, description="Heads of the deep ensemble.")
-    bt: BradleyTerryConfig = Field(default=BradleyTerryConfig(), description="AdamW's Bradley-Terry head.")
+    bt: BradleyTerryConfig = Field(
+        default=BradleyTerryConfig(solver="adamw"), description="AdamW's Bradley-Terry head."
+    )
     bsr: float = Field(default=1e-3, gt=0, description="Weight of batch-sum regularisation in the arm BSR.")
     brme: BRMEConfig = Field(default=BRMEConfig(), description="BRME's ensemble of Gaussian heads.")
     pet: PETConfig = Field(default=PETConfig(), description="PET on AdamW's head, with at most pet.samples responses.")
