@@ -106,7 +106,7 @@ examples:
             "samples.folder",
             "samples.prompts",
             "samples.held_out",
-            "samples.candidates",
+            "policy_gradient.steps",
             "processes",
         ),
         "the same command continues",

@@ -81,7 +81,7 @@ class PolicyGradientConfig(JobConfig):
     prompts_per_step: int = Field(default=8, ge=1, description="Prompts in a step.")
     samples_per_prompt: int = Field(default=8, ge=2, description="Responses to each prompt.")
     mode: Literal["lora", "full"] = Field(default="lora", description="Train a LoRA adapter, or all weights.")
-    lr: float = Field(default=2e-3, gt=0, description="Learning rate of the policy.")
+    lr: float = Field(default=1e-3, gt=0, description="Learning rate of the policy.")
     window: int = Field(default=10, ge=1, description="Steps over which the final gold is averaged.")
 
 
