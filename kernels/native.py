@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_C.so"
-VERSION = 2  # of the library's ops; must equal `version()` in csrc/ensemble_reward.cpp
+VERSION = 3  # of the library's ops; must equal `version()` in csrc/ensemble_reward.cpp
 ISAS = ("generic", "avx2", "avx512", "avx512_bf16")  # slowest first, in the order of csrc/isa.h
 
 _BUILD = (

@@ -8,14 +8,6 @@ namespace {
 
 constexpr int64_t kThreadWork = int64_t(1) << 18;  // multiply-adds: fewer are not worth a thread
 
-void refuse_unless(bool ok, const char* argument) {
-  STD_TORCH_CHECK(ok, "ensemble_reward: ", argument, ": outside the contract");
-}
-
-bool is(const MaybeTensor& t, int64_t length, ScalarType type) {
-  return !t.has_value() || (t->dim() == 1 && t->size(0) == length && t->scalar_type() == type);
-}
-
 bool is_storage(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
 }
@@ -27,6 +19,14 @@ const Isa& checked_isa(int64_t index) {
 }
 
 }  // namespace
+
+void refuse_unless(bool ok, const char* argument) {
+  STD_TORCH_CHECK(ok, "ensemble_reward: ", argument, ": outside the contract");
+}
+
+bool is(const MaybeTensor& t, int64_t length, ScalarType type) {
+  return !t.has_value() || (t->dim() == 1 && t->size(0) == length && t->scalar_type() == type);
+}
 
 Strided<int64_t> indices(const MaybeTensor& t) {
   if (!t.has_value()) return {};
@@ -89,6 +89,8 @@ Call::Call(const Arguments& arguments)
   options.shift = vector(a.shift);
   options.scale = vector(a.scale);
   options.std_ref = vector(a.std_ref);
+  options.of_batch = a.of_batch;
+  if (a.trust_mean.has_value()) read_region();
 }
 
 void Call::check_shapes() const {
@@ -115,6 +117,7 @@ void Call::check_shapes() const {
   refuse_unless(a.nominal != kFixedHead || a.nominal_head < heads, "aggregation");
   refuse_unless(a.kind != kHead || a.coefficient < double(heads), "aggregation");
   refuse_unless(a.nominal != kRelativeStd || a.std_ref, "std_ref");
+  check_region();
 }
 
 void Call::check_values() const {
@@ -157,7 +160,7 @@ Weights Call::fold() {
     owned_.push_back(new_floats({padded(dim)}));
     norm.packed = static_cast<float*>(owned_.back().mutable_data_ptr());
     fill(norm);
-    w.source.norm = norm.packed;
+    w.source.norm = region.gain = norm.packed;
   }
   return w;
 }
@@ -203,8 +206,10 @@ int64_t Call::grain(int64_t block) const {
 }
 
 Scratch::Scratch(const Call& call) {
-  const int64_t heads = call.options.heads, lanes_floats = kRows * (kLanesFixed + kLanesHead * heads);
-  memory_.reset(new float[lanes_floats + scratch_floats(call.columns)]);
+  const bool trust = call.options.trust != nullptr;
+  const int64_t heads = call.options.heads, rank = call.rank();
+  const int64_t lanes_floats = kRows * (kLanesFixed + kLanesHead * heads + (trust ? kLanesTrust + 2 * rank : 0));
+  memory_.reset(new float[lanes_floats + scratch_floats(call.columns) + (trust ? region_floats(rank) : 0)]);
   float* at = memory_.get();
   const auto take = [&](float** array, int64_t each) {
     *array = at;
@@ -215,6 +220,13 @@ Scratch::Scratch(const Call& call) {
   for (float** each : {&lanes.mean, &lanes.std, &lanes.raw, &lanes.noise, &lanes.values, &lanes.relative,
                        &lanes.to_mean, &lanes.to_values, &lanes.d_mean, &lanes.d_std}) {
     take(each, heads);
+  }
+  if (trust) {
+    for (float** one : {&lanes.squared, &lanes.along, &lanes.distance, &lanes.d_distance, &lanes.pull}) take(one, 1);
+    take(&lanes.gaps, 2 + rank);
+    take(&lanes.projections, rank);
+    block.region = &call.region;
+    block.gaps = lanes.gaps;
   }
   lanes.row = row;
   block.product = lanes.product;

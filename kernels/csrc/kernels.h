@@ -40,6 +40,16 @@ struct Weights {
   BFloat* dots;   // [padded / 32][columns][32] for vdpbf16ps, or null
 };
 
+// The trust region in the order in which the loops read it. The arrays have padded(dim) floats, zeros past dim.
+struct Region {
+  const float* gain;    // the norm weight, or null
+  const float* offset;  // -mean * rms: a feature's gap is t = x * gain + offset
+  const float* precision;
+  const float* mean;
+  const float *root_gain, *root_offset, *root_mean;  // sqrt(precision) times gain (1 without a norm), offset, mean
+  Weights directions;      // with `dots` they are folded and multiply x; else they multiply t
+};
+
 // The products of up to kRows rows with every column.
 struct Block {
   const void* x[kRows];
@@ -48,15 +58,31 @@ struct Block {
   float* product;  // [rows][columns], or [columns][kRows]
   bool by_column;  // the second layout; entries of rows past the last are undefined
   float* square;   // [kRows] sums of squares, or null
-  float* scratch;  // scratch_floats(columns)
+  float* scratch;  // scratch_floats(columns), and region_floats(rank) with a region
+  const Region* region;  // null without a trust region
+  float* gaps;           // [2 + R][kRows]: sum precision t^2, sum precision mean t (with a norm), direction products
 };
 
+constexpr int64_t kMaxStretch = 1024;  // features that the loops take at once, see for_stretches
 inline constexpr int64_t scratch_floats(int64_t columns) { return kRows * (columns + 1) * kMaxWidth; }
+inline constexpr int64_t region_floats(int64_t rank) { return kRows * ((rank + 2) * kMaxWidth + kMaxStretch); }
 
 // The orders of the tables in spec.py, whose indices these integers are.
-enum Kind : int64_t { kTradeoff, kNominal, kMean, kMin, kMax, kMedian, kLcb, kUwo, kSoftmin, kCvar, kHead };
+enum Kind : int64_t {
+  kTradeoff, kNominal, kMean, kMin, kMax, kMedian, kLcb, kUwo, kSoftmin, kCvar, kHead, kBatchWorst
+};
 enum Nominal : int64_t { kLeastStd, kRelativeStd, kMeanOfHeads, kFixedHead };
 enum Centre : int64_t { kNone, kBatch, kGroup };
+
+// What the distance needs beside the sums over the features.
+struct Trust {
+  int64_t rank;
+  const float* weights;   // [R]
+  const float* mean;      // [R] directions . mean, with the directions as they multiply
+  float mean_square;      // sum precision mean^2
+  float rms;
+  bool gaps;              // the directions multiply t, not x
+};
 
 struct Options {
   int64_t heads;
@@ -74,6 +100,12 @@ struct Options {
   const float* shift;
   const float* scale;
   const float* std_ref;
+  const Trust* trust;  // null without a trust region
+  bool priced;         // price * max(distance - price_from, 0)^price_power
+  float price, price_from;
+  int64_t price_power;
+  bool of_batch;  // the worst head is the batch's
+  int64_t batch_worst;  // its index, for the gradients
 };
 
 // From the products of kRows rows to K Gaussians, rewards and the gradients of both, as in reference.py, with a row in
@@ -86,9 +118,22 @@ struct Lanes {
   float *mean, *std, *raw, *noise, *values, *relative;  // K each
   float *to_mean, *to_values;  // K each: d reward / d mean (only through the nominal head), d reward / d value
   float *d_mean, *d_std;       // K each
+  // with a trust region; `pull` is d distance^2 / 2, by which the gradient pulls at the features
+  float *squared, *along, *distance, *d_distance, *pull;  // one each
+  float *gaps;                 // 2 + R, see Block
+  float *projections;          // R: directions . (f - mean)
 };
 
+constexpr int64_t kLanesTrust = 7;  // arrays of kRows with a trust region, and two for each direction
 constexpr int64_t kLanesFixed = 4, kLanesHead = 14;  // arrays of kRows in Lanes: a fixed number, and a number per head
+
+// The trust region's part of a block's gradients: dx_r += pull[r] precision gain (gain x_r - scale[r] mean) +
+// sum_j coefficient[r][j] V_j, with the directions V folded; `scale` is 1 / rstd.
+struct RegionGradient {
+  Region region;  // of its directions, the packed ones
+  const float *pull, *scale;  // [rows]
+  const float* coefficient;   // [rows][R]
+};
 
 // dx_r = sum_j coefficient[r][j] W_j - shrink[r] x_r, and dW_j += sum_r coefficient[r][j] x_r.
 struct GradientBlock {
@@ -98,14 +143,21 @@ struct GradientBlock {
   const float* coefficient;  // [rows][columns]
   const float* shrink;       // [rows]; null without a norm: then x is read only for `partial`
   bool need_dx;
-  float* partial;  // [padded / W][columns][W], accumulated; null if not needed
+  float* partial;  // [padded / W][columns + extra][W], accumulated; null if not needed
+  // with a norm's gradient through a trust region, extra = R + 1: sum_r coefficient[r][j] x_r for each direction, and
+  // sum_r pull[r] x_r (gain x_r - scale[r] mean)
+  int64_t extra;
+  const RegionGradient* region;  // null without a trust region
 };
 
 // Adds the chunks' partials in order and unfolds the sum: dW = dW' * g, dg = sum_j dW'_j * W_j.
 struct Finish {
   Source source;
-  const float* partials;  // [chunks][padded / W][columns][W]
+  const float* partials;  // [chunks][padded / W][columns + extra][W]
   int64_t chunks;
+  int64_t extra;            // see GradientBlock
+  Source directions;        // bare; read if extra > 0
+  const float* precision;
   void* weight;  // [columns, dim] contiguous, source.type; or null
   void* norm;    // [dim] contiguous, or null
   Type norm_type;
@@ -120,9 +172,10 @@ struct Isa {
   void (*gradient[3])(const Weights&, const GradientBlock&);
   void (*finish)(const Finish&, int64_t slab_begin, int64_t slab_end);
   void (*normalise)(const Options&, Lanes&);  // square to rstd; multiplies the products by it
+  void (*measure)(const Options&, Lanes&);    // gaps and rstd to projections, squared, along
   void (*evaluate)(const Options&, Lanes&);   // product to mean, std, raw, noise, values
-  void (*aggregate)(const Options&, Lanes&);  // mean, std, values to reward
-  void (*differentiate)(const Options&, Lanes&);  // d_reward, d_mean, d_std to d_product
+  void (*aggregate)(const Options&, Lanes&);  // mean, std, values, squared to reward and distance
+  void (*differentiate)(const Options&, Lanes&);  // d_reward, d_mean, d_std, d_distance to d_product and pull
   void (*words)(int64_t seed, const int64_t* counter, uint32_t* out);  // kRows counters to out [2][kRows]
 };
 

@@ -1,22 +1,10 @@
 // From products to Gaussians to rewards, and back, as in reference.py, W rows at a time.
 #pragma once
 
-#include "kernels_lanes.h"
+#include "kernels_distance.h"
 
 namespace prudent {
 namespace {
-
-// W of a Lanes' rows: array i of [...][kRows].
-struct Part {
-  int64_t first;
-  V operator()(const float* a, int64_t i = 0) const { return get(a + i * kRows + first); }
-  void set(float* a, int64_t i, V v) const { put(a + i * kRows + first, v); }
-};
-
-template <class Body>
-inline void for_parts(const Lanes& b, const Body& body) {
-  for (int64_t first = 0; first < b.rows; first += W) body(Part{first});
-}
 
 void normalise(const Options& o, Lanes& b) {
   for_parts(b, [&](Part part) {
@@ -160,6 +148,8 @@ inline void order_weights(const Options& o, const Lanes& b, Part part) {
 inline V reward_of(const Options& o, const Lanes& b, Part part) {
   const float c = float(o.coefficient);
   if (o.kind == kNominal) return nominal_reward(o, b, part);
+  if (o.kind == kBatchWorst) return V{};  // the worst head is known only after all rows
+  if (o.kind == kTradeoff && o.of_batch) return c * nominal_reward(o, b, part);
   if (o.kind == kTradeoff) {
     Mask index;
     return c * nominal_reward(o, b, part) + float(1.0 - o.coefficient) * best(part, b.values, o.heads, &index);
@@ -180,7 +170,15 @@ inline V reward_of(const Options& o, const Lanes& b, Part part) {
 }
 
 void aggregate(const Options& o, Lanes& b) {
-  for_parts(b, [&](Part part) { part.set(b.reward, 0, reward_of(o, b, part)); });
+  for_parts(b, [&](Part part) {
+    V reward = reward_of(o, b, part);
+    if (o.trust != nullptr) {
+      const V distance = distance_of(b, part);
+      part.set(b.distance, 0, distance);
+      if (o.priced) reward -= price_of(o, distance);
+    }
+    part.set(b.reward, 0, reward);
+  });
 }
 
 inline void reward_gradient(const Options& o, const Lanes& b, Part part) {
@@ -193,12 +191,15 @@ inline void reward_gradient(const Options& o, const Lanes& b, Part part) {
     Mask worst;
     const Mask nominal = nominal_index(o, b, part);
     best(part, b.values, heads, &worst);
+    if (o.of_batch) worst = Mask{} + int32_t(o.batch_worst);
     for (int64_t k = 0; k < heads; ++k) {
       const V own = select(nominal == int32_t(k), all(lam), V{});
       const float share = o.kind == kTradeoff ? float(1.0 - o.coefficient) : 0.0f;
       part.set(b.to_mean, k, o.nominal == kMeanOfHeads ? all(lam / n) : own);
       part.set(b.to_values, k, select(worst == int32_t(k), all(share), V{}));
     }
+  } else if (o.kind == kBatchWorst) {
+    for (int64_t k = 0; k < heads; ++k) part.set(b.to_values, k, all(k == o.batch_worst ? 1.0f : 0.0f));
   } else if (o.kind == kSoftmin) {
     soft_minimum<true>(o, b, part);
   } else if (o.kind == kLcb || o.kind == kUwo) {
@@ -217,6 +218,7 @@ inline void reward_gradient(const Options& o, const Lanes& b, Part part) {
 void differentiate(const Options& o, Lanes& b) {
   for_parts(b, [&](Part part) {
     reward_gradient(o, b, part);
+    if (o.trust != nullptr) part.set(b.pull, 0, pull_of(o, b, part));
     const V d_reward = part(b.d_reward);
     for (int64_t k = 0; k < o.heads; ++k) {
       V mean = (part(b.to_mean, k) + part(b.to_values, k)) * d_reward, std{};

@@ -119,5 +119,17 @@ inline V normal(int64_t seed, L counter) {
   return root(-2.0f * logarithm(uniform(w0))) * sine;
 }
 
+// W of a Lanes' rows: array i of [...][kRows].
+struct Part {
+  int64_t first;
+  V operator()(const float* a, int64_t i = 0) const { return get(a + i * kRows + first); }
+  void set(float* a, int64_t i, V v) const { put(a + i * kRows + first, v); }
+};
+
+template <class Body>
+inline void for_parts(const Lanes& b, const Body& body) {
+  for (int64_t first = 0; first < b.rows; first += W) body(Part{first});
+}
+
 }  // namespace
 }  // namespace prudent

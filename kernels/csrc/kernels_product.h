@@ -2,7 +2,7 @@
 // A row's bits depend only on its own features: not on its neighbours, its block or its thread.
 #pragma once
 
-#include "kernels.h"
+#include "kernels_trust.h"
 
 namespace prudent {
 namespace {
@@ -35,13 +35,14 @@ void pack_floats(const Weights& w, int64_t begin, int64_t end) {
 }
 
 #ifdef PRUDENT_DOTS
+template <class T>
 void pack_dots(const Weights& w, int64_t begin, int64_t end) {
   const int64_t columns = w.source.columns;
   for (int64_t d = begin; d < end; d += kSlab) {
     for (int64_t j = 0; j < columns; ++j) {
       BFloat* out = w.dots + d * columns + j * kSlab;
       for (int64_t i = 0; i < kSlab; i += W) {
-        store(out + i, d + i < w.source.dim ? folded<BFloat>(w.source, j, d + i) : zero());
+        store(out + i, d + i < w.source.dim ? folded<T>(w.source, j, d + i) : zero());
       }
     }
   }
@@ -56,7 +57,8 @@ void pack(const Weights& w, int64_t slab_begin, int64_t slab_end) {
     if (w.source.type == kBFloat16) pack_floats<BFloat>(w, begin, end);
   }
 #ifdef PRUDENT_DOTS
-  if (w.dots != nullptr) pack_dots(w, begin, end);
+  if (w.dots != nullptr && w.source.type == kFloat32) pack_dots<float>(w, begin, end);
+  if (w.dots != nullptr && w.source.type == kBFloat16) pack_dots<BFloat>(w, begin, end);
 #endif
 }
 
@@ -67,7 +69,7 @@ inline void for_stretches(const void* const* x, int rows, int64_t dim, int64_t c
                           const Body& body) {
   constexpr int64_t kWeightBytes = 20 << 10;
   int64_t stretch = kWeightBytes / (4 * columns) / kSlab * kSlab;
-  stretch = stretch < 2 * kSlab ? 2 * kSlab : stretch > 1024 ? 1024 : stretch;
+  stretch = stretch < 2 * kSlab ? 2 * kSlab : stretch > kMaxStretch ? kMaxStretch : stretch;
   const int64_t whole = dim / kSlab * kSlab;
   const T* at[kRows];
   for (int64_t d = 0; d < whole; d += stretch) {
@@ -100,9 +102,9 @@ struct Multiply {  // fp32 multiply-adds
 };
 
 #ifdef PRUDENT_DOTS
-// vdpbf16ps: two bf16 products a lane. Only for a bf16 weight: a weight of more bits would be split into hi + lo, two
-// dots instead of two fp32 multiply-adds: as much work for 16 of fp32's 24 bits. Subnormals count as zeros, which makes
-// no difference without a norm.
+// vdpbf16ps: two bf16 products a lane. Of the heads only for a bf16 weight: a weight of more bits would be split into
+// hi + lo, two dots instead of two fp32 multiply-adds: as much work for 16 of fp32's 24 bits. Subnormals count as zeros,
+// which makes no difference without a norm.
 struct Dot {
   using Element = BFloat;
   using Weight = BFloat;
@@ -119,25 +121,26 @@ struct Dot {
 // Prefetch a row's next kilobyte, or the whole next block if both fit the second-level cache.
 constexpr int64_t kAheadBytes = 1024, kBlockBytes = 256 << 10;
 
-// sums: [R][columns + 1][W], the square first
+// sums: [R][row], of which the first columns + 1 vectors are the square and the products; undefined before if `fresh`.
+// ahead: features to prefetch, or null.
 template <class P, int R, int C, bool kSquare>
 inline void tile(const typename P::Element* const* x, const typename P::Element* const* ahead, int64_t length,
-                 const typename P::Weight* w, int64_t columns, float* sums, int64_t first) {
-  const int64_t row = (columns + 1) * W;
+                 const typename P::Weight* w, int64_t columns, float* sums, int64_t row, bool fresh, int64_t first) {
+  const bool fetch = ahead != nullptr;
   const typename P::Element *at[R], *soon[R];
   F total[R][C], squares[R];
   for (int r = 0; r < R; ++r) {
     at[r] = x[r];
-    soon[r] = ahead[r];
-    squares[r] = kSquare ? load(sums + r * row) : zero();
-    for (int c = 0; c < C; ++c) total[r][c] = load(sums + r * row + (1 + first + c) * W);
+    soon[r] = fetch ? ahead[r] : nullptr;
+    squares[r] = kSquare && !fresh ? load(sums + r * row) : zero();
+    for (int c = 0; c < C; ++c) total[r][c] = fresh ? zero() : load(sums + r * row + (1 + first + c) * W);
   }
   w += first * P::kEach;
   for (int64_t d = 0; d < length; d += P::kStep, w += columns * P::kEach) {
     typename P::Vector v[R];
     for (int r = 0; r < R; ++r) {
       v[r] = P::read(at[r] + d);
-      if (first == 0) __builtin_prefetch(soon[r] + d, 0, 2);  // once: the other tiles of columns read the same features
+      if (fetch) __builtin_prefetch(soon[r] + d, 0, 2);
     }
     for (int r = 0; r < R && kSquare; ++r) squares[r] = P::square(v[r], squares[r]);
     for (int c = 0; c < C; ++c) {
@@ -163,47 +166,109 @@ inline void tile_of(int64_t c, Args... args) {
   }
 }
 
+// Features to prefetch while others are multiplied, each once: in the first of the passes over the columns, or spread
+// over several, because a pass that asks for all of them waits for memory.
+template <class T>
+struct Ahead {
+  const T* const* rows;  // null: none
+  int passes;
+  int pass;  // of the first tile of columns
+};
+
 template <class P, int R>
-inline int rows_of(int r, int rows, const typename P::Element* const* x, const typename P::Element* const* ahead,
-                   int64_t length, const typename P::Weight* w, int64_t columns, float* sums, int64_t first,
-                   int64_t count, bool square) {
+inline int rows_of(int r, int rows, const typename P::Element* const* x, Ahead<typename P::Element> ahead,
+                   int64_t length, const typename P::Weight* w, int64_t columns, float* sums, int64_t row, bool fresh,
+                   int64_t first, int64_t count, bool square) {
   for (; r + R <= rows; r += R) {
-    float* out = sums + r * (columns + 1) * W;
+    float* out = sums + r * row;
+    const bool now = ahead.rows != nullptr && r * ahead.passes / kRows == ahead.pass;
+    const typename P::Element* const* soon = now ? ahead.rows + r : nullptr;
     if (square) {
-      tile_of<P, R, true>(count, x + r, ahead + r, length, w, columns, out, first);
+      tile_of<P, R, true>(count, x + r, soon, length, w, columns, out, row, fresh, first);
     } else {
-      tile_of<P, R, false>(count, x + r, ahead + r, length, w, columns, out, first);
+      tile_of<P, R, false>(count, x + r, soon, length, w, columns, out, row, fresh, first);
     }
   }
   return r;
 }
 
+inline int column_tiles(int64_t columns) { return int((columns + kTileColumns - 1) / kTileColumns); }
+
+// Adds `length` features' share of the products with every column to sums [rows][row].
+template <class P>
+inline void stretch_products(const typename P::Element* const* x, Ahead<typename P::Element> ahead, int rows,
+                             int64_t length, const typename P::Weight* w, int64_t columns, float* sums, int64_t row,
+                             bool fresh, bool squares) {
+  const int64_t tiles = column_tiles(columns), size = columns / tiles, wider = columns % tiles;
+  for (int64_t t = 0, first = 0; t < tiles; ++t, ++ahead.pass) {
+    const int64_t count = size + (t < wider);
+    const bool square = t == 0 && squares;
+    int r = rows_of<P, kTileRows>(0, rows, x, ahead, length, w, columns, sums, row, fresh, first, count, square);
+    r = rows_of<P, 2>(r, rows, x, ahead, length, w, columns, sums, row, fresh, first, count, square);
+    rows_of<P, 1>(r, rows, x, ahead, length, w, columns, sums, row, fresh, first, count, square);
+    first += count;
+  }
+}
+
+// The same for the trust region: sums [rows][row] are sum precision t^2, sum precision mean t, direction products.
+template <class T>
+inline void stretch_region(const Region& g, const T* const* x, int64_t d, int rows, int64_t length, float* kept,
+                           float* sums, int64_t row) {
+  const int64_t rank = g.directions.source.columns;
+  const bool keep = rank > 0 && g.directions.dots == nullptr;
+  float* gaps[kRows];
+  for (int r = 0; r < kRows; ++r) gaps[r] = kept + r * length;
+  gap_sums(g, d, length, x, gaps, rows, keep, d == 0, sums, row);
+  if (keep) {
+    const float* w = g.directions.packed + d * rank;
+    stretch_products<Multiply<float>>(gaps, {}, rows, length, w, rank, sums + W, row, d == 0, false);
+  }
+}
+
+#ifdef PRUDENT_DOTS
+inline void stretch_dots(const Region& g, const BFloat* const* x, Ahead<BFloat> ahead, int64_t d, int rows,
+                         int64_t length, float* sums, int64_t row) {
+  const int64_t rank = g.directions.source.columns;
+  const BFloat* w = g.directions.dots + d * rank;
+  stretch_products<Dot>(x, ahead, rows, length, w, rank, sums + W, row, d == 0, false);
+}
+#endif
+template <class T>
+inline void stretch_dots(const Region&, const T* const*, Ahead<T>, int64_t, int, int64_t, float*, int64_t) {}
+
+// Lane r of column c: the sum of the vector at sums + r * row + c * W.
+inline void store_columns(const float* sums, int64_t row, int rows, int64_t columns, float* out) {
+  for (int first = 0; first < rows; first += W) {
+    for (int64_t c = 0; c < columns; ++c) store(out + c * kRows + first, sums_of(sums + first * row + c * W, row));
+  }
+}
+
 template <class P>
 void products(const Weights& w, const Block& b) {
-  const int64_t columns = w.source.columns;
-  const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns, size = columns / tiles, wider = columns % tiles;
-  const int64_t row = (columns + 1) * W;
+  const int64_t columns = w.source.columns, row = (columns + 1) * W;
+  const int64_t rank = b.region == nullptr ? 0 : b.region->directions.source.columns, region_row = (rank + 2) * W;
   const int64_t bytes = b.rows * w.source.dim * int64_t(sizeof(typename P::Element));
   const bool whole = b.next[0] != nullptr && bytes <= kBlockBytes;
-  float* sums = b.scratch;
-  memset(sums, 0, size_t(b.rows * row) * sizeof(float));
+  const bool dots = rank > 0 && b.region->directions.dots != nullptr;
+  const int tiles = column_tiles(columns), all = tiles + (dots ? column_tiles(rank) : 0);
+  const int passes = b.region == nullptr ? 1 : all < kRows / kTileRows ? all : kRows / kTileRows;
+  float *sums = b.scratch, *region_sums = sums + scratch_floats(columns), *kept = region_sums + kRows * region_row;
   for_stretches<typename P::Element>(
-      b.x, b.rows, w.source.dim, columns, true, [&](const typename P::Element* const* x, int64_t d, int64_t length) {
+      b.x, b.rows, w.source.dim, b.region == nullptr ? columns : kTileColumns, true,
+      [&](const typename P::Element* const* x, int64_t d, int64_t length) {
         const typename P::Element* ahead[kRows];
         for (int r = 0; r < b.rows; ++r) {
           ahead[r] = whole ? static_cast<const typename P::Element*>(b.next[r]) + d
                            : x[r] + kAheadBytes / int64_t(sizeof(typename P::Element));
         }
         const typename P::Weight* at = P::weights(w) + d / P::kStep * columns * P::kEach;
-        for (int64_t t = 0, first = 0; t < tiles; ++t) {
-          const int64_t count = size + (t < wider);
-          const bool square = t == 0 && b.square != nullptr;
-          int r = rows_of<P, kTileRows>(0, b.rows, x, ahead, length, at, columns, sums, first, count, square);
-          r = rows_of<P, 2>(r, b.rows, x, ahead, length, at, columns, sums, first, count, square);
-          rows_of<P, 1>(r, b.rows, x, ahead, length, at, columns, sums, first, count, square);
-          first += count;
-        }
+        const bool square = b.square != nullptr;
+        stretch_products<P>(x, {ahead, passes, 0}, b.rows, length, at, columns, sums, row, d == 0, square);
+        if (b.region == nullptr) return;
+        stretch_region(*b.region, x, d, b.rows, length, kept, region_sums, region_row);
+        if (dots) stretch_dots(*b.region, x, {ahead, passes, tiles}, d, b.rows, length, region_sums, region_row);
       });
+  if (b.region != nullptr) store_columns(region_sums, region_row, b.rows, rank + 2, b.gaps);
   for (int first = 0; first < b.rows; first += W) {
     const float* at = sums + first * row;
     if (b.square != nullptr) store(b.square + first, sums_of(at, row));

@@ -27,6 +27,10 @@ class NativeSpec(NamedTuple):
     nominal: int
     nominal_head: int
     centre: int
+    of_batch: bool
+    price: float  # -1: none
+    price_from: float
+    price_power: int
 
 
 @lru_cache(maxsize=256)
@@ -40,17 +44,21 @@ def native_spec(aggregation: str) -> NativeSpec:
         nominal=NOMINALS.index(spec.nominal.partition(":")[0]),
         nominal_head=spec.nominal_head,
         centre=CENTRES.index(spec.centre),
+        of_batch=spec.of_batch,
+        price=-1.0 if spec.trust is None else float(spec.trust),
+        price_from=float(spec.trust_from),
+        price_power=spec.trust_power,
     )
 
 
 def _arguments(inputs: Inputs) -> tuple[Any, ...]:
-    """The arguments that forward and backward share: `Inputs` up to the aggregation; then the aggregation as numbers,
-    and the instruction set.
+    """The arguments that forward and backward share: `Inputs` with the aggregation as numbers at the end, and the
+    instruction set.
 
     They are passed by position because keywords take a quarter more host time per call. test_native_build.py compares
     their order with the schemas.
     """
-    return *inputs[:13], *native_spec(inputs.aggregation), native.isa_index()
+    return *inputs[:13], *inputs[14:], *native_spec(inputs.aggregation), native.isa_index()
 
 
 @lru_cache(maxsize=2)
@@ -60,12 +68,12 @@ def _op(name: str) -> Any:
 
 def forward(inputs: Inputs, keep: bool = False) -> Outputs:
     """(reward, mean, std, reward_sum, distance, saved), fp32. Raises RuntimeError outside the contract."""
-    *outputs, saved = _op("ensemble_reward_forward")(*_arguments(inputs), keep)
-    return *outputs, None, saved
+    result: Outputs = _op("ensemble_reward_forward")(*_arguments(inputs), keep)
+    return result
 
 
 def backward(grads: OutputGrads, inputs: Inputs, saved: Tensor, needs: Needs) -> Grads:
     """Gradients of hidden, weight, bias and norm_weight (None if not needed) from the gradients of the outputs."""
-    outer = (g if g is None or g.dtype == torch.float32 else g.float() for g in grads[:4])
+    outer = (g if g is None or g.dtype == torch.float32 else g.float() for g in grads)
     result: Grads = _op("ensemble_reward_backward")(*outer, *_arguments(inputs), saved, *needs)
     return result

@@ -82,12 +82,16 @@ def test_the_library_asks_for_nothing_of_torch_but_its_c_interface_and_nothing_o
     assert not [w for w in mine if w.startswith("_Z") and ("torch" in w or "c10" in w or "2at" in w)]
 
 
-ENSEMBLE = (*fields(EnsembleInputs, "std_floor"), *ensemble_cpu.NativeSpec._fields, "isa")  # the aggregation as numbers
+ENSEMBLE = (  # the aggregation as numbers
+    *(name for name in EnsembleInputs._fields if name != "aggregation"),
+    *ensemble_cpu.NativeSpec._fields,
+    "isa",
+)
 TAKEN = {
     "advantages": (*fields(AdvantageInputs, "mask"), *advantages_cpu.NativeOptions._fields),
     "ensemble_reward_forward": (*ENSEMBLE, "keep"),
     "ensemble_reward_backward": (
-        *(f"grad_{name}" for name in ("reward", "mean", "std", "sum")), *ENSEMBLE, "saved",
+        *(f"grad_{name}" for name in ("reward", "mean", "std", "sum", "distance")), *ENSEMBLE, "saved",
         *(f"need_{name}" for name in Needs._fields),
     ),
     "preference_step": (*fields(PreferenceInputs, "seed"), *preference_cpu.NativeOptions._fields),
