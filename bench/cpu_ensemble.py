@@ -1,6 +1,7 @@
 """Time the fused reward head on this CPU beside the bare matrix product, eager torch and torch.compile.
 
     python -m prudent.bench.cpu_ensemble [--shapes 8192x4096 65536x1024 16x4096] [--dtypes bf16 fp32] [--out FILE]
+    python -m prudent.bench.cpu_ensemble --distance --shapes 8192x4096 65536x1024 --out FILE    of these, the distance
 
 All candidates of a case run in turns in one process on the same tensors; the tables show medians over the turns.
 
@@ -11,6 +12,8 @@ All candidates of a case run in turns in one process on the same tensors; the ta
     gradients  forward + backward of ours, eager and compiled, for hidden, weight, bias and norm weight; `head
                gradients` without hidden, as on a frozen trunk
     fresh      writing zeros to a new tensor like hidden: the cost of allocating its gradient
+    distance   ours with a trust region and its price: of a diagonal, or of a diagonal and 32 directions
+    wide       F.linear(hidden, weight) with as many rows as heads and directions have, 2K + 32
 
 Before a case is timed, ours is checked against the reference in fp64; a case that fails is reported without times.
 `--out FILE` writes FILE.json (times, commit, date, machine, versions) and FILE.md, and keeps other cases of an existing
@@ -35,14 +38,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ensemble_reward
+from .. import TrustRegion, ensemble_reward
 from ..kernels import native
 from ..kernels.ensemble_reward import reference
 from ..kernels.ensemble_reward.contract import Inputs
+from ..kernels.ensemble_reward.trust import measure as measure_distance
 from .machine import cpu_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEADS, NORM_EPS, STD_FLOOR, LAM = 5, 1e-6, 1e-3, 0.4
+RANK, SPEC = 32, f"tradeoff:{LAM}"
+PRICED = f"{SPEC},trust=1"
 FEW_ROWS = 64  # up to this number of rows, the call's overhead dominates, and a turn times CALLS calls
 CALLS = 200
 
@@ -80,7 +86,14 @@ Written by `python -m prudent.bench.cpu_ensemble --out FILE`, whose docstring sa
 times of a case come from one process, in turns.
 """
 
+DISTANCE = (
+    Goal("a diagonal / no distance, norm", "distance norm, diagonal", "ours norm", 1.25),
+    Goal("a diagonal / no distance, no norm", "distance bare, diagonal", "ours bare", 1.25),
+    Goal("32 directions, norm / wide", "distance norm, 32 directions", "wide", 1.3),
+    Goal("32 directions, no norm / wide", "distance bare, 32 directions", "wide", 1.3),
+)
 RATES = (
+    *DISTANCE,
     Goal("ours, norm / linear", "ours norm", "linear", 1.3),
     Goal("ours, norm and sampling / linear", "ours sampled", "linear", 1.3),
     Goal("ours, no norm / linear", "ours bare", "linear", 1.15),
@@ -114,6 +127,14 @@ def ours(hidden: Tensor, weight: Tensor, bias: Tensor, norm: Tensor | None, seed
     return ensemble_reward(hidden, weight, bias, norm_weight=norm, norm_eps=NORM_EPS, seed=seed).reward
 
 
+def region(dim: int, rank: int, g: torch.Generator) -> TrustRegion:
+    """A trust region around 0 of which standard normal features are at a distance of about 1."""
+    directions = torch.linalg.qr(torch.randn(dim, max(rank, 1), generator=g)).Q.T[:rank].contiguous()
+    one = torch.ones(1)
+    return TrustRegion(0.1 * torch.randn(dim, generator=g), torch.full((dim,), 1 / dim), directions,
+                       torch.full((rank,), -0.5 / dim), one, one)  # fmt: skip
+
+
 class Case:
     """One shape and dtype: its tensors, its check and its timed candidates."""
 
@@ -125,6 +146,8 @@ class Case:
         self.bias = torch.randn(2 * HEADS, generator=g)
         self.norm = (1 + 0.1 * torch.randn(dim, generator=g)).to(DTYPES[dtype])
         self.seed, self.d_reward = torch.tensor([7]), torch.randn(rows, generator=g)
+        self.wide = torch.cat([self.weight, self.weight[:1].repeat(RANK, 1)])
+        self.regions = {rank: region(dim, rank, g) for rank in (0, RANK)}
         torch.compiler.reset()  # torch limits recompilations in the whole process, so each case starts anew
         self.compiled: Score = torch.compile(composed, dynamic=False)
 
@@ -157,10 +180,41 @@ class Case:
         )
         if not self.few:
             found["fresh"] = (lambda: torch.empty_like(x).zero_(), 8)
+        for norm_name, norm in () if self.few else (("norm", g), ("bare", None)):
+            for rank, own in self.regions.items():
+                named = f"distance {norm_name}, {f'{rank} directions' if rank else 'diagonal'}"
+                found[named] = (partial(self.priced, norm, own), 1)
+        if not self.few:
+            found["wide"] = (lambda: F.linear(x, self.wide), 1)
         for name, score, every in () if self.few else scores:
             found[f"{name} gradients"] = (partial(self.gradients, score), every)
             found[f"{name} head gradients"] = (partial(self.gradients, score, frozen=True), every)
         return found
+
+    def priced(self, norm: Tensor | None, own: TrustRegion) -> tuple[Tensor, Tensor]:
+        """(reward, distance) of ours with a trust region."""
+        out = ensemble_reward(self.hidden, self.weight, self.bias, norm_weight=norm, norm_eps=NORM_EPS,
+                              aggregation=PRICED, trust=own)  # fmt: skip
+        assert out.distance is not None
+        return out.reward, out.distance
+
+    def check_distance(self) -> str:
+        """The same for the distances, of which the first rows are compared; directions may be rounded as hidden is."""
+        x, few = self.hidden[:512], slice(512)
+        for rank, own in self.regions.items():
+            for norm in (self.norm, None):
+                wide = x.double()
+                if norm is not None:
+                    wide = F.rms_norm(wide, wide.shape[1:], norm.double(), NORM_EPS)
+                exact = measure_distance(wide, own).distance
+                rounded = own._replace(directions=own.directions.to(x.dtype))
+                plain = measure_distance(wide.to(x.dtype).float(), rounded).distance
+                error, bound = (
+                    float((d[few].double() - exact).abs().max()) for d in (self.priced(norm, own)[1], plain)
+                )
+                if not error <= bound + 2e-5 * float(exact.max()):
+                    return f"distance of rank {rank}: error {error:.3g}, of eager {bound:.3g}"
+        return ""
 
     def check(self) -> str:
         """'' if ours is right, else the fault: its error against fp64 must be at most eager's and 2e-5 of the largest
@@ -168,7 +222,7 @@ class Case:
         """
         leaves = [t.double().requires_grad_() for t in self.tensors]
         x, w, b, g = leaves
-        inputs = Inputs(x, w, b, None, g, None, None, None, None, None, 0, NORM_EPS, STD_FLOOR, f"tradeoff:{LAM}")
+        inputs = Inputs(x, w, b, None, g, None, None, None, None, None, 0, NORM_EPS, STD_FLOOR, SPEC)
         exact = [e := reference.forward(inputs)[0], *torch.autograd.grad(e, leaves, self.d_reward.double())]
         names = ("reward", *(f"gradient of {name}" for name in ("hidden", "weight", "bias", "norm_weight")))
         with torch.no_grad():
@@ -178,12 +232,17 @@ class Case:
             error, bound = (float((t.double() - want).abs().max().detach()) for t in (got, plain))
             if not error <= bound + 2e-5 * float(want.detach().abs().max()):
                 return f"{name}: error {error:.3g}, of eager {bound:.3g}"
-        return ""
+        with torch.no_grad():
+            return self.check_distance()
 
 
-def measure(case: Case, seconds: float) -> Times:
-    """Time candidates in turns for about `seconds`: name -> seconds per call, one number per turn."""
+def measure(case: Case, seconds: float, wanted: set[str] | None = None) -> Times:
+    """Time candidates in turns for about `seconds`: name -> seconds per call, one number per turn. wanted: their names;
+    None: all.
+    """
     candidates, times, turn = case.candidates(), Times(), 0
+    if wanted is not None:
+        candidates = {name: run for name, run in candidates.items() if name in wanted}
     with torch.no_grad():
         for run, _ in candidates.values():
             _time(run, 3)
@@ -203,13 +262,13 @@ def _time(run: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def run_case(rows: int, dim: int, dtype: str, seconds: float) -> dict[str, Any]:
+def run_case(rows: int, dim: int, dtype: str, seconds: float, wanted: set[str] | None = None) -> dict[str, Any]:
     """Run a case: a record of machine, versions and `times` {name: {median, least, count}} in seconds, or `failed`."""
     case = Case(rows, dim, dtype)
     record: dict[str, Any] = {"rows": rows, "dim": dim, "dtype": dtype, "heads": HEADS} | _here()
     record["failed"] = case.check()
     record["times"] = {}
-    for name, times in ({} if record["failed"] else measure(case, seconds)).items():
+    for name, times in ({} if record["failed"] else measure(case, seconds, wanted)).items():
         record["times"][name] = {"median": statistics.median(times), "least": min(times), "count": len(times)}
     return record
 
@@ -222,7 +281,9 @@ def _here() -> dict[str, Any]:
         "kernels/eager.py",
         "bench/cpu_ensemble.py",
     )
-    timed += tuple(f"kernels/ensemble_reward/{name}.py" for name in ("contract", "cpu", "op", "reference", "spec"))
+    timed += tuple(
+        f"kernels/ensemble_reward/{name}.py" for name in ("contract", "cpu", "op", "reference", "spec", "trust")
+    )
     changed = _git("status", "--porcelain", "--", *timed) not in ("", "unknown")
     return {
         "commit": _git("rev-parse", "--short=12", "HEAD") + (" and changes" if changed else ""),
@@ -254,7 +315,8 @@ def table(name: str, record: dict[str, Any]) -> str:
         lines.append(f"| {candidate} | {t['median'] * scale:.2f} | {t['least'] * scale:.2f} | {t['count']} |")
     medians = {candidate: t["median"] for candidate, t in record["times"].items()}
     lines += ["", "| | measured | goal | holds |", "|---|---|---|---|"]
-    lines += [goal.row(medians) for goal in (OVERHEADS if few else RATES)]
+    goals = OVERHEADS if few else RATES
+    lines += [goal.row(medians) for goal in goals if {goal.first, goal.second} <= set(medians)]
     return "\n".join([*lines, ""])
 
 
@@ -263,14 +325,16 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["8192x4096", "65536x1024", "16x4096"], metavar="ROWSxDIM")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--seconds", type=float, default=20.0, help="of measuring, for each case (default %(default)s)")
+    parser.add_argument("--distance", action="store_true", help="time only what the goals of the distance compare")
     parser.add_argument("--out", type=Path, help="FILE: writes FILE.json and FILE.md")
     given = parser.parse_args()
+    wanted = {name for goal in DISTANCE for name in (goal.first, goal.second)} if given.distance else None
     path = given.out and given.out.with_suffix(".json")
     records: dict[str, Any] = json.loads(path.read_text()) if path and path.is_file() else {}
     for shape in given.shapes:
         rows, dim = (int(number) for number in shape.split("x"))
         for dtype in given.dtypes:
-            record = run_case(rows, dim, dtype, given.seconds)
+            record = run_case(rows, dim, dtype, given.seconds, wanted)
             records[f"[{rows}, {dim}] {dtype}"] = record
             print(table(f"[{rows}, {dim}] {dtype}", record), flush=True)
     if path:

@@ -1,7 +1,6 @@
 // The trust region's part of a call: its checks and its tables.
-#include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <numeric>
 
 #include "call.h"
 
@@ -11,13 +10,6 @@ namespace {
 float number(const MaybeTensor& t) { return floats(t, 0)[0]; }
 
 bool positive(float x) { return x > 0 && std::isfinite(x); }
-
-float widened(BFloat x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 }  // namespace
 
@@ -88,54 +80,28 @@ void Call::read_region() {
 void Call::pack_region(bool for_dx) {
   if (options.trust == nullptr) return;
   Weights& directions = region.directions;
-  const bool dots = isa.dots && type == kBFloat16 && !for_dx;
-  directions.source.norm = dots || for_dx ? region.gain : nullptr;
-  trust_.gaps = !dots;
-  if (!for_dx) {
-    float* root_gain = zeros(padded(dim));
-    for (int64_t d = 0; d < dim; ++d) {
-      root_gain[d] = std::sqrt(region.precision[d]) * (region.gain == nullptr ? 1.0f : region.gain[d]);
-    }
-    region.root_gain = root_gain;
+  if (trust_.rank > 0) {
+    directions.source.norm = for_dx ? region.gain : nullptr;
+    owned_.push_back(new_floats({trust_.rank, padded(dim)}));
+    directions.packed = static_cast<float*>(owned_.back().mutable_data_ptr());
+    fill(directions);
   }
-  if (trust_.rank == 0) return;
-  owned_.push_back(torch::stable::empty({trust_.rank, padded(dim)}, dots ? ScalarType::BFloat16 : ScalarType::Float));
-  directions.packed = dots ? nullptr : static_cast<float*>(owned_.back().mutable_data_ptr());
-  directions.dots = dots ? static_cast<BFloat*>(owned_.back().mutable_data_ptr()) : nullptr;
-  fill(directions);
-  if (!for_dx) direction_means();
+  if (for_dx) return;
+  float* root_gain = zeros(padded(dim));
+  for (int64_t d = 0; d < dim; ++d) {
+    root_gain[d] = std::sqrt(region.precision[d]) * (region.gain == nullptr ? 1.0f : region.gain[d]);
+  }
+  region.root_gain = root_gain;
+  direction_means();
 }
 
-// directions . mean, with the directions as they multiply: those of bf16 features are rounded to bf16 after folding, and
-// the rounded ones take part in the mean too, so that their rounding turns them a little but moves no row.
 void Call::direction_means() {
   const Source& s = region.directions.source;
-  const BFloat* dots = region.directions.dots;
-  const float *data = static_cast<const float*>(s.data), *mean = region.mean;
-  std::vector<float> lifted(mean, mean + padded(dim));  // what a folded direction multiplies
-  for (int64_t d = 0; d < dim && dots != nullptr && region.gain != nullptr; ++d) {
-    lifted[d] = region.gain[d] == 0 ? 0.0f : mean[d] / region.gain[d];
-  }
+  const float* data = static_cast<const float*>(s.data);
   for (int64_t r = 0; r < trust_.rank; ++r) {
-    double sum = 0;
-    for (int64_t slab = 0; slab < dim; slab += kSlab) {
-      double parts[8] = {};
-      const int64_t count = std::min(kSlab, dim - slab);
-      for (int64_t i = 0; i < count; ++i) {
-        const float v = dots != nullptr ? widened(dots[slab * trust_.rank + r * kSlab + i])
-                                        : data[r * s.row_stride + (slab + i) * s.col_stride];
-        parts[i % 8] += double(v) * lifted[slab + i];
-      }
-      for (double part : parts) sum += part;
-    }
-    direction_means_[r] = float(sum);
-  }
-  // a feature without gain is always 0, at -mean from the mean
-  for (int64_t d = 0; d < dim && dots != nullptr && region.gain != nullptr; ++d) {
-    if (region.gain[d] != 0) continue;
-    for (int64_t r = 0; r < trust_.rank; ++r) {
-      direction_means_[r] += data[r * s.row_stride + d * s.col_stride] * mean[d];
-    }
+    double parts[8] = {};  // independent sums hide the latency of an addition
+    for (int64_t d = 0; d < dim; ++d) parts[d % 8] += double(data[r * s.row_stride + d * s.col_stride]) * region.mean[d];
+    direction_means_[r] = float(std::accumulate(parts, parts + 8, 0.0));
   }
 }
 

@@ -47,7 +47,7 @@ struct Region {
   const float* precision;
   const float* mean;
   const float *root_gain, *root_offset, *root_mean;  // sqrt(precision) times gain (1 without a norm), offset, mean
-  Weights directions;      // with `dots` they are folded and multiply x; else they multiply t
+  Weights directions;  // as given for the products with t, folded for dx
 };
 
 // The products of up to kRows rows with every column.
@@ -78,10 +78,9 @@ enum Centre : int64_t { kNone, kBatch, kGroup };
 struct Trust {
   int64_t rank;
   const float* weights;   // [R]
-  const float* mean;      // [R] directions . mean, with the directions as they multiply
+  const float* mean;      // [R] directions . mean
   float mean_square;      // sum precision mean^2
   float rms;
-  bool gaps;              // the directions multiply t, not x
 };
 
 struct Options {

@@ -10,7 +10,7 @@ namespace {
 // f - mean = rstd t + shift mean with shift = rstd rms - 1, so that the sums need not know rstd.
 inline void measure_part(const Options& o, const Lanes& b, Part part) {
   const Trust& trust = *o.trust;
-  const V one = all(1.0f), rstd = o.normed ? part(b.rstd) : one;
+  const V rstd = o.normed ? part(b.rstd) : all(1.0f);
   const V shift = o.normed ? rstd * trust.rms - 1.0f : V{};
   V squared = part(b.gaps), along{};
   if (o.normed) {
@@ -18,9 +18,8 @@ inline void measure_part(const Options& o, const Lanes& b, Part part) {
     squared = rstd * rstd * squared + 2.0f * shift * inner + shift * shift * trust.mean_square;
     along = inner + shift * trust.mean_square;
   }
-  const V offset = trust.gaps ? shift : -one;
   for (int64_t r = 0; r < trust.rank; ++r) {
-    const V projection = rstd * part(b.gaps, 2 + r) + offset * trust.mean[r];
+    const V projection = rstd * part(b.gaps, 2 + r) + shift * trust.mean[r];
     part.set(b.projections, r, projection);
     squared += trust.weights[r] * projection * projection;
     along += trust.weights[r] * projection * trust.mean[r];

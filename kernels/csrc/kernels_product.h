@@ -35,14 +35,13 @@ void pack_floats(const Weights& w, int64_t begin, int64_t end) {
 }
 
 #ifdef PRUDENT_DOTS
-template <class T>
 void pack_dots(const Weights& w, int64_t begin, int64_t end) {
   const int64_t columns = w.source.columns;
   for (int64_t d = begin; d < end; d += kSlab) {
     for (int64_t j = 0; j < columns; ++j) {
       BFloat* out = w.dots + d * columns + j * kSlab;
       for (int64_t i = 0; i < kSlab; i += W) {
-        store(out + i, d + i < w.source.dim ? folded<T>(w.source, j, d + i) : zero());
+        store(out + i, d + i < w.source.dim ? folded<BFloat>(w.source, j, d + i) : zero());
       }
     }
   }
@@ -57,8 +56,7 @@ void pack(const Weights& w, int64_t slab_begin, int64_t slab_end) {
     if (w.source.type == kBFloat16) pack_floats<BFloat>(w, begin, end);
   }
 #ifdef PRUDENT_DOTS
-  if (w.dots != nullptr && w.source.type == kFloat32) pack_dots<float>(w, begin, end);
-  if (w.dots != nullptr && w.source.type == kBFloat16) pack_dots<BFloat>(w, begin, end);
+  if (w.dots != nullptr) pack_dots(w, begin, end);
 #endif
 }
 
@@ -102,9 +100,9 @@ struct Multiply {  // fp32 multiply-adds
 };
 
 #ifdef PRUDENT_DOTS
-// vdpbf16ps: two bf16 products a lane. Of the heads only for a bf16 weight: a weight of more bits would be split into
-// hi + lo, two dots instead of two fp32 multiply-adds: as much work for 16 of fp32's 24 bits. Subnormals count as zeros,
-// which makes no difference without a norm.
+// vdpbf16ps: two bf16 products a lane. Only for a bf16 weight: a weight of more bits would be split into hi + lo, two
+// dots instead of two fp32 multiply-adds: as much work for 16 of fp32's 24 bits. Subnormals count as zeros, which makes
+// no difference without a norm.
 struct Dot {
   using Element = BFloat;
   using Weight = BFloat;
@@ -215,26 +213,13 @@ template <class T>
 inline void stretch_region(const Region& g, const T* const* x, int64_t d, int rows, int64_t length, float* kept,
                            float* sums, int64_t row) {
   const int64_t rank = g.directions.source.columns;
-  const bool keep = rank > 0 && g.directions.dots == nullptr;
   float* gaps[kRows];
   for (int r = 0; r < kRows; ++r) gaps[r] = kept + r * length;
-  gap_sums(g, d, length, x, gaps, rows, keep, d == 0, sums, row);
-  if (keep) {
-    const float* w = g.directions.packed + d * rank;
-    stretch_products<Multiply<float>>(gaps, {}, rows, length, w, rank, sums + W, row, d == 0, false);
-  }
+  gap_sums(g, d, length, x, gaps, rows, rank > 0, d == 0, sums, row);
+  if (rank == 0) return;
+  const float* w = g.directions.packed + d * rank;
+  stretch_products<Multiply<float>>(gaps, {}, rows, length, w, rank, sums + W, row, d == 0, false);
 }
-
-#ifdef PRUDENT_DOTS
-inline void stretch_dots(const Region& g, const BFloat* const* x, Ahead<BFloat> ahead, int64_t d, int rows,
-                         int64_t length, float* sums, int64_t row) {
-  const int64_t rank = g.directions.source.columns;
-  const BFloat* w = g.directions.dots + d * rank;
-  stretch_products<Dot>(x, ahead, rows, length, w, rank, sums + W, row, d == 0, false);
-}
-#endif
-template <class T>
-inline void stretch_dots(const Region&, const T* const*, Ahead<T>, int64_t, int, int64_t, float*, int64_t) {}
 
 // Lane r of column c: the sum of the vector at sums + r * row + c * W.
 inline void store_columns(const float* sums, int64_t row, int rows, int64_t columns, float* out) {
@@ -249,9 +234,8 @@ void products(const Weights& w, const Block& b) {
   const int64_t rank = b.region == nullptr ? 0 : b.region->directions.source.columns, region_row = (rank + 2) * W;
   const int64_t bytes = b.rows * w.source.dim * int64_t(sizeof(typename P::Element));
   const bool whole = b.next[0] != nullptr && bytes <= kBlockBytes;
-  const bool dots = rank > 0 && b.region->directions.dots != nullptr;
-  const int tiles = column_tiles(columns), all = tiles + (dots ? column_tiles(rank) : 0);
-  const int passes = b.region == nullptr ? 1 : all < kRows / kTileRows ? all : kRows / kTileRows;
+  const int tiles = column_tiles(columns), groups = kRows / kTileRows;
+  const int passes = b.region == nullptr ? 1 : tiles < groups ? tiles : groups;
   float *sums = b.scratch, *region_sums = sums + scratch_floats(columns), *kept = region_sums + kRows * region_row;
   for_stretches<typename P::Element>(
       b.x, b.rows, w.source.dim, b.region == nullptr ? columns : kTileColumns, true,
@@ -266,7 +250,6 @@ void products(const Weights& w, const Block& b) {
         stretch_products<P>(x, {ahead, passes, 0}, b.rows, length, at, columns, sums, row, d == 0, square);
         if (b.region == nullptr) return;
         stretch_region(*b.region, x, d, b.rows, length, kept, region_sums, region_row);
-        if (dots) stretch_dots(*b.region, x, {ahead, passes, tiles}, d, b.rows, length, region_sums, region_row);
       });
   if (b.region != nullptr) store_columns(region_sums, region_row, b.rows, rank + 2, b.gaps);
   for (int first = 0; first < b.rows; first += W) {

@@ -53,13 +53,9 @@ _library.define(
 def _backend(inputs: Inputs) -> Any:
     """The module that executes this call, imported when first needed: `import prudent` must not import triton."""
     if inputs.hidden.is_cuda:
-        if inputs.trust_mean is not None or inputs.spec.of_batch or inputs.spec.trust is not None:
-            return reference  # until Triton has them
         from . import triton  # type: ignore[attr-defined]
 
         return triton
-    if inputs.trust_mean is not None or inputs.spec.of_batch or inputs.spec.trust is not None:
-        return reference  # until the native library has them
     if inputs.hidden.is_cpu and inputs.hidden.dtype != torch.float64 and cpu.available():
         return cpu
     return reference

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from prudent import EnsembleOutput
 from prudent.bench import cpu_ensemble
 
 
@@ -20,8 +22,8 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_ensemble, "CALLS", 2)
 
 
-def run(out: Path, shape: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    command = ["cpu_ensemble", "--shapes", shape, "--dtypes", "fp32", "--seconds", "0", "--out", str(out)]
+def run(out: Path, shape: str, monkeypatch: pytest.MonkeyPatch, *flags: str) -> str:
+    command = ["cpu_ensemble", "--shapes", shape, "--dtypes", "fp32", "--seconds", "0", "--out", str(out), *flags]
     monkeypatch.setattr(sys, "argv", command)
     cpu_ensemble.main()
     return out.with_suffix(".md").read_text()
@@ -40,6 +42,24 @@ def test_every_candidate_is_timed_every_goal_judged_and_a_second_run_adds_to_the
         assert record["failed"] == ""
         assert all(times["median"] >= times["least"] > 0 for times in record["times"].values())
         assert {"commit", "date", "machine", "torch", "threads", "isa"} <= set(record)
+
+
+def test_the_distance_alone_can_be_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = run(tmp_path / "times", "70x64", monkeypatch, "--distance")
+    assert text.count("| at most") == len(cpu_ensemble.DISTANCE)
+    (record,) = json.loads((tmp_path / "times.json").read_text()).values()
+    assert set(record["times"]) == {name for goal in cpu_ensemble.DISTANCE for name in (goal.first, goal.second)}
+
+
+def test_a_distance_that_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cpu_ensemble.ensemble_reward
+
+    def wrong(*tensors: Tensor, **options: Any) -> EnsembleOutput:
+        out = right(*tensors, **options)
+        return out if out.distance is None else out._replace(distance=out.distance * 1.01)
+
+    monkeypatch.setattr(cpu_ensemble, "ensemble_reward", wrong)
+    assert "NOT TIMED, the check failed: distance of rank 0: error" in run(tmp_path / "times", "70x64", monkeypatch)
 
 
 def test_an_op_that_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
