@@ -1,34 +1,13 @@
-"""Best-of-n as an attack on a reward model: estimate the gold reward of each aggregation's picks and compare them."""
+"""Best-of-n as an attack on a reward model: estimate the gold reward of its picks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from ...engine import EnsembleHead
-from ...kernels import Aggregation, aggregate
-from ..report.words import verdict
-from .statistics import Interval, mean_interval
-
-SINGLE = "single head"
-# aggregations of the ensemble: their names in evaluate_heads -> in `Aggregation.parse`
-ENSEMBLE = {"mean": "mean", "nominal": "nominal", "worst": "min", "tradeoff:0.4": "tradeoff:0.4"}
-SCORERS = (SINGLE, *ENSEMBLE)
-# names in tables and pictures; the first word selects the colour
-TITLES = {
-    SINGLE: "single head",
-    "mean": "mean of heads",
-    "nominal": "nominal",
-    "worst": "worst case",
-    "tradeoff:0.4": "tradeoff λ=0.4",
-    "oracle": "the gold scorer itself",
-}
-PESSIMISTIC = ("worst", "tradeoff:0.4")
-REFERENCES = (SINGLE, "mean")
 
 
 class BestOfN(NamedTuple):
@@ -51,43 +30,6 @@ class BestOfN(NamedTuple):
     gold_per_prompt: Tensor
     proxy_spread: float
     gold_spread: float
-
-
-class Comparison(NamedTuple):
-    """Gold reward of `scorer`'s pick minus that of `against`'s, from `n` responses: mean over prompts, paired."""
-
-    scorer: str
-    against: str
-    n: int
-    difference: Interval
-
-    @property
-    def verdict(self) -> str:
-        """`higher` or `lower` if the 95 % interval excludes 0, else `no difference shown`."""
-        return verdict(self.difference)
-
-
-class Trend(NamedTuple):
-    """Gold reward of a scorer's pick at `last` minus that at `first` responses, paired over prompts."""
-
-    scorer: str
-    first: int
-    last: int
-    difference: Interval
-
-    @property
-    def verdict(self) -> str:
-        """`rises` or `falls` if the 95 % interval excludes 0, else `no change shown`."""
-        return verdict(self.difference, "rises", "falls", "no change shown")
-
-
-class Study(NamedTuple):
-    """Curves by scorer, the curve of the gold scorer's own picks, and comparisons and trends at the largest n."""
-
-    curves: dict[str, BestOfN]
-    oracle: BestOfN
-    comparisons: list[Comparison]
-    trends: list[Trend]
 
 
 def bon_kl(n: float) -> float:
@@ -167,86 +109,6 @@ def _spread(values: Tensor) -> float:
     return values.var(dim=1, correction=0).mean().sqrt().item()
 
 
-def rewards(single: EnsembleHead, ensemble: EnsembleHead, features: Tensor) -> dict[str, Tensor]:
-    """[N, D] features -> scorer name -> [N] rewards; the ensemble's heads are computed once for all aggregations."""
-    with torch.no_grad():
-        heads = ensemble(features, aggregation="mean")
-        result = {SINGLE: single(features, aggregation="mean").reward}
-        for name, spec in ENSEMBLE.items():
-            result[name] = aggregate(heads.mean, heads.std, heads.mean, Aggregation.parse(spec), ensemble.std_ref)
-    return result
-
-
 def powers_of_two(largest: int) -> list[int]:
     """1, 2, 4, ... and `largest` itself."""
     return sorted({2**i for i in range(largest.bit_length()) if 2**i <= largest} | {largest})
-
-
-def study(proxies: Mapping[str, Tensor], gold: Tensor, *, resamples: int = 2000, seed: int = 0) -> Study:
-    """Best-of-n curves of every scorer over P prompts with N responses each, and their paired differences.
-
-    Args:
-        proxies: scorer name -> [P, N] rewards, with the names of `SCORERS`.   gold: [P, N].
-        resamples, seed: of the bootstrap over prompts.
-
-    The trend is measured over the last factor 4 of n, chosen beforehand: the fall from the highest point would be
-    biased, because that point is selected for being high.
-    """
-    ns = powers_of_two(gold.shape[1])
-    curves = {name: best_of_n_curve(proxy, gold, ns) for name, proxy in proxies.items()}
-
-    def interval(values: Tensor) -> Interval:
-        return mean_interval(values, resamples=resamples, seed=seed)
-
-    comparisons = [
-        Comparison(
-            name,
-            against,
-            ns[-1],
-            interval(curves[name].gold_per_prompt[:, -1] - curves[against].gold_per_prompt[:, -1]),
-        )
-        for against in REFERENCES
-        for name in curves
-        if name != against and name not in REFERENCES[: REFERENCES.index(against)]
-    ]
-    early = max((i for i, n in enumerate(ns) if 4 * n <= ns[-1]), default=0)
-    trends = [
-        Trend(name, ns[early], ns[-1], interval(curve.gold_per_prompt[:, -1] - curve.gold_per_prompt[:, early]))
-        for name, curve in curves.items()
-    ]
-    return Study(curves, best_of_n_curve(gold, gold, ns), comparisons, trends)
-
-
-def findings(result: Study) -> list[str]:
-    """Two sentences, decided by the intervals: whether pessimism wins, and whether a scorer is over-optimised."""
-    n, prompts = result.comparisons[0].n, result.oracle.gold_per_prompt.shape[0]
-    found = {(c.scorer, c.against): c.verdict for c in result.comparisons}
-    winners = [name for name in PESSIMISTIC if all(found[name, r] == "higher" for r in REFERENCES)]
-    gains, losses = _against(found, "higher"), _against(found, "lower")
-    if winners:
-        references = " and than the ".join(TITLES[r] for r in REFERENCES)
-        headline = f"Pessimism wins here: at n = {n}, more gold reward than the {references} for {_names(winners)}."
-    elif gains and losses:
-        headline = f"A mixed result: at n = {n}, pessimism gains gold reward ({gains}) and loses some ({losses})."
-    elif gains:
-        headline = f"Pessimism helps in part here: at n = {n} it gains gold reward ({gains})."
-    elif losses:
-        headline = f"Pessimism does not win here: at n = {n} it loses gold reward ({losses})."
-    else:
-        headline = f"Pessimism does not win here: at n = {n}, {prompts} prompts show no difference."
-    trend = result.trends[0]
-    span = f"from n = {trend.first} to n = {trend.last}"
-    falling = [t.scorer for t in result.trends if t.verdict == "falls"]
-    if falling:
-        return [headline, f"Over-optimisation: {span} the gold reward falls for {_names(falling)}."]
-    return [headline, f"No over-optimisation is shown: no scorer's gold reward falls {span}."]
-
-
-def _against(found: Mapping[tuple[str, str], str], verdict: str) -> str:
-    """The pessimistic scorers with this verdict against each reference, in words; "" if there are none."""
-    names = {r: [name for name in PESSIMISTIC if found[name, r] == verdict] for r in REFERENCES}
-    return "; ".join(f"{_names(scorers)} against the {TITLES[r]}" for r, scorers in names.items() if scorers)
-
-
-def _names(scorers: Sequence[str]) -> str:
-    return " and ".join(", ".join(TITLES[name] for name in scorers).rsplit(", ", 1))

@@ -25,7 +25,6 @@ from ..report.style import (
     styled,
     to_svg,
 )
-from .best_of_n import BestOfN
 from .statistics import Bin, Interval, covariance, normalised_area
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "accuracy",
-    "best_of_n",
     "coverage",
     "head_correlation",
     "margins",
@@ -45,42 +43,6 @@ __all__ = [
     "to_svg",
     "training_curves",
 ]
-
-
-@styled
-def best_of_n(curves: Mapping[str, BestOfN], *, gold_label: str = "gold reward") -> Figure:
-    """Gold reward of the proxy's pick among n (band: one standard error over prompts), and the proxy's own gain.
-
-    curves: scorer name -> `best_of_n_curve`. The proxies' gains are in their within-prompt standard deviations, because
-    their units differ. The upper axis gives the KL of best-of-n from the policy.
-    """
-    figure, (left, right) = panels(2, width=4.3, height=3.9)
-    looks = looks_of(curves)
-    for name, curve in curves.items():
-        n, gold, error = array(curve.n), array(curve.gold), array(curve.gold_se)
-        look = looks[name] | ({"marker": "o", "markersize": 3.5} if len(n) <= 12 else {})
-        left.plot(n, gold, label=name, **look)
-        left.fill_between(n, gold - error, gold + error, color=looks[name]["color"], alpha=0.13, linewidth=0)
-        gain = array(curve.proxy - curve.proxy[0]) / (curve.proxy_spread or 1.0)
-        right.plot(n, gain, label=name, **look)
-    left.set_title("Gold reward of the picked response")
-    left.set_ylabel(gold_label)
-    right.set_title("The proxy's own gain")
-    right.set_ylabel("gain, std within a prompt")
-    largest = max(int(curve.n.max()) for curve in curves.values())
-    ticks = [2**i for i in range(int(math.log2(largest)) + 1)]
-    ticks = ticks[:: math.ceil(len(ticks) / 9)]
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(n) for n in ticks])
-        axes.set_xlabel("n, responses to choose from")
-        top = axes.secondary_xaxis("top")
-        top.set_xticks(ticks, [f"{math.log(n) - (n - 1) / n:.1f}" for n in ticks])
-        top.minorticks_off()
-        top.tick_params(length=2, labelsize=8, labelcolor=GREY)
-        top.set_xlabel("KL from the policy, nats", fontsize=8.5, color=GREY)
-    legend(figure, left, columns=5)
-    return figure
 
 
 @styled

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from prudent.rlhf.evaluation import statistics as S
-from prudent.rlhf.evaluation.best_of_n import best_of_n_curve
 
 pytest.importorskip("matplotlib")
 from prudent.rlhf.evaluation import pictures
@@ -28,11 +27,7 @@ def scorers(count: int = 60) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def every_picture():
     pairs, sure = scorers(), torch.arange(60) % 3 > 0
-    curves = {
-        name: best_of_n_curve(normal(5, 16, seed=i), normal(5, 16), [1, 2, 4, 16]) for i, name in enumerate(pairs)
-    }
     signal = {"std": S.reliability(normal(60), sure), "small margin": S.reliability(normal(60, seed=1), sure, bins=4)}
-    yield pictures.best_of_n(curves)
     yield pictures.accuracy({name: S.pair_accuracy(*pair) for name, pair in pairs.items()})
     yield pictures.margins({name: S.normalised_margin(*pair) for name, pair in pairs.items()})
     yield pictures.coverage(pairs)
@@ -54,7 +49,7 @@ def test_every_picture_has_labelled_axes_and_becomes_a_png(tmp_path):
         path = pictures.save_png(figure, tmp_path / "deep" / f"{index}.png")
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes)
-    assert sorted(p.suffix for p in (tmp_path / "deep").iterdir()) == [".png"] * 10  # no temporary left
+    assert sorted(p.suffix for p in (tmp_path / "deep").iterdir()) == [".png"] * 9  # no temporary left
 
 
 def test_an_svg_is_one_self_contained_element_and_the_same_every_time():
@@ -66,16 +61,6 @@ def test_an_svg_is_one_self_contained_element_and_the_same_every_time():
         for name, value in element.attrib.items():
             if name.endswith("href"):
                 assert value.startswith(("#", "data:")), value
-
-
-def test_best_of_n_draws_gold_as_given_and_the_proxy_in_its_own_std():
-    curve = best_of_n_curve(100 * normal(6, 32), normal(6, 32, seed=1), [1, 4, 32])
-    left, right = pictures.best_of_n({"mean": curve}).axes[:2]
-    assert list(left.lines[0].get_xdata()) == [1, 4, 32]
-    assert list(left.lines[0].get_ydata()) == pytest.approx(curve.gold.tolist())
-    expected = ((curve.proxy - curve.proxy[0]) / curve.proxy_spread).tolist()
-    assert list(right.lines[0].get_ydata()) == pytest.approx(expected)
-    assert expected[-1] < 4  # 32 normal samples: about 2 standard deviations, not 200
 
 
 def test_a_scorer_has_one_colour_in_every_picture_and_no_two_share_one():
