@@ -53,7 +53,7 @@ def read_candidates(
     foreign: the share of foreign candidates in the mixture, of which the kinds of `ATTACKS` have about equal parts.
     """
     prompts, own = [str(rollout.prompt) for rollout in rollouts], [rollout.responses for rollout in rollouts]
-    count, number = len(own[0]), round(foreign * len(own[0]))
+    count, number = len(own[0]), max(1, round(foreign * len(own[0])))
     made = foreign_texts(prompts, own, tokenizer, number, 1, seed)
     attacks = [text for text in made if text.kind in ATTACKS]
     others = [text for text in made if text.kind not in ATTACKS and text.prompt < _OTHER_PROMPTS]

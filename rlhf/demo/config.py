@@ -98,7 +98,7 @@ class DemoConfig(JobConfig):
     best_of: int = Field(default=64, ge=4, description="Number of candidates for each held-out prompt, n of best-of-n.")
     foreign: float = Field(
         default=0.1,
-        ge=0,
+        gt=0,
         le=0.5,
         description="Share of foreign candidates (repeated snippets, shuffled words) in the mixture.",
     )

@@ -32,7 +32,7 @@ from ..evaluation.metrics import evaluate_heads
 from ..evaluation.statistics import group_labels
 from ..job.config import load_config
 from ..job.files import atomic_folder, atomic_write_json, atomic_write_text, read_json
-from ..job.folder import locked_folder, open_run_folder
+from ..job.folder import has_run_files, locked_folder, open_run_folder
 from ..job.log import RunLog
 from ..models.embedded import embedded_model, wheel_folder
 from ..models.features import compute_features
@@ -52,6 +52,7 @@ from .machine import estimate, number_type
 from .rewards import ENSEMBLE, SINGLE, TRUST, Fitted, Reference, fit_rewards, rewards_of, taps_of
 
 STAGES = ("the language model", "responses", "preference pairs", "rewards", "evaluation", "PPO", "report")
+_RUN_FILES = ("samples.jsonl", "features", "checkpoints", "metrics.json")
 _HELD_OUT_PAIRS = 40  # per held-out prompt: with 64 prompts an accuracy is measured to about 2 %
 _DRAWN_PAIRS = 120  # per training prompt, of which `pairs` are kept
 
@@ -83,7 +84,7 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
     done = config.output / "metrics.json"
     with locked_folder(config.output):
         _refuse_other_version(config.output)
-        if open_run_folder(config, ("samples.jsonl", "features", "checkpoints", "metrics.json")) and done.exists():
+        if open_run_folder(config, _RUN_FILES) and done.exists():
             return DemoResult(config.output, read_json(done))
         plot_style.require_matplotlib()  # refuse before minutes of work
         if config.model is None:
@@ -93,9 +94,9 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
 
 
 def _refuse_other_version(folder: Path) -> None:
-    """Raise ValueError for a folder whose config.yaml this version cannot read."""
+    """Raise ValueError for a run whose config.yaml this version cannot read."""
     saved = folder / "config.yaml"
-    if not saved.exists():
+    if not (saved.exists() and has_run_files(folder, _RUN_FILES)):
         return
     try:
         load_config(DemoConfig, saved)
