@@ -29,7 +29,7 @@ def test_micro_tokens_are_a_number_planned_on_a_gpu_and_fixed_on_a_cpu(monkeypat
     config = _auto(memory_budget="80GB")
     asked: list[tuple[int, int | None]] = []
 
-    def planned(config: PPOConfig, shape: Any, limit: int, heads: int) -> int:
+    def planned(config: PPOConfig, shape: Any, limit: int, heads: int, features: Any) -> int:
         asked.append((limit, config.rollout.max_prompt_tokens))
         return 1234
 
@@ -55,7 +55,7 @@ def test_a_run_has_one_config_with_memory_planned_for_the_kind_of_reward_that_au
     other = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_chat_folder))
     seen: list[Any] = []
 
-    def planned(config: PPOConfig, *_: Any, longest: int, kind: str, heads: int) -> PPOConfig:
+    def planned(config: PPOConfig, *_: Any, longest: int, kind: str, heads: int, features: Any) -> PPOConfig:
         seen.append((kind, heads))
         return config.model_copy(update={"update": config.update.model_copy(update={"micro_tokens": 77})})
 

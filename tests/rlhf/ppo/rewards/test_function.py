@@ -31,7 +31,7 @@ def test_a_function_gets_prompts_and_responses(
     body = "return [len(p) + 100 * (r == 'good food') + 200 * (r == '') for p, r in zip(prompts, responses)]"
     rewards = _open(_function(tmp_path, body), tokenizer, prompts)(samples)
     assert rewards.reward.tolist() == [106.0, 6.0, 212.0]
-    assert rewards[1:] == (None, None, None, None)
+    assert set(rewards[1:]) == {None}
 
 
 def test_a_module_beside_the_command_is_found(
