@@ -169,7 +169,7 @@ def test_a_key_that_the_mode_does_not_read_is_refused(tiny_chat_folder: Path, da
         ("head", "trunk.lora_rank=3", "trunk.lora_rank: has no effect in mode head: set mode to lora or full"),
         ("head", "trunk.stage2_from=stage1", "trunk.stage2_from: has no effect in mode head: set mode to lora or full"),
         ("lora", "bt.folds=3", "bt.folds: has no effect in mode lora, whose trunk AdamW trains: leave it out"),
-        ("head", "bt.folds=3", "bt.folds: has no effect with bt.solver adamw: set bt.solver to newton"),
+        ("head", "bt={solver: newton, lr: 0.1}", "bt.lr: has no effect with bt.solver newton: set bt.solver to"),
     ):
         config = load_config(
             TrainConfig, None, [entry], model=str(tiny_chat_folder), data=str(data), output=tmp_path / "run", mode=mode

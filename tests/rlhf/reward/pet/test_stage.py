@@ -159,7 +159,13 @@ def test_what_the_stage_cannot_use_is_refused(finished: TrainConfig, tmp_path: P
         (("mode=full",), "mode: expected head or lora with stage pet"),
         (("pet.max_new_tokens=127",), "pet.max_new_tokens: expected room for 128 tokens after some prompt"),
         (
-            ("pet.start=nowhere", "bt.epochs=10", "bt.lr=0.003", "brme.num_heads=5"),
+            (
+                "pet.start=nowhere",
+                f"bt.solver={BradleyTerryConfig().solver}",
+                "bt.epochs=10",
+                "bt.lr=0.003",
+                "brme.num_heads=5",
+            ),
             "pet.start: nowhere is neither a folder",
         ),
     ):
