@@ -44,8 +44,8 @@ responses, without labels. Then let best-of-n choose among the model's own respo
 ones, train the model itself by PPO against the single head with and without the price on distance, and write
 report.html. Two seconds of sampling at the start tell how long it will take.
 
-The same command continues an interrupted run; after a finished one it prints the table again. --size full takes four to
-five times as long; single keys override what the size sets.
+The same command continues an interrupted run; after a finished one it prints the table again. --size full draws about
+three times as many tokens; single keys override what the size sets.
 
 examples:
   prudent demo

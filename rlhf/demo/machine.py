@@ -15,7 +15,7 @@ from .config import SIZES, DemoConfig
 
 _SECONDS = 2.0
 _PROBE = Sampling(64, 1.0, 50, 1.0)
-# measured on two cores, as multiples of the time in which one token of a full batch is sampled
+# rough guesses, as multiples of the time in which one token of a full batch is sampled
 _OVERHEAD = 1.25  # the prompts, the closing tokens and the texts' features
 _READ = 0.5  # a token of a text that is read, prompt included
 _LEARN = 6.0  # a token of PPO: sampled in a small batch, scored and learnt from
