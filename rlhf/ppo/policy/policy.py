@@ -162,7 +162,9 @@ class Policy(nn.Module):
         """Set the value head to zero, or to the mean of the reward's heads (BRME 1.7: the critic starts as the reward).
 
         The critic's states are the reference's before the first update, in which heads of kind shared read. Values then
-        have the unit of the calibrated means: value = mean_k (w_k x + b_k - shift_k) / scale_k.
+        have the unit of the calibrated means: value = mean_k (w_k x + b_k - shift_k) / scale_k. But heads are trained
+        at the last token of a whole text, and may be far from the return at an earlier one: compare the first steps'
+        value/explained_variance.
         """
         value_head.weight.zero_()
         value_head.bias.zero_()
