@@ -16,6 +16,7 @@ from ..sampling.stored import Rollout
 OWN, MIXTURE = "own", "mixture"
 # reward -> P rollouts of the policy that PPO trained on it; their features [S, D] are the untrained language model's
 Policies = dict[str, list[Rollout]]
+CHUNK = 128  # texts whose features are read at once and kept
 _OTHER_PROMPTS = 16  # that get one text of each kind that only the distance is measured on
 
 
@@ -63,6 +64,7 @@ def read_candidates(
         [(prompts[text.prompt], text.text) for text in (*attacks, *others)],
         taps,
         folder,
+        chunk=CHUNK,
         progress=progress,
     )
     features = torch.stack([rollout.features for rollout in rollouts])

@@ -25,7 +25,7 @@ from ..sampling.config import RolloutConfig
 from ..sampling.read_texts import read_texts
 from ..sampling.stored import Request, Rollout, sample
 from ..sampling.tokens import Sampling
-from .candidates import Policies
+from .candidates import CHUNK, Policies
 from .config import DemoPPOConfig
 from .judges import Judge, tensor_of
 from .rewards import SINGLE, TITLES, TRUST, Fitted, distance
@@ -113,7 +113,9 @@ def run_arms(
     policies = {}
     for name, found in sampled.items():
         texts = [(rollout.prompt, text) for rollout in found for text in rollout.responses]
-        read = read_texts(model, tokenizer, texts, taps, folder / "ppo" / name / "judged" / "read", progress=progress)
+        read = read_texts(
+            model, tokenizer, texts, taps, folder / "ppo" / name / "judged" / "read", chunk=CHUNK, progress=progress
+        )
         parts = read.split([len(rollout.responses) for rollout in found])
         policies[ARMS[name]] = [rollout._replace(features=part) for rollout, part in zip(found, parts, strict=True)]
     return policies

@@ -22,7 +22,6 @@ from ..job.files import atomic_file
 from .stored import read_again
 from .turn import Turn
 
-_CHUNK = 1024  # texts in a file
 _ROWS = 64  # texts in one forward pass
 
 
@@ -33,9 +32,13 @@ def read_texts(
     taps: Sequence[str | Tap],
     folder: Path,
     *,
+    chunk: int = 1024,
     progress: bool = True,
 ) -> Tensor:
     """Return the taps' states [N, F] of N (prompt, response), in the trunk's dtype, as `stored.sample` gives them.
+
+    Args:
+        chunk: number of texts in a file of `folder`, which are read again after an interruption.
 
     Raises:
         ValueError: if `folder` holds the features of other texts or taps.
@@ -44,24 +47,22 @@ def read_texts(
     parsed = parse_taps(taps, num_layers(model))
     starts = {json.dumps(prompt): len(turn.prompt(prompt)) for prompt, _ in texts}
     parts = []
-    with tqdm(total=len(texts), desc="foreign texts", unit="text", disable=not progress) as bar:
-        for number, first in enumerate(range(0, len(texts), _CHUNK)):
-            chunk = texts[first : first + _CHUNK]
+    with tqdm(total=len(texts), desc="texts read", unit="text", disable=not progress) as bar:
+        for number, first in enumerate(range(0, len(texts), chunk)):
+            part = texts[first : first + chunk]
             file = folder / f"{number:05d}.safetensors"
-            asked = json.dumps([list(text) for text in chunk])
+            asked = json.dumps([list(text) for text in part])
             label = {"taps": " ".join(map(str, parsed)), "texts": hashlib.sha256(asked.encode()).hexdigest()}
             if not file.is_file():
-                ids = [turn.read(prompt, text) for prompt, text in chunk]
-                begins = [
-                    min(starts[json.dumps(prompt)], len(i) - 1) for (prompt, _), i in zip(chunk, ids, strict=True)
-                ]
+                ids = [turn.read(prompt, text) for prompt, text in part]
+                begins = [min(starts[json.dumps(prompt)], len(i) - 1) for (prompt, _), i in zip(part, ids, strict=True)]
                 with atomic_file(file) as temporary:
                     save_file({"features": forward(model, ids, begins, parsed)}, temporary, label)
             with reading_weights(file), safe_open(file, "pt") as stored:
                 if (stored.metadata() or {}) != label:
                     raise ValueError(f"{file}: expected the features of the present texts; name another output folder")
                 parts.append(stored.get_tensor("features"))
-            bar.update(len(chunk))
+            bar.update(len(part))
     return torch.cat(parts)
 
 

@@ -34,13 +34,12 @@ def test_a_sampled_text_read_again_has_the_features_that_it_had(loaded: tuple[An
 def test_what_was_read_is_not_read_again_and_other_texts_are_refused(
     loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_CHUNK", 2)
     texts = [("the food was", word) for word in ("good", "good good good", "", "a train")]
-    whole = read_texts(*loaded, texts, TAPS, tmp_path / "whole", progress=False)
-    read_texts(*loaded, texts[:2], TAPS, tmp_path / "cut", progress=False)
+    whole = read_texts(*loaded, texts, TAPS, tmp_path / "whole", chunk=2, progress=False)
+    read_texts(*loaded, texts[:2], TAPS, tmp_path / "cut", chunk=2, progress=False)
     usual, rows = module.forward, []
     monkeypatch.setattr(module, "forward", lambda *given: rows.append(len(given[1])) or usual(*given))
-    assert torch.equal(read_texts(*loaded, texts, TAPS, tmp_path / "cut", progress=False), whole)
+    assert torch.equal(read_texts(*loaded, texts, TAPS, tmp_path / "cut", chunk=2, progress=False), whole)
     assert rows == [2]
     with pytest.raises(ValueError, match="expected the features of the present texts; name another output folder"):
-        read_texts(*loaded, texts[::-1], TAPS, tmp_path / "cut", progress=False)
+        read_texts(*loaded, texts[::-1], TAPS, tmp_path / "cut", chunk=2, progress=False)
