@@ -2,9 +2,10 @@
 
     prudent bench --aot [--target sm_90 ...] [--op ensemble_reward ...] [--full] [--markdown | --write-readme]
 
-Each op's `shipped.py` has `shipped(target, full)`. The module records its launches and derives each signature from the
-recorded arguments, specialised as by Triton's own launcher. The machine code tells registers, stack, shared memory, the
-widest load and the matrix instruction; the budget below limits them.
+Each op's `shipped.py` has `shipped(target, full)`, and may name in `SHOWN` labels that its README shows beside each
+kernel's first. The module records its launches and derives each signature from the recorded arguments, specialised as
+by Triton's own launcher. The machine code tells registers, stack, shared memory, the widest load and the matrix
+instruction; the budget below limits them.
 """
 
 from __future__ import annotations
@@ -123,11 +124,14 @@ def ops() -> list[str]:
     return sorted(path.parent.name for path in KERNELS.glob("*/shipped.py"))
 
 
+def _shipped(op: str) -> Any:
+    return importlib.import_module(f"...kernels.{op}.shipped", __name__)
+
+
 def entries(op: str, target: str, full: bool) -> list[Entry]:
     """The op's shipped launches for `target`; launches that differ only in their label are one entry."""
-    cases = importlib.import_module(f"...kernels.{op}.shipped", __name__)
     found: dict[tuple[Any, ...], tuple[list[str], Launch]] = {}
-    for label, run in cases.shipped(target, full):
+    for label, run in _shipped(op).shipped(target, full):
         with recording() as launches:
             run()
         for launch in launches:
@@ -289,17 +293,25 @@ BEGIN, END = "<!-- aot:begin -->", "<!-- aot:end -->"
 
 
 def common(found: Sequence[Entry]) -> list[int]:
-    """Indices in `found` of the entries that a README shows: for each kernel and target the first case."""
+    """Indices in `found` of the entries that a README shows: for each kernel and target the first case, and after them
+    those whose first label is one of the op's `SHOWN`."""
     first: dict[tuple[str, str], int] = {}
+    more: list[tuple[int, int]] = []
     for i, entry in enumerate(found):
-        first.setdefault((entry.launch.kernel.__name__, entry.target), i)
+        shown = getattr(_shipped(entry.op), "SHOWN", ())
+        if first.setdefault((entry.launch.kernel.__name__, entry.target), i) != i and entry.labels[0] in shown:
+            more.append((1 + shown.index(entry.labels[0]), i))
     kernels = list(dict.fromkeys(name for name, _ in first))
-    return [first[key] for key in sorted(first, key=lambda key: kernels.index(key[0]))]
+    order = sorted(
+        [*((0, i) for i in first.values()), *more],
+        key=lambda at: (kernels.index(found[at[1]].launch.kernel.__name__), at[0]),
+    )
+    return [i for _, i in order]
 
 
 def readme_block(op: str, rows: Sequence[Compiled]) -> str:
-    """The marked block of the op's README: each kernel's common case, and the greatest numbers of all `rows`, which are
-    the launches of the short table for every target."""
+    """The marked block of the op's README: each kernel's common cases, and the greatest numbers of all `rows`, which
+    are the launches of the short table for every target."""
     shown = [rows[i] for i in common([row.entry for row in rows])]
     spilling, most = sum(row.stack > 0 for row in rows), max(row.stack for row in rows)
     worst = (

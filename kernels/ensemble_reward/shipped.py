@@ -17,6 +17,7 @@ from .contract import Inputs, Needs, OutputGrads
 _HEADS = (5, 12, 20, 40)  # one for each padded width
 _RANKS = (0, 32, 8, 64)  # directions of a trust region, the common ones first
 _ROWS = (256, 8192, 65536)  # one for each row bucket: D in 16 parts, in 2 parts, whole
+SHOWN = ("bfloat16-K5-R0-N65536", "bfloat16-K5-R32-N65536")  # in the README's table, beside each kernel's first case
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
