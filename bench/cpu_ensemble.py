@@ -3,7 +3,9 @@
     python -m prudent.bench.cpu_ensemble [--shapes 8192x4096 65536x1024 16x4096] [--dtypes bf16 fp32] [--out FILE]
     python -m prudent.bench.cpu_ensemble --distance --shapes 8192x4096 65536x1024 --out FILE    of these, the distance
 
-All candidates of a case run in turns in one process on the same tensors; the tables show medians over the turns.
+All candidates of a case run in turns in one process on the same tensors; the tables show medians over the turns. Times
+are the wall's; with `--cpu-time` they are the process's CPU time, the only steady one on a machine that others use too.
+It counts threads that wait, so set OMP_NUM_THREADS=1.
 
     linear     F.linear(hidden, weight) alone, weight [2K, D] in hidden's dtype: one read of the features
     ours       prudent.ensemble_reward: with the trunk's RMSNorm, without it, with the norm and sampling
@@ -54,6 +56,7 @@ CALLS = 200
 
 Score = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Times = dict[str, list[float]]
+Clock = Callable[[], float]
 
 
 class Goal(NamedTuple):
@@ -236,7 +239,7 @@ class Case:
             return self.check_distance()
 
 
-def measure(case: Case, seconds: float, wanted: set[str] | None = None) -> Times:
+def measure(case: Case, seconds: float, wanted: set[str] | None = None, clock: Clock = time.perf_counter) -> Times:
     """Time candidates in turns for about `seconds`: name -> seconds per call, one number per turn. wanted: their names;
     None: all.
     """
@@ -245,30 +248,33 @@ def measure(case: Case, seconds: float, wanted: set[str] | None = None) -> Times
         candidates = {name: run for name, run in candidates.items() if name in wanted}
     with torch.no_grad():
         for run, _ in candidates.values():
-            _time(run, 3)
+            _time(run, 3, clock)
         stop = time.perf_counter() + seconds
         while turn == 0 or time.perf_counter() < stop:
             for name, (run, every) in candidates.items():
                 if turn % every == 0:
-                    times.setdefault(name, []).append(_time(run, CALLS if case.few else 1))
+                    times.setdefault(name, []).append(_time(run, CALLS if case.few else 1, clock))
             turn += 1
     return times
 
 
-def _time(run: Callable[[], Any], calls: int) -> float:
-    start = time.perf_counter()
+def _time(run: Callable[[], Any], calls: int, clock: Clock) -> float:
+    start = clock()
     for _ in range(calls):
         run()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
-def run_case(rows: int, dim: int, dtype: str, seconds: float, wanted: set[str] | None = None) -> dict[str, Any]:
+def run_case(
+    rows: int, dim: int, dtype: str, seconds: float, wanted: set[str] | None = None, clock: Clock = time.perf_counter
+) -> dict[str, Any]:
     """Run a case: a record of machine, versions and `times` {name: {median, least, count}} in seconds, or `failed`."""
     case = Case(rows, dim, dtype)
     record: dict[str, Any] = {"rows": rows, "dim": dim, "dtype": dtype, "heads": HEADS} | _here()
+    record["clock"] = "Wall time" if clock is time.perf_counter else "CPU time"
     record["failed"] = case.check()
     record["times"] = {}
-    for name, times in ({} if record["failed"] else measure(case, seconds, wanted)).items():
+    for name, times in ({} if record["failed"] else measure(case, seconds, wanted, clock)).items():
         record["times"][name] = {"median": statistics.median(times), "least": min(times), "count": len(times)}
     return record
 
@@ -306,6 +312,7 @@ def table(name: str, record: dict[str, Any]) -> str:
     """One case as markdown: the times, and each goal beside its measured value."""
     few = record["rows"] <= FEW_ROWS
     where = "{machine}, {threads} threads, {isa}, torch {torch}, commit {commit}, {date}."
+    where += f" {record.get('clock', 'Wall time')}."
     lines = [f"## {name}", "", where.format(**record), ""]
     if record["failed"]:
         return "\n".join([*lines, f"NOT TIMED, the check failed: {record['failed']}.", ""])
@@ -326,15 +333,17 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--seconds", type=float, default=20.0, help="of measuring, for each case (default %(default)s)")
     parser.add_argument("--distance", action="store_true", help="time only what the goals of the distance compare")
+    parser.add_argument("--cpu-time", action="store_true", help="measure CPU time instead of wall time")
     parser.add_argument("--out", type=Path, help="FILE: writes FILE.json and FILE.md")
     given = parser.parse_args()
     wanted = {name for goal in DISTANCE for name in (goal.first, goal.second)} if given.distance else None
+    clock = time.process_time if given.cpu_time else time.perf_counter
     path = given.out and given.out.with_suffix(".json")
     records: dict[str, Any] = json.loads(path.read_text()) if path and path.is_file() else {}
     for shape in given.shapes:
         rows, dim = (int(number) for number in shape.split("x"))
         for dtype in given.dtypes:
-            record = run_case(rows, dim, dtype, given.seconds, wanted)
+            record = run_case(rows, dim, dtype, given.seconds, wanted, clock)
             records[f"[{rows}, {dim}] {dtype}"] = record
             print(table(f"[{rows}, {dim}] {dtype}", record), flush=True)
     if path:
