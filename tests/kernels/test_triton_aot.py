@@ -69,7 +69,7 @@ def launched(aggregation: str) -> list[Launch]:
         seed=empty(1, dtype=torch.int64), shift=empty(5), scale=empty(5), std_ref=empty(5), group=None, group_size=0,
         std_floor=1e-3, aggregation=aggregation,
     )  # fmt: skip
-    grads: Any = (empty(64), empty(64, 5), empty(64, 5), empty())
+    grads: Any = (empty(64), empty(64, 5), empty(64, 5), empty(), None)
     with recording() as launches, assume("sm_90"):
         saved = execution.forward(inputs, True)[-1]
         execution.backward(grads, inputs, saved, (True, True, True, True))

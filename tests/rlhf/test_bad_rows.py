@@ -54,7 +54,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def _train(models: Path, data: Path, out: Path, skip: bool, *sets: str) -> Any:
-    small = ["eval_fraction=0.2", "bt.solver=adamw", "bt.epochs=1", f"skip_bad_rows={str(skip).lower()}", *sets]
+    small = ["eval_fraction=0.2", f"skip_bad_rows={str(skip).lower()}", *sets]
     config = load_config(TrainConfig, None, small, model=str(models / "policy"), data=str(data), output=out)
     return run_train(config, progress=False).metrics["dropped"]["bad_rows"], json.loads((out / "data.json").read_text())
 
@@ -68,7 +68,7 @@ def _head(models: Path, data: Path, out: Path, skip: bool) -> int:
 
 def _pet(models: Path, data: Path, out: Path, skip: bool) -> int:
     sets = ("stage=pet", "pet.samples=2", "pet.max_new_tokens=4", "pet.max_steps=2", f"pet.start={models / 'picky'}")
-    return int(_train(models, data, out, skip, *sets, "bt.solver=adamw", "bt.epochs=10")[0])
+    return int(_train(models, data, out, skip, *sets)[0])
 
 
 def _eval(models: Path, data: Path, out: Path, skip: bool) -> int:
