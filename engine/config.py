@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from ..kernels import STD_FLOOR, Aggregation
 from .families import check_family, switch_length
-from .taps import Tap, averages, layers_of, parse_taps
+from .taps import Tap, averages, features_size, layers_of, parse_taps, reads_logprob
 
 POOLINGS = ("last", "first", "pooler")
 
@@ -38,10 +38,12 @@ class EnsembleRewardConfig(PreTrainedConfig):
             attended token. `from_sequence_classifier` sets it to the padding id that the classifier's own head skips.
         trust_directions: R of the head's trust region, whose buffers the checkpoint fills; None: no trust region.
         taps: the hidden states that the heads read, concatenated: `last` (or None; the trunk's output at the token that
-            pooling names), `wide` (see `taps.wide_taps`), or a list such as ["last:-1", "mean:20"] (`taps.Tap`). A tap
-            of kind mean averages over the response, so that the model must know where it begins: `Scorer` and PPO do,
-            a caller that has only token ids gives `response_start`. Kept with absolute layers, and left out of
-            config.json for `last`.
+            pooling names), `wide` (see `taps.wide_taps`), or a list such as ["last:-1", "mean:20", "logprob"]
+            (`taps.Tap`). A tap of kind mean or logprob reads the response, so that the model must know where it begins:
+            `Scorer` and PPO do, a caller that has only token ids gives `response_start`. Kept with absolute layers,
+            and left out of config.json for `last`.
+        logprob_skips: ids that the tap logprob leaves out, see `likelihood.special_ids`; None: none. Read with that tap
+            alone.
         kwargs: `PreTrainedConfig`'s. num_labels must be 1: trainers read column 0 of the logits.
 
     Raises:
@@ -54,6 +56,7 @@ class EnsembleRewardConfig(PreTrainedConfig):
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  as transformers reads it
     has_no_defaults_at_init = True
     taps: list[str] | None = None
+    logprob_skips: list[int] | None = None
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class EnsembleRewardConfig(PreTrainedConfig):
         skip_token_id: int | None = None,
         trust_directions: int | None = None,
         taps: str | Sequence[str | Tap] | None = None,
+        logprob_skips: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -106,6 +110,8 @@ class EnsembleRewardConfig(PreTrainedConfig):
         self.trust_directions = trust_directions
         if taps not in (None, "last"):
             self._set_taps(taps, text_config)
+        if self.taps is not None and "logprob" in self.taps:
+            self.logprob_skips = [] if logprob_skips is None else [*logprob_skips]
         kwargs.setdefault("num_labels", 1)  # transformers' own default is 2
         super().__init__(**kwargs)
         # set after super().__init__, which would reset the trunk's attention and experts implementations to None
@@ -130,6 +136,11 @@ class EnsembleRewardConfig(PreTrainedConfig):
                 "EnsembleRewardConfig: pooling: expected last or first with taps, because the pooler reads the trunk's "
                 "output alone, got pooler"
             )
+        if reads_logprob(parsed) and self.pooling != "last":
+            raise ValueError(
+                "EnsembleRewardConfig: taps: expected states alone of an encoder, which predicts no next token, got "
+                "logprob"
+            )
         self.taps = [str(tap) for tap in parsed]
 
     @property
@@ -141,8 +152,8 @@ class EnsembleRewardConfig(PreTrainedConfig):
 
     @property
     def feature_size(self) -> int:
-        """F, the width of what the heads read: D for each tap."""
-        return self.hidden_size * len(self.taps or ("last",))
+        """F, the width of what the heads read: D for each state, 2 for logprob."""
+        return self.hidden_size if self.taps is None else features_size(self.parsed_taps(), self.hidden_size)
 
     def parsed_taps(self) -> tuple[Tap, ...]:
         """The taps; without any, the trunk's output at the pooled token."""
@@ -150,8 +161,13 @@ class EnsembleRewardConfig(PreTrainedConfig):
 
     @property
     def reads_response(self) -> bool:
-        """Whether a tap averages over the response, so that one must know where it begins."""
+        """Whether a tap reads the response's tokens, so that one must know where it begins."""
         return self.taps is not None and averages(self.parsed_taps())
+
+    @property
+    def reads_logprob(self) -> bool:
+        """Whether a tap is the response's log-probability, for which the model needs a language-model head."""
+        return self.taps is not None and "logprob" in self.taps
 
 
 def is_encoder(config: PreTrainedConfig) -> bool:

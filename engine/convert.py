@@ -7,21 +7,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from .config import is_encoder
 from .eval_mode import evaluating
 from .families import check_family
 from .head import EnsembleHead
+from .likelihood import LanguageHead
 from .own_code import load_config, refusing_own_code, without_own_code
 from .weights import reading_weights, refuse_missing
 
 
-def load_trunk(source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[str, Any], need_pooler: bool) -> Any:
-    """Load the base model from a folder or hub name, or take it from an instance by reference; text models only."""
+def load_trunk(
+    source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[str, Any], need_pooler: bool, need_lm_head: bool
+) -> tuple[Any, nn.Linear | None]:
+    """Load the base model from a folder or hub name, or take it from an instance by reference; text models only.
+
+    With `need_lm_head`, also return the language-model head if the embeddings are not it.
+    """
+    lm_head = None
     if isinstance(source, PreTrainedModel):
         _refuse_options("from_trunk", kwargs)
         trunk: Any = source.base_model
+        if need_lm_head:
+            lm_head = _lm_head(source)
     elif isinstance(source, nn.Module):
         raise ValueError(
             f"from_trunk: trunk: expected a folder, a hub name or a PreTrainedModel, got {type(source).__name__} "
@@ -29,9 +38,12 @@ def load_trunk(source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[st
         )
     else:
         check_family(load_config(source, kwargs))
+        kind = AutoModelForCausalLM if need_lm_head else AutoModel
         with reading_weights(source), refusing_own_code(source):
-            model, info = AutoModel.from_pretrained(source, output_loading_info=True, **without_own_code(kwargs))
+            model, info = kind.from_pretrained(source, output_loading_info=True, **without_own_code(kwargs))
         trunk = model.base_model
+        if need_lm_head:
+            lm_head = _lm_head(model)
         # language-model checkpoints of the BERT family lack the pooler, which only `pooler` pooling reads
         missing = (key for key in info["missing_keys"] if need_pooler or not key.startswith("pooler."))
         refuse_missing("from_trunk", source, missing)
@@ -39,7 +51,15 @@ def load_trunk(source: str | os.PathLike[str] | PreTrainedModel, kwargs: dict[st
         raise ValueError(
             f"from_trunk: trunk: expected a text model with config.hidden_size, got {type(trunk).__name__} without it"
         )
-    return trunk
+    return trunk, lm_head
+
+
+def _lm_head(model: Any) -> nn.Linear | None:
+    if model.config.tie_word_embeddings:
+        return None
+    LanguageHead.of(model)  # refuses what the tap logprob cannot use
+    head: nn.Linear = model.get_output_embeddings()
+    return head
 
 
 def model_of_sequence_classifier(

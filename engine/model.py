@@ -20,6 +20,7 @@ from .config import EnsembleRewardConfig, max_positions, padding_id
 from .convert import load_trunk, model_of_sequence_classifier
 from .families import follows_length, length_classes, reset_frequencies
 from .head import EnsembleHead
+from .likelihood import LanguageHead, LogitRule, response_logprob
 from .own_code import refusing_own_code, without_own_code
 from .pooling import check_mask, check_start, pooled_rows, response_mask, right_padded
 from .taps import Tap, blocks_of, capturing, read_taps
@@ -60,14 +61,16 @@ class EnsembleRewardModel(PreTrainedModel):
     Trainers neither truncate for a reward model nor put it in eval mode: the model warns of sequences that are too
     long; put a trunk with dropout in eval mode yourself.
 
-    With `config.taps` the heads read several states of the one forward pass, concatenated. If one is a mean over the
-    response, the model needs `response_start` and refuses to guess it: token ids alone do not say where the response
-    begins, so trainers that give no more (TRL's) take a model with `features=last`.
+    With `config.taps` the heads read several states of the one forward pass, concatenated. If one reads the response (a
+    mean, or its log-probability), the model needs `response_start` and refuses to guess it: token ids alone do not say
+    where the response begins, so trainers that give no more (TRL's) take a model with `features=last`.
 
     Args:
         config: with `text_config` set.
         trunk: an existing trunk, used by reference; None builds one from `config.text_config` with random weights.
         head: an existing head, used by reference; None builds a fresh one.
+        lm_head: the language-model head, used by reference, of a trunk that does not share it with its embeddings; only
+            for the tap logprob. None builds one with random weights.
     """
 
     config: EnsembleRewardConfig
@@ -80,7 +83,11 @@ class EnsembleRewardModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = {"score"}  # noqa: RUF012  as transformers reads it
 
     def __init__(
-        self, config: EnsembleRewardConfig, trunk: PreTrainedModel | None = None, head: EnsembleHead | None = None
+        self,
+        config: EnsembleRewardConfig,
+        trunk: PreTrainedModel | None = None,
+        head: EnsembleHead | None = None,
+        lm_head: nn.Linear | None = None,
     ) -> None:
         if config.text_config is None:
             raise ValueError("EnsembleRewardModel: config.text_config: expected the trunk's configuration, got None")
@@ -96,6 +103,12 @@ class EnsembleRewardModel(PreTrainedModel):
         self._taps: tuple[Tap, ...] | None = None if config.taps is None else config.parsed_taps()
         if self._taps is not None:
             blocks_of(self.model)  # refuses a trunk without a list of its layers
+        self.lm_head: nn.Linear | None = None
+        if config.reads_logprob:
+            self._logit_rule = LogitRule.of(config.text_config, type(self.model).__name__)
+            if not config.text_config.tie_word_embeddings:
+                text = config.text_config
+                self.lm_head = lm_head or nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.score = head or EnsembleHead(
             config.feature_size,
             config.num_heads,
@@ -103,7 +116,7 @@ class EnsembleRewardModel(PreTrainedModel):
             std_floor=config.std_floor,
             trust_directions=config.trust_directions,
         )
-        for given in (trunk, head):
+        for given in (trunk, head, lm_head):
             # post_init draws new weights for every module without this mark, adapters inside a given trunk included
             for module in () if given is None else given.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]
@@ -155,6 +168,8 @@ class EnsembleRewardModel(PreTrainedModel):
         max_score_length: int | None = None,
         skip_token_id: int | None = None,
         taps: str | Sequence[str | Tap] | None = None,
+        logprob_skips: Sequence[int] | None = None,
+        lm_head: nn.Linear | None = None,
         **kwargs: Any,
     ) -> EnsembleRewardModel:
         """Put heads on a trunk: a new ensemble (by default K = 5, `tradeoff:0.4`), or a trained one.
@@ -162,19 +177,22 @@ class EnsembleRewardModel(PreTrainedModel):
         Args:
             trunk: a folder or hub name of any model that AutoModel loads, or a `PreTrainedModel`. An instance is used
                 by reference, with its train or eval mode and its config; of a causal language model, the inner base
-                model is taken, so that a rollout policy can share it.
+                model is taken, so that a rollout policy can share it, and for the tap logprob its head.
             num_heads: K; None: `head`'s, else 5.
             aggregation: of the head; None: `head`'s own, else `tradeoff:0.4`.
             head: a trained `EnsembleHead`, used by reference and moved to the trunk's device; None: a new one.
             std_floor: of a new head.
-            pooling, append_eos, max_score_length, skip_token_id, taps: see `EnsembleRewardConfig`.
+            pooling, append_eos, max_score_length, skip_token_id, taps, logprob_skips: see `EnsembleRewardConfig`.
+            lm_head: for the tap logprob, the language-model head of a base model that is given without it.
             kwargs: passed to `AutoModel.from_pretrained` (dtype, device_map, attn_implementation, ...), only with a
                 folder or name; trust_remote_code is False unless given.
 
         Raises:
             ValueError: for a trunk that is no text model or lacks tensors, or a head that does not fit.
         """
-        body = load_trunk(trunk, kwargs, need_pooler=pooling == "pooler")
+        names_logprob = not isinstance(taps, str) and "logprob" in map(str, taps or ())
+        need_lm_head = names_logprob and lm_head is None
+        body, own_lm_head = load_trunk(trunk, kwargs, need_pooler=pooling == "pooler", need_lm_head=need_lm_head)
         config = EnsembleRewardConfig(
             text_config=body.config,
             num_heads=head.num_heads if head is not None else 5 if num_heads is None else num_heads,
@@ -185,6 +203,7 @@ class EnsembleRewardModel(PreTrainedModel):
             max_score_length=max_score_length,
             skip_token_id=skip_token_id,
             taps=taps,
+            logprob_skips=logprob_skips,
             # trainers read these to find the tokeniser and to name the metric
             name_or_path=body.config.name_or_path,
             dtype=body.dtype,
@@ -196,7 +215,7 @@ class EnsembleRewardModel(PreTrainedModel):
         else:
             _check_head(head, config.feature_size, num_heads, std_floor)
             head.aggregation = config.aggregation
-        model = cls(config, trunk=body, head=head.to(body.device))
+        model = cls(config, trunk=body, head=head.to(body.device), lm_head=lm_head or own_lm_head)
         model.training = body.training
         return model
 
@@ -254,13 +273,15 @@ class EnsembleRewardModel(PreTrainedModel):
             position_ids: [B, T]; None: the trunk counts the attended tokens by its own rule.
             return_dict: False: return the tuple (logits, mean, std), with a trust region (logits, mean, std, distance).
             response_start: [B] int64, for each row the place of the response's first token among the attended ones,
-                counted from 0 (0: the whole row is the response). Needed if, and only read if, a tap is a mean.
+                counted from 0 (0: the whole row is the response). Needed if, and only read if, a tap reads the
+                response: a mean, or logprob.
 
         Other keywords that trainers pass (use_cache, token_type_ids, labels, ...) are ignored.
 
         Raises:
             ValueError: for a mask of another shape, or (on the CPU) one that masks a whole row; for a response_start
-                that is missing where a tap is a mean, of another shape or dtype, or (on the CPU) outside its row.
+                that is missing where a tap reads the response, of another shape or dtype, or (on the CPU) outside its
+                row.
         """
         hidden, rows = self._hidden(input_ids, attention_mask, position_ids, response_start)
         scored = self.score(hidden, rows)
@@ -274,7 +295,7 @@ class EnsembleRewardModel(PreTrainedModel):
     ) -> Tensor:
         """The hidden states the head reads: [B, F] in the trunk's dtype, differentiable. Arguments as in `forward`.
 
-        F is `config.feature_size`: D, or D for each tap.
+        F is `config.feature_size`: D, or the columns of all taps.
         """
         hidden, rows = self._hidden(input_ids, attention_mask, None, response_start)
         return hidden if rows is None else hidden.flatten(0, 1).index_select(0, rows)
@@ -292,8 +313,8 @@ class EnsembleRewardModel(PreTrainedModel):
             response_start = None
         elif response_start is None:
             raise ValueError(
-                "EnsembleRewardModel: response_start: expected where each response begins, because this model averages "
-                f"states over the response ({', '.join(self.config.taps or ())}), got None: where only token ids are "
+                "EnsembleRewardModel: response_start: expected where each response begins, because this model reads "
+                f"the response's tokens ({', '.join(self.config.taps or ())}), got None: where only token ids are "
                 "known, as in TRL's trainers, use a model trained with features=last, or score prompts and responses "
                 "with `Scorer`"
             )
@@ -338,11 +359,19 @@ class EnsembleRewardModel(PreTrainedModel):
                 response = response_mask(input_ids, attention_mask, response_start, rows, first=first)
             with capturing(self.model, [tap.layer for tap in self._taps]) as states:
                 output = self.model(**options).last_hidden_state
-            return read_taps(self._taps, states, output, rows, response), None
+            logprob = None
+            if self.config.reads_logprob:
+                assert response is not None
+                logprob = response_logprob(self._language_head(), output, input_ids, response)
+            return read_taps(self._taps, states, output, rows, response, logprob), None
         hidden = self.model(**options).last_hidden_state
         if self.config.pooling != "pooler":
             return hidden, rows
         return self.model.pooler(hidden.flatten(0, 1).index_select(0, rows)[:, None]), None
+
+    def _language_head(self) -> LanguageHead:
+        weight = (self.get_input_embeddings() if self.lm_head is None else self.lm_head).weight
+        return LanguageHead(weight, self._logit_rule, self.config.logprob_skips or ())
 
     def _by_length(self, input_ids: Tensor, attention_mask: Tensor | None, response_start: Tensor | None) -> Tensor:
         """Pooled states [B, F], from one forward pass for each length class."""

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, get_args
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["last", "mean"]
+Kind = Literal["last", "mean", "logprob"]
+LOGPROB_SIZE = 2  # columns of the tap `logprob`: see `likelihood.response_logprob`
 
 
 class Tap(NamedTuple):
-    """One state [D] of a sequence, written `last:12` or `mean:20`.
+    """What is read of a sequence: one state [D], written `last:12` or `mean:20`, or `logprob`, two numbers.
 
     kind   last: at the one token that the model's pooling names. mean: the mean over the response's tokens, of which
-           the tokens that close the response are part.
+           the tokens that close the response are part. logprob: the mean and the least log-probability of these tokens
+           under the trunk's own language-model head.
     layer  the index in transformers' `hidden_states`: 0 the embeddings, the number of layers the trunk's output (after
            its final norm). Between them it is what block `layer` gets, also in families whose `hidden_states` begin
-           after the first block (Mamba's).
+           after the first block (Mamba's). Of `logprob` it is the number of layers.
     """
 
     kind: Kind
     layer: int
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.layer}"
+        return self.kind if self.kind == "logprob" else f"{self.kind}:{self.layer}"
+
+    def width(self, hidden_size: int) -> int:
+        """How many columns of the features it fills."""
+        return LOGPROB_SIZE if self.kind == "logprob" else hidden_size
 
 
 def wide_taps(num_layers: int) -> tuple[Tap, ...]:
@@ -59,13 +66,15 @@ def check_taps(taps: str | Sequence[str | Tap]) -> None:
         return
     for tap in map(str, taps):
         kind, _, number = tap.partition(":")
-        if kind not in get_args(Kind) or not number.removeprefix("-").isdecimal():
-            raise ValueError(f"taps: expected last:LAYER or mean:LAYER, got {tap!r}")
+        if tap != "logprob" and (kind not in ("last", "mean") or not number.removeprefix("-").isdecimal()):
+            raise ValueError(f"taps: expected last:LAYER, mean:LAYER or logprob, got {tap!r}")
     if not taps:
         raise ValueError("taps: expected at least one, got none")
 
 
 def _parsed(text: str, num_layers: int) -> Tap:
+    if text == "logprob":
+        return Tap("logprob", num_layers)
     kind, _, number = text.partition(":")
     layer = int(number) + (num_layers + 1 if int(number) < 0 else 0)
     if not 0 <= layer <= num_layers:
@@ -75,7 +84,23 @@ def _parsed(text: str, num_layers: int) -> Tap:
 
 def averages(taps: Sequence[Tap]) -> bool:
     """Whether a tap reads the response's tokens, so that one must know where the response begins."""
-    return any(tap.kind == "mean" for tap in taps)
+    return any(tap.kind != "last" for tap in taps)
+
+
+def reads_logprob(taps: Sequence[Tap]) -> bool:
+    """Whether a tap is the response's log-probability, for which one needs the language-model head."""
+    return any(tap.kind == "logprob" for tap in taps)
+
+
+def columns_of(taps: Sequence[Tap], hidden_size: int) -> list[slice]:
+    """Which columns of the features each tap fills."""
+    ends = list(accumulate(tap.width(hidden_size) for tap in taps))
+    return [slice(end - tap.width(hidden_size), end) for tap, end in zip(taps, ends, strict=True)]
+
+
+def features_size(taps: Sequence[Tap], hidden_size: int) -> int:
+    """F, the columns of all taps."""
+    return sum(tap.width(hidden_size) for tap in taps)
 
 
 @contextmanager
@@ -138,9 +163,14 @@ def blocks_of(trunk: Any) -> nn.ModuleList:
 
 
 def read_taps(
-    taps: Sequence[Tap], states: Mapping[int, Tensor], output: Tensor, rows: Tensor, response: Tensor | None
+    taps: Sequence[Tap],
+    states: Mapping[int, Tensor],
+    output: Tensor,
+    rows: Tensor,
+    response: Tensor | None,
+    logprob: Tensor | None = None,
 ) -> Tensor:
-    """Concatenate taps: [B, len(taps) * D] in the output's dtype, differentiable.
+    """Concatenate taps: [B, `features_size`] in the output's dtype, differentiable.
 
     Args:
         states: layer -> [B, T, D], as `capturing` collects them; packed: [1, T, D], the B sequences one after another.
@@ -148,12 +178,17 @@ def read_taps(
         rows: [B] int64, for each sequence the row of states.view(-1, D) that a tap of kind `last` reads.
         response: [B, T], non-zero at the tokens that a tap of kind `mean` averages, at least one a row; only such taps
             need it.
+        logprob: [B, 2] from `likelihood.response_logprob`, for a tap of that kind.
 
     Raises:
         ValueError: for a trunk whose layers pass on states of another shape than its output's.
     """
     parts = []
     for tap in taps:
+        if tap.kind == "logprob":
+            assert logprob is not None
+            parts.append(logprob)
+            continue
         state = states.get(tap.layer, output)
         if state.shape != output.shape:
             raise ValueError(

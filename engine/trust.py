@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels import TRUST_DIRECTIONS, TrustRegion
 from .head import EnsembleHead
+from .taps import LOGPROB_SIZE
 
 LEAST_ROWS = 20  # of fewer rows none lies beyond the 95 % quantile
 EDGE = 0.95
@@ -27,7 +28,7 @@ def fit_trust(
     prompts: Tensor | None = None,
     head: EnsembleHead | None = None,
     shrinkage: float | None = None,
-    columns: Tensor | None = None,
+    blocks: Tensor | None = None,
 ) -> TrustRegion:
     """Fit the region in which the features of reference responses lie.
 
@@ -44,15 +45,20 @@ def fit_trust(
     standard deviation is unknown, not 0: each counts as the largest of its own, the rounding of its dtype, and the
     median feature's divided by sqrt(N), as if it differed in one response of N.
 
+    Blocks: two numbers such as log-probabilities would drown among hundreds of states. Of several blocks of features,
+    each gets a fit of its own, and its square distance is divided by its own quantile before they are added.
+
     Args:
         features: [N, D] of reference responses, any floating dtype, any device. The arithmetic is fp64, in blocks; it
             holds three matrices [D, D], or if N < D two of the size of `features`.
-        directions: R; fewer if there are not that many: at most D - 1, and at most a quarter of N.
+        directions: R; fewer if there are not that many: at most D - 1, and at most a quarter of N. Of several blocks
+            each gets an even share, and what a small one does not need goes to the larger.
         prompts: [N] int64, a label of each row's prompt.
         head: its mean over heads, calibrated as it is, gives `unit`: the standard deviation within a prompt, or over
             all rows without `prompts` or if no prompt has two. None: unit 1.
         shrinkage: the share by which eigenvalues are drawn towards their mean, in [0, 1]; None: Ledoit and Wolf's.
-        columns: [D] bool, the features that the distance reads; None: all. See `columns_of_taps`.
+        blocks: [D] int64, the number of each feature's block, negative for one that the distance does not read; None:
+            all are one block. See `blocks_of_taps`.
 
     Returns:
         A TrustRegion in fp32 on the features' device. The same input gives the same region.
@@ -61,38 +67,77 @@ def fit_trust(
         ValueError: for another shape or dtype, fewer than 20 rows, values that are not finite, rows that are all the
             same, or an option out of range.
     """
-    _check(features, directions, prompts, shrinkage, columns)
+    _check(features, directions, prompts, shrinkage, blocks)
     unit = _unit(head, features, prompts)
-    if columns is None:
-        return _region(features, directions, prompts, shrinkage, unit)
-    columns = columns.to(features.device)
-    part = _region(features[:, columns], directions, prompts, shrinkage, unit)
-    wide = features.new_zeros(features.shape[1], dtype=torch.float32)
-    spread = wide.new_zeros(len(part.weights), len(wide))
-    spread[:, columns] = part.directions
-    return part._replace(
-        mean=wide.masked_scatter(columns, part.mean),
-        precision=wide.masked_scatter(columns, part.precision),
-        directions=spread,
+    n, dim = features.shape
+    fold = _folds(n, prompts).to(features.device)
+    columns = (
+        [torch.arange(dim)] if blocks is None else [(blocks == b).nonzero()[:, 0] for b in blocks.unique() if b >= 0]
     )
+    parts, unseen = [], torch.zeros(n, dtype=torch.float64, device=features.device)
+    for place, count in zip(columns, _shares(directions, [len(place) for place in columns]), strict=True):
+        place = place.to(features.device)
+        part, far = _fit_unseen(
+            features if len(columns) == 1 and blocks is None else features[:, place], fold, count, shrinkage
+        )
+        edge = _edge(far)
+        unseen += far / edge
+        parts.append((place, part, edge))
+    whole = _joined([(place, part.region(edge * _edge(unseen), unit)) for place, part, edge in parts], dim)
+    if not all(bool(tensor.isfinite().all()) for tensor in whole):
+        raise ValueError("fit_trust: features: expected a range that fp32 holds, got features too small or too large")
+    return whole
 
 
-def columns_of_taps(taps: Sequence[str] | None, width: int) -> Tensor | None:
-    """[len(taps) * width] bool, the features that a distance reads of a model with these taps (`engine.taps`).
+def blocks_of_taps(taps: Sequence[str] | None, size: int) -> Tensor | None:
+    """[size] int64, the blocks of features that a distance reads of a model with these taps (`engine.taps`): 0 for
+    states, 1 for the response's log-probability, -1 for what it does not read. None: all, as one.
 
-    Means over the response, if there are any: they show foreign text best, and the last token's states beside them
-    only add noise. None: all.
+    Of states it reads the means over the response, if there are any: they show foreign text best, and the last token's
+    states beside them only add noise.
     """
-    reads = [str(tap).startswith("mean:") for tap in taps or ()]
-    return torch.tensor(reads).repeat_interleave(width) if any(reads) and not all(reads) else None
+    kinds = [str(tap).partition(":")[0] for tap in taps or ()]
+    states = [kind for kind in kinds if kind != "logprob"]
+    if len(states) == len(kinds) and len({*states}) <= 1:
+        return None
+    numbers = {"last": -1 if "mean" in kinds else 0, "mean": 0, "logprob": 1}
+    width = (size - LOGPROB_SIZE * (len(kinds) - len(states))) // max(1, len(states))
+    sizes = [LOGPROB_SIZE if kind == "logprob" else width for kind in kinds]
+    return torch.tensor([numbers[kind] for kind in kinds]).repeat_interleave(torch.tensor(sizes))
 
 
-def _region(
-    features: Tensor, directions: int, prompts: Tensor | None, shrinkage: float | None, unit: Tensor
-) -> TrustRegion:
+def _shares(directions: int, sizes: Sequence[int]) -> list[int]:
+    """How many directions each block gets: an even share, of which a small one leaves the rest to the larger."""
+    shares = [0] * len(sizes)
+    order = sorted(range(len(sizes)), key=lambda block: sizes[block])
+    for done, block in enumerate(order):
+        shares[block] = min(sizes[block] - 1, (directions - sum(shares)) // (len(order) - done))
+    return shares
+
+
+def _edge(square_distance: Tensor) -> Tensor:
+    """[]: the 95 % quantile of [N]; torch.quantile takes at most 2^24 numbers."""
+    return square_distance.kthvalue(round(EDGE * len(square_distance))).values
+
+
+def _joined(parts: Sequence[tuple[Tensor, TrustRegion]], dim: int) -> TrustRegion:
+    """The region on all `dim` features whose square distance is the sum of the parts', each on its own features."""
+    first = parts[0][1]
+    directions = first.mean.new_zeros(sum(len(part.weights) for _, part in parts), dim)
+    mean, precision = (first.mean.new_zeros(dim) for _ in range(2))
+    row = 0
+    for place, part in parts:
+        mean[place], precision[place] = part.mean, part.precision
+        directions[row : row + len(part.weights), place] = part.directions
+        row += len(part.weights)
+    weights = torch.cat([part.weights for _, part in parts])
+    return first._replace(mean=mean, precision=precision, directions=directions, weights=weights)
+
+
+def _fit_unseen(features: Tensor, fold: Tensor, directions: int, shrinkage: float | None) -> tuple[_Fitted, Tensor]:
+    """The fit of all rows, and [N] the square distance of each row in the fit of the other folds."""
     n, dim = features.shape
     shape = _Shape(min(directions, dim - 1, n // 4), shrinkage, torch.finfo(features.dtype).eps)
-    fold = _folds(n, prompts).to(features.device)
     unseen = torch.empty(n, dtype=torch.float64, device=features.device)
     pilot = features[:: max(1, n // 1024)].double().mean(0)
     total = _moments(features, pilot) if n >= dim else None
@@ -102,11 +147,7 @@ def _region(
         held, rest = features[fold == k], features[fold != k]
         moments = None if total is None else total.without(_moments(held, pilot))
         unseen[fold == k] = _fit(rest, moments, shape).square_distance(held)
-    edge = unseen.kthvalue(round(EDGE * n)).values  # torch.quantile takes at most 2^24 numbers
-    region = whole.region(edge, unit)
-    if not all(bool(tensor.isfinite().all()) for tensor in region):
-        raise ValueError("fit_trust: features: expected a range that fp32 holds, got features too small or too large")
-    return region
+    return whole, unseen
 
 
 class _Shape(NamedTuple):
@@ -262,7 +303,7 @@ def _unit(head: EnsembleHead | None, features: Tensor, prompts: Tensor | None) -
 
 
 def _check(
-    features: Tensor, directions: int, prompts: Tensor | None, shrinkage: float | None, columns: Tensor | None
+    features: Tensor, directions: int, prompts: Tensor | None, shrinkage: float | None, blocks: Tensor | None
 ) -> None:
     def refuse(argument: str, expected: str, got: object) -> None:
         raise ValueError(f"fit_trust: {argument}: expected {expected}, got {got}")
@@ -280,8 +321,8 @@ def _check(
         refuse("prompts", f"whole numbers [{len(features)}]", f"{list(prompts.shape)} of {prompts.dtype}")
     if shrinkage is not None and not 0 <= shrinkage <= 1:
         refuse("shrinkage", "a share from 0 to 1", shrinkage)
-    if columns is not None:
-        if columns.dtype != torch.bool or columns.shape != features.shape[1:]:
-            refuse("columns", f"[{features.shape[1]}] of bool", f"{list(columns.shape)} of {columns.dtype}")
-        if not bool(columns.any()):
-            refuse("columns", "at least one feature to read", "none")
+    if blocks is not None:
+        if blocks.dtype != torch.int64 or blocks.shape != features.shape[1:]:
+            refuse("blocks", f"[{features.shape[1]}] of int64", f"{list(blocks.shape)} of {blocks.dtype}")
+        if not bool((blocks >= 0).any()):
+            refuse("blocks", "at least one feature to read", "none")

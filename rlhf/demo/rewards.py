@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...engine import EnsembleHead, calibrate
 from ...engine.taps import num_layers, parse_taps, wide_taps
-from ...engine.trust import columns_of_taps, fit_trust
+from ...engine.trust import blocks_of_taps, fit_trust
 from ...kernels import TrustRegion
 from ..job.log import RunLog
 from ..reward.config import BradleyTerryConfig, BRMEConfig
@@ -62,8 +62,8 @@ class Reference(NamedTuple):
     def fit(cls, features: Tensor, prompts: Tensor, taps: Sequence[str]) -> Reference:
         """Fit the region once; its unit is each head's own."""
         features = features.float()
-        columns = columns_of_taps(taps, features.shape[1] // len(taps))
-        return cls(features, prompts, fit_trust(features, prompts=prompts, columns=columns))
+        blocks = blocks_of_taps(taps, features.shape[1])
+        return cls(features, prompts, fit_trust(features, prompts=prompts, blocks=blocks))
 
 
 def fit_rewards(

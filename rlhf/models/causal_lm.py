@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ...engine.likelihood import logit_scale
+
 # families whose layers pass unknown keyword arguments to the attention function and use a causal mask only
 SHARING_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -32,16 +34,6 @@ def cache_of(output: Any) -> Any:
     """Return the cache in an output of transformers; None if it has none."""
     known = output.keys()  # the old names still exist as attributes, but reading them warns
     return next((output[name] for name in _CACHE_NAMES if name in known), None)
-
-
-def logit_scale(config: Any) -> float:
-    """Return the factor on a causal language model's logits, under any name that configurations use; 1 for most."""
-    scale = 1.0
-    for name, divides in (("logit_scale", False), ("lm_head_multiplier", False), ("logits_scaling", True)):
-        value = getattr(config, name, None)
-        if isinstance(value, (int, float)) and value > 0:
-            scale = scale / value if divides else scale * value
-    return scale
 
 
 def next_logits(model: Any, hidden: Tensor) -> Tensor:

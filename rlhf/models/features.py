@@ -43,6 +43,8 @@ def model_fingerprint(model: nn.Module) -> str:
         reading += f" before {config.skip_token_id}"
     if getattr(config, "taps", None) is not None:
         reading += f" {' '.join(config.taps)}"
+    if getattr(config, "logprob_skips", None) is not None:
+        reading += f" without {config.logprob_skips}"
     return hashlib.sha256(digest.digest() + reading.encode()).hexdigest()[:16]
 
 

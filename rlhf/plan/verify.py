@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from ...engine import EnsembleHead
-from ...engine.taps import layers_of, parse_taps
+from ...engine.taps import features_size, layers_of, parse_taps
 from ..ppo import batch
 from ..ppo.batch import Experience, Samples, Scored
 from ..ppo.budget import logprob_workspace
@@ -192,7 +192,7 @@ def trace(
     taps = parse_taps(features, layers_of(model_config))
     reward = None
     if heads:
-        head = EnsembleHead(model_config.hidden_size * len(taps), heads)
+        head = EnsembleHead(features_size(taps, model_config.hidden_size), heads)
         reward = RewardOnTrunk(head, taps=None if features == "last" else [str(tap) for tap in taps])
     policy = Policy(settings, model, device="meta", reward=reward)
     policy.device = _CPU

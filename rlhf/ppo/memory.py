@@ -109,7 +109,7 @@ def job_shape(
         reward=kind if kind in ("shared", "adapter") else None,  # type: ignore[arg-type]
         heads=heads,
         reward_bytes=_other_model(config.reward.source, dtype) if kind == "model" else 0,
-        taps=len(taps),
+        taps=sum(tap.kind != "logprob" for tap in taps),
         captured=len({tap.layer for tap in taps} - {layers}),
         checkpointing=config.policy.gradient_checkpointing,
         optimizer=config.update.optimizer,

@@ -25,7 +25,7 @@ from ..models.features import compute_features
 from ..models.loading import LoadedReward, load_reward, model_folder
 from ..report.words import aligned, count, truncated_texts
 from .config import CalibrateConfig
-from .region import distance_columns
+from .region import distance_blocks
 
 __all__ = ["CalibrateConfig", "CalibrateResult", "run_calibrate"]
 
@@ -110,7 +110,7 @@ def run_calibrate(config: CalibrateConfig, *, progress: bool = True) -> Calibrat
         scale_counts = other.counts
         _named("scale_data", config.scale_data, calibrate, head, other.features)
     options: dict[str, Any] = {"directions": config.directions, "shrinkage": config.shrinkage}
-    options["columns"] = distance_columns(scorer.model.config)
+    options["blocks"] = distance_blocks(scorer.model.config)
     region = _named("data", config.data, fit_trust, data.features, prompts=data.prompts, head=head, **options)
     head.set_trust(region)
     head.aggregation = spec

@@ -245,6 +245,11 @@ def refuse_unread(config: TrainConfig, mode: str) -> None:
             f"features: has no effect beside {'stage1' if config.stage1 else 'pet.start'} {given}, whose heads read "
             f"what they were trained on, got {config.features}"
         )
+    if mode != "head" and "logprob" in config.features:
+        raise ValueError(
+            f"features: expected states alone in {where}, because a trunk that learns to judge forgets how likely a "
+            f"text is, got {', '.join(config.features)}"
+        )
     if config.start is not None:
         for group in ("bt", "brme"):
             for key in _changed(getattr(config, group)):

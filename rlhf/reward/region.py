@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...engine import EnsembleHead, EnsembleRewardConfig, fit_trust
-from ...engine.trust import LEAST_ROWS, columns_of_taps
+from ...engine.trust import LEAST_ROWS, blocks_of_taps
 from ...kernels import Aggregation
 from ..evaluation.statistics import group_labels
 
@@ -45,14 +45,14 @@ def place_region(
         logger.warning("data: %s: the model measures no distance", few)
     else:
         labels = group_labels(prompts).repeat(len(sides))
-        head.set_trust(fit_trust(features, prompts=labels, head=head, columns=distance_columns(config)))
+        head.set_trust(fit_trust(features, prompts=labels, head=head, blocks=distance_blocks(config)))
     if spec is not None:
         head.aggregation = spec
 
 
-def distance_columns(config: EnsembleRewardConfig) -> Tensor | None:
-    """[D] bool, the features that the distance of such a model reads; None: all."""
-    return columns_of_taps(config.taps, config.hidden_size)
+def distance_blocks(config: EnsembleRewardConfig) -> Tensor | None:
+    """[F] int64, the blocks of features that the distance of such a model reads; None: all, as one."""
+    return blocks_of_taps(config.taps, config.feature_size)
 
 
 def of_heads(aggregation: str | Aggregation, num_heads: int) -> Aggregation:

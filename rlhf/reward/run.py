@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...engine import EnsembleHead, EnsembleRewardModel, Scorer
+from ...engine.likelihood import special_ids
 from ...kernels import Aggregation
 from ..data.pairs import PreferencePair, both_sides, load_pairs, names_of_sides
 from ..evaluation.statistics import group_labels
@@ -125,6 +126,7 @@ class Run:
             "append_eos": config.append_eos,
             "max_score_length": config.max_length,
             "taps": config.features,
+            "logprob_skips": special_ids(self.tokenizers["model"]),
         }
         if trunk is not None:
             return self.placed(EnsembleRewardModel.from_trunk(trunk, **options))
@@ -206,8 +208,8 @@ class Run:
 
 def with_head(model: EnsembleRewardModel, head: EnsembleHead, trunk: Any = None) -> EnsembleRewardModel:
     """Put `head` on the model's trunk, or on `trunk`; the result reads texts as the model does."""
-    reading = ("pooling", "append_eos", "max_score_length", "skip_token_id", "taps")
-    options = {name: getattr(model.config, name) for name in reading}
+    reading = ("pooling", "append_eos", "max_score_length", "skip_token_id", "taps", "logprob_skips")
+    options = {name: getattr(model.config, name) for name in reading} | {"lm_head": model.lm_head}
     return EnsembleRewardModel.from_trunk(model.model if trunk is None else trunk, head=head, **options)
 
 

@@ -57,7 +57,7 @@ def read_texts(
                 ids = [turn.read(prompt, text) for prompt, text in part]
                 begins = [min(starts[json.dumps(prompt)], len(i) - 1) for (prompt, _), i in zip(part, ids, strict=True)]
                 with atomic_file(file) as temporary:
-                    save_file({"features": forward(model, ids, begins, parsed)}, temporary, label)
+                    save_file({"features": forward(model, ids, begins, parsed, turn.special)}, temporary, label)
             with reading_weights(file), safe_open(file, "pt") as stored:
                 if (stored.metadata() or {}) != label:
                     raise ValueError(f"{file}: expected the features of the present texts; name another output folder")
@@ -66,14 +66,17 @@ def read_texts(
     return torch.cat(parts)
 
 
-def forward(model: Any, ids: Sequence[list[int]], begins: Sequence[int], taps: Sequence[Tap]) -> Tensor:
-    """[len(ids), F], the taps' states of whole sequences whose responses begin at `begins`, one length at a time."""
+def forward(
+    model: Any, ids: Sequence[list[int]], begins: Sequence[int], taps: Sequence[Tap], skips: Sequence[int] = ()
+) -> Tensor:
+    """[len(ids), F], the taps of whole sequences whose responses begin at `begins`, one length at a time; `skips` as in
+    `shared_prefix.sample_batch`."""
     features: dict[int, Tensor] = {}
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     for _, group in groupby(order, key=lambda row: len(ids[row])):
         same = list(group)
         for rows in (same[i : i + _ROWS] for i in range(0, len(same), _ROWS)):
             batch = torch.tensor([ids[row] for row in rows])
-            read = read_again(model, batch, torch.tensor([begins[row] for row in rows]), taps)
+            read = read_again(model, batch, torch.tensor([begins[row] for row in rows]), taps, skips)
             features.update(zip(rows, read, strict=True))
     return torch.stack([features[row] for row in range(len(ids))])

@@ -18,7 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ...engine.taps import Tap, capturing, num_layers
+from ...engine.likelihood import LanguageHead
+from ...engine.taps import Tap, capturing, num_layers, reads_logprob
 from ..models.causal_lm import SHARING_MODELS, cache_argument, cache_of, next_logits
 from .tokens import Rule
 
@@ -30,9 +31,9 @@ class Sampled(NamedTuple):
 
     tokens    [G * S] lists of response ids, with the stop token if one was drawn
     stopped   [G * S] whether the last id is a stop token (False: cut at max_new_tokens)
-    features  [G * S, F] the taps' states, concatenated, in the trunk's dtype, on the CPU. Closing tokens replace the
-              stop token; `last` reads the last of them, `mean` averages response and closing tokens. None without
-              closing tokens
+    features  [G * S, F] the taps, concatenated, in the trunk's dtype, on the CPU. Closing tokens replace the stop
+              token; `last` reads the last of them, `mean` and `logprob` the response with them. None without closing
+              tokens
     """
 
     tokens: list[list[int]]
@@ -221,9 +222,9 @@ class Decoder:
         self._read += 1
         return hidden
 
-    def read(self, taps: Sequence[Tap], hidden: Tensor) -> Tensor:
-        """[n, F] the state of each tap at the tokens just fed, concatenated; hidden: [n, D], what `feed` returned."""
-        return torch.cat([self._states[tap.layer][:, -1] if tap.layer in self._states else hidden for tap in taps], 1)
+    def read(self, layer: int, hidden: Tensor) -> Tensor:
+        """[n, D] the state of a layer at the tokens just fed; hidden: [n, D], what `feed` returned."""
+        return self._states[layer][:, -1] if layer in self._states else hidden
 
     def shrink(self, done: Tensor) -> None:
         """Drop finished rows (done: [G * S] bool, on the CPU) once that saves a fifth: prompts with none left, and
@@ -257,7 +258,7 @@ def decoder(
         prompts: G lists of token ids, of any lengths.
         samples: S.
         capacity: the most tokens that a sample reads.
-        taps: what `Decoder.read` reads.
+        taps: whose layers `Decoder.read` reads.
     """
     longest = max(map(len, prompts))
     with (
@@ -276,6 +277,7 @@ def sample_batch(
     rule: Rule,
     closing: Sequence[int] = (),
     taps: Sequence[Tap] | None = None,
+    skips: Sequence[int] = (),
 ) -> Iterator[int | Sampled]:
     """Sample S responses to each of G prompts; yields how many tokens each step drew, then the `Sampled`.
 
@@ -288,12 +290,13 @@ def sample_batch(
         rule: how a token is drawn, and which tokens end a response.
         closing: ids read after every response, cut ones too.
         taps: the features; None: the trunk's output after the last closing token.
+        skips: ids that a tap of kind `logprob` leaves out.
     """
     limit = uniform.shape[1]
     taps = (Tap("last", num_layers(model)),) if taps is None else taps
     with decoder(model, prompts, samples, limit + len(closing), taps) as batch:
         rows = _Rows(len(prompts) * samples, rule, closing, limit)
-        means = _ResponseMeans(taps)
+        response = _ResponseTaps(taps, model, len(rows.done), skips)
         hidden, fed = batch.hidden.repeat_interleave(samples, dim=0), batch.grid.flatten()
         while True:
             drawing = rows.drawing(fed)
@@ -303,39 +306,57 @@ def sample_batch(
                 yield rows.take(fed[drawing], drawn.tolist())
             if rows.done.all():
                 break
+            response.predict(fed, hidden, rows)
             batch.shrink(rows.done)
             fed = batch.grid.flatten()
             hidden = batch.feed(torch.tensor([rows.next_input(row) for row in fed.tolist()]))
-            states = batch.read(taps, hidden)
-            rows.keep_features(fed, means.of(fed, states))
+            rows.keep_features(fed, response.read(fed, batch, hidden))
     yield Sampled(rows.tokens, rows.stopped, torch.stack(rows.features) if closing else None)
 
 
-class _ResponseMeans:
-    """The mean over each row's tokens so far, for taps of kind `mean`; other taps keep the state of the last token."""
+class _ResponseTaps:
+    """The taps over each row's tokens so far. Rows are read by their numbers in the first grid.
 
-    def __init__(self, taps: Sequence[Tap]) -> None:
+    Every row reads one token at every step until it is finished, so the number of steps is its number of tokens. What
+    finished rows that are still fed get is not read.
+    """
+
+    def __init__(self, taps: Sequence[Tap], model: Any, count: int, skips: Sequence[int]) -> None:
         self._taps = taps
-        self._sums: Tensor | None = None  # [rows, F] fp32
+        self._sums: dict[Tap, Tensor] = {}  # of tap `mean`: [count, D] fp32
         self._steps = 0
+        self._head = LanguageHead.of(model, skips) if reads_logprob(taps) else None
+        self._count, self._total, self._least = torch.zeros(3, count, device=model.device)  # of log-probabilities
 
-    def of(self, fed: Tensor, states: Tensor) -> Tensor:
-        """[n, F] states of the tokens just fed to the rows `fed` [n] -> the same with means in place of mean taps.
+    def predict(self, fed: Tensor, hidden: Tensor, rows: _Rows) -> None:
+        """Take the log-probability of the token that each row reads next, which hidden [n, D] of the rows `fed` [n]
+        predicts."""
+        if self._head is None:
+            return
+        ids = torch.tensor([rows.next_input(row, keep=True) for row in fed.tolist()])
+        read = (~rows.done[fed] & self._head.counts(ids)).nonzero()[:, 0]
+        place = fed[read].to(hidden.device)
+        logprob = self._head.logprobs(hidden[read.to(hidden.device)], ids[read].to(hidden.device))
+        self._count[place] += 1
+        self._total[place] += logprob
+        self._least[place] = torch.minimum(self._least[place], logprob)
 
-        Every row reads one token at every step until it is finished, so the number of steps is its number of tokens.
-        What finished rows that are still fed get is not read.
-        """
-        averaged = torch.tensor([tap.kind == "mean" for tap in self._taps])
-        if not averaged.any():
-            return states
+    def read(self, fed: Tensor, batch: Decoder, hidden: Tensor) -> Tensor:
+        """[n, F] after the tokens just fed to the rows `fed` [n]; hidden: [n, D], what `Decoder.feed` returned."""
         self._steps += 1
-        fed = fed.to(states.device)
-        if self._sums is None:
-            self._sums = states.new_zeros(int(fed.max()) + 1, states.shape[1], dtype=torch.float32)
-        self._sums[fed] += states.float()
-        width = states.shape[1] // len(self._taps)
-        where = averaged.repeat_interleave(width).to(states.device)
-        return torch.where(where, (self._sums[fed] / self._steps).to(states.dtype), states)
+        fed = fed.to(hidden.device)
+        return torch.cat([self._read(tap, fed, batch, hidden).to(hidden.dtype) for tap in self._taps], dim=1)
+
+    def _read(self, tap: Tap, fed: Tensor, batch: Decoder, hidden: Tensor) -> Tensor:
+        if tap.kind == "logprob":
+            return torch.stack([self._total[fed] / self._count[fed].clamp_min(1), self._least[fed]], dim=1)
+        state = batch.read(tap.layer, hidden)
+        if tap.kind == "last":
+            return state
+        if tap not in self._sums:
+            self._sums[tap] = state.new_zeros(len(self._total), state.shape[1], dtype=torch.float32)
+        self._sums[tap][fed] += state.float()
+        return self._sums[tap][fed] / self._steps
 
 
 class _Rows:
@@ -365,8 +386,11 @@ class _Rows:
                 self.done[row] = not self._closing
         return len(drawn)
 
-    def next_input(self, row: int) -> int:
-        return self._queue[row].pop(0) if self._queue[row] else 0
+    def next_input(self, row: int, *, keep: bool = False) -> int:
+        """The token that a row reads next, 0 for a finished one; `keep` leaves it in the queue."""
+        if not self._queue[row]:
+            return 0
+        return self._queue[row][0] if keep else self._queue[row].pop(0)
 
     def keep_features(self, fed: Tensor, hidden: Tensor) -> None:
         """Finish the rows that have just read their last closing token; their hidden state is the feature."""

@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...engine.config import longest_in_company
-from ...engine.taps import Tap, capturing, num_layers, parse_taps, read_taps
+from ...engine.likelihood import LanguageHead, response_logprob
+from ...engine.taps import Tap, capturing, num_layers, parse_taps, read_taps, reads_logprob
 from ...engine.weights import reading_weights
 from ..data.rows import Prompt
 from ..job.files import atomic_file, repaired_json_lines, writing
@@ -84,7 +85,7 @@ def sample(
     """Return the responses to every request, sampled or read from `folder`, in the requests' order.
 
     Args:
-        taps: the features (see `engine.taps`), F = number of taps times D.
+        taps: the features [F] (see `engine.taps`).
 
     Raises:
         ValueError: if `folder` holds responses to other prompts or features of other taps, two requests have the same
@@ -109,7 +110,8 @@ def sample(
         for number, batch in todo:
             uniform = torch.cat([uniforms(requests[i], sampling, seed) for i in batch])
             ids = [prompts[i] for i in batch]
-            for drawn in sample_batch(model, ids, requests[batch[0]].samples, uniform, rule, turn.closing, parsed):
+            count, skips = requests[batch[0]].samples, turn.special
+            for drawn in sample_batch(model, ids, count, uniform, rule, turn.closing, parsed, skips):
                 if isinstance(drawn, Sampled):
                     items = [requests[i].prompt for i in batch]
                     store.add(number, batch, _as_texts(model, turn, items, ids, drawn, parsed))
@@ -156,7 +158,7 @@ def _as_texts(
         for part in (rows[i : i + _REREAD_ROWS] for i in range(0, len(rows), _REREAD_ROWS)):
             batch = torch.tensor([others[row] for row in part])
             starts = torch.tensor([_shared(prompts[row // count], others[row]) for row in part])
-            features[part] = read_again(model, batch, starts, taps).to(features)
+            features[part] = read_again(model, batch, starts, taps, turn.special).to(features)
     return _Texts(texts, stopped, features)
 
 
@@ -167,13 +169,18 @@ def _shared(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 @torch.no_grad()
-def read_again(model: Any, ids: Tensor, starts: Tensor, taps: Sequence[Tap]) -> Tensor:
-    """[B, T] ids of whole sequences without padding, [B] where their responses begin -> [B, F] the taps' states."""
+def read_again(model: Any, ids: Tensor, starts: Tensor, taps: Sequence[Tap], skips: Sequence[int] = ()) -> Tensor:
+    """[B, T] ids of whole sequences without padding, [B] where their responses begin -> [B, F] the taps; `skips` as in
+    `sample_batch`."""
     ids, (count, length) = ids.to(model.device), ids.shape
     with capturing(model.base_model, [tap.layer for tap in taps]) as states:
         output = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     response = torch.arange(length, device=ids.device) >= starts.to(ids.device)[:, None]
-    return read_taps(taps, states, output, torch.arange(1, count + 1, device=ids.device) * length - 1, response)
+    logprob = None
+    if reads_logprob(taps):
+        logprob = response_logprob(LanguageHead.of(model, skips), output, ids, response)
+    rows = torch.arange(1, count + 1, device=ids.device) * length - 1
+    return read_taps(taps, states, output, rows, response, logprob)
 
 
 def _check_length(model: Any, requests: Sequence[Request], prompts: Sequence[list[int]], room: int) -> None:

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from typing import Any
 
 from ...engine.config import max_positions
+from ...engine.likelihood import special_ids
 from ...engine.text import ItemEncoder
 from ..data.rows import Prompt, Text
 from ..job.log import say_once
@@ -18,6 +19,7 @@ class Turn:
         closing: ids that close a complete response: the end of the assistant's turn, or EOS. Heads read the last of
             them; a response that was cut off is closed too, so that every reward is read at the same kind of token.
         stop: ids that end a response during sampling.
+        special: ids that the tap `logprob` skips.
         ending: finds where the text of a sampled response ends.
     """
 
@@ -37,6 +39,7 @@ class Turn:
             raise ValueError("tokenizer: expected a chat template or EOS token that closes a response after its text")
         self.closing = whole[len(cut) :]
         self.ending = Ending(tokenizer)
+        self.special = special_ids(tokenizer)
         eos = getattr(model.generation_config, "eos_token_id", None)
         # no special token is part of a response: its text, tokenised again, would be another response
         self.stop = {*self.ending.stop, *tokenizer.all_special_ids, *(eos if isinstance(eos, list) else [eos])} - {None}

@@ -174,16 +174,34 @@ def test_a_distance_can_read_some_features_alone():
     features, fresh = World().rows(200), World(seed=1).rows(50)
     columns = torch.zeros(WIDTH, dtype=torch.bool)
     columns[5::3] = True
-    whole, part = fit_trust(features, columns=columns), fit_trust(features[:, columns])
+    whole, part = fit_trust(features, blocks=columns.long() - 1), fit_trust(features[:, columns])
     torch.testing.assert_close(distance(fresh, whole), distance(fresh[:, columns], part))
     fresh[:, ~columns] += 100
     torch.testing.assert_close(distance(fresh, whole), distance(fresh[:, columns], part))
 
 
-def test_of_a_models_taps_the_distance_reads_the_means_over_the_response():
-    assert trust.columns_of_taps(["last:4", "mean:2"], 3).tolist() == [False] * 3 + [True] * 3
-    for all_or_nothing in (None, ["last:4"], ["mean:2", "mean:3"]):
-        assert trust.columns_of_taps(all_or_nothing, 3) is None
+def test_of_a_models_taps_the_distance_reads_the_means_and_the_log_probability_of_the_response():
+    assert trust.blocks_of_taps(["last:4", "mean:2"], 6).tolist() == [-1] * 3 + [0] * 3
+    assert trust.blocks_of_taps(["last:4", "logprob", "mean:2"], 8).tolist() == [-1] * 3 + [1] * 2 + [0] * 3
+    assert trust.blocks_of_taps(["last:4", "logprob"], 5).tolist() == [0] * 3 + [1] * 2
+    assert trust.blocks_of_taps(["logprob"], 2).tolist() == [1] * 2
+    for all_of_one in (None, ["last:4"], ["mean:2", "mean:3"]):
+        assert trust.blocks_of_taps(all_of_one, 6) is None
+
+
+def test_blocks_of_features_weigh_the_same_however_many_features_they_have():
+    world = World()
+    features = torch.cat([world.rows(400), torch.randn(400, 2, generator=torch.Generator().manual_seed(0))], dim=1)
+    blocks = torch.tensor([0] * WIDTH + [1] * 2)
+    region = fit_trust(features, blocks=blocks, directions=8)
+    assert region.directions.shape == (8, WIDTH + 2)
+    parts = [fit_trust(features[:, blocks == b], directions=count) for b, count in ((0, 7), (1, 1))]
+    squares = [distance(features[:, blocks == b], part).square() for b, part in zip((0, 1), parts, strict=True)]
+    ratio = distance(features, region).square() / (squares[0] + squares[1])
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-5, atol=0)
+    far = features[:1].clone()
+    far[:, WIDTH:] = 30  # ten standard deviations in two features of many
+    assert distance(far, region) > 1.5 * distance(far, fit_trust(features, directions=8))
 
 
 @pytest.mark.parametrize(
@@ -199,8 +217,8 @@ def test_of_a_models_taps_the_distance_reads_the_means_over_the_response():
         ({"directions": True}, "directions: expected a whole number, 0 or above, got True"),
         ({"shrinkage": 1.5}, "shrinkage: expected a share from 0 to 1, got 1.5"),
         ({"prompts": torch.zeros(29, dtype=torch.int64)}, r"prompts: expected whole numbers \[30\], got \[29\]"),
-        ({"columns": torch.ones(4)}, r"columns: expected \[4\] of bool, got \[4\] of torch.float32"),
-        ({"columns": torch.zeros(4, dtype=torch.bool)}, "columns: expected at least one feature to read, got none"),
+        ({"blocks": torch.ones(4)}, r"blocks: expected \[4\] of int64, got \[4\] of torch.float32"),
+        ({"blocks": torch.full((4,), -1)}, "blocks: expected at least one feature to read, got none"),
         ({"prompts": torch.zeros(30)}, r"prompts: expected whole numbers \[30\], got .*float32"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ....engine import EnsembleHead
 from ....engine.config import position_offset
 from ....engine.eval_mode import evaluating
-from ....engine.taps import Tap, capturing, num_layers, parse_taps, read_taps
+from ....engine.likelihood import LanguageHead, response_logprob
+from ....engine.taps import Tap, capturing, features_size, num_layers, parse_taps, read_taps, reads_logprob
 from ....kernels import linear_logprob
 from ....kernels.linear_logprob.contract import LogprobOutput
 from ...job.log import say_once
@@ -34,13 +35,14 @@ Role = Literal["actor", "critic", "reference", "reward"]
 class RewardOnTrunk(NamedTuple):
     """A reward that reads the policy's own trunk.
 
-    adapter: the folder of its LoRA; None: it reads the frozen trunk. taps: the states that the heads read (see
-    `EnsembleRewardConfig`); None: the trunk's output at the last token.
+    adapter: the folder of its LoRA; None: it reads the frozen trunk. taps: what the heads read; None: the trunk's
+    output at the last token. skips: ids that the tap logprob leaves out. See `EnsembleRewardConfig`.
     """
 
     head: EnsembleHead
     adapter: Path | None = None
     taps: list[str] | None = None
+    skips: Sequence[int] = ()
 
 
 class Policy(nn.Module):
@@ -132,9 +134,10 @@ class Policy(nn.Module):
         self.reward_kind: Literal["shared", "adapter"] | None = None
         self.reward_head: EnsembleHead | None = None
         self.reward_taps: tuple[Tap, ...] | None = None
+        self.reward_skips = () if reward is None else reward.skips
         if reward is not None:
             self.reward_taps = parse_taps(reward.taps, num_layers(self.model)) if reward.taps else None
-            wanted = width * len(self.reward_taps or ("last",))
+            wanted = features_size(self.reward_taps, width) if self.reward_taps else width
             if reward.head.hidden_size != wanted:
                 raise ValueError(
                     f"reward.source: expected heads on hidden states of width {wanted}, got {reward.head.hidden_size}"
@@ -232,7 +235,16 @@ class Policy(nn.Module):
         with capturing(self._part(role)[0].base_model, [tap.layer for tap in self.reward_taps]) as states:
             hidden = self.hidden(batch, role)
         output = hidden.view(*batch.input_ids.shape, -1)
-        return hidden, read_taps(self.reward_taps, states, output, batch.last, batch.response())
+        response, logprob = batch.response(), None
+        if reads_logprob(self.reward_taps):
+            head = LanguageHead(self._head_weight(role), self.logit_rule, self.reward_skips)
+            logprob = response_logprob(head, output, batch.input_ids, response, batch.position_ids)
+        return hidden, read_taps(self.reward_taps, states, output, batch.last, response, logprob)
+
+    def _head_weight(self, role: Role) -> Tensor:
+        """[V, D]; in mode lora all roles have the same."""
+        weight: Tensor = self._part(role)[0].get_output_embeddings().weight
+        return weight
 
     def logprobs(
         self, hidden: Tensor, batch: TokenBatch, temperature: float, role: Literal["actor", "reference"] = "actor"
@@ -243,10 +255,9 @@ class Policy(nn.Module):
             hidden: [B * T, D] from `hidden`; the R rows are taken before the product with the head.
             role: whose head; in mode lora there is one.
         """
-        weight = self._part(role)[0].get_output_embeddings().weight
         return linear_logprob(
             hidden.index_select(0, batch.rows),
-            weight.to(self.dtype),
+            self._head_weight(role).to(self.dtype),
             batch.targets,
             temperature=temperature / self.logit_rule.scale,
             softcap=self.logit_rule.softcap,

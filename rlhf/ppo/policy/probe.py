@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ....engine.config import position_offset
 from ....engine.eval_mode import evaluating
-from ....kernels import linear_logprob
-from ...models.causal_lm import has_values, logit_scale
-
-
-class LogitRule(NamedTuple):
-    """logits = softcap tanh(scale z / softcap) with z = hidden @ weight.T; scale z without a softcap."""
-
-    scale: float = 1.0
-    softcap: float | None = None
+from ....engine.likelihood import LanguageHead, LogitRule
+from ...models.causal_lm import has_values
 
 
 def logit_rule(model: Any) -> LogitRule:
@@ -26,22 +19,10 @@ def logit_rule(model: Any) -> LogitRule:
     Raises:
         ValueError: for logits that `linear_logprob` cannot compute.
     """
-    head, config = model.get_output_embeddings(), model.config
-    if head is None or getattr(head, "weight", None) is None:
-        raise ValueError(f"model: expected a causal language model with a linear head, got {type(model).__name__}")
-    if getattr(head, "bias", None) is not None:
-        raise ValueError(f"model: expected a language-model head without a bias, got one in {type(model).__name__}")
-    scale = logit_scale(config)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    if softcap is not None and scale != 1.0:
-        raise ValueError(
-            f"model: expected logits that are scaled or capped, got both in {type(model).__name__}: scale {scale:g}, "
-            f"cap {softcap:g}"
-        )
-    rule = LogitRule(scale, None if softcap is None else float(softcap))
+    head = LanguageHead.of(model)
     if has_values(head.weight):
-        _check_rule(model, rule)
-    return rule
+        _check_rule(model, head.rule)
+    return head.rule
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -68,9 +49,7 @@ def _check_rule(model: Any, rule: LogitRule) -> None:
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
     weight = model.get_output_embeddings().weight
     targets = torch.arange(len(hidden), device=hidden.device) % weight.shape[0]
-    ours = linear_logprob(
-        hidden.to(weight.dtype), weight, targets, temperature=1 / rule.scale, softcap=rule.softcap
-    ).logprob
+    ours = LanguageHead(weight, rule).logprobs(hidden.to(weight.dtype), targets)
     wanted = theirs.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     scale = theirs.abs().amax().clamp_min(1.0)
     if not bool(((ours - wanted).abs() <= _tolerance(weight.dtype) * scale).all()):

@@ -268,7 +268,7 @@ def _reads_alike(model: Any, turn: Turn, scorer: Scorer, longest: int) -> bool:
     probe = {"prompt": "a", "response": "b"}
     if scorer.encode(probe) != turn.whole("a", "b"):
         return False
-    own = EnsembleRewardModel.from_trunk(model, taps=_taps_of(scorer, model))
+    own = EnsembleRewardModel.from_trunk(model, taps=_taps_of(scorer, model), logprob_skips=turn.special)
     return model_fingerprint(own) == model_fingerprint(scorer.model)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....engine.taps import num_layers, parse_taps
+from ....engine.taps import columns_of, num_layers, parse_taps
 from ...models.embedded import embedded_model
 from ...models.loading import load_language_model, load_tokenizer
 from ...sampling.foreign import AGAIN, ATTACKS, OTHERS, foreign_texts
@@ -85,7 +85,7 @@ def load_candidates(config: OveroptimisationConfig, *, progress: bool = True) ->
     rows: dict[str, list[int]] = {}
     for row, text in enumerate(texts):
         rows.setdefault("attack" if text.kind in ATTACKS else text.kind, []).append(row)
-    count, width = len(asked), model.get_input_embeddings().embedding_dim
+    count = len(asked)
     attacks = [texts[row].text for row in rows["attack"]]
     each = len(attacks) // count
     return Candidates(
@@ -96,7 +96,7 @@ def load_candidates(config: OveroptimisationConfig, *, progress: bool = True) ->
         attacks=[attacks[i : i + each] for i in range(0, len(attacks), each)],
         attack_features=read[rows["attack"]].view(count, each, -1),
         others={kind: read[rows[kind]].view(count, config.others, -1) for kind in (*OTHERS, AGAIN)},
-        columns={tap: slice(i * width, (i + 1) * width) for i, tap in enumerate(config.taps)},
+        columns=dict(zip(config.taps, columns_of(taps, model.get_input_embeddings().embedding_dim), strict=True)),
     )
 
 

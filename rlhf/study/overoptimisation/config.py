@@ -103,7 +103,7 @@ class OveroptimisationConfig(JobConfig):
     pairs: tuple[int, ...] = Field(default=(100, 300, 1000, 5000), description="Numbers of preference pairs.")
     noise: tuple[float, ...] = Field(default=(0.0, 0.25), description="Shares of labels that are flipped.")
     taps: tuple[str, ...] = Field(
-        default=("last:-1", "last:2/3", "mean:1/3", "mean:2/3", "mean:-1"),
+        default=("last:-1", "last:2/3", "mean:1/3", "mean:2/3", "mean:-1", "logprob"),
         description="Hidden states to keep, a fraction being a share of the trunk's layers.",
     )
     views: tuple[str, ...] = Field(

@@ -69,7 +69,7 @@ class RewardJudge:
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Any]:
         ids = [self._turn.read(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
         starts = [min(len(self._turn.prompt(prompt)), len(row) - 1) for prompt, row in zip(prompts, ids, strict=True)]
-        features = forward(self._model, ids, starts, self._taps)[None]
+        features = forward(self._model, ids, starts, self._taps, self._turn.special)[None]
         x = self._reader(features[..., self._columns["heads"]])
         outputs = {name: head(x[0], aggregation="mean") for name, head in self._heads.items()}
         mean, std = {name: out.mean[None] for name, out in outputs.items()}, outputs["brme"].std[None]

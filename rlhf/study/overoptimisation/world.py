@@ -147,7 +147,11 @@ def trust_region(found: Candidates, taps: Sequence[str], directions: int) -> Tru
     """Fitted on the training prompts' responses."""
     features = found.columns_of(taps, found.training_features)
     prompts = torch.arange(features.shape[0]).repeat_interleave(features.shape[1])
-    return fit_trust(features.flatten(0, 1), directions=directions, prompts=prompts)
+    blocks = None
+    if "logprob" in taps:
+        sizes = [found.columns[tap].stop - found.columns[tap].start for tap in taps]
+        blocks = torch.tensor([tap == "logprob" for tap in taps]).long().repeat_interleave(torch.tensor(sizes))
+    return fit_trust(features.flatten(0, 1), directions=directions, prompts=prompts, blocks=blocks)
 
 
 def distances(region: TrustRegion, features: Tensor) -> Tensor:
