@@ -155,7 +155,7 @@ def test_taps_at_the_pooled_token_need_no_response(make_model):
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        (None, r"response_start: expected where each response begins, because this model averages .*\(.*mean:1.*\), "
+        (None, r"response_start: expected where each response begins, because this model reads .*\(.*mean:1.*\), "
                r"got None: where only token ids are known, as in TRL's trainers, use a model .* features=last"),
         (torch.tensor([0]), r"response_start: expected \[2\] int64, got \[1\] int64"),
         (torch.tensor([0.0, 1.0]), r"response_start: expected \[2\] int64, got \[2\] float32"),

@@ -154,8 +154,8 @@ def test_shared_rewards_have_the_distance_and_its_price() -> None:
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_reward_of_several_taps_is_read_in_the_same_pass(packed: bool, adapter: bool, tmp_path: Path) -> None:
-    taps = ["mean:1", "last:2", "mean:2"]
-    head = EnsembleHead(3 * WIDTH, 3, aggregation="mean")
+    taps = ["mean:1", "last:2", "mean:2", "logprob"]
+    head = EnsembleHead(3 * WIDTH + 2, 3, aggregation="mean")
     make(None).save(tmp_path)
     policy = make(RewardOnTrunk(head, tmp_path if adapter else None, taps), packed=packed)
     count = passes(policy)
@@ -170,7 +170,7 @@ def test_a_reward_of_several_taps_is_read_in_the_same_pass(packed: bool, adapter
                 out = model(torch.tensor([prompt + said + CLOSING]), response_start=torch.tensor([len(prompt)]))
             assert experience.head_mean is not None
             torch.testing.assert_close(experience.head_mean[row], out.mean[0], rtol=1e-4, atol=1e-4)
-    assert "reading mean:1, last:2, mean:2," in describe_policy(policy)
+    assert "reading mean:1, last:2, mean:2, logprob," in describe_policy(policy)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

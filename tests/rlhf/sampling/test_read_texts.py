@@ -14,7 +14,7 @@ from prudent.rlhf.sampling.read_texts import read_texts
 from prudent.rlhf.sampling.stored import Request, sample
 from prudent.rlhf.sampling.tokens import Sampling
 
-TAPS = ["last:-1", "mean:1"]
+TAPS = ["last:-1", "mean:1", "logprob"]
 
 
 @pytest.fixture(scope="module")

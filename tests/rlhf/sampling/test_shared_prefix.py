@@ -174,11 +174,11 @@ def test_features_equal_the_scorers_on_prompt_response_and_closing_tokens(tiny_c
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_taps_equal_the_hidden_states_that_transformers_returns(model_type: str) -> None:
     model = _random_model(model_type)
-    taps = parse_taps(["last:-1", "last:1", "mean:0", "mean:1", "mean:2"], 2)
+    taps = parse_taps(["last:-1", "last:1", "mean:0", "logprob", "mean:1", "mean:2"], 2)
     prompts, closing = [[5, 6, 7], [8, 9]], [11, 12]
     uniform = torch.rand(6, 5, generator=torch.Generator().manual_seed(0))
     rule = Rule(Sampling(5), 0, _said_by_some(model, torch.tensor([[5, 6, 7]]), uniform[None, :3], Sampling(5)))
-    *_, result = sample_batch(model, prompts, 3, uniform, rule, closing, taps)
+    *_, result = sample_batch(model, prompts, 3, uniform, rule, closing, taps, closing)
     assert isinstance(result, Sampled)
     assert result.features is not None
     assert any(result.stopped)
@@ -187,9 +187,12 @@ def test_taps_equal_the_hidden_states_that_transformers_returns(model_type: str)
         ids = torch.tensor([[*prompt, *tokens[: len(tokens) - ended], *closing]])
         with torch.no_grad():
             states = model.base_model(ids, output_hidden_states=True).hidden_states
-        expected = [
-            states[t.layer][0, -1] if t.kind == "last" else states[t.layer][0, len(prompt) :].mean(0) for t in taps
-        ]
+            logits = model(ids).logits[0]
+        read = [t for t in range(len(prompt), ids.shape[1]) if int(ids[0, t]) not in closing]
+        logprob = logits.log_softmax(-1)[[t - 1 for t in read], ids[0, read]]
+        likely = torch.stack([logprob.mean(), logprob.min()]) if read else torch.zeros(2)
+        expected = [states[-1][0, -1], states[1][0, -1], states[0][0, len(prompt) :].mean(0), likely]
+        expected += [states[layer][0, len(prompt) :].mean(0) for layer in (1, 2)]
         torch.testing.assert_close(result.features[row], torch.cat(expected), rtol=1e-4, atol=1e-4)
-        again = read_again(model, ids, torch.tensor([len(prompt)]), taps)
+        again = read_again(model, ids, torch.tensor([len(prompt)]), taps, closing)
         torch.testing.assert_close(again[0], torch.cat(expected), rtol=1e-4, atol=1e-4)

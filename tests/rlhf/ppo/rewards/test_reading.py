@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prudent.engine import EnsembleHead, EnsembleRewardModel, Scorer
+from prudent.engine.likelihood import special_ids
 from prudent.rlhf.models.adapter import save_head
 from prudent.rlhf.ppo.batch import Samples
 from prudent.rlhf.ppo.config import PPOConfig
@@ -40,7 +41,8 @@ def a_trunk() -> Any:
 
 def a_reward(folder: Path, trunk: Any, tokenizer: Any, taps: list[str] | None = None) -> Scorer:
     torch.manual_seed(4)
-    model = EnsembleRewardModel.from_trunk(trunk, num_heads=3, taps=taps)
+    options = {"logprob_skips": special_ids(tokenizer)}
+    model = EnsembleRewardModel.from_trunk(trunk, num_heads=3, taps=taps, **options)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Scorer(model.eval(), tokenizer, progress=False)
@@ -56,7 +58,7 @@ def drawn(turn: Turn, tokenizer: Any) -> Samples:
     return Samples([turn.prompt(ASKED)] * len(rows), responses, [s for _, s in rows], [0] * len(rows))
 
 
-@pytest.mark.parametrize("taps", [None, ["last:2", "mean:1"]])
+@pytest.mark.parametrize("taps", [None, ["last:2", "mean:1", "logprob"]])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_reward_of_a_sample_is_the_scorers_of_its_prompt_and_text(
@@ -65,7 +67,8 @@ def test_the_reward_of_a_sample_is_the_scorers_of_its_prompt_and_text(
     tokenizer, trunk = a_tokenizer(TEMPLATES[template]), a_trunk()
     scorer = a_reward(tmp_path, trunk, tokenizer, taps)
     config = PPOConfig(model="m", prompts="p", output="o", reward={"source": "r"}, packed=packed, update=UPDATE)
-    policy = Policy(config, a_trunk(), device="cpu", reward=RewardOnTrunk(scorer.model.score, taps=taps))
+    skips = scorer.model.config.logprob_skips or ()
+    policy = Policy(config, a_trunk(), device="cpu", reward=RewardOnTrunk(scorer.model.score, taps=taps, skips=skips))
     turn = Turn(tokenizer, policy.model)
     texts = Texts(tokenizer, [Prompt(ASKED, turn.prompt(ASKED))])
     samples = drawn(turn, tokenizer)
@@ -85,8 +88,9 @@ def test_the_reward_of_a_sample_is_the_scorers_of_its_prompt_and_text(
 @pytest.mark.parametrize("template", [*DIFFERENT, "chatml", "alpaca"])
 def test_stored_features_are_those_that_the_scorer_reads(template: str, tmp_path: Path) -> None:
     tokenizer, trunk = a_tokenizer(TEMPLATES[template]), a_trunk()
-    taps = ["last:2", "mean:1"]
-    scorer = Scorer(EnsembleRewardModel.from_trunk(trunk, taps=taps), tokenizer, progress=False)
+    taps = ["last:2", "mean:1", "logprob"]
+    model = EnsembleRewardModel.from_trunk(trunk, taps=taps, logprob_skips=special_ids(tokenizer))
+    scorer = Scorer(model, tokenizer, progress=False)
     requests = [Request(ASKED, 6), Request("two", 6)]
     rollouts = sample(trunk, tokenizer, requests, tmp_path, Sampling(10), taps=taps, progress=False)
     for rollout in rollouts:
