@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....kernels import TrustRegion
+from ....kernels import TRUST_DIRECTIONS, TrustRegion
 from ...evaluation.statistics import auroc_interval
 from ...sampling.foreign import ATTACKS
 from .candidates import Candidates
@@ -22,34 +22,45 @@ def auroc_table(
     found: Candidates,
     tap_sets: Sequence[Sequence[str]],
     directions: Sequence[int],
-    region_of: Callable[[Candidates, Sequence[str], int], TrustRegion],
+    region_of: Callable[[Candidates, Sequence[str], int, bool], TrustRegion],
     distances: Callable[[TrustRegion, Tensor], Tensor],
 ) -> list[dict[str, Any]]:
     """A row for each set of taps and number of directions: the foreign kinds with (AUROC, low, high) over prompts.
 
     `degenerate` are both attack kinds together; `beyond` is the share of held-out responses beyond distance 1,
-    about .05 if the region carries over to new prompts.
+    about .05 if the region carries over to new prompts. The last row of each set, `by_prompt`, has the number of
+    directions nearest to the op's default, and is one in which features count from the mean of the reference responses to the same prompt
+    (`less_prompt_mean`).
     """
+    usual = min(directions, key=lambda count: abs(count - TRUST_DIRECTIONS))
     rows = []
     texts = {kind: found.attack_features[:, i :: len(ATTACKS)][:, :_FOREIGN] for i, kind in enumerate(ATTACKS)}
     texts |= found.others
     for taps in tap_sets:
         reference = found.columns_of(taps, found.held_out_features[:, :_REFERENCE])
         foreign = {kind: found.columns_of(taps, features) for kind, features in texts.items()}
-        for count in directions:
-            region = region_of(found, taps, count)
-            known = distances(region, reference)
-            seen = {kind: distances(region, features) for kind, features in foreign.items()}
+        for count, by_prompt in [*((count, False) for count in directions), (usual, True)]:
+            region = region_of(found, taps, count, by_prompt)
+            known = distances(region, less_prompt_mean(reference) if by_prompt else reference)
+            centre = reference.float().mean(dim=1, keepdim=True) if by_prompt else 0
+            seen = {kind: distances(region, features - centre) for kind, features in foreign.items()}
             seen["degenerate"] = torch.cat([seen[kind] for kind in ATTACKS], dim=1)
             rows.append(
                 {
                     "taps": list(taps),
                     "directions": count,
+                    "by_prompt": by_prompt,
                     "beyond": float((known > 1).double().mean()),
                     "kinds": {kind: _auroc(known, values) for kind, values in seen.items()},
                 }
             )
     return rows
+
+
+def less_prompt_mean(features: Tensor) -> Tensor:
+    """[P, S, D] -> the same in fp32, each row less the mean of the S - 1 others of its prompt."""
+    rows = features.float()
+    return (rows - rows.mean(dim=1, keepdim=True)) * (rows.shape[1] / (rows.shape[1] - 1))
 
 
 def _auroc(known: Tensor, foreign: Tensor) -> list[float | None]:

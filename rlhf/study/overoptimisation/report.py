@@ -86,8 +86,9 @@ def _auroc_rows(auroc: Iterable[Numbers]) -> list[list[str]]:
     for row in auroc:
         kinds = row["kinds"]
         if not rows:
-            rows.append(["taps", "R", "beyond", *kinds])
-        cells = [" + ".join(row["taps"]), str(row["directions"]), f"{row['beyond']:.1%}"]
+            rows.append(["taps", "R", "from the mean of", "beyond", *kinds])
+        mean = "its prompt" if row["by_prompt"] else "all"
+        cells = [" + ".join(row["taps"]), str(row["directions"]), mean, f"{row['beyond']:.1%}"]
         rows.append([*cells, *(f"{found[0]:.2f}" for found in kinds.values())])
     return rows
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -22,7 +22,7 @@ from ...reward.fit import Scaling, standardise
 from . import golds
 from .candidates import Candidates, load_candidates
 from .config import OveroptimisationConfig, View
-from .detection import auroc_table
+from .detection import auroc_table, less_prompt_mean
 
 _WIDEST = 768  # columns that heads read as they are; of more, they read a rotation of the first principal directions
 _PROJECTED = 512  # a power of two, for the Hadamard matrix
@@ -78,21 +78,22 @@ def prepare(config: OveroptimisationConfig, *, progress: bool = True) -> None:
     folder = config.output / "prepared"
     missing = {name: make for name, make in makers.items() if not (folder / f"{name}.safetensors").is_file()}
     table = config.output / "auroc.json"
-    if not missing and table.is_file():
+    sets = list({(tap,): None for tap in config.taps} | {view.distance: None for view in views})
+    measured = table.is_file() and [*dict.fromkeys(tuple(row["taps"]) for row in read_auroc(config.output))] == sets
+    if not missing and measured:
         return
     found = load_candidates(config, progress=progress)
     for name, make in missing.items():
         both = make(found)
         with atomic_file(folder / f"{name}.safetensors") as temporary:
             save_file({key: value.contiguous() for key, value in both._asdict().items()}, temporary)
-    if not table.is_file():
-        sets = {(tap,): None for tap in config.taps} | {view.distance: None for view in views}
-        atomic_write_json(table, auroc_table(found, list(sets), config.measured_directions, trust_region, distances))
+    if not measured:
+        atomic_write_json(table, auroc_table(found, sets, config.measured_directions, trust_region, distances))
 
 
-def read_auroc(folder: Path) -> list[dict[str, object]]:
+def read_auroc(folder: Path) -> list[dict[str, Any]]:
     """The rows of auroc.json."""
-    rows: list[dict[str, object]] = json.loads((folder / "auroc.json").read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = json.loads((folder / "auroc.json").read_text(encoding="utf-8"))
     return rows
 
 
@@ -143,9 +144,11 @@ def _rotation(rows: Tensor) -> Tensor:
     return rotation
 
 
-def trust_region(found: Candidates, taps: Sequence[str], directions: int) -> TrustRegion:
-    """Fitted on the training prompts' responses."""
+def trust_region(found: Candidates, taps: Sequence[str], directions: int, by_prompt: bool = False) -> TrustRegion:
+    """Fitted on the training prompts' responses; `by_prompt`: less the mean of the others of their prompt."""
     features = found.columns_of(taps, found.training_features)
+    if by_prompt:
+        features = less_prompt_mean(features)
     prompts = torch.arange(features.shape[0]).repeat_interleave(features.shape[1])
     blocks = None
     if "logprob" in taps:
