@@ -29,8 +29,8 @@ def auroc_table(
 
     `degenerate` are both attack kinds together; `beyond` is the share of held-out responses beyond distance 1,
     about .05 if the region carries over to new prompts. The last row of each set, `by_prompt`, has the number of
-    directions nearest to the op's default, and is one in which features count from the mean of the reference responses to the same prompt
-    (`less_prompt_mean`).
+    directions nearest to the op's default; its features count from the mean of the reference responses to the same
+    prompt (`less_prompt_mean`).
     """
     usual = min(directions, key=lambda count: abs(count - TRUST_DIRECTIONS))
     rows = []
