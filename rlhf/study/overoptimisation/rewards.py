@@ -38,7 +38,7 @@ GRIDS = {
     "UWO": (0.1, 0.5, 2.5, 12.5),
     "posterior LCB": (0.3, 1.0, 3.0, 10.0),
     "trust quad": (0.1, 0.3, 1.0, 3.0, 10.0),
-    "trust hinge": (0.3, 1.0, 3.0, 10.0, 30.0),
+    "trust hinge": (1.0, 3.0, 10.0, 30.0, 100.0),
     "trust quad, tradeoff:0.4": (0.1, 0.3, 1.0, 3.0, 10.0),
 }
 # the papers' constants, and those of the first measurements
