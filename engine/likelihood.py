@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..kernels import linear_logprob
 
+NONE = -100  # in place of an id whose log-probability is not wanted
+
 
 class LogitRule(NamedTuple):
     """logits = softcap tanh(scale z / softcap) with z = hidden @ weight.T; scale z without a softcap."""
@@ -69,15 +71,11 @@ class LanguageHead(NamedTuple):
         return ~torch.isin(ids, torch.tensor(self.skips, dtype=ids.dtype, device=ids.device))
 
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """[N, D] states and the ids [N] that follow them -> log-probabilities [N] at temperature 1; fp32, in nats."""
-        return linear_logprob(
-            hidden,
-            self.weight.to(hidden.dtype),
-            targets,
-            temperature=1 / self.rule.scale,
-            softcap=self.rule.softcap,
-            ignore_index=None,
-        ).logprob
+        """States [..., D] and the ids [...] that follow them -> log-probabilities [...] at temperature 1; fp32, in
+        nats, 0 where the id is `NONE`."""
+        weight = self.weight.to(hidden.dtype)
+        rule = {"temperature": 1 / self.rule.scale, "softcap": self.rule.softcap}
+        return linear_logprob(hidden, weight, targets, ignore_index=NONE, **rule).logprob
 
 
 def special_ids(tokenizer: Any) -> list[int]:
@@ -100,14 +98,13 @@ def response_logprob(
         place: [B, T] or [1, T], each token's place in its sequence; None: its column. The token at place 0 has no
             prediction and is left out, as are `head.skips`; a response without other tokens gets 0.
     """
-    ids = input_ids.flatten()
-    sequence, column = response.nonzero().unbind(1)
-    row = sequence * response.shape[1] + column if len(output) == len(response) else column
-    read = head.counts(ids[row]) & ((column if place is None else place.flatten()[row]) > 0)
-    sequence, row = sequence[read], row[read]
-    logprob = head.logprobs(output.flatten(0, 1).index_select(0, row - 1), ids[row])
-    zeros = logprob.new_zeros(len(response))
-    counts = zeros.index_add(0, sequence, torch.ones_like(logprob)).clamp_min(1)
-    mean = zeros.index_add(0, sequence, logprob) / counts
-    least = zeros.scatter_reduce(0, sequence, logprob, "amin", include_self=False)
-    return torch.stack([mean, least], dim=1)
+    read = response.bool() & head.counts(input_ids)
+    read = read & (True if place is None else place > 0)
+    read[:, 0] = False
+    wanted = read if len(output) == len(read) else read.any(dim=0, keepdim=True)
+    targets = torch.where(wanted, input_ids, NONE)[:, 1:]
+    logprob = head.logprobs(output[:, :-1], targets)  # [B, T - 1], or [1, T - 1]
+    read, counts = read[:, 1:], read.sum(dim=1)
+    mean = torch.where(read, logprob, 0.0).sum(dim=1) / counts.clamp_min(1)
+    least = torch.where(read, logprob, float("inf")).amin(dim=1) if read.shape[1] else mean
+    return torch.stack([mean, torch.where(counts > 0, least, 0.0)], dim=1)
