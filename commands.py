@@ -45,12 +45,13 @@ ones, train the model itself by PPO against the single head with and without the
 report.html. Two seconds of sampling at the start tell how long it will take.
 
 The same command continues an interrupted run; after a finished one it prints the table again. --size full draws about
-three times as many tokens; single keys override what the size sets.
+six times as many tokens; single keys override what the size sets.
 
 examples:
   prudent demo
   prudent demo --size full --output runs/full
-  prudent demo --set ppo.steps=0 --set held_out_prompts=24      # shorter, with wider intervals
+  prudent demo --set ppo.steps=0                                # shorter, without PPO
+  prudent demo --set held_out_prompts=48 --set ppo.steps=8      # longer, with narrower intervals and more PPO
   prudent demo --set foreign=0.5 --set price=3                  # more foreign candidates, a higher price
   prudent demo --output runs/mine --prompts my_prompts.txt
   prudent demo --model meta-llama/Llama-3.2-1B-Instruct --set samples_per_prompt=8""",

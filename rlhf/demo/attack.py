@@ -86,7 +86,7 @@ def findings(attacks: Mapping[str, Mapping[str, Mapping[str, Any]]], foreign: fl
     attacks: judge -> pool -> `as_dict`.   foreign: the mixture's share of foreign candidates.
     """
     mixed, own = attacks[CAREFUL][MIXTURE], attacks[CAREFUL][OWN]
-    where = f"With {100 * foreign:.0f} % foreign candidates among {mixed['n'][-1]}"
+    where = f"With {100 * foreign:.0f} % foreign text among {mixed['n'][-1]} candidates"
     lines = [
         f"{where}, {_compared(mixed)}.",
         f"Among the model's own {own['n'][-1]} responses, {_compared(own)}.",
@@ -96,7 +96,7 @@ def findings(attacks: Mapping[str, Mapping[str, Mapping[str, Any]]], foreign: fl
     if falling:
         lines.append(f"Over-optimisation: {span}, the gold reward falls for the {' and the '.join(falling)}.")
     else:
-        lines.append(f"No over-optimisation is shown: no reward's gold falls {span}.")
+        lines.append(f"No over-optimisation is shown: {span}, no fall of a reward's gold lies beyond its interval.")
     lines.append(f"Judged and taught by VADER, in the same mixture, {_compared(attacks[VADER][MIXTURE])}.")
     return lines
 
@@ -109,11 +109,9 @@ def _compared(found: Mapping[str, Any]) -> str:
         difference = signed((row["value"], row["low"], row["high"]), 2)
         groups.setdefault(row["verdict"], []).append(f"the {TITLES[against]} ({difference})")
     parts = [f"{word} {' and '.join(groups[key])}" for key, word in words.items() if key in groups]
-    said = f"the price on distance picks responses with {' and '.join(parts)}" if parts else ""
+    said = f"the trust region picks responses with {' and '.join(parts)}" if parts else ""
     rest = groups.get("no difference shown", [])
     if rest:
-        none = (
-            f"no difference {'between the price on distance and' if not parts else 'from'} {' or '.join(rest)} is shown"
-        )
+        none = f"no difference {'between the trust region and' if not parts else 'from'} {' or '.join(rest)} is shown"
         said = f"{said}; {none}" if said else none
     return said

@@ -16,8 +16,9 @@ from ..sampling.stored import Rollout
 OWN, MIXTURE = "own", "mixture"
 # reward -> P rollouts of the policy that PPO trained on it; their features [S, D] are the untrained language model's
 Policies = dict[str, list[Rollout]]
+SPREAD = 16  # tokens by which the prompts of a batch may differ, so that the short prompts share few batches
 CHUNK = 128  # texts whose features are read at once and kept
-_OTHER_PROMPTS = 16  # that get one text of each kind that only the distance is measured on
+OTHER_PROMPTS = 16  # that get one text of each kind that only the distance is measured on
 
 
 class Candidates(NamedTuple):
@@ -57,7 +58,7 @@ def read_candidates(
     count, number = len(own[0]), max(1, round(foreign * len(own[0])))
     made = foreign_texts(prompts, own, tokenizer, number, 1, seed)
     attacks = [text for text in made if text.kind in ATTACKS]
-    others = [text for text in made if text.kind not in ATTACKS and text.prompt < _OTHER_PROMPTS]
+    others = [text for text in made if text.kind not in ATTACKS and text.prompt < OTHER_PROMPTS]
     read = read_texts(
         model,
         tokenizer,

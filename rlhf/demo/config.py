@@ -13,11 +13,11 @@ from ..reward.config import BRMEConfig, Features
 # what `size` sets; a key that is given itself stays as given
 SIZES: dict[str, dict[str, Any]] = {
     "small": {
-        "samples_per_prompt": 8,
-        "held_out_prompts": 48,
+        "samples_per_prompt": 4,
+        "held_out_prompts": 24,
         "best_of": 64,
         "max_new_tokens": 16,
-        "ppo": {"steps": 8, "max_new_tokens": 16},
+        "ppo": {"steps": 4, "max_new_tokens": 16},
     },
     "full": {
         "samples_per_prompt": 16,
@@ -32,7 +32,7 @@ SIZES: dict[str, dict[str, Any]] = {
 class DemoPPOConfig(JobConfig):
     """The two PPO runs."""
 
-    steps: int = Field(default=8, ge=0, description="Steps of each PPO run; 0: no PPO.")
+    steps: int = Field(default=4, ge=0, description="Steps of each PPO run; 0: no PPO.")
     prompts_per_step: int = Field(default=6, ge=1, description="Number of held-out prompts in a step.")
     samples_per_prompt: int = Field(
         default=4, ge=2, description="Number of responses to each prompt, each compared with the others' mean (RLOO)."
@@ -53,7 +53,7 @@ class DemoPPOConfig(JobConfig):
 class DemoConfig(JobConfig):
     """The config of `prudent demo`.
 
-    Size small samples about 85,000 tokens, size full about 270,000.
+    Size small samples about 45,000 tokens, size full about 270,000.
     """
 
     output: Path = Field(default=Path("runs/demo"), description="Run folder.")
@@ -88,13 +88,13 @@ class DemoConfig(JobConfig):
         "null: the mean over the response at two thirds of the layers.",
     )
     seed: int = Field(default=0, ge=0, lt=2**30, description="Seed of the run.")
-    samples_per_prompt: int = Field(default=8, ge=2, description="Number of responses to each training prompt.")
+    samples_per_prompt: int = Field(default=4, ge=2, description="Number of responses to each training prompt.")
     pairs: int = Field(default=300, ge=20, description="Number of preference pairs that a reward is trained on.")
     draws: int = Field(
-        default=5, ge=1, description="Number of draws of pairs and flipped labels, each with rewards of its own."
+        default=10, ge=1, description="Number of draws of pairs and flipped labels, each with rewards of its own."
     )
     label_noise: float = Field(default=0.25, ge=0, le=0.5, description="Share of the labels that are flipped.")
-    held_out_prompts: int = Field(default=48, ge=2, description="Number of prompts held out for evaluation.")
+    held_out_prompts: int = Field(default=24, ge=2, description="Number of prompts held out for evaluation.")
     best_of: int = Field(default=64, ge=4, description="Number of candidates for each held-out prompt, n of best-of-n.")
     foreign: float = Field(
         default=0.1,

@@ -31,25 +31,24 @@ from ..data.pairs import (
 from ..evaluation.metrics import evaluate_heads
 from ..evaluation.statistics import group_labels
 from ..job.config import load_config
-from ..job.files import atomic_folder, atomic_write_json, atomic_write_text, read_json
+from ..job.files import atomic_write_json, atomic_write_text, read_json
 from ..job.folder import has_run_files, locked_folder, open_run_folder
 from ..job.log import RunLog
 from ..models.embedded import embedded_model, wheel_folder
 from ..models.features import compute_features
-from ..models.loading import load_language_model, load_tokenizer
+from ..models.loading import load_language_model, load_tokenizer, weights_without_bars
 from ..report import style as plot_style
-from ..report.fit import FIT_FILE
 from ..sampling.labelled_pairs import GoldPairs, make_pairs
 from ..sampling.prompts import read_prompts
 from ..sampling.stored import Request, Rollout, sample
 from ..sampling.tokens import Sampling
 from . import attack, distances, report
 from . import ppo as demo_ppo
-from .candidates import Candidates, Policies, read_candidates
+from .candidates import SPREAD, Candidates, Policies, read_candidates
 from .config import DemoConfig
 from .judges import CAREFUL, judged_candidates, judges_of, proxies_of, tensor_of
 from .machine import estimate, number_type
-from .rewards import ENSEMBLE, SINGLE, TRUST, Fitted, Reference, fit_rewards, rewards_of, taps_of
+from .rewards import SINGLE, TRUST, Fitted, Reference, fit_rewards, rewards_of, save_rewards, taps_of
 
 STAGES = ("the language model", "responses", "preference pairs", "rewards", "evaluation", "PPO", "report")
 _RUN_FILES = ("samples.jsonl", "features", "checkpoints", "metrics.json")
@@ -89,7 +88,7 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> DemoResult:
         plot_style.require_matplotlib()  # refuse before minutes of work
         if config.model is None:
             wheel_folder()
-        with RunLog(config.output) as log:
+        with RunLog(config.output) as log, weights_without_bars():
             return DemoResult(config.output, _Run(config, log, progress).go())
 
 
@@ -303,6 +302,7 @@ class _Run:
             self._sampling,
             seed=config.seed,
             batch_rows=config.batch_rows,
+            spread=SPREAD,
             taps=self.taps,
             progress=self.progress,
         )
@@ -353,18 +353,7 @@ class _Run:
     # both
 
     def _save(self, fitted: Fitted) -> None:
-        price = f"trust:{self.config.price:g}"
-        for name, head, spec in (("model", fitted.single, price), ("ensemble", fitted.ensemble, ENSEMBLE)):
-            if (self.folder / name).exists():
-                continue
-            with atomic_folder(self.folder / name) as folder:
-                model = EnsembleRewardModel.from_trunk(
-                    self.model, head=head.frozen_copy(), aggregation=spec, taps=self.taps
-                )
-                model.save_pretrained(folder)
-                self.tokenizer.save_pretrained(folder)
-                if name == "model":
-                    atomic_write_json(folder / FIT_FILE, fitted.choice)
+        save_rewards(fitted, self.folder, self.model, self.tokenizer, self.taps, self.config.price)
 
     def _accuracy(self, fitted: Fitted, held_out: tuple[Tensor, Tensor], prompts: Sequence[int]) -> dict[str, Any]:
         """Evaluate on the held-out pairs, by their true labels."""

@@ -1,4 +1,4 @@
-"""The demo's own pictures: gold against n in each pool of candidates, and the distances of each kind of text."""
+"""The demo's own pictures: gold against n in each pool, the distances of each kind of text, the steps of PPO."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..ppo.watch.findings import by_step, series
 from ..report.style import GREY, label_left, legend, looks_of, panels, styled
 
 if TYPE_CHECKING:
@@ -60,4 +61,26 @@ def distances(rows: Sequence[Mapping[str, Any]], own: Sequence[str], policies: S
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("distance from the reference responses (1: their 95 % quantile)")
+    return figure
+
+
+@styled
+def steps(runs: Mapping[str, Sequence[Mapping[str, Any]]], gold_label: str) -> Figure:
+    """Proxy reward, gold reward and the share of foreign responses at each step of PPO: the mean of its responses.
+
+    Not against KL, which so few steps of so few responses measure too roughly.
+
+    runs: name -> rows of metrics.jsonl.
+    """
+    sides = {"reward/mean": "proxy reward", "gold/mean": gold_label, "text/foreign": "share beyond distance 1"}
+    figure, cells = panels(len(sides), width=2.9, height=2.9)
+    looks = looks_of(runs)
+    for axes, (metric, label) in zip(cells, sides.items(), strict=True):
+        for name, rows in runs.items():
+            found = series(by_step(rows), metric)
+            axes.plot([step + 1 for step in found.steps], found.values, "o", ms=3.5, label=name, **looks[name])
+        axes.set_title(label)
+        axes.set_xlabel("step")
+        axes.locator_params(axis="x", integer=True)
+    legend(figure, cells[0])
     return figure

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..evaluation.statistics import Interval, mean_interval
 from ..job.files import atomic_write_text
 from ..job.log import read_metrics
+from ..models.adapter import peft_hushed
 from ..models.loading import load_language_model, load_tokenizer
 from ..ppo.config import KLConfig, PolicyConfig, PPOConfig, RewardConfig, UpdateConfig
 from ..ppo.loop import run_ppo
@@ -25,7 +26,7 @@ from ..sampling.config import RolloutConfig
 from ..sampling.read_texts import read_texts
 from ..sampling.stored import Request, Rollout, sample
 from ..sampling.tokens import Sampling
-from .candidates import CHUNK, Policies
+from .candidates import CHUNK, SPREAD, Policies
 from .config import DemoPPOConfig
 from .judges import Judge, tensor_of
 from .rewards import SINGLE, TITLES, TRUST, Fitted, distance
@@ -130,7 +131,8 @@ def _sample(folder: Path, ppo: DemoPPOConfig, start: Start, prompts: Sequence[st
     """Responses of the policy that a run has trained, sampled as the language model's own."""
     from peft import PeftModel
 
-    policy = PeftModel.from_pretrained(_load(start), str(folder / "policy")).merge_and_unload()
+    with peft_hushed():
+        policy = PeftModel.from_pretrained(_load(start), str(folder / "policy")).merge_and_unload()
     requests = [Request(prompt, ppo.judged) for prompt in prompts]
     tokenizer = load_tokenizer("model", start.model)
     return sample(
@@ -141,6 +143,7 @@ def _sample(folder: Path, ppo: DemoPPOConfig, start: Start, prompts: Sequence[st
         start.sampling,
         seed=start.seed + 1,
         batch_rows=start.batch_rows,
+        spread=SPREAD,
         progress=progress,
     )
 
@@ -200,7 +203,7 @@ def findings(ppo: Mapping[str, Any]) -> list[str]:
 
 def table_rows(ppo: Mapping[str, Any]) -> list[list[str]]:
     """A head row, the language model, and one row per run, as text."""
-    lines = [["policy", "gold", "change, 95 % interval", "single head", "distance", "beyond 1, %", "KL, nats"]]
+    lines = [["policy", "gold", "change, 95 % interval", TITLES[SINGLE], "distance", "beyond 1, %", "KL, nats"]]
     lines.append(["the language model", f"{ppo['before']:+.3f}", "", "", "", "", ""])
     for arm in ppo["arms"].values():
         change = arm["change"]

@@ -15,7 +15,6 @@ from ..data.pairs import PreferencePair
 from ..evaluation import pictures
 from ..evaluation.statistics import Bin, Interval
 from ..job.log import read_metrics
-from ..ppo.watch.pictures import over_optimisation
 from ..report.fit import fit_sentence
 from ..report.page import render_page
 from ..report.words import accuracy_cells, aligned, few_prompts, interval, plain_text, signed, verdict
@@ -215,7 +214,7 @@ POOLS = {OWN: "the model's own", MIXTURE: "mixture"}
 
 def accuracy_rows(pairs: Mapping[str, Any]) -> list[list[str]]:
     """A header, then each reward's accuracy minus the single head's, paired, and the interval's verdict."""
-    rows = [["pair accuracy minus the single head's", "points", "95 % interval", ""]]
+    rows = [["pair accuracy minus the tuned single head's", "points", "95 % interval", ""]]
     gap = pairs["difference"].get(f"{ENSEMBLE} - {SINGLE}")
     if gap is not None:
         rows.append([TITLES[ENSEMBLE], *accuracy_cells(gap, sign=True), verdict(_values(gap))])
@@ -268,7 +267,7 @@ def _figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, str]:
         )
     if metrics["ppo"]:
         runs = {TITLES[reward]: read_metrics(folder / "ppo" / name) for name, reward in ARMS.items()}
-        figures["ppo"] = over_optimisation(runs, gold_label="gold reward (careful judge)")
+        figures["ppo"] = own_pictures.steps(runs, "gold reward (careful judge)")
     return {name: pictures.to_svg(figure) for name, figure in figures.items()}
 
 

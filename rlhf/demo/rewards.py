@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...engine import EnsembleHead, calibrate
+from ...engine import EnsembleHead, EnsembleRewardModel, calibrate
 from ...engine.taps import num_layers, parse_taps, wide_taps
 from ...engine.trust import blocks_of_taps, fit_trust
 from ...kernels import TrustRegion
+from ..job.files import atomic_folder, atomic_write_json
 from ..job.log import RunLog
+from ..report.fit import FIT_FILE
 from ..reward.config import BradleyTerryConfig, BRMEConfig
 from ..reward.convex import RidgeFit
 from ..reward.fit import PairFeatures
@@ -21,7 +23,7 @@ from ..reward.two_stage import fit_two_stages
 
 SINGLE, ENSEMBLE, TRUST = "single head", "tradeoff:0.4", "trust"
 TITLES = {
-    SINGLE: "single head",
+    SINGLE: "tuned single head",
     ENSEMBLE: "tradeoff λ=0.4 (BRME)",
     TRUST: "trust region",
     "oracle": "the judge itself",
@@ -112,6 +114,22 @@ def fit_rewards(
         head.set_trust(reference.region._replace(unit=unit.reshape(1)))
         heads.append(head)
     return Fitted(heads[0], heads[1], choices[0].summary())
+
+
+def save_rewards(fitted: Fitted, folder: Path, model: Any, tokenizer: Any, taps: Sequence[str], price: float) -> None:
+    """Save model/, the single head with the price on its distance, and ensemble/, unless they exist.
+
+    model: the trunk of both, with these taps.
+    """
+    for name, head, spec in (("model", fitted.single, f"trust:{price:g}"), ("ensemble", fitted.ensemble, ENSEMBLE)):
+        if (folder / name).exists():
+            continue
+        with atomic_folder(folder / name) as new:
+            saved = EnsembleRewardModel.from_trunk(model, head=head.frozen_copy(), aggregation=spec, taps=taps)
+            saved.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            if name == "model":
+                atomic_write_json(new / FIT_FILE, fitted.choice)
 
 
 def _spread_within(values: Tensor, prompts: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from ...engine import EnsembleRewardConfig, EnsembleRewardModel, Scorer
 from ...engine.own_code import refusing_own_code
@@ -20,6 +22,18 @@ from ..job.files import refuse_mistyped
 
 logger = logging.getLogger(__name__)
 _REWARD = "a reward model's folder or hub name"
+
+
+@contextmanager
+def weights_without_bars() -> Iterator[None]:
+    """Show no bar whenever weights are read or written, for a job that does so often; transformers does by default."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ P = ParamSpec("P")
 GREY = "#8a8a8a"
 _SCORERS: dict[str, tuple[str, Any]] = {  # the first word of a scorer's name -> colour, line style
     "single": ("#000000", (0, (4, 1.5))),
+    "tuned": ("#000000", (0, (4, 1.5))),  # the single head too
     "mean": ("#0072b2", "-"),
     "nominal": ("#e69f00", "-"),
     "worst": ("#d55e00", "-"),

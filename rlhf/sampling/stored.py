@@ -53,11 +53,14 @@ class Rollout(NamedTuple):
     features: Tensor
 
 
-def plan(lengths: Sequence[int], samples: Sequence[int], batch_rows: int) -> list[list[int]]:
-    """Batch request numbers by prompt length and number of samples, at most `batch_rows` rows (or one prompt) each."""
+def plan(lengths: Sequence[int], samples: Sequence[int], batch_rows: int, spread: int = 0) -> list[list[int]]:
+    """Batch request numbers by prompt length and number of samples, at most `batch_rows` rows (or one prompt) each.
+
+    spread: by how many tokens the prompts of a batch may differ.
+    """
     groups: dict[tuple[int, int], list[int]] = {}
-    for index, key in enumerate(zip(lengths, samples, strict=True)):
-        groups.setdefault(key, []).append(index)
+    for index, (length, count) in enumerate(zip(lengths, samples, strict=True)):
+        groups.setdefault(((length - min(lengths)) // (spread + 1), count), []).append(index)
     batches = []
     for (_, count), members in sorted(groups.items()):
         step = max(1, batch_rows // count)
@@ -79,12 +82,15 @@ def sample(
     *,
     seed: int = 0,
     batch_rows: int = 256,
+    spread: int = 0,
     taps: str | Sequence[str | Tap] = "last",
     progress: bool = True,
 ) -> list[Rollout]:
     """Return the responses to every request, sampled or read from `folder`, in the requests' order.
 
     Args:
+        spread: by how many tokens the prompts of a batch may differ. A padded batch is rounded otherwise than an even
+            one, but with few samples of each prompt there are far fewer batches.
         taps: the features [F] (see `engine.taps`).
 
     Raises:
@@ -99,7 +105,7 @@ def sample(
     takes_padding(model)  # refuses a model that cannot be decoded
     prompts = [turn.prompt(request.prompt) for request in requests]
     _check_length(model, requests, prompts, sampling.max_new_tokens + len(turn.closing))
-    batches = plan([len(ids) for ids in prompts], [request.samples for request in requests], batch_rows)
+    batches = plan([len(ids) for ids in prompts], [request.samples for request in requests], batch_rows, spread)
     parsed = parse_taps(taps, num_layers(model))
     store = _Store(folder, requests, parsed)
     todo = [(number, batch) for number, batch in enumerate(batches) if not store.has(number, batch)]

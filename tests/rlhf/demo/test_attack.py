@@ -58,14 +58,14 @@ def test_candidates_outside_of_the_pool_are_not_picked() -> None:
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ((0, 0, 9), "the price on distance picks responses with more gold reward than the single head"),
-        ((9, 9, 0), "the price on distance picks responses with less gold reward than the single head"),
-        ((1, 1, 1), "no difference between the price on distance and the single head"),
+        ((0, 0, 9), "the trust region picks responses with more gold reward than the tuned single head"),
+        ((9, 9, 0), "the trust region picks responses with less gold reward than the tuned single head"),
+        ((1, 1, 1), "no difference between the trust region and the tuned single head"),
     ],
 )
 def test_the_first_sentence_claims_what_the_intervals_carry(weights: tuple[int, int, int], said: str) -> None:
     first, second, _, fourth = _findings(_attack(*weights), _attack(1, 1, 1))
-    assert first.startswith(f"With 10 % foreign candidates among 16, {said}")
+    assert first.startswith(f"With 10 % foreign text among 16 candidates, {said}")
     assert second.startswith("Among the model's own 16 responses, no difference between")
     assert fourth.startswith("Judged and taught by VADER, in the same mixture, no difference between")
 
@@ -73,11 +73,11 @@ def test_the_first_sentence_claims_what_the_intervals_carry(weights: tuple[int, 
 def test_each_other_reward_gets_the_verdict_of_its_own_interval() -> None:
     (first, *_) = _findings(_attack(0, 9, 9), _attack(1, 1, 1))
     more, none = first.split("; ")
-    assert "more gold reward than the single head (+" in more
+    assert "more gold reward than the tuned single head (+" in more
     assert "BRME" not in more
     assert none.startswith("no difference from the tradeoff λ=0.4 (BRME) (")
     (mixed, *_) = _findings(_attack(0, 9, 2), _attack(1, 1, 1))
-    assert "more gold reward than the single head" in mixed
+    assert "more gold reward than the tuned single head" in mixed
     assert "less gold reward than the tradeoff" in mixed
 
 
@@ -85,5 +85,8 @@ def test_over_optimisation_is_claimed_only_if_an_interval_says_that_gold_falls()
     falling = _attack(-3, 1, 1)
     assert falling["trends"][SINGLE]["verdict"] == "falls"
     third = _findings(falling, _attack(1, 1, 1))[2]
-    assert third == "Over-optimisation: from n = 4 to n = 16 of the mixture, the gold reward falls for the single head."
+    assert (
+        third
+        == "Over-optimisation: from n = 4 to n = 16 of the mixture, the gold reward falls for the tuned single head."
+    )
     assert _findings(_attack(1, 1, 1), falling)[2].startswith("No over-optimisation is shown")

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the pictures are an extra: pip install 'prudent[report]'")
 
-from prudent.rlhf.demo.pictures import distances, gold_against_n
+from prudent.rlhf.demo.pictures import distances, gold_against_n, steps
 
 
 def _attack(scale: float) -> dict[str, Any]:
@@ -35,3 +35,15 @@ def test_a_kind_of_text_is_drawn_at_its_quantiles() -> None:
     drawn = [list(line.get_xdata()) for line in axes.lines[:3]]
     assert drawn == [[1.0, 4.0], [1.5, 2.5], [2.0]]
     assert axes.lines[0].get_color() != axes.lines[3].get_color(), "the model's own responses have another colour"
+
+
+def test_each_run_s_steps_are_drawn_from_1_in_a_panel_for_each_measure() -> None:
+    rows = [{"step": i, "reward/mean": float(i), "gold/mean": -float(i), "text/foreign": 0.1 * i} for i in range(3)]
+    figure = steps({"tuned single head": rows, "trust region": rows[:2]}, "gold")
+    proxy, gold, foreign = figure.axes[:3]
+    assert [axes.get_title(loc="left") for axes in (proxy, gold, foreign)][1] == "gold"
+    single, trust = gold.lines
+    assert list(single.get_xdata()) == [1, 2, 3]
+    assert list(single.get_ydata()) == [0, -1, -2]
+    assert list(trust.get_xdata()) == [1, 2]
+    assert list(foreign.lines[0].get_ydata()) == pytest.approx([0, 0.1, 0.2])

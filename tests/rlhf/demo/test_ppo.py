@@ -172,8 +172,8 @@ def _judged(tmp_path: Path, single: float, trust: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("single", "trust", "said"),
     [
-        (0.0, 0.5, "the policy trained on the trust region has more gold reward than that on the single head (+0."),
-        (0.5, 0.0, "the policy trained on the trust region has less gold reward than that on the single head (-0."),
+        (0.0, 0.5, "the policy trained on the trust region has more gold reward than that on the tuned single head (+"),
+        (0.5, 0.0, "the policy trained on the trust region has less gold reward than that on the tuned single head (-"),
         (0.5, 0.5, "no difference in gold reward is shown between the policies trained on the trust region and on"),
     ],
 )
@@ -191,5 +191,5 @@ def test_the_comparison_claims_no_more_than_the_interval_shows(
 )
 def test_each_policy_is_compared_with_the_language_model(tmp_path: Path, change: float, said: str) -> None:
     line = _judged(tmp_path, change, 0.0)["findings"][1]
-    assert line.startswith(f"PPO on the single head {said} the gold reward (")
+    assert line.startswith(f"PPO on the tuned single head {said} the gold reward (")
     assert "of its responses lie beyond distance 1" in line

@@ -56,7 +56,7 @@ def test_the_table_has_a_row_for_each_reward_and_the_finding_below() -> None:
         TITLES[name] for name in names
     ]
     assert lines[0].endswith("gold, n=1  own, n=16  mixture, n=16  foreign picks")
-    assert lines[1].split()[2:] == ["70.0", "65.0", "to", "80.0", "+0.000", "+0.400", "+0.200", "13", "of", "40"]
+    assert lines[1].split()[3:] == ["70.0", "65.0", "to", "80.0", "+0.000", "+0.400", "+0.200", "13", "of", "40"]
     assert lines[-1] == "The headline."
 
 
@@ -89,7 +89,7 @@ def test_a_signal_is_credited_only_if_its_interval_excludes_a_half(low: float, h
 
 def test_every_judge_and_pool_is_compared_in_a_row() -> None:
     head, own, mixed = comparison_rows({"careful": {OWN: _attack(0.4), MIXTURE: _attack(0.2)}})
-    assert head[1:] == ["trust region minus single head", "trust region minus tradeoff λ=0.4 (BRME)"]
+    assert head[1:] == ["trust region minus tuned single head", "trust region minus tradeoff λ=0.4 (BRME)"]
     assert own == ["careful judge, the model's own, n=16", *["+0.100 [-0.050, +0.250]"] * 2]
     assert mixed[0] == "careful judge, mixture, n=16"
 

@@ -139,6 +139,12 @@ def test_batches_hold_one_length_and_one_count_and_every_prompt_once() -> None:
         assert len(batch) == 1 or sum(samples[i] for i in batch) <= 8
 
 
+def test_prompts_that_differ_by_at_most_the_spread_share_a_batch() -> None:
+    lengths, samples = [9, 5, 6, 8, 7, 5], [2, 2, 2, 2, 2, 3]
+    assert plan(lengths, samples, batch_rows=6, spread=2) == [[1, 2, 4], [5], [0, 3]]
+    assert plan(lengths, samples, batch_rows=6, spread=0) == plan(lengths, samples, batch_rows=6)
+
+
 def test_a_prompts_numbers_do_not_depend_on_the_other_prompts() -> None:
     a = uniforms(Request("a", 3), SAMPLING, 0)
     assert torch.equal(a, uniforms(Request("a", 3), SAMPLING, 0))
