@@ -62,11 +62,7 @@ def load_config(cls: type[Config], file: Path | str | None = None, sets: Iterabl
         key, equals, text = entry.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"--set: expected key=value, got {entry!r}")
-        try:
-            value = yaml.load(text, _Loader)
-        except (yaml.YAMLError, RecursionError):
-            value = text
-        _put(values, key.strip().split("."), value)
+        _put(values, key.strip().split("."), read_value(text))
     for key, value in given.items():
         _put(values, key.split("."), value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
     _refuse_unwritable(values)
@@ -80,6 +76,14 @@ def load_config(cls: type[Config], file: Path | str | None = None, sets: Iterabl
             f"{key}.".startswith(f"{other}.") for key in sentences for other in overridden
         )
         raise ValueError((f"{file}: " if in_file else "") + "; ".join(sentences.values())) from None
+
+
+def read_value(text: str) -> Any:
+    """What `--set KEY=text` sets: the text read as YAML, or the text itself if it is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError):
+        return text
 
 
 def _refuse_unwritable(values: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from ..models.adapter import is_reward_adapter, save_head
 from ..models.features import compute_features
 from ..models.loading import LoadedReward, load_reward, model_folder
 from ..report.words import aligned, count, truncated_texts
+from .calibrate_card import update_card
 from .config import CalibrateConfig
 from .region import distance_blocks
 
@@ -124,7 +125,7 @@ def run_calibrate(config: CalibrateConfig, *, progress: bool = True) -> Calibrat
         "before": before,
         "after": _measured(head, data.features),
     }
-    _write(reward, target, numbers)
+    _write(reward, target, numbers, config)
     return CalibrateResult(target, numbers)
 
 
@@ -227,8 +228,8 @@ def _measured(head: EnsembleHead, features: Tensor) -> dict[str, Any]:
     return {**found, "shift": head.shift.tolist(), "scale": head.scale.tolist()}
 
 
-def _write(reward: LoadedReward, target: Path, numbers: dict[str, Any]) -> None:
-    """Write the model, with every other file of its folder, and its heads in the adapter/ beside it."""
+def _write(reward: LoadedReward, target: Path, numbers: dict[str, Any], config: CalibrateConfig) -> None:
+    """Write the model and its card, with every other file of its folder, and its heads in the adapter/ beside it."""
     model, source = reward.model, Path(reward.source)
     with atomic_folder(target) as folder:
         if source.is_dir():
@@ -237,9 +238,11 @@ def _write(reward: LoadedReward, target: Path, numbers: dict[str, Any]) -> None:
             reward.tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
         atomic_write_json(folder / "calibration.json", numbers)
+        update_card(folder, target, model.config, numbers, config)
     adapter = target.parent / "adapter"
     if source.is_dir() and source.samefile(target) and is_reward_adapter(adapter):
         reading = {name: getattr(model.config, name) for name in ("append_eos", "max_score_length", "taps")}
         with atomic_folder(adapter) as folder:
             shutil.copytree(adapter, folder, dirs_exist_ok=True)
             save_head(model.score, folder, **reading)
+            update_card(folder, adapter, model.config, numbers, config)

@@ -37,7 +37,7 @@ class TrainResult:
         lines += _truncation_lines(m.get("truncated"))
         lines += [fit_sentence(m["fit"])] if "fit" in m else []
         lines += _accuracy_lines(m) if m["accuracy"] else []
-        lines += _pet_lines(m["pet"]) if "pet" in m else []
+        lines += pet_lines(m["pet"]) if "pet" in m else []
         lines.append(f"model: {self.folder / 'model'}")
         return "\n".join(lines)
 
@@ -67,7 +67,7 @@ def _accuracy_lines(m: dict[str, Any]) -> list[str]:
     return [*lines, warning] if warning else lines
 
 
-def _pet_lines(pet: dict[str, Any]) -> list[str]:
+def pet_lines(pet: dict[str, Any]) -> list[str]:
     """The numbers before and after PET, with warnings."""
     before, after = pet["before"], pet["after"]
     rows = [("gap, best of n - reference", "gap"), ("Bradley-Terry loss", "bt"), ("accuracy", "accuracy")]

@@ -16,6 +16,7 @@ from .config import TrainConfig, refuse_unread
 from .frozen import train_frozen
 from .outcome import TrainResult, open_folder
 from .run import Run, Scored, Sides
+from .train_card import write_cards
 from .trained import train_whole
 
 __all__ = ["TrainConfig", "TrainResult", "run_train"]
@@ -29,7 +30,8 @@ def run_train(config: TrainConfig, *, resume: bool = False, progress: bool = Tru
     (the final model, calibrated on training features, with its tokeniser), adapter/ (mode lora: the final model's LoRA,
     unmerged, and its heads: `reward_adapter`), train.json (final metrics; written last). Stage pet adds reference/ (the
     samples it is pessimistic against) and, for an ensemble trained in this run, start/ (the ensemble before PET);
-    model/ keeps the calibration from before PET, so that rewards before and after have one unit.
+    model/ keeps the calibration from before PET, so that rewards before and after have one unit. Each model's folder
+    has a card, README.md, written when all stages are done.
 
     Args:
         config: see `TrainConfig`.
@@ -81,6 +83,7 @@ def _trained(run: Run) -> dict[str, Any]:
         **(_accuracies(run, scored) if run.held_out else {"accuracy": {}}),
         **parts,
     }
+    write_cards(run, metrics)
     atomic_write_json(run.folder / "train.json", metrics)
     return metrics
 

@@ -23,7 +23,7 @@ from .start import load_frozen, load_stage1
 from .trunk import train_trunk
 from .two_stage import preference_probability, seeded
 
-_CALIBRATION_PAIRS = 2000  # give a head's mean and std to about 1.6 %; their features are computed for that alone
+CALIBRATION_PAIRS = 2000  # give a head's mean and std to about 1.6 %; their features are computed for that alone
 
 
 class WholeResult(NamedTuple):
@@ -98,7 +98,7 @@ def _pessimistic(run: Run, start: EnsembleRewardModel) -> tuple[EnsembleRewardMo
 
 
 def _place_region(run: Run, model: EnsembleRewardModel, *, calibrates: bool) -> None:
-    pairs = run.train[:_CALIBRATION_PAIRS]
+    pairs = run.train[:CALIBRATION_PAIRS]
     features = run.features("model", model, pairs)
     if calibrates:
         calibrate(model.score, torch.cat(features))
