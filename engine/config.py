@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from ..kernels import STD_FLOOR, Aggregation
 from .families import check_family, switch_length
-from .taps import Tap, averages, features_size, layers_of, parse_taps, reads_logprob
+from .taps import Tap, features_size, layers_of, parse_taps, reads_logprob, reads_response
 
 POOLINGS = ("last", "first", "pooler")
 
@@ -162,7 +162,7 @@ class EnsembleRewardConfig(PreTrainedConfig):
     @property
     def reads_response(self) -> bool:
         """Whether a tap reads the response's tokens, so that one must know where it begins."""
-        return self.taps is not None and averages(self.parsed_taps())
+        return self.taps is not None and reads_response(self.parsed_taps())
 
     @property
     def reads_logprob(self) -> bool:

@@ -61,9 +61,9 @@ class Scorer:
     out tools, tool calls, a message's content or the last message's reasoning is refused, as is one that raises.
     Templates that write today's date always get 26 July 2024, so that a text has the same reward on every day.
 
-    Where the response begins matters to a model that averages states over it (`EnsembleRewardConfig.taps`): at the end
+    Where the response begins matters to a model that reads it (`EnsembleRewardConfig.taps`): at the end
     of what the item's tokens share with those of the prompt alone, its turn opened; of messages, the last one of role
-    assistant is the response. A plain text and token ids have no prompt: all of it is averaged.
+    assistant is the response. A plain text and token ids have no prompt: all of it is the response.
 
     How a sequence ends: a complete plain text gets the tokeniser's EOS token if the model's `config.append_eos` is true
     and the tokeniser has not added it; a chat template ends its own turns; token ids stay unchanged.
@@ -127,7 +127,7 @@ class Scorer:
         return self._encoder.encode(item, name)[0]
 
     def read(self, item: Item, name: str = "item") -> Encoded:
-        """`encode`, whether the item was truncated, and where the response begins if the model averages over it."""
+        """`encode`, whether the item was truncated, and where the response begins if the model reads it."""
         return self._encoder.read(item, name)
 
     def features(self, items: Sequence[Item]) -> Tensor:
@@ -231,7 +231,7 @@ class Scorer:
         dtype: torch.dtype,
     ) -> Tensor:
         """Call fn(input_ids [B, T], mask [B, T], response_start [B]) -> [B, width] on micro-batches; [N, width] in the
-        sequences' order. response_start is None for a model that does not average over the response."""
+        sequences' order. response_start is None for a model that does not read it."""
         result = torch.empty(len(sequences), width, dtype=dtype)
         rows: dict[_Sequence, list[int]] = {}
         for row, sequence in enumerate(sequences):

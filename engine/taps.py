@@ -82,7 +82,7 @@ def _parsed(text: str, num_layers: int) -> Tap:
     return Tap(kind, layer)  # type: ignore[arg-type]
 
 
-def averages(taps: Sequence[Tap]) -> bool:
+def reads_response(taps: Sequence[Tap]) -> bool:
     """Whether a tap reads the response's tokens, so that one must know where the response begins."""
     return any(tap.kind != "last" for tap in taps)
 

@@ -50,7 +50,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 class FeatureStore:
     """A folder of safetensors shards: `features` [n, F] in the trunk's dtype, `keys` [n, 32] SHA-256 of the token ids,
-    and of where the response begins if the model averages over it.
+    and of where the response begins if the model reads it.
 
     Each trunk fingerprint has a sub-folder, so that one folder may serve many models and data sets. Shards appear whole
     or not at all; a damaged one is computed again.

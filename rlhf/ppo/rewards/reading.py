@@ -21,7 +21,7 @@ class HeadEncoder(NamedTuple):
         return self.read(item, name).ids
 
     def read(self, item: Any, name: str = "item") -> Encoded:
-        """`encode`, and where the response begins, 0 if the heads do not average over it. Raises as `encode`."""
+        """`encode`, and where the response begins, 0 if the heads do not read it. Raises as `encode`."""
         read = self.encoder.read(item, name)
         ids = read.ids
         while self.skip is not None and len(ids) > 1 and ids[-1] == self.skip:
@@ -50,7 +50,7 @@ class Reading:
         No ids stand for a sample that the reward's template or tokeniser cannot read.
         """
         others = {}
-        averages = self._encoder.encoder.finds_response
+        reads = self._encoder.encoder.finds_response
         rows = zip(self._texts.prompts_of(samples), self._texts.responses_of(samples), strict=True)
         for index, (prompt, response) in enumerate(rows):
             try:
@@ -59,6 +59,6 @@ class Reading:
                 read = Encoded([], False)
             own = samples.responses[index][:-1] if samples.stopped[index] else samples.responses[index]
             ids = [*samples.prompts[index], *own, *closing]
-            if read.ids != ids or (averages and read.start != min(len(samples.prompts[index]), len(ids) - 1)):
+            if read.ids != ids or (reads and read.start != min(len(samples.prompts[index]), len(ids) - 1)):
                 others[index] = read
         return others

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from ....engine import EnsembleHead, EnsembleRewardConfig, Scorer
 from ....engine.config import max_positions
 from ....engine.own_code import refusing_own_code
-from ....engine.taps import averages, num_layers, parse_taps
+from ....engine.taps import num_layers, parse_taps, reads_response
 from ....engine.text import ItemEncoder
 from ....kernels import Aggregation
 from ...job.files import refuse_mistyped
@@ -147,7 +147,7 @@ def open_encoder(source: str | Path, policy: Any) -> HeadEncoder:
         append_eos=settings.get("append_eos", True),
         max_length=min((n for n in limits if n is not None), default=None),
         vocab_size=trunk.get_input_embeddings().num_embeddings,
-        finds_response=bool(taps) and averages(parse_taps(taps, num_layers(trunk))),
+        finds_response=bool(taps) and reads_response(parse_taps(taps, num_layers(trunk))),
     )
     return HeadEncoder(encoder, settings.get("skip_token_id"))
 
