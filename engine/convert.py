@@ -38,7 +38,7 @@ def load_trunk(
         )
     else:
         check_family(load_config(source, kwargs))
-        kind = AutoModelForCausalLM if need_lm_head else AutoModel
+        kind: Any = AutoModelForCausalLM if need_lm_head else AutoModel
         with reading_weights(source), refusing_own_code(source):
             model, info = kind.from_pretrained(source, output_loading_info=True, **without_own_code(kwargs))
         trunk = model.base_model
@@ -60,6 +60,17 @@ def _lm_head(model: Any) -> nn.Linear | None:
     LanguageHead.of(model)  # refuses what the tap logprob cannot use
     head: nn.Linear = model.get_output_embeddings()
     return head
+
+
+def check_head(head: EnsembleHead, hidden_size: int, num_heads: int | None, std_floor: float | None) -> None:
+    """Refuse a given head of another width, K or std_floor than was asked for; None: any."""
+    for name, wanted, got in (
+        ("hidden_size", hidden_size, head.hidden_size),
+        ("num_heads", num_heads, head.num_heads),
+        ("std_floor", std_floor, head.std_floor),
+    ):
+        if wanted is not None and wanted != got:
+            raise ValueError(f"EnsembleRewardModel.from_trunk: head: expected {name} {wanted}, got {got}")
 
 
 def model_of_sequence_classifier(

@@ -73,9 +73,10 @@ class LanguageHead(NamedTuple):
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """States [..., D] and the ids [...] that follow them -> log-probabilities [...] at temperature 1; fp32, in
         nats, 0 where the id is `NONE`."""
-        weight = self.weight.to(hidden.dtype)
-        rule = {"temperature": 1 / self.rule.scale, "softcap": self.rule.softcap}
-        return linear_logprob(hidden, weight, targets, ignore_index=NONE, **rule).logprob
+        weight, scale, softcap = self.weight.to(hidden.dtype), self.rule.scale, self.rule.softcap
+        return linear_logprob(
+            hidden, weight, targets, temperature=1 / scale, softcap=softcap, ignore_index=NONE
+        ).logprob
 
 
 def special_ids(tokenizer: Any) -> list[int]:

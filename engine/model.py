@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..kernels import STD_FLOOR, Aggregation
 from .config import EnsembleRewardConfig, max_positions, padding_id
-from .convert import load_trunk, model_of_sequence_classifier
+from .convert import check_head, load_trunk, model_of_sequence_classifier
 from .families import follows_length, length_classes, reset_frequencies
 from .head import EnsembleHead
 from .likelihood import LanguageHead, LogitRule, response_logprob
@@ -213,7 +213,7 @@ class EnsembleRewardModel(PreTrainedModel):
                 config.feature_size, config.num_heads, aggregation=config.aggregation, std_floor=config.std_floor
             )
         else:
-            _check_head(head, config.feature_size, num_heads, std_floor)
+            check_head(head, config.feature_size, num_heads, std_floor)
             head.aggregation = config.aggregation
         model = cls(config, trunk=body, head=head.to(body.device), lm_head=lm_head or own_lm_head)
         model.training = body.training
@@ -389,16 +389,6 @@ class EnsembleRewardModel(PreTrainedModel):
             pooled.append(hidden if rows is None else hidden.flatten(0, 1).index_select(0, rows))
         order = torch.tensor([row for group in groups for row in group], device=input_ids.device)
         return torch.cat(pooled).index_select(0, order.argsort())
-
-
-def _check_head(head: EnsembleHead, hidden_size: int, num_heads: int | None, std_floor: float | None) -> None:
-    for name, wanted, got in (
-        ("hidden_size", hidden_size, head.hidden_size),
-        ("num_heads", num_heads, head.num_heads),
-        ("std_floor", std_floor, head.std_floor),
-    ):
-        if wanted is not None and wanted != got:
-            raise ValueError(f"EnsembleRewardModel.from_trunk: head: expected {name} {wanted}, got {got}")
 
 
 AutoConfig.register(EnsembleRewardConfig.model_type, EnsembleRewardConfig, exist_ok=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Kind = Literal["last", "mean", "logprob"]
+_LAYER = re.compile(r"-?\d+|\d+/[1-9]\d*")
 LOGPROB_SIZE = 2  # columns of the tap `logprob`: see `likelihood.response_logprob`
 
 
@@ -43,8 +46,8 @@ def wide_taps(num_layers: int) -> tuple[Tap, ...]:
 
 
 def parse_taps(taps: str | Sequence[str | Tap], num_layers: int) -> tuple[Tap, ...]:
-    """Parse `last`, `wide`, or taps such as ["last:30", "mean:20"]; a negative layer counts from the end, -1 being the
-    trunk's output.
+    """Parse `last`, `wide`, or taps such as ["last:-1", "mean:2/3", "logprob"]; a negative layer counts from the end,
+    -1 being the trunk's output, and a fraction is that share of the layers, to the nearest.
 
     Raises:
         ValueError: for no tap, one given twice, another form, or a layer that the trunk does not have.
@@ -66,8 +69,10 @@ def check_taps(taps: str | Sequence[str | Tap]) -> None:
         return
     for tap in map(str, taps):
         kind, _, number = tap.partition(":")
-        if tap != "logprob" and (kind not in ("last", "mean") or not number.removeprefix("-").isdecimal()):
-            raise ValueError(f"taps: expected last:LAYER, mean:LAYER or logprob, got {tap!r}")
+        if tap != "logprob" and (kind not in ("last", "mean") or not _LAYER.fullmatch(number)):
+            raise ValueError(
+                f"taps: expected last:LAYER, mean:LAYER (a number, or a share such as 2/3) or logprob, got {tap!r}"
+            )
     if not taps:
         raise ValueError("taps: expected at least one, got none")
 
@@ -76,7 +81,8 @@ def _parsed(text: str, num_layers: int) -> Tap:
     if text == "logprob":
         return Tap("logprob", num_layers)
     kind, _, number = text.partition(":")
-    layer = int(number) + (num_layers + 1 if int(number) < 0 else 0)
+    layer = round(Fraction(number) * num_layers) if "/" in number else int(number)
+    layer += num_layers + 1 if layer < 0 else 0
     if not 0 <= layer <= num_layers:
         raise ValueError(f"taps: expected a layer from 0 to {num_layers} (the trunk's output), got {text!r}")
     return Tap(kind, layer)  # type: ignore[arg-type]

@@ -84,7 +84,7 @@ class DemoConfig(JobConfig):
     )
     features: Features | None = Field(
         default=None,
-        description="Hidden states that heads and distance read: last, wide, or a list such as [last:-1, mean:20]; "
+        description="Hidden states that heads and distance read: last, wide, or a list such as [last:-1, mean:2/3]; "
         "null: the mean over the response at two thirds of the layers.",
     )
     seed: int = Field(default=0, ge=0, lt=2**30, description="Seed of the run.")

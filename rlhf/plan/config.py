@@ -27,7 +27,7 @@ class PlanConfig(PPOConfig):
     )
     heads: int = Field(default=5, ge=1, description="Heads of a reward on the policy's trunk, K.")
     features: Features = Field(
-        default="last", description="What these heads read: last, wide, or a list such as [last:-1, mean:20]."
+        default="last", description="What these heads read: last, wide, or a list such as [last:-1, mean:2/3]."
     )
     verify: bool = Field(
         default=False, description="Run the loop on tensors without data and compare its memory with the plan."

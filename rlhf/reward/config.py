@@ -191,7 +191,7 @@ class TrainConfig(JobConfig):
     )
     features: Features = Field(
         default="last",
-        description="What heads read: last (the last token), wide (also a mean), or taps such as [last:-1, mean:20].",
+        description="What heads read: last (the last token), wide (also a mean), or taps such as [last:-1, mean:2/3].",
     )
     feature_cache: Path | None = Field(
         default=None, description="Folder of cached features that several runs share; null: in the run folder."

@@ -96,7 +96,7 @@ def _load(run: Run) -> _Loaded:
     policy = load_language_model("model", config.model, config.dtype).to(run.device).eval()
     if start is None:
         return _Loaded(run.load(1, trunk=policy), policy)
-    reading = {"taps": start.config.taps, "logprob_skips": start.config.logprob_skips}
+    reading: dict[str, Any] = {"taps": start.config.taps, "logprob_skips": start.config.logprob_skips}
     if model_fingerprint(EnsembleRewardModel.from_trunk(policy, **reading)) == model_fingerprint(start):
         start = with_head(start, start.score, policy)
     return _Loaded(start, policy)

@@ -18,9 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ...engine.likelihood import LanguageHead
-from ...engine.taps import Tap, capturing, num_layers, reads_logprob
+from ...engine.taps import Tap, capturing, num_layers
 from ..models.causal_lm import SHARING_MODELS, cache_argument, cache_of, next_logits
+from .response_taps import ResponseTaps
 from .tokens import Rule
 
 _ATTENTION = "prudent_shared_prefix"
@@ -222,9 +222,9 @@ class Decoder:
         self._read += 1
         return hidden
 
-    def read(self, layer: int, hidden: Tensor) -> Tensor:
-        """[n, D] the state of a layer at the tokens just fed; hidden: [n, D], what `feed` returned."""
-        return self._states[layer][:, -1] if layer in self._states else hidden
+    def state(self, layer: int) -> Tensor | None:
+        """[n, D] the state of a layer at the tokens just fed; None of the trunk's output, which `feed` returned."""
+        return self._states[layer][:, -1] if layer in self._states else None
 
     def shrink(self, done: Tensor) -> None:
         """Drop finished rows (done: [G * S] bool, on the CPU) once that saves a fifth: prompts with none left, and
@@ -258,7 +258,7 @@ def decoder(
         prompts: G lists of token ids, of any lengths.
         samples: S.
         capacity: the most tokens that a sample reads.
-        taps: whose layers `Decoder.read` reads.
+        taps: whose layers `Decoder.state` gives.
     """
     longest = max(map(len, prompts))
     with (
@@ -296,7 +296,7 @@ def sample_batch(
     taps = (Tap("last", num_layers(model)),) if taps is None else taps
     with decoder(model, prompts, samples, limit + len(closing), taps) as batch:
         rows = _Rows(len(prompts) * samples, rule, closing, limit)
-        response = _ResponseTaps(taps, model, len(rows.done), skips)
+        response = ResponseTaps(taps, model, len(rows.done), skips)
         hidden, fed = batch.hidden.repeat_interleave(samples, dim=0), batch.grid.flatten()
         while True:
             drawing = rows.drawing(fed)
@@ -306,57 +306,14 @@ def sample_batch(
                 yield rows.take(fed[drawing], drawn.tolist())
             if rows.done.all():
                 break
-            response.predict(fed, hidden, rows)
+            if response.needs_next:
+                next_ids = torch.tensor([rows.next_input(row, keep=True) for row in fed.tolist()])
+                response.predict(fed, hidden, next_ids, ~rows.done[fed])
             batch.shrink(rows.done)
             fed = batch.grid.flatten()
             hidden = batch.feed(torch.tensor([rows.next_input(row) for row in fed.tolist()]))
-            rows.keep_features(fed, response.read(fed, batch, hidden))
+            rows.keep_features(fed, response.read(fed, hidden, batch.state))
     yield Sampled(rows.tokens, rows.stopped, torch.stack(rows.features) if closing else None)
-
-
-class _ResponseTaps:
-    """The taps over each row's tokens so far. Rows are read by their numbers in the first grid.
-
-    Every row reads one token at every step until it is finished, so the number of steps is its number of tokens. What
-    finished rows that are still fed get is not read.
-    """
-
-    def __init__(self, taps: Sequence[Tap], model: Any, count: int, skips: Sequence[int]) -> None:
-        self._taps = taps
-        self._sums: dict[Tap, Tensor] = {}  # of tap `mean`: [count, D] fp32
-        self._steps = 0
-        self._head = LanguageHead.of(model, skips) if reads_logprob(taps) else None
-        self._count, self._total, self._least = torch.zeros(3, count, device=model.device)  # of log-probabilities
-
-    def predict(self, fed: Tensor, hidden: Tensor, rows: _Rows) -> None:
-        """Take the log-probability of the token that each row reads next, which hidden [n, D] of the rows `fed` [n]
-        predicts."""
-        if self._head is None:
-            return
-        ids = torch.tensor([rows.next_input(row, keep=True) for row in fed.tolist()])
-        read = (~rows.done[fed] & self._head.counts(ids)).nonzero()[:, 0]
-        place = fed[read].to(hidden.device)
-        logprob = self._head.logprobs(hidden[read.to(hidden.device)], ids[read].to(hidden.device))
-        self._count[place] += 1
-        self._total[place] += logprob
-        self._least[place] = torch.minimum(self._least[place], logprob)
-
-    def read(self, fed: Tensor, batch: Decoder, hidden: Tensor) -> Tensor:
-        """[n, F] after the tokens just fed to the rows `fed` [n]; hidden: [n, D], what `Decoder.feed` returned."""
-        self._steps += 1
-        fed = fed.to(hidden.device)
-        return torch.cat([self._read(tap, fed, batch, hidden).to(hidden.dtype) for tap in self._taps], dim=1)
-
-    def _read(self, tap: Tap, fed: Tensor, batch: Decoder, hidden: Tensor) -> Tensor:
-        if tap.kind == "logprob":
-            return torch.stack([self._total[fed] / self._count[fed].clamp_min(1), self._least[fed]], dim=1)
-        state = batch.read(tap.layer, hidden)
-        if tap.kind == "last":
-            return state
-        if tap not in self._sums:
-            self._sums[tap] = state.new_zeros(len(self._total), state.shape[1], dtype=torch.float32)
-        self._sums[tap][fed] += state.float()
-        return self._sums[tap][fed] / self._steps
 
 
 class _Rows:

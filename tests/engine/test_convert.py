@@ -28,7 +28,7 @@ def tokens(batch=3, length=8):
 def test_the_trunk_of_a_causal_lm_is_shared_not_copied(causal_lm):
     model = EnsembleRewardModel.from_trunk(causal_lm, num_heads=2)
     assert model.model is causal_lm.model
-    assert not hasattr(model, "lm_head")
+    assert model.lm_head is None
     with torch.no_grad():
         before = model(tokens()).logits
         causal_lm.model.embed_tokens.weight.mul_(2)

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from prudent.engine.taps import Tap, capturing, parse_taps, read_taps
+from prudent.engine.taps import (
+    Tap,
+    capturing,
+    columns_of,
+    features_size,
+    parse_taps,
+    read_taps,
+    reads_logprob,
+    reads_response,
+)
 
 
 def test_a_negative_layer_counts_from_the_trunks_output() -> None:
@@ -14,7 +23,27 @@ def test_a_negative_layer_counts_from_the_trunks_output() -> None:
     assert str(Tap("mean", 20)) == "mean:20"
 
 
-@pytest.mark.parametrize("texts", [[], ["last"], ["first:1"], ["mean:31"], ["mean:-32"], ["last:-1", "last:30"]])
+def test_a_layer_may_be_a_share_of_the_trunk() -> None:
+    assert parse_taps(["mean:1/3", "last:2/3", "mean:1/1"], 30) == (Tap("mean", 10), Tap("last", 20), Tap("mean", 30))
+    assert parse_taps(["mean:1/3"], 5) == (Tap("mean", 2),)
+
+
+def test_the_log_probability_of_the_response_fills_two_columns_beside_the_states() -> None:
+    taps = parse_taps(["last:-1", "logprob", "mean:2/3"], 30)
+    assert list(map(str, taps)) == ["last:30", "logprob", "mean:20"]
+    assert features_size(taps, 8) == 18
+    assert columns_of(taps, 8) == [slice(0, 8), slice(8, 10), slice(10, 18)]
+    assert [(reads_response(part), reads_logprob(part)) for part in (taps[:1], taps[1:2], taps[2:])] == [
+        (False, False),
+        (True, True),
+        (True, False),
+    ]
+
+
+OTHERS = ["last", "first:1", "mean:31", "mean:-32", "mean:4/3", "mean:2/0", "mean:-1/2", "logprob:3", "mean:0.5"]
+
+
+@pytest.mark.parametrize("texts", [[], ["last:-1", "last:30"], ["logprob", "logprob"], *([text] for text in OTHERS)])
 def test_other_taps_are_refused(texts: list[str]) -> None:
     with pytest.raises(ValueError, match="taps: expected"):
         parse_taps(texts, 30)

@@ -19,7 +19,7 @@ from ...sampling.read_texts import read_texts
 from ...sampling.stored import Request, sample
 from ...sampling.tokens import Sampling
 from ..openings import openings
-from .config import OveroptimisationConfig, resolved
+from .config import OveroptimisationConfig
 
 
 class Candidates(NamedTuple):
@@ -64,8 +64,7 @@ def load_candidates(config: OveroptimisationConfig, *, progress: bool = True) ->
     prompts = _prompts(given.prompts, given.held_out)
     held_out = set(random.Random(given.seed).sample(range(len(prompts)), given.held_out))
     requests = [Request(p, given.candidates if i in held_out else given.training) for i, p in enumerate(prompts)]
-    layers = num_layers(model)
-    taps = parse_taps([resolved(tap, layers) for tap in config.taps], layers)
+    taps = parse_taps(config.taps, num_layers(model))
     rollouts = sample(
         model,
         tokenizer,

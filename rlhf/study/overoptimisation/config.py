@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -157,12 +156,6 @@ class OveroptimisationConfig(JobConfig):
         if min(self.pairs) < 10 * self.ensemble:
             raise ValueError(f"pairs: expected at least {10 * self.ensemble}, got {min(self.pairs)}")
         return self
-
-
-def resolved(tap: str, num_layers: int) -> str:
-    """`mean:2/3` -> `mean:20` of 30 layers (the nearest); other forms unchanged."""
-    kind, _, layer = tap.partition(":")
-    return f"{kind}:{round(Fraction(layer) * num_layers)}" if "/" in layer else tap
 
 
 class WarningConfig(JobConfig):

@@ -24,7 +24,7 @@ from ...sampling.read_texts import forward
 from ...sampling.turn import Turn
 from . import golds
 from .candidates import Candidates
-from .config import OveroptimisationConfig, View, resolved
+from .config import OveroptimisationConfig, View
 from .heads import Fitted
 from .rewards import Arm, Scored, reward, unit_of
 from .world import Reader, distances, reader, trust_region
@@ -55,8 +55,7 @@ class RewardJudge:
         given = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
         self._model = load_language_model("model", given["model"], getattr(torch, given["dtype"])).eval()
         self._turn = Turn(load_tokenizer("model", given["model"]), self._model)
-        layers = num_layers(self._model)
-        self._taps = parse_taps([resolved(tap, layers) for tap in given["taps"]], layers)
+        self._taps = parse_taps(given["taps"], num_layers(self._model))
         tensors = load_file(folder / "judge.safetensors")
         self._columns = {side: tensors[f"columns/{side}"] for side in ("heads", "distance")}
         scaling = Scaling(tensors["scaling/shift"], tensors["scaling/inverse"])

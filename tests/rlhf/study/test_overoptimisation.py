@@ -18,7 +18,7 @@ from prudent.rlhf.study.overoptimisation import golds
 from prudent.rlhf.study.overoptimisation.attacks import best_of_n, pools
 from prudent.rlhf.study.overoptimisation.candidates import load_candidates
 from prudent.rlhf.study.overoptimisation.cells import arms_of, settings
-from prudent.rlhf.study.overoptimisation.config import OveroptimisationConfig, View, resolved
+from prudent.rlhf.study.overoptimisation.config import OveroptimisationConfig, View
 from prudent.rlhf.study.overoptimisation.heads import draw_pairs
 from prudent.rlhf.study.overoptimisation.judge import RewardJudge, load_gold
 from prudent.rlhf.study.overoptimisation.report import findings
@@ -144,16 +144,6 @@ def test_an_interval_spans_seeds_and_prompts() -> None:
     assert flat == pytest.approx((2.0, 2.0, 2.0))
     by_seed = torch.tensor([[0.0] * 50, [1.0] * 50, [2.0] * 50])
     assert crossed_interval(by_seed) == pytest.approx((1.0, 0.0, 2.0))
-
-
-def test_taps_are_named_by_their_share_of_the_trunk() -> None:
-    assert [resolved(tap, 30) for tap in ("mean:1/3", "last:2/3", "last:-1", "mean:7")] == [
-        "mean:10",
-        "last:20",
-        "last:-1",
-        "mean:7",
-    ]
-    assert resolved("mean:1/3", 5) == "mean:2"
 
 
 @pytest.mark.parametrize(
