@@ -20,7 +20,8 @@ def _checked_taps(value: Any) -> Any:
     from ...engine.taps import check_taps  # the engine imports transformers, which --help does without
 
     try:
-        check_taps(value)
+        if value != "auto":
+            check_taps(value)
     except ValueError as error:
         raise ValueError(str(error).removeprefix("taps: ")) from None
     return value
@@ -28,6 +29,7 @@ def _checked_taps(value: Any) -> Any:
 
 # last, wide or a list of taps; see `engine.taps`
 Features = Annotated[Literal["last", "wide"] | list[str], AfterValidator(_checked_taps)]
+FeaturesOrAuto = Annotated[Literal["auto", "last", "wide"] | list[str], AfterValidator(_checked_taps)]
 
 
 class FitConfig(JobConfig):
@@ -189,9 +191,9 @@ class TrainConfig(JobConfig):
         ge=1,
         description="Tokens kept, from the end, of a longer text, also by the saved model; null: the trunk's limit.",
     )
-    features: Features = Field(
-        default="last",
-        description="What heads read: last (the last token), wide (also a mean), or taps such as [last:-1, mean:2/3].",
+    features: FeaturesOrAuto = Field(
+        default="auto",
+        description="What heads read: last, wide, taps; auto: [last:-1, mean:2/3, logprob] on a frozen decoder, else last.",
     )
     feature_cache: Path | None = Field(
         default=None, description="Folder of cached features that several runs share; null: in the run folder."
@@ -240,7 +242,7 @@ def refuse_unread(config: TrainConfig, mode: str) -> None:
             "model as pet.start), got full"
         )
     given = config.start if config.stage == "pet" else config.stage1 if mode == "head" else None
-    if given is not None and config.features != "last":
+    if given is not None and config.features != "auto":
         raise ValueError(
             f"features: has no effect beside {'stage1' if config.stage1 else 'pet.start'} {given}, whose heads read "
             f"what they were trained on, got {config.features}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...engine import EnsembleHead, EnsembleRewardModel, Scorer
+from ...engine.config import is_encoder
 from ...engine.likelihood import special_ids
 from ...kernels import Aggregation
 from ..data.pairs import PreferencePair, both_sides, load_pairs, names_of_sides
@@ -20,7 +21,7 @@ from ..evaluation.statistics import group_labels
 from ..job.files import atomic_folder, atomic_write_json, read_json
 from ..job.log import RunLog
 from ..models.features import compute_features
-from ..models.loading import load_tokenizer, load_trunk
+from ..models.loading import load_config, load_tokenizer, load_trunk
 from ..report.fit import FIT_FILE
 from ..report.words import truncated_texts
 from .config import FitConfig, TrainConfig
@@ -54,6 +55,10 @@ class Scored:
         # not centred: to centre each side alone would shift one side against the other
         outputs = [self.head(side, aggregation=aggregation, centre="none").reward.cpu() for side in self.features]
         return outputs[0], outputs[1]
+
+
+# the distance sees foreign text best in these, and heads rank human pairs no worse (docs/features.md)
+AUTO_TAPS = ("last:-1", "mean:2/3", "logprob")
 
 
 class Run:
@@ -118,20 +123,31 @@ class Run:
         name: folder of a model whose trunk takes the place of `config.model`.
         """
         config = self.config
-        torch.manual_seed(config.seed if losses is None else losses.seed)
         options: dict[str, Any] = {
             "num_heads": num_heads,
             "aggregation": "mean" if num_heads == 1 else without_price(config.aggregation),
             "std_floor": None if losses is None else losses.std_floor,
             "append_eos": config.append_eos,
             "max_score_length": config.max_length,
-            "taps": config.features,
             "logprob_skips": special_ids(self.tokenizers["model"]),
         }
-        if trunk is not None:
-            return self.placed(EnsembleRewardModel.from_trunk(trunk, **options))
         dtype = "float32" if config.dtype == "auto" and self.mode == "full" else config.dtype
-        return self.placed(load_trunk("model", str(name or config.model), dtype=dtype, **options))
+
+        def reading(taps: Any) -> EnsembleRewardModel:
+            torch.manual_seed(config.seed if losses is None else losses.seed)
+            if trunk is not None:
+                return self.placed(EnsembleRewardModel.from_trunk(trunk, taps=taps, **options))
+            return self.placed(load_trunk("model", str(name or config.model), dtype=dtype, taps=taps, **options))
+
+        if config.features != "auto":
+            return reading(config.features)
+        known = load_config("model", str(name or config.model), "a language model") if trunk is None else trunk.config
+        if self.mode == "head" and not is_encoder(known):
+            try:
+                return reading(AUTO_TAPS)
+            except ValueError:  # a trunk whose layers or logits cannot be read; its last state can
+                logger.info("features: last, because the trunk does not give %s", ", ".join(AUTO_TAPS))
+        return reading("last")
 
     def placed(self, model: Any) -> EnsembleRewardModel:
         """Move the reward model to the run's device, in eval mode."""

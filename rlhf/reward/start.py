@@ -64,7 +64,7 @@ def _check_trunk(config: TrainConfig) -> None:
             f"model: expected a language model, got the reward model {name}, whose heads would be dropped: to continue "
             "from one with a single head, give it as stage1 too"
         )
-    if config.features != "last":
+    if config.features not in ("auto", "last"):
         try:
             parse_taps(config.features, layers_of(found))
         except ValueError as error:

@@ -15,7 +15,7 @@ from prudent.rlhf.data.pairs import both_sides, load_pairs, split_by_prompt
 from prudent.rlhf.evaluation.statistics import group_labels
 from prudent.rlhf.job.config import load_config
 from prudent.rlhf.models.adapter import load_head
-from prudent.rlhf.reward.region import of_heads, place_region, without_price
+from prudent.rlhf.reward.region import distance_blocks, of_heads, place_region, without_price
 from prudent.rlhf.reward.train import TrainConfig, run_train
 
 from ..sentiment import write_pairs
@@ -39,7 +39,7 @@ def _check(folder: Path, data: Path, aggregation: str) -> None:
     train, _ = split_by_prompt(load_pairs(data).pairs, 0.25, 0)
     features = Scorer(model, AutoTokenizer.from_pretrained(folder), progress=False).features(both_sides(train))
     labels = group_labels(pair.prompt_key for pair in train).repeat(2)
-    want = fit_trust(features, prompts=labels, head=model.score)
+    want = fit_trust(features, prompts=labels, head=model.score, blocks=distance_blocks(model.config))
     for name, got, expected in zip(want._fields, model.score.trust, want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4, msg=name)
     assert str(model.score.aggregation) == aggregation

@@ -296,8 +296,10 @@ def test_an_existing_stage_1_takes_the_place_of_bradley_terry(
     assert EnsembleRewardModel.from_pretrained(config.output / "model").config.num_heads == 2
 
 
-def test_a_calibrated_stage_1_and_a_classifier_give_bradley_terry_logits(finished: TrainConfig, tmp_path: Path) -> None:
-    model = EnsembleRewardModel.from_pretrained(finished.output / "stage1")
+def test_a_calibrated_stage_1_and_a_classifier_give_bradley_terry_logits(
+    finished: TrainConfig, tiny_chat_folder: Path, tmp_path: Path
+) -> None:
+    model = EnsembleRewardModel.from_trunk(str(tiny_chat_folder), num_heads=1)
     ids = torch.randint(4, 20, (3, 6), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         want = model(ids).logits

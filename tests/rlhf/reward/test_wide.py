@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from prudent.engine import EnsembleRewardModel, Scorer
 from prudent.rlhf.data.pairs import load_pairs, split_by_prompt
@@ -64,6 +64,46 @@ def test_the_saved_model_reads_what_was_trained_and_measured(
         assert (settings["taps"], settings["hidden_size"]) == (TAPS, 64)
 
 
+AUTO = ["last:2", "mean:1", "logprob"]
+
+
+def test_on_a_frozen_decoder_heads_and_distance_read_the_response_by_default(
+    tiny_chat_folder: Path, pairs: Path, tmp_path: Path
+) -> None:
+    run_train(_config(tiny_chat_folder, pairs, tmp_path / "run", "features=auto", "mode=head"), progress=False)
+    for name in ("stage1", "model"):
+        model = EnsembleRewardModel.from_pretrained(tmp_path / "run" / name)
+        assert (model.config.taps, model.score.hidden_size) == (AUTO, 66)
+        assert {0, 1} <= {*model.config.logprob_skips}
+    scorer = _scorer(tmp_path / "run" / "model")
+    known = [item for pair in load_pairs(pairs).pairs for item in pair.items()]
+    words = ["was", "the", "day", "very", "good", "train"]
+    foreign = [{"prompt": "the food", "response": " ".join(words[i:] + words[:i])} for i in range(6)]
+    assert min(scorer.score(foreign).distance) > scorer.score(known).distance.median()
+
+
+def test_by_default_a_trained_trunk_or_an_encoder_is_read_at_one_token(
+    tiny_chat_folder: Path, pairs: Path, tmp_path: Path
+) -> None:
+    sets = ["features=auto", "mode=full", "stage=bt", "trunk.max_steps=1"]
+    run_train(_config(tiny_chat_folder, pairs, tmp_path / "full", *sets), progress=False)
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    sets = ["features=auto", "mode=head", "stage=bt"]
+    run_train(_config(tmp_path / "bert", pairs, tmp_path / "encoder", *sets), progress=False)
+    for name in ("full", "encoder"):
+        assert EnsembleRewardModel.from_pretrained(tmp_path / name / "model").config.taps is None
+
+
+def test_a_trained_trunk_forgets_how_likely_a_text_is(tiny_chat_folder: Path, pairs: Path, tmp_path: Path) -> None:
+    config = _config(tiny_chat_folder, pairs, tmp_path / "run", "mode=full", "features=[mean:1, logprob]")
+    with pytest.raises(ValueError, match=r"features: expected states alone in mode full, .* got mean:1, logprob"):
+        run_train(config, progress=False)
+
+
 def test_a_list_of_taps_may_be_given(tiny_chat_folder: Path, pairs: Path, tmp_path: Path) -> None:
     sets = ["mode=head", "stage=bt", "bt.solver=adamw", "bt.epochs=2", "features=[last:-1,last:0, mean:2]"]
     config = _config(tiny_chat_folder, pairs, tmp_path / "run", *sets)
@@ -109,8 +149,8 @@ def test_a_batch_says_where_its_responses_begin() -> None:
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (["features=wider"], r"features: expected 'last' or 'wide' or a list, got \"wider\""),
-        (["features=[mean]"], "features: expected last:LAYER or mean:LAYER, got 'mean'"),
+        (["features=wider"], r"features: expected 'auto', 'last' or 'wide' or a list, got \"wider\""),
+        (["features=[mean]"], "features: expected last:LAYER, mean:LAYER .* or logprob, got 'mean'"),
         (
             ["features=[mean:3]"],
             r"features: expected a layer from 0 to 2 \(the trunk's output\), got 'mean:3', for the",
