@@ -193,7 +193,7 @@ class TrainConfig(JobConfig):
     )
     features: FeaturesOrAuto = Field(
         default="auto",
-        description="What heads read: last, wide, taps; auto: [last:-1, mean:2/3, logprob] on a frozen decoder, else last.",
+        description="Read by heads: last, wide or taps; auto: [last:-1, mean:2/3, logprob] on a frozen decoder.",
     )
     feature_cache: Path | None = Field(
         default=None, description="Folder of cached features that several runs share; null: in the run folder."

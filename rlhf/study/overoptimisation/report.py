@@ -89,7 +89,8 @@ def _auroc_rows(auroc: Iterable[Numbers]) -> list[list[str]]:
             rows.append(["taps", "R", "from the mean of", "beyond", *kinds])
         mean = "its prompt" if row["by_prompt"] else "all"
         cells = [" + ".join(row["taps"]), str(row["directions"]), mean, f"{row['beyond']:.1%}"]
-        rows.append([*cells, *(f"{found[0]:.2f}" for found in kinds.values())])
+        cells += [f"{found[0]:.2f}" for kind, found in kinds.items() if kind != "degenerate"]
+        rows.append([*cells, f"{kinds['degenerate'][0]:.3f} {interval(kinds['degenerate'], 3)}"])
     return rows
 
 
