@@ -18,6 +18,7 @@ from ....engine import EnsembleHead
 from ....engine.taps import num_layers, parse_taps
 from ....kernels import TrustRegion
 from ...job.files import atomic_file, atomic_write_json
+from ...models.embedded import embedded_model
 from ...models.loading import load_language_model, load_tokenizer
 from ...reward.fit import Scaling
 from ...sampling.read_texts import forward
@@ -53,8 +54,9 @@ class RewardJudge:
 
     def __init__(self, folder: Path, arm: Arm) -> None:
         given = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
-        self._model = load_language_model("model", given["model"], getattr(torch, given["dtype"])).eval()
-        self._turn = Turn(load_tokenizer("model", given["model"]), self._model)
+        name = given["model"] or str(embedded_model())
+        self._model = load_language_model("model", name, getattr(torch, given["dtype"])).eval()
+        self._turn = Turn(load_tokenizer("model", name), self._model)
         self._taps = parse_taps(given["taps"], num_layers(self._model))
         tensors = load_file(folder / "judge.safetensors")
         self._columns = {side: tensors[f"columns/{side}"] for side in ("heads", "distance")}
