@@ -228,6 +228,9 @@ def _rolled_back(rows: Rows, step: int | None) -> str:
     return f"The kept policy is that of step {step}{there}; the table's end is a later policy, which was discarded."
 
 
+FOREIGN_AT_START = 0.2  # 5 % are expected where the region is that of the policy's own responses
+
+
 def faults(rows: Rows, steps: int | None = None) -> str:
     """Say in sentences what went wrong during the run; "" if nothing did.
 
@@ -238,7 +241,12 @@ def faults(rows: Rows, steps: int | None = None) -> str:
     gold = [row["gold/mean"] for row in rows if "gold/mean" in row]
     done = steps if steps is not None else (rows[-1]["step"] + 1 if rows else 0)
     missing = sorted(set(range(done)) - {row["step"] for row in rows})
+    before = rows[0].get("text/foreign") if rows and rows[0]["step"] == 0 else None
+    unknown = before if _finite(before) else 0.0
+    strange = f"Before any update, {100 * unknown:.0f} % of the policy's own responses lie beyond distance 1"
     found = {
+        f"{strange}: the reward's trust region is that of other responses. Fit it to these with "
+        "`prudent calibrate`.": unknown > FOREIGN_AT_START,
         f"{count(dropped, 'sample')} without a finite reward left out.": dropped,
         f"{count(starved, 'update')} skipped because no sample was left.": starved,
         f"{count(skipped - starved, 'update')} skipped for a loss that was not finite.": skipped - starved,

@@ -92,6 +92,16 @@ def test_a_policy_that_leaves_the_known_texts_is_told_of_and_one_that_stays_is_n
     assert "foreign" not in " ".join(F.findings(run()))
 
 
+def test_a_region_of_other_responses_is_told_of_at_the_start_and_a_policy_that_leaves_later_is_not() -> None:
+    def rows(first: float) -> list[dict[str, Any]]:
+        return [row | {"text/foreign": first if row["step"] == 0 else 0.9} for row in run()]
+
+    told = "Before any update, 30 % of the policy's own responses lie beyond distance 1"
+    assert told in F.faults(rows(0.3))
+    for quiet in (rows(0.2), rows(float("nan")), rows(0.3)[1:], run()):
+        assert "Before any update" not in F.faults(quiet)
+
+
 def test_the_turn_is_named_where_it_is() -> None:
     step = int(re.search(r"after step (\d+)", F.headline(run(80)))[1])
     assert 30 <= step <= 50
