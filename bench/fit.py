@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,24 +53,31 @@ class Measured(NamedTuple):
 
 def measure(study: Study, pairs: int, seed: int) -> Measured | None:
     """One seed with `pairs` training pairs; None if there are fewer."""
+    parts = drawn(study, pairs, seed)
+    if parts is None:
+        return None
+    train, held_out = parts
+    sides, prompts = study.sides(train), group_labels(pair.prompt_key for pair in train)
+    shipped = fit_heads(*sides, BradleyTerryConfig(solver="adamw", seed=seed), progress=False).head
+    exact = fit_ridge(*sides, prompts, seed=seed)
+    loss, correct = zip(*(scored(head, study.sides(held_out)) for head in (shipped, exact.head)), strict=True)
+    return Measured([p.prompt_key for p in held_out], loss, correct, exact.l2)
+
+
+def drawn(study: Study, pairs: int, seed: int) -> tuple[list[PreferencePair], list[PreferencePair]] | None:
+    """`pairs` training pairs and the pairs of the held-out prompts, of one seed; None if there are fewer."""
     train, held_out = split_by_prompt(study.pairs, study.held_out, seed)
     if len(train) < pairs:
         return None
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:pairs]
-    train = [train[i] for i in order.tolist()]
-    sides, prompts = study.sides(train), group_labels(pair.prompt_key for pair in train)
-    shipped = fit_heads(*sides, BradleyTerryConfig(solver="adamw", seed=seed), progress=False).head
-    exact = fit_ridge(*sides, prompts, seed=seed)
-    gaps = [_gap(head, study.sides(held_out)) for head in (shipped, exact.head)]
-    loss, correct = ([of(gap) for gap in gaps] for of in (lambda g: F.softplus(-g), lambda g: (g > 0).double()))
-    return Measured([p.prompt_key for p in held_out], (loss[0], loss[1]), (correct[0], correct[1]), exact.l2)
+    return [train[i] for i in order.tolist()], held_out
 
 
 @torch.no_grad()
-def _gap(head: EnsembleHead, sides: tuple[Tensor, Tensor]) -> Tensor:
+def scored(head: EnsembleHead, sides: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The log-loss, and 1 or 0 for right or wrong, of each pair [P] of features (chosen, rejected) [P, D]."""
     chosen, rejected = (head(side).reward.double() for side in sides)
-    gap: Tensor = chosen - rejected
-    return gap
+    return F.softplus(rejected - chosen), (chosen > rejected).double()
 
 
 def interval(values: Tensor, seeds: Tensor, prompts: Tensor) -> Interval:
@@ -143,15 +150,19 @@ def _results(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _verdict(results: Sequence[dict[str, Any]]) -> str:
-    """One sentence: in how many settings the exact fit is better, worse or neither, by the intervals."""
+    gaps = [[row[part]["difference"] for row in results] for part in ("loss", "correct")]
+    return f"The exact fit against AdamW: {counted(*gaps)}."
+
+
+def counted(loss: Sequence[dict[str, Any]], correct: Sequence[dict[str, Any]]) -> str:
+    """In how many settings the differences of log-loss and of accuracy are better or worse beyond their intervals."""
     parts = []
-    for name, part, sign in (("log-loss", "loss", -1), ("accuracy", "correct", 1)):
-        gaps = [row[part]["difference"] for row in results]
+    for name, gaps, sign in (("log-loss", loss, -1), ("accuracy", correct, 1)):
         better = sum((gap["high"] < 0) if sign < 0 else (gap["low"] > 0) for gap in gaps)
         worse = sum((gap["low"] > 0) if sign < 0 else (gap["high"] < 0) for gap in gaps)
         word = "lower" if sign < 0 else "higher"
         parts.append(f"its {name} is {word} beyond the interval in {better} of {len(gaps)} settings, worse in {worse}")
-    return f"The exact fit against AdamW: {'; '.join(parts)}."
+    return "; ".join(parts)
 
 
 def page(found: dict[str, Any]) -> str:
@@ -191,12 +202,20 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every model, data set and number of pairs."""
+def run(
+    args: argparse.Namespace,
+    measure: Callable[[Study, int, int], Any],
+    summarise: Callable[[list[Any]], dict[str, Any]],
+    taps: str | None = None,
+) -> list[dict[str, Any]]:
+    """`summarise` what `measure` gave for the seeds, for every model, data set and number of pairs.
+
+    Sizes of which a seed has too few pairs are left out. taps: what is read of the trunk, see `EnsembleRewardConfig`.
+    """
     results = []
     for model_name in args.model:
         source = str(embedded_model()) if model_name == "smollm2" else model_name
-        model = EnsembleRewardModel.from_trunk(source, dtype=getattr(torch, args.dtype))
+        model = EnsembleRewardModel.from_trunk(source, taps=taps, dtype=getattr(torch, args.dtype))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         scorer = Scorer(model, tokenizer, max_length=args.max_length, progress=False)
         for data in args.data:
@@ -213,22 +232,40 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, write fit.json and fit.md, print the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description: str | None, sizes: Sequence[int]) -> argparse.ArgumentParser:
+    """The command line of a comparison on human preferences; `sizes`: the default numbers of training pairs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", default=[], help="local folder, hub name or smollm2; repeatable")
     parser.add_argument(
         "--data", action="append", default=[], help="file of pairs, with :N for its first N rows; repeatable"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder for fit.json and fit.md")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the .json and .md of the results")
     parser.add_argument("--cache", type=Path, help="folder for the features, which later runs reuse")
-    parser.add_argument("--pairs", type=int, nargs="+", default=[300, 1000, 4000], help="training pairs")
+    parser.add_argument("--pairs", type=int, nargs="+", default=list(sizes), help="training pairs")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default %(default)s)")
     parser.add_argument("--held-out", type=float, default=0.25, help="share of prompts held out (default %(default)s)")
     parser.add_argument(
         "--max-length", type=int, default=256, help="tokens; longer texts lose their start (default %(default)s)"
     )
     parser.add_argument("--dtype", default="bfloat16", help="of the trunk (default %(default)s)")
+    return parser
+
+
+def add_up(found: dict[str, Any], new: list[dict[str, Any]], args: argparse.Namespace, module: str) -> None:
+    """Add `new` results to those of earlier calls, in place of those of the same setting, and the call's command."""
+    new = json.loads(json.dumps(new))
+    keys = [(row["model"], row["data"], row["pairs"]) for row in new]
+    kept = [row for row in found["results"] if (row["model"], row["data"], row["pairs"]) not in keys]
+    found["results"] = kept + new
+    given = [f"--model {Path(m).name}" for m in args.model] + [f"--data {Path(d).name}" for d in args.data]
+    given += [f"--pairs {' '.join(map(str, args.pairs))} --seeds {args.seeds} --max-length {args.max_length}"]
+    command = f"python -m prudent.bench.{module} {' '.join(given)} --cache CACHE --output OUT"
+    found["commands"] = [*(c for c in found["commands"] if c != command), command]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, write fit.json and fit.md, print the page."""
+    parser = options(__doc__, (300, 1000, 4000))
     parser.add_argument("--seconds", action="store_true", help="time the exact fit instead")
     args = parser.parse_args(argv)
     if not args.seconds and not (args.model and args.data and args.cache):
@@ -240,13 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found["machine"] = {k: here[k] for k in ("name", "threads", "commit", "date")}
         found["seconds"] = seconds(MADE)
     else:
-        new = json.loads(json.dumps(run(args)))
-        keys = [(row["model"], row["data"], row["pairs"]) for row in new]
-        kept = [row for row in found["results"] if (row["model"], row["data"], row["pairs"]) not in keys]
-        found["results"] = kept + new
-        given = [f"--model {Path(m).name}" for m in args.model] + [f"--data {Path(d).name}" for d in args.data]
-        command = f"python -m prudent.bench.fit {' '.join(given)} --seeds {args.seeds} --cache CACHE --output OUT"
-        found["commands"] = [*(c for c in found["commands"] if c != command), command]
+        add_up(found, run(args, measure, summarise), args, "fit")
     args.output.mkdir(parents=True, exist_ok=True)
     atomic_write_json(file, found)
     atomic_write_text(args.output / "fit.md", page(found))

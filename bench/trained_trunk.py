@@ -12,29 +12,38 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from ..rlhf.data.pairs import PreferencePair, load_pairs, split_by_prompt
+from ..rlhf.evaluation.statistics import group_labels, pair_correct
 from ..rlhf.job.config import load_config
 from ..rlhf.job.files import atomic_write_json, atomic_write_text, read_json
 from ..rlhf.models.embedded import embedded_model
 from ..rlhf.models.features import compute_features
 from ..rlhf.models.loading import load_reward
 from ..rlhf.reward.train import TrainConfig, run_train
-from .nominal_head import Sides, answer_lengths, head_rewards, summarise, table, verdict
+from . import machine
+from .fit import interval
+from .nominal_head import SCORERS, Sides, answer_lengths, head_rewards, summarise, table, verdict
 
 Run = tuple[list[str], dict[str, Sides]]  # the held-out prompts, and each scorer's rewards of their pairs
 
 
-def one_run(args: argparse.Namespace, data: Path, seed: int, folder: Path) -> Run:
+class Done(NamedTuple):
+    """What one seed gave, and its seconds of training and scoring."""
+
+    run: Run
+    seconds: float
+
+
+def one_run(args: argparse.Namespace, data: Path, seed: int, folder: Path) -> Done:
     """Train both stages on the pairs of one seed, unless `folder` has the rewards already; return these."""
     done = folder / "held_out.json"
     if not done.exists():
@@ -65,7 +74,8 @@ def one_run(args: argparse.Namespace, data: Path, seed: int, folder: Path) -> Ru
         atomic_write_json(done, {"prompts": prompts, "seconds": time.monotonic() - start, "sides": sides})
         shutil.rmtree(folder / "run")  # a gigabyte
     found: dict[str, Any] = read_json(done)
-    return found["prompts"], {name: (torch.tensor(c), torch.tensor(r)) for name, (c, r) in found["sides"].items()}
+    sides_of = {name: (torch.tensor(c), torch.tensor(r)) for name, (c, r) in found["sides"].items()}
+    return Done((found["prompts"], sides_of), found["seconds"])
 
 
 def held_out_rewards(config: TrainConfig, pairs: list[PreferencePair]) -> dict[str, Sides]:
@@ -87,26 +97,46 @@ def held_out_rewards(config: TrainConfig, pairs: list[PreferencePair]) -> dict[s
     return {**result, "longer answer": answer_lengths(pairs)}
 
 
+def summary(runs: list[Run]) -> dict[str, Any]:
+    """`nominal_head.summarise`, but the intervals of the differences resample seeds too.
+
+    Training a trunk changes more from seed to seed than training heads does, and there are fewer seeds.
+    """
+    result = summarise(runs)
+    prompts = group_labels(prompt for names, _ in runs for prompt in names)
+    seeds = torch.cat([torch.full((len(names),), i) for i, (names, _) in enumerate(runs)])
+    right = {name: torch.cat([pair_correct(*sides[name]).double() for _, sides in runs]) for name in SCORERS}
+    for name, row in result["rows"].items():
+        row["minus_single"] = interval(right[name] - right["single"], seeds, prompts)._asdict()
+    return result
+
+
 def report(results: list[dict[str, Any]]) -> str:
     """The content of trained_trunk.md."""
-    machine = f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
-    commands = "\n".join(dict.fromkeys(f"    {result['command']}" for result in results))
+    runs = "\n".join(f"    {r['command']}\n\n{r['minutes']:.0f} minutes; {r['machine']}.\n" for r in results)
     about = f"""# The nominal head against a single head, with a trained trunk
 
 BRME (arXiv 2409.15360, table 5) reports 75.6 % pair accuracy for the nominal head (least predicted std) and 74.5 % for
 a single Bradley-Terry head, in 8B models trained whole. Here both stages train their trunk, by LoRA or in full, as
-`prudent train` does it, at a size that two cores can do: a few hundred short pairs. `nominal_head.md` has the same
-comparison on a frozen trunk, with more pairs. Heads are compared as saved: calibrated on training features. Intervals:
-percentile bootstrap over prompts, all seeds' held-out pairs together; "by seed" shows what another draw of pairs, split
-and initial weights changes. `smollm2` is the model of `prudent demo`.
+`prudent train` does it, at a size that a CPU can do: small models, few and short pairs. `nominal_head.md` has the same
+comparison on a frozen trunk. Heads are compared as saved: calibrated on training features. A seed (0, 1, ...) sets the
+pairs drawn, their split by prompt, the initial weights and the order. Intervals: 95 %, percentile bootstrap, all seeds'
+held-out pairs together; an accuracy's resamples prompts, a difference's prompts and, crossed with them, seeds.
+`smollm2` is the model of `prudent demo`; DATA, WORK and OUT are folders.
 
-{commands}
-
-{time.strftime("%Y-%m-%d")}, {machine}.
-
+{runs}
 ## What came out
 """
     return "\n".join([about, *verdict(results), "\n## Tables", *table(results), ""])
+
+
+def here() -> str:
+    """The processor, threads, commit, date and torch of this call."""
+    found = machine.describe("cpu", quick=True)
+    return (
+        f"{found.name}, {found.threads} thread{'s' * (found.threads > 1)}; commit {found.commit[:12]}, {found.date}; "
+        f"torch {found.versions['torch']}"
+    )
 
 
 def main() -> None:
@@ -132,12 +162,14 @@ def main() -> None:
     for data in args.data:
         label = f"{name}, {args.mode}{changes}, {data.stem}"
         work = args.work / "-".join([name, args.mode, *args.set, data.stem, f"{args.pairs}x{args.max_length}"])
-        runs = [
+        done = [
             one_run(args, data, seed, work / f"seed-{seed}") for seed in tqdm(range(args.seeds), label, unit="seed")
         ]
-        command = f"python -m prudent.bench.trained_trunk --model {name} --mode {args.mode} --data {data.name} "
+        command = f"python -m prudent.bench.trained_trunk --model {name} --mode {args.mode} --data DATA/{data.name} "
         command += f"{' '.join(given)} --work WORK --output OUT"
-        found = {"model": f"{name}, {args.mode}{changes}", "data": data.stem, "command": command, **summarise(runs)}
+        found = {"model": f"{name}, {args.mode}{changes}", "data": data.stem, "command": command}
+        found |= {"machine": here(), "minutes": sum(each.seconds for each in done) / 60}
+        found |= summary([each.run for each in done])
         results[label] = json.loads(json.dumps(found))
         args.output.mkdir(parents=True, exist_ok=True)
         atomic_write_json(file, results)

@@ -43,6 +43,6 @@ def test_the_table_names_every_scorer_and_finished_seeds_are_not_trained_again(
     assert len(result["held_out_pairs"]) == len(result["rows"]["nominal"]["by_seed"]) == 2
     assert result["rows"]["longer answer"]["accuracy"]["value"] == 1.0
     page = (tmp_path / "out" / "trained_trunk.md").read_text()
-    assert "--mode full --data pairs.jsonl --pairs 16" in page
+    assert "--mode full --data DATA/pairs.jsonl --pairs 16" in page
     assert str(tmp_path) not in page
     assert not list((tmp_path / "work").rglob("*.safetensors"))
