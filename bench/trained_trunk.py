@@ -158,7 +158,6 @@ def main() -> None:
     given = [f"--pairs {args.pairs} --held-out {args.held_out:g} --max-length {args.max_length} --seeds {args.seeds}"]
     given += [f"--set {entry}" for entry in args.set]
     file = args.output / "trained_trunk.json"
-    results: dict[str, dict[str, Any]] = read_json(file) if file.exists() else {}
     for data in args.data:
         label = f"{name}, {args.mode}{changes}, {data.stem}"
         work = args.work / "-".join([name, args.mode, *args.set, data.stem, f"{args.pairs}x{args.max_length}"])
@@ -170,6 +169,8 @@ def main() -> None:
         found = {"model": f"{name}, {args.mode}{changes}", "data": data.stem, "command": command}
         found |= {"machine": here(), "minutes": sum(each.seconds for each in done) / 60}
         found |= summary([each.run for each in done])
+        # read as late as this, so that a call beside this one loses nothing
+        results: dict[str, dict[str, Any]] = read_json(file) if file.exists() else {}
         results[label] = json.loads(json.dumps(found))
         args.output.mkdir(parents=True, exist_ok=True)
         atomic_write_json(file, results)
