@@ -16,7 +16,7 @@ import random
 import shutil
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -36,14 +36,7 @@ from .nominal_head import SCORERS, Sides, answer_lengths, head_rewards, summaris
 Run = tuple[list[str], dict[str, Sides]]  # the held-out prompts, and each scorer's rewards of their pairs
 
 
-class Done(NamedTuple):
-    """What one seed gave, and its seconds of training and scoring."""
-
-    run: Run
-    seconds: float
-
-
-def one_run(args: argparse.Namespace, data: Path, seed: int, folder: Path) -> Done:
+def one_run(args: argparse.Namespace, data: Path, seed: int, folder: Path) -> Run:
     """Train both stages on the pairs of one seed, unless `folder` has the rewards already; return these."""
     done = folder / "held_out.json"
     if not done.exists():
@@ -74,8 +67,7 @@ def one_run(args: argparse.Namespace, data: Path, seed: int, folder: Path) -> Do
         atomic_write_json(done, {"prompts": prompts, "seconds": time.monotonic() - start, "sides": sides})
         shutil.rmtree(folder / "run")  # a gigabyte
     found: dict[str, Any] = read_json(done)
-    sides_of = {name: (torch.tensor(c), torch.tensor(r)) for name, (c, r) in found["sides"].items()}
-    return Done((found["prompts"], sides_of), found["seconds"])
+    return found["prompts"], {name: (torch.tensor(c), torch.tensor(r)) for name, (c, r) in found["sides"].items()}
 
 
 def held_out_rewards(config: TrainConfig, pairs: list[PreferencePair]) -> dict[str, Sides]:
@@ -113,7 +105,7 @@ def summary(runs: list[Run]) -> dict[str, Any]:
 
 def report(results: list[dict[str, Any]]) -> str:
     """The content of trained_trunk.md."""
-    runs = "\n".join(f"    {r['command']}\n\n{r['minutes']:.0f} minutes; {r['machine']}.\n" for r in results)
+    runs = "\n".join(f"    {r['command']}\n\n{r['machine']}.\n" for r in results)
     about = f"""# The nominal head against a single head, with a trained trunk
 
 BRME (arXiv 2409.15360, table 5) reports 75.6 % pair accuracy for the nominal head (least predicted std) and 74.5 % for
@@ -161,14 +153,13 @@ def main() -> None:
     for data in args.data:
         label = f"{name}, {args.mode}{changes}, {data.stem}"
         work = args.work / "-".join([name, args.mode, *args.set, data.stem, f"{args.pairs}x{args.max_length}"])
-        done = [
+        runs = [
             one_run(args, data, seed, work / f"seed-{seed}") for seed in tqdm(range(args.seeds), label, unit="seed")
         ]
         command = f"python -m prudent.bench.trained_trunk --model {name} --mode {args.mode} --data DATA/{data.name} "
         command += f"{' '.join(given)} --work WORK --output OUT"
         found = {"model": f"{name}, {args.mode}{changes}", "data": data.stem, "command": command}
-        found |= {"machine": here(), "minutes": sum(each.seconds for each in done) / 60}
-        found |= summary([each.run for each in done])
+        found |= {"machine": here(), **summary(runs)}
         # read as late as this, so that a call beside this one loses nothing
         results: dict[str, dict[str, Any]] = read_json(file) if file.exists() else {}
         results[label] = json.loads(json.dumps(found))
