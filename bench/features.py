@@ -32,7 +32,7 @@ from ..rlhf.models.embedded import embedded_model
 from ..rlhf.report.words import markdown_table, signed
 from ..rlhf.reward.convex import fit_ridge
 from . import machine
-from .fit import add_up, counted, drawn, interval, options, run, scored
+from .fit import add_up, drawn, interval, options, run, scored
 from .nominal_head import Study, answer_lengths
 
 PARTS = ("last", "wide", "mean")
@@ -124,13 +124,19 @@ def forward(model_name: str, file: str, args: argparse.Namespace) -> dict[str, A
     return {"model": Path(model_name).name, "texts": len(items), "tokens": tokens, "seconds": times}
 
 
-def verdict(results: Sequence[dict[str, Any]]) -> str:
-    """What the intervals carry: `wide` against `last`, then the mean alone against `last`."""
-    said = []
-    for name, label in (("wide", "`wide`"), ("mean", "The mean alone")):
-        gaps = [[row[key]["minus_last"][name] for row in results] for key in ("loss", "correct")]
-        said.append(f"{label} against `last`: {counted(*gaps)}")
-    return f"{'. '.join(said)}."
+def verdict(results: Sequence[dict[str, Any]], name: str) -> str:
+    """One sentence: in how many settings a head on part `name` is better than one on `last`."""
+    said, worse = [], 0
+    for noun, key, word, sign in (("log-loss", "loss", "lower", -1), ("accuracy", "correct", "higher", 1)):
+        gaps = [row[key]["minus_last"][name] for row in results]
+        # the bounds of the gain, whichever way the measure points
+        gains = [sorted((sign * gap["low"], sign * gap["high"])) for gap in gaps]
+        better, beyond = sum(sign * gap["value"] > 0 for gap in gaps), sum(low > 0 for low, _ in gains)
+        worse += sum(high < 0 for _, high in gains)
+        said.append(f"a {word} {noun} in {better} of {len(gaps)} settings ({beyond} beyond the 95 % interval)")
+    label = "the mean alone" if name == "mean" else f"`{name}`"
+    nowhere = f"worse beyond the interval {f'{worse} times' if worse else 'nowhere'}"
+    return f"On held-out prompts, a head on {label} has {said[0]} and {said[1]} than one on `last`, {nowhere}."
 
 
 def _table(results: Sequence[dict[str, Any]], key: str, head: str, longer: bool) -> list[str]:
@@ -162,22 +168,25 @@ def page(found: dict[str, Any]) -> str:
     """features.md."""
     results, here = found["results"], found["machine"]
     models = list(dict.fromkeys(row["model"] for row in results))
-    by_model = [f"- {m}: {verdict([row for row in results if row['model'] == m])}" for m in models]
+    by_model = [f"- {m}: {verdict([row for row in results if row['model'] == m], 'wide')}" for m in models]
     return "\n".join(
         [
             "# Which hidden states a reward head reads: last, wide, the mean alone",
             "",
-            verdict(results),
+            verdict(results, "wide"),
             "",
             *by_model,
+            f"- {verdict(results, 'mean')}",
+            "",
+            "A setting is a model, a data set and a number of training pairs; those of one data set share pairs, so",
+            "that their verdicts are not independent.",
             "",
             "Human preference pairs, split by prompt; a frozen trunk; the exact fit (`bt.solver=newton`), its L2",
             "chosen for each; the same pairs for all. `wide`: the trunk's output at the last token, and the mean over",
             "the response at two thirds of the layers; `mean`: that mean alone. Means over the held-out pairs of "
             f"{results[0]['seeds']} seeds.",
-            "In brackets: 95 % intervals of the paired difference, from resampling seeds and prompts. Settings of one",
-            "data set share pairs, so their verdicts are not independent. longer answer: the accuracy of preferring",
-            "the answer with more characters.",
+            "In brackets: 95 % intervals of the paired difference, from resampling seeds and prompts. longer answer:",
+            "the accuracy of preferring the answer with more characters. `FILE:N` is the first N rows of a file.",
             "",
             *(f"    {command}" for command in found["commands"]),
             "",
@@ -189,8 +198,8 @@ def page(found: dict[str, Any]) -> str:
             "",
             "Processor seconds of one exact fit (folds, grid and refit), the mean over seeds and data sets; and of the",
             f"forward pass over {TEXTS} texts: the median of {ROUNDS} rounds, in turns, and the ratio within a round",
-            f"(least to greatest). {here['name']}, threads: {here['threads']}, commit {here['commit'][:12]}, "
-            f"{here['date']}.",
+            "(least to greatest). Processor seconds are those of this process; other work ran beside it.",
+            f"{here['name']}, threads: {here['threads']}, commit {here['commit'][:12]}, {here['date']}.",
             "",
             *_seconds(results, found["forward"]),
             "",

@@ -150,19 +150,15 @@ def _results(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _verdict(results: Sequence[dict[str, Any]]) -> str:
-    gaps = [[row[part]["difference"] for row in results] for part in ("loss", "correct")]
-    return f"The exact fit against AdamW: {counted(*gaps)}."
-
-
-def counted(loss: Sequence[dict[str, Any]], correct: Sequence[dict[str, Any]]) -> str:
-    """In how many settings the differences of log-loss and of accuracy are better or worse beyond their intervals."""
+    """One sentence: in how many settings the exact fit is better, worse or neither, by the intervals."""
     parts = []
-    for name, gaps, sign in (("log-loss", loss, -1), ("accuracy", correct, 1)):
+    for name, part, sign in (("log-loss", "loss", -1), ("accuracy", "correct", 1)):
+        gaps = [row[part]["difference"] for row in results]
         better = sum((gap["high"] < 0) if sign < 0 else (gap["low"] > 0) for gap in gaps)
         worse = sum((gap["low"] > 0) if sign < 0 else (gap["high"] < 0) for gap in gaps)
         word = "lower" if sign < 0 else "higher"
         parts.append(f"its {name} is {word} beyond the interval in {better} of {len(gaps)} settings, worse in {worse}")
-    return "; ".join(parts)
+    return f"The exact fit against AdamW: {'; '.join(parts)}."
 
 
 def page(found: dict[str, Any]) -> str:

@@ -56,20 +56,21 @@ def test_a_size_of_which_there_are_too_few_pairs_is_not_measured() -> None:
     assert features.measure(made_study(1.0, 1.0), 190, seed=0) is None
 
 
-def test_the_verdict_counts_settings_by_their_intervals() -> None:
+def test_the_verdict_counts_settings_by_their_values_and_their_intervals() -> None:
     def row(loss: tuple[float, float], correct: tuple[float, float]) -> dict[str, Any]:
         gaps = [{"value": sum(g) / 2, "low": g[0], "high": g[1]} for g in (loss, correct)]
-        none = {"value": 0.0, "low": -0.1, "high": 0.1}
-        return {
-            key: {"minus_last": {"wide": gap, "mean": none}} for key, gap in zip(("loss", "correct"), gaps, strict=True)
-        }
+        return {key: {"minus_last": {"wide": gap}} for key, gap in zip(("loss", "correct"), gaps, strict=True)}
 
-    wide, mean = features.verdict([row((-0.2, -0.1), (0.1, 0.2)), row((-0.1, 0.1), (-0.2, -0.1))]).split(". ")
-    assert wide == (
-        "`wide` against `last`: its log-loss is lower beyond the interval in 1 of 2 settings, worse in 0; "
-        "its accuracy is higher beyond the interval in 1 of 2 settings, worse in 1"
+    better, unclear, worse = (
+        row((-0.2, -0.1), (0.1, 0.2)),
+        row((-0.2, 0.1), (-0.1, 0.2)),
+        row((0.1, 0.2), (-0.2, -0.1)),
     )
-    assert "in 0 of 2 settings, worse in 0" in mean
+    said = features.verdict([better, unclear], "wide")
+    assert "a lower log-loss in 2 of 2 settings (1 beyond the 95 % interval)" in said
+    assert "a higher accuracy in 2 of 2 settings (1 beyond the 95 % interval)" in said
+    assert said.endswith("worse beyond the interval nowhere.")
+    assert features.verdict([better, worse], "wide").endswith("worse beyond the interval 2 times.")
 
 
 def test_a_call_writes_the_page_and_a_later_call_adds_to_it(
@@ -92,7 +93,7 @@ def test_a_call_writes_the_page_and_a_later_call_adds_to_it(
     (forward,) = found["forward"].values()
     assert len(forward["seconds"]["last"]) == len(forward["seconds"]["wide"]) == features.ROUNDS
     page = (tmp_path / "out" / "features.md").read_text()
-    assert page.splitlines()[2].startswith("`wide` against `last`: ")
+    assert page.splitlines()[2] == features.verdict(found["results"], "wide")
     assert "--data pairs.jsonl --pairs 12 4000 --seeds 2 --max-length 64" in page
     assert str(tmp_path) not in page
     with pytest.raises(SystemExit):
