@@ -6,8 +6,8 @@
 also fitted alone. For every model, data set, number of pairs and seed: split by prompt, draw the pairs, fit one head on
 each of the three by `fit_ridge` with its defaults, and measure log-loss and accuracy on the pairs of the held-out
 prompts. The seed changes the split, the pairs drawn and the folds. One forward pass of a text gives all three. A later
-call for other models or data adds to the results in the folder. Each call also times the forward pass with `last` and
-with `wide`, in turns.
+call for other models or data adds to the results in the folder. The first call for a model also times the forward pass
+with `last` and with `wide`, in turns.
 """
 
 from __future__ import annotations
@@ -217,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = read_json(file) if file.exists() else {"commands": [], "results": [], "forward": {}}
     add_up(found, run(args, measure, summarise, taps="wide"), args, "features")
     for model in args.model:
+        if Path(model).name in found["forward"]:
+            continue
         found["forward"][Path(model).name] = forward(model, args.data[0].partition(":")[0], args)
     here = machine.describe("cpu", quick=True)
     found["machine"] = {name: getattr(here, name) for name in ("name", "threads", "commit", "date")}
