@@ -1,13 +1,13 @@
-"""Compare what a reward head reads of the trunk, `features=last` or `wide`, by the exact fit on human preferences.
+"""Compare what a reward head reads of the trunk, `last`, `wide` or `auto`, by the exact fit on human preferences.
 
     python -m prudent.bench.features --model DIR|smollm2 [...] --data PAIRS.jsonl[:ROWS] [...] --cache DIR --output DIR
 
-`wide` is the trunk's output at the last token and the mean over the response at two thirds of the layers; that mean is
-also fitted alone. For every model, data set, number of pairs and seed: split by prompt, draw the pairs, fit one head on
-each of the three by `fit_ridge` with its defaults, and measure log-loss and accuracy on the pairs of the held-out
-prompts. The seed changes the split, the pairs drawn and the folds. One forward pass of a text gives all three. A later
-call for other models or data adds to the results in the folder. The first call for a model also times the forward pass
-with `last` and with `wide`, in turns.
+`wide` is the trunk's output at the last token and the mean over the response at two thirds of the layers; `auto`, the
+default of `prudent train` on a frozen decoder, has the response's log-probability too; the mean is also fitted alone.
+For every model, data set, number of pairs and seed: split by prompt, draw the pairs, fit one head on each of the four
+by `fit_ridge` with its defaults, and measure log-loss and accuracy on the pairs of the held-out prompts. The seed
+changes the split, the pairs drawn and the folds. One forward pass of a text gives all. A later call for other models or
+data adds to the results in the folder. Each call also times the forward pass with `last` and with `wide`, in turns.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..engine import EnsembleRewardModel, Scorer
+from ..engine.taps import LOGPROB_SIZE
 from ..rlhf.data.pairs import load_pairs
 from ..rlhf.evaluation.statistics import group_labels
 from ..rlhf.job.files import atomic_write_json, atomic_write_text, read_json
 from ..rlhf.models.embedded import embedded_model
 from ..rlhf.report.words import markdown_table, signed
 from ..rlhf.reward.convex import fit_ridge
+from ..rlhf.reward.run import AUTO_TAPS
 from . import machine
 from .fit import add_up, drawn, interval, options, run, scored
 from .nominal_head import Study, answer_lengths
 
-PARTS = ("last", "wide", "mean")
+PARTS = ("last", "wide", "mean", "auto")
+BASES = {"wide": "last", "mean": "last", "auto": "wide"}  # each part -> what it is compared with
 SIZES = (100, 300, 1000, 4000)
 TEXTS, ROUNDS = 48, 5  # of the timing of the forward pass
 
@@ -54,10 +57,11 @@ class Measured(NamedTuple):
     longer: Tensor
 
 
-def part(name: str, wide: Tensor) -> Tensor:
-    """The columns of wide features [P, 2D] that `last` (the first D), `mean` (the others) or `wide` (all) reads."""
-    half = wide.shape[1] // 2
-    return {"last": wide[:, :half], "mean": wide[:, half:], "wide": wide}[name]
+def part(name: str, features: Tensor) -> Tensor:
+    """The columns of features [P, 2D + 2] with the taps `AUTO_TAPS` that a head on one of `PARTS` reads."""
+    size = features.shape[1] - LOGPROB_SIZE
+    ends = {"last": (0, size // 2), "mean": (size // 2, size), "wide": (0, size), "auto": (0, features.shape[1])}
+    return features[:, slice(*ends[name])]
 
 
 def measure(study: Study, pairs: int, seed: int) -> Measured | None:
@@ -80,7 +84,7 @@ def measure(study: Study, pairs: int, seed: int) -> Measured | None:
 
 
 def summarise(runs: Sequence[Measured]) -> dict[str, Any]:
-    """Each part's means over all seeds' held-out pairs, and minus those of `last` with the paired interval."""
+    """Each part's means over all seeds' held-out pairs, and minus those of its base with the paired interval."""
     prompts = group_labels(prompt for run in runs for prompt in run.prompts)
     seeds = torch.cat([torch.full((len(run.prompts),), i) for i, run in enumerate(runs)])
     result: dict[str, Any] = {
@@ -94,8 +98,8 @@ def summarise(runs: Sequence[Measured]) -> dict[str, Any]:
     for name in ("loss", "correct"):
         values = {p: torch.cat([getattr(run, name)[p] for run in runs]) for p in PARTS}
         result[name] = {p: float(value.mean()) for p, value in values.items()}
-        result[name]["minus_last"] = {
-            p: interval(values[p] - values["last"], seeds, prompts)._asdict() for p in PARTS if p != "last"
+        result[name]["minus_base"] = {
+            p: interval(values[p] - values[base], seeds, prompts)._asdict() for p, base in BASES.items()
         }
     return result
 
@@ -128,23 +132,24 @@ def verdict(results: Sequence[dict[str, Any]], name: str) -> str:
     """One sentence: in how many settings a head on part `name` is better than one on `last`."""
     said, worse = [], 0
     for noun, key, word, sign in (("log-loss", "loss", "lower", -1), ("accuracy", "correct", "higher", 1)):
-        gaps = [row[key]["minus_last"][name] for row in results]
+        gaps = [row[key]["minus_base"][name] for row in results]
         # the bounds of the gain, whichever way the measure points
         gains = [sorted((sign * gap["low"], sign * gap["high"])) for gap in gaps]
         better, beyond = sum(sign * gap["value"] > 0 for gap in gaps), sum(low > 0 for low, _ in gains)
         worse += sum(high < 0 for _, high in gains)
         said.append(f"a {word} {noun} in {better} of {len(gaps)} settings ({beyond} beyond the 95 % interval)")
     label = "the mean alone" if name == "mean" else f"`{name}`"
+    base = BASES[name]
     nowhere = f"worse beyond the interval {f'{worse} times' if worse else 'nowhere'}"
-    return f"On held-out prompts, a head on {label} has {said[0]} and {said[1]} than one on `last`, {nowhere}."
+    return f"On held-out prompts, a head on {label} has {said[0]} and {said[1]} than one on `{base}`, {nowhere}."
 
 
 def _table(results: Sequence[dict[str, Any]], key: str, head: str, longer: bool) -> list[str]:
-    rows = [["model", "data", "pairs", f"{head}, last", "wide", "mean", "wide minus last", "mean minus last"]]
+    rows = [["model", "data", "pairs", f"{head}, last", *BASES, *(f"{p} minus {base}" for p, base in BASES.items())]]
     rows[0] += ["longer answer"] if longer else []
     for row in results:
         cells = [f"{row[key][name]:.3f}" for name in PARTS]
-        cells += [signed(tuple(row[key]["minus_last"][name].values()), 3) for name in ("wide", "mean")]
+        cells += [signed(tuple(row[key]["minus_base"][name].values()), 3) for name in BASES]
         cells += [f"{row['longer']:.3f}"] if longer else []
         rows.append([row["model"], row["data"], str(row["pairs"]), *cells])
     return markdown_table(rows)
@@ -171,11 +176,12 @@ def page(found: dict[str, Any]) -> str:
     by_model = [f"- {m}: {verdict([row for row in results if row['model'] == m], 'wide')}" for m in models]
     return "\n".join(
         [
-            "# Which hidden states a reward head reads: last, wide, the mean alone",
+            "# What a reward head reads: last, wide, auto, the mean alone",
             "",
             verdict(results, "wide"),
             "",
             *by_model,
+            f"- {verdict(results, 'auto')}",
             f"- {verdict(results, 'mean')}",
             "",
             "A setting is a model, a data set and a number of training pairs; those of one data set share pairs, so",
@@ -183,8 +189,8 @@ def page(found: dict[str, Any]) -> str:
             "",
             "Human preference pairs, split by prompt; a frozen trunk; the exact fit (`bt.solver=newton`), its L2",
             "chosen for each; the same pairs for all. `wide`: the trunk's output at the last token, and the mean over",
-            "the response at two thirds of the layers; `mean`: that mean alone. Means over the held-out pairs of "
-            f"{results[0]['seeds']} seeds.",
+            "the response at two thirds of the layers; `auto`: these and the response's log-probability; `mean`: that",
+            f"mean alone. Means over the held-out pairs of {results[0]['seeds']} seeds.",
             "In brackets: 95 % intervals of the paired difference, from resampling seeds and prompts. longer answer:",
             "the accuracy of preferring the answer with more characters. `FILE:N` is the first N rows of a file.",
             "",
@@ -215,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--model, --data and --cache are needed")
     file = args.output / "features.json"
     found = read_json(file) if file.exists() else {"commands": [], "results": [], "forward": {}}
-    add_up(found, run(args, measure, summarise, taps="wide"), args, "features")
+    add_up(found, run(args, measure, summarise, taps=AUTO_TAPS), args, "features")
     for model in args.model:
         if Path(model).name in found["forward"]:
             continue

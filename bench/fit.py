@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from ..engine import EnsembleHead, EnsembleRewardModel, Scorer
+from ..engine.likelihood import special_ids
 from ..rlhf.data.pairs import PreferencePair, load_pairs, split_by_prompt
 from ..rlhf.evaluation.statistics import Interval, group_labels
 from ..rlhf.job.files import atomic_write_json, atomic_write_text, read_json
@@ -202,7 +203,7 @@ def run(
     args: argparse.Namespace,
     measure: Callable[[Study, int, int], Any],
     summarise: Callable[[list[Any]], dict[str, Any]],
-    taps: str | None = None,
+    taps: str | Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """`summarise` what `measure` gave for the seeds, for every model, data set and number of pairs.
 
@@ -211,8 +212,9 @@ def run(
     results = []
     for model_name in args.model:
         source = str(embedded_model()) if model_name == "smollm2" else model_name
-        model = EnsembleRewardModel.from_trunk(source, taps=taps, dtype=getattr(torch, args.dtype))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        options = {"taps": taps, "logprob_skips": special_ids(tokenizer)}
+        model = EnsembleRewardModel.from_trunk(source, dtype=getattr(torch, args.dtype), **options)
         scorer = Scorer(model, tokenizer, max_length=args.max_length, progress=False)
         for data in args.data:
             file, _, rows = data.partition(":")
