@@ -61,7 +61,8 @@ def _best_of_n(above: Any, below: Any, metrics: dict[str, Any], view: str, numbe
             below[column].plot(ns, found[arm]["proxy"], color=colour, linestyle=line)
         above[column].axhline(0, color=GREY, linewidth=1, linestyle=(0, (3, 2)))
         above[column].set_xscale("log", base=2)
-        above[column].set_title(f"{gold}, {attack}" + (f"\n{view}" if column == 0 else ""), fontsize=9)
+        read = view.replace(" | ", " |\n")  # in one line it would run into the next panel
+        above[column].set_title(f"{gold}, {attack}" + (f"\n{read}" if column == 0 else ""), fontsize=9)
         below[column].set_xlabel("n")
     above[0].set_ylabel("gold, sd")
     below[0].set_ylabel("proxy, its own sd")
