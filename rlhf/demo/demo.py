@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...engine import EnsembleRewardModel, Scorer
+from ...engine.likelihood import special_ids
 from ...engine.trust import LEAST_ROWS
 from ..data.pairs import (
     PairData,
@@ -344,7 +345,8 @@ class _Run:
         return metrics, report.Page(report.pair_examples(fitted.ensemble, held, test))
 
     def _features(self, pairs: list[PreferencePair]) -> tuple[Tensor, Tensor]:
-        model = EnsembleRewardModel.from_trunk(self.model, taps=self.taps)
+        skips = special_ids(self.tokenizer)
+        model = EnsembleRewardModel.from_trunk(self.model, taps=self.taps, logprob_skips=skips)
         scorer = Scorer(model, self.tokenizer, progress=False)
         folder = self.folder / "features"
         both = compute_features(scorer, both_sides(pairs), folder, self.progress, names_of_sides(pairs)).features

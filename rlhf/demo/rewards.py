@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...engine import EnsembleHead, EnsembleRewardModel, calibrate
+from ...engine.likelihood import special_ids
 from ...engine.taps import num_layers, parse_taps, wide_taps
 from ...engine.trust import blocks_of_taps, fit_trust
 from ...kernels import TrustRegion
@@ -125,7 +126,8 @@ def save_rewards(fitted: Fitted, folder: Path, model: Any, tokenizer: Any, taps:
         if (folder / name).exists():
             continue
         with atomic_folder(folder / name) as new:
-            saved = EnsembleRewardModel.from_trunk(model, head=head.frozen_copy(), aggregation=spec, taps=taps)
+            options = {"aggregation": spec, "taps": taps, "logprob_skips": special_ids(tokenizer)}
+            saved = EnsembleRewardModel.from_trunk(model, head=head.frozen_copy(), **options)
             saved.save_pretrained(new)
             tokenizer.save_pretrained(new)
             if name == "model":

@@ -75,10 +75,12 @@ def test_the_page_shows_how_the_single_head_s_penalty_was_chosen(finished: tuple
     assert "How the single head's L2 penalty was chosen" in page
 
 
-@pytest.fixture
-def wide(tiny_chat_folder: Path, tmp_path: Path) -> tuple[DemoConfig, Any]:
+@pytest.fixture(scope="module")
+def wide(tiny_chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoConfig, Any]:
     ppo = {"steps": 1, "max_new_tokens": 5, "lora_rank": 2, "prompts_per_step": 2}
-    config = _config(tiny_chat_folder, tmp_path / "run", features="wide", ppo=ppo, best_of=8)
+    features = ["last:-1", "mean:1/2", "logprob"]
+    folder = tmp_path_factory.mktemp("wide") / "run"
+    config = _config(tiny_chat_folder, folder, features=features, ppo=ppo, best_of=8)
     return config, run_demo(config, progress=False)
 
 
@@ -88,7 +90,7 @@ def test_the_saved_models_score_text_as_the_run_scored_features(run: str, reques
     folder = finished[0].output
     if run == "wide":
         config = json.loads((folder / "model" / "config.json").read_text())
-        assert config["taps"] == ["last:2", "mean:1"]
+        assert config["taps"] == ["last:2", "mean:1", "logprob"]
         for arm in ("single", "trust"):  # PPO reads them in the frozen trunk's own pass
             said = (folder / "ppo" / arm / "ppo.json").read_text()
             assert json.loads(said)
@@ -109,7 +111,9 @@ def test_the_saved_models_score_text_as_the_run_scored_features(run: str, reques
     assert accuracies["model"] == pytest.approx(found["single head"]["value"], abs=one_pair)
 
 
-def test_a_saved_model_gives_distances_and_its_reward_pays_for_them(finished: tuple[DemoConfig, Any]) -> None:
+@pytest.mark.parametrize("run", ["finished", "wide"])
+def test_a_saved_model_gives_distances_and_its_reward_pays_for_them(run: str, request: pytest.FixtureRequest) -> None:
+    finished = request.getfixturevalue(run)
     folder = finished[0].output
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     rows = [row for row in rows if len(row["responses"]) == finished[0].samples_per_prompt]  # the training prompts
