@@ -13,7 +13,8 @@ from .config import is_encoder
 from .eval_mode import evaluating
 from .families import check_family
 from .head import EnsembleHead
-from .likelihood import LanguageHead
+from .likelihood import ties_head
+from .logits import checked_head
 from .own_code import load_config, refusing_own_code, without_own_code
 from .weights import reading_weights, refuse_missing
 
@@ -37,7 +38,8 @@ def load_trunk(
             "(of a PEFT model, give `get_base_model()`)"
         )
     else:
-        check_family(load_config(source, kwargs))
+        check_family(config := load_config(source, kwargs))
+        need_lm_head = need_lm_head and not is_encoder(config)  # of BERT's family, whose taps are refused later
         kind: Any = AutoModelForCausalLM if need_lm_head else AutoModel
         with reading_weights(source), refusing_own_code(source):
             model, info = kind.from_pretrained(source, output_loading_info=True, **without_own_code(kwargs))
@@ -55,11 +57,28 @@ def load_trunk(
 
 
 def _lm_head(model: Any) -> nn.Linear | None:
-    if model.config.tie_word_embeddings:
+    """The language-model head, None if the embeddings are it, or for an encoder, which the configuration refuses.
+
+    A base model that was given without its head can only be taken at its configuration's word.
+
+    Raises:
+        ValueError: for a head that the tap logprob cannot use.
+    """
+    if is_encoder(model.base_model.config):
         return None
-    LanguageHead.of(model)  # refuses what the tap logprob cannot use
-    head: nn.Linear = model.get_output_embeddings()
-    return head
+    tied, head = ties_head(model.base_model.config), model.get_output_embeddings()
+    if tied and head is None:
+        return None
+    checked_head(model)
+    if not tied:
+        return head  # type: ignore[no-any-return]
+    embedded = model.get_input_embeddings().weight
+    if head.weight is not embedded and not torch.equal(head.weight, embedded):
+        raise ValueError(
+            f"from_trunk: trunk: expected a head that shares the embeddings' weights, as tie_word_embeddings says, got "
+            f"other weights in {type(model).__name__}: set tie_word_embeddings to false in its config.json"
+        )
+    return None
 
 
 def check_head(head: EnsembleHead, hidden_size: int, num_heads: int | None, std_floor: float | None) -> None:

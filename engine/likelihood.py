@@ -45,6 +45,12 @@ def logit_scale(config: Any) -> float:
     return scale
 
 
+def ties_head(config: Any) -> bool:
+    """Whether a language model with this configuration shares its head with its embeddings; some families never do,
+    and say nothing."""
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
 class LanguageHead(NamedTuple):
     """weight: [V, D], which logits are computed with, as `rule` says.
 

@@ -20,7 +20,7 @@ from .config import EnsembleRewardConfig, max_positions, padding_id
 from .convert import check_head, load_trunk, model_of_sequence_classifier
 from .families import follows_length, length_classes, reset_frequencies
 from .head import EnsembleHead
-from .likelihood import LanguageHead, LogitRule, response_logprob
+from .likelihood import LanguageHead, LogitRule, response_logprob, ties_head
 from .own_code import refusing_own_code, without_own_code
 from .pooling import check_mask, check_start, pooled_rows, response_mask, right_padded
 from .taps import Tap, blocks_of, capturing, read_taps
@@ -106,7 +106,7 @@ class EnsembleRewardModel(PreTrainedModel):
         self.lm_head: nn.Linear | None = None
         if config.reads_logprob:
             self._logit_rule = LogitRule.of(config.text_config, type(self.model).__name__)
-            if not config.text_config.tie_word_embeddings:
+            if not ties_head(config.text_config):
                 text = config.text_config
                 self.lm_head = lm_head or nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.score = head or EnsembleHead(

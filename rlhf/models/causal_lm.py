@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ...engine.likelihood import logit_scale
 
@@ -44,8 +43,3 @@ def next_logits(model: Any, hidden: Tensor) -> Tensor:
         logits = logits * scale
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Return whether a tensor holds numbers; one on the meta device or under FakeTensorMode does not."""
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..models.causal_lm import SHARING_MODELS, cache_of, causal_lm, has_values, next_logits
+from ...engine.logits import has_values
+from ..models.causal_lm import SHARING_MODELS, cache_of, causal_lm, next_logits
 from .shared_prefix import decoder
 
 

@@ -6,7 +6,14 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    CTRLConfig,
+    LlamaConfig,
+)
 
 from prudent.engine import EnsembleRewardConfig, EnsembleRewardModel
 from prudent.engine.likelihood import LanguageHead, LogitRule, response_logprob, special_ids
@@ -132,6 +139,49 @@ def test_what_has_no_next_token_distribution_is_refused():
         EnsembleRewardModel.from_trunk(language_model(tied=False).base_model, taps=["logprob"])
     with pytest.raises(ValueError, match="response_start: expected where each response begins"):
         EnsembleRewardModel.from_trunk(language_model(), taps=["logprob"])(ids_of(1, 4))
+
+
+def ctrl(**options):
+    torch.manual_seed(0)
+    config = CTRLConfig(vocab_size=V, n_embd=D, dff=48, n_layer=2, n_head=4, n_positions=64, **options)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def scaled_for_each_token():
+    lm = language_model(tied=False)
+    lm.lm_head.register_forward_hook(lambda _, __, logits: logits * torch.linspace(0.5, 2, V))
+    return lm
+
+
+def untied_in_spite_of_its_configuration():
+    lm = language_model(tied=False)
+    lm.config.tie_word_embeddings = True
+    return lm
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (ctrl, "expected a language-model head without a bias, got one in CTRLLMHeadModel"),
+        (
+            scaled_for_each_token,
+            "expected logits that are the last hidden states times .* got others",
+        ),
+        (untied_in_spite_of_its_configuration, "expected a head that shares the embeddings' weights, .* got other"),
+    ],
+)
+def test_a_head_whose_log_probabilities_would_be_wrong_is_refused_also_if_it_shares_the_embeddings(make, message):
+    with pytest.raises(ValueError, match=message):
+        EnsembleRewardModel.from_trunk(make(), taps=["logprob"])
+    EnsembleRewardModel.from_trunk(make(), taps=["mean:1"])
+
+
+@torch.no_grad()
+def test_a_configuration_that_does_not_say_whether_the_head_is_tied_has_one_of_its_own():
+    lm, ids, start = language_model(tied=False), ids_of(2, 10), torch.tensor([3, 9])
+    want = EnsembleRewardModel.from_trunk(lm, taps=["logprob"]).features(ids, response_start=start)
+    del lm.config.tie_word_embeddings
+    torch.testing.assert_close(EnsembleRewardModel.from_trunk(lm, taps=["logprob"]).features(ids, None, start), want)
 
 
 def test_special_and_added_tokens_are_skipped():

@@ -17,6 +17,7 @@ from ....engine import EnsembleHead
 from ....engine.config import position_offset
 from ....engine.eval_mode import evaluating
 from ....engine.likelihood import LanguageHead, response_logprob
+from ....engine.logits import checked_head
 from ....engine.taps import Tap, capturing, features_size, num_layers, parse_taps, read_taps, reads_logprob
 from ....kernels import linear_logprob
 from ....kernels.linear_logprob.contract import LogprobOutput
@@ -27,7 +28,7 @@ from ..config import PPOConfig
 from .adapters import Adapters
 from .attention import FLASH, resolve
 from .precision import cast, in_dtype, is_mixed
-from .probe import logit_rule, why_not_packed
+from .probe import why_not_packed
 
 Role = Literal["actor", "critic", "reference", "reward"]
 
@@ -93,7 +94,7 @@ class Policy(nn.Module):
         # a purely causal model never attends to right padding, and SDPA is faster without a mask
         self._causal = model.config.model_type in SHARING_MODELS
         with in_dtype(model, self.dtype):
-            self.logit_rule = logit_rule(model)
+            self.logit_rule = checked_head(model).rule
             self.attention, self.packed = self._choose_attention(model)
         _disable_dropout(model)
         model.requires_grad_(full)
