@@ -134,7 +134,8 @@ def _features(config: EnsembleRewardConfig) -> str:
         "logprob": "the mean and the least log-probability of the response's tokens under the language model",
     }
     states = [said[tap.kind].format(tap.layer) for tap in config.parsed_taps()]
-    return f"{' and '.join(states)} (`features=[{', '.join(config.taps)}]`)"
+    listed = " and ".join(states) if len(states) < 3 else f"{', '.join(states[:-1])}, and {states[-1]}"
+    return f"{listed} (`features=[{', '.join(config.taps)}]`)"
 
 
 def _combined(spec: Aggregation) -> str:
@@ -199,6 +200,8 @@ def distance_section(config: EnsembleRewardConfig, region: Region | None) -> str
     else:
         source = f"{found}, by\n\n{code_block(region.command)}\n\n  If they are not those of the policy that you will"
         refit = f"{source} optimise, run it again on such responses; it needs no labels."
+    # docs/trust.md measures what each sees
+    also, blind = ("shuffled words, ", "") if config.reads_logprob else ("", "Shuffled words hardly show. ")
     price = "pays for it" if Aggregation.parse(config.aggregation).trust else "does not pay for it (`trust:1` would)"
     return f"""\
 How unlike the reference responses a text is, whatever the heads say of it. 1 is the edge that 5 % of such responses lie
@@ -207,10 +210,10 @@ beyond. It knows nothing of good and bad.
 - **Fitted to** {refit}
 - **It reads** {_read_by_distance(config)}.
 - **The reward** {price}.
-- **Protects from** text unlike the reference, such as repeated phrases, code or another language, if you price it or
-  watch it.
+- **Protects from** text unlike the reference, such as repeated phrases, {also}code or another language, if you price
+  it or watch it.
 - **Does not protect from** bad text that looks like the reference's, or from a wrong order of responses within it.
-  Shuffled words hardly show. A good response of another kind is far too, and would pay the same price."""
+  {blind}A good response of another kind is far too, and would pay the same price."""
 
 
 _REFIT = "      prudent calibrate --model FOLDER --data responses.jsonl"

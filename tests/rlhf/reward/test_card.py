@@ -81,7 +81,8 @@ def test_the_prices_form_is_said_in_words() -> None:
         (["mean:4"], "the mean over the response's tokens of hidden state 4", "the same as the heads."),
         (
             ["last:6", "mean:4", "logprob"],
-            "hidden state 6 at the last token and",
+            "hidden state 6 at the last token, the mean over the response's tokens of hidden state 4, and the mean and "
+            "the least log-probability of",
             "all but the states at the last token.",
         ),
     ],
@@ -90,6 +91,13 @@ def test_the_features_of_the_heads_and_of_the_distance_are_named(taps: Any, head
     config = saved(taps=taps)
     assert f"- The heads read {heads}" in reward_section(config)
     assert distance in distance_section(config, Region(40, 4)).partition("**It reads**")[2].partition("\n")[0]
+
+
+@pytest.mark.parametrize(("taps", "shows"), [(["mean:1"], False), (["mean:1", "logprob"], True)])
+def test_shuffled_words_show_where_the_distance_reads_how_likely_a_response_is(taps: Any, shows: bool) -> None:
+    said = distance_section(saved(taps=taps), Region(40, 4))
+    assert ("such as repeated phrases, shuffled words, code" in said) is shows
+    assert ("Shuffled words hardly show." in said) is not shows
 
 
 def test_one_heads_std_means_nothing_and_a_model_without_a_region_has_no_distance() -> None:
