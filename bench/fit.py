@@ -213,7 +213,7 @@ def run(
     for model_name in args.model:
         source = str(embedded_model()) if model_name == "smollm2" else model_name
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        options = {"taps": taps, "logprob_skips": special_ids(tokenizer)}
+        options: dict[str, Any] = {"taps": taps, "logprob_skips": special_ids(tokenizer)}
         model = EnsembleRewardModel.from_trunk(source, dtype=getattr(torch, args.dtype), **options)
         scorer = Scorer(model, tokenizer, max_length=args.max_length, progress=False)
         for data in args.data:

@@ -126,7 +126,7 @@ def save_rewards(fitted: Fitted, folder: Path, model: Any, tokenizer: Any, taps:
         if (folder / name).exists():
             continue
         with atomic_folder(folder / name) as new:
-            options = {"aggregation": spec, "taps": taps, "logprob_skips": special_ids(tokenizer)}
+            options: dict[str, Any] = {"aggregation": spec, "taps": taps, "logprob_skips": special_ids(tokenizer)}
             saved = EnsembleRewardModel.from_trunk(model, head=head.frozen_copy(), **options)
             saved.save_pretrained(new)
             tokenizer.save_pretrained(new)

@@ -242,7 +242,7 @@ def faults(rows: Rows, steps: int | None = None) -> str:
     done = steps if steps is not None else (rows[-1]["step"] + 1 if rows else 0)
     missing = sorted(set(range(done)) - {row["step"] for row in rows})
     before = rows[0].get("text/foreign") if rows and rows[0]["step"] == 0 else None
-    unknown = before if _finite(before) else 0.0
+    unknown: float = before if before is not None and _finite(before) else 0.0
     strange = f"Before any update, {100 * unknown:.0f} % of the policy's own responses lie beyond distance 1"
     found = {
         f"{strange}: the reward's trust region is that of other responses. Fit it to these with "
