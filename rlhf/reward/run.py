@@ -142,11 +142,12 @@ class Run:
         if config.features != "auto":
             return reading(config.features)
         known = load_config("model", str(name or config.model), "a language model") if trunk is None else trunk.config
-        if self.mode == "head" and not is_encoder(known):
+        # without logprob for a head with a bias, the last state alone for a trunk whose layers cannot be read
+        for taps in (AUTO_TAPS, AUTO_TAPS[:-1]) if self.mode == "head" and not is_encoder(known) else ():
             try:
-                return reading(AUTO_TAPS)
-            except ValueError:  # a trunk whose layers or logits cannot be read; its last state can
-                logger.info("features: last, because the trunk does not give %s", ", ".join(AUTO_TAPS))
+                return reading(taps)
+            except ValueError as error:
+                logger.info("features: not %s: %s", ", ".join(taps), error)
         return reading("last")
 
     def placed(self, model: Any) -> EnsembleRewardModel:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel, GPTJConfig, GPTJForCausalLM
 
 from prudent.engine import EnsembleRewardModel, Scorer
 from prudent.rlhf.data.pairs import load_pairs, split_by_prompt
@@ -80,6 +80,19 @@ def test_on_a_frozen_decoder_heads_and_distance_read_the_response_by_default(
     words = ["was", "the", "day", "very", "good", "train"]
     foreign = [{"prompt": "the food", "response": " ".join(words[i:] + words[:i])} for i in range(6)]
     assert min(scorer.score(foreign).distance) > scorer.score(known).distance.median()
+
+
+def test_by_default_a_decoder_whose_head_has_a_bias_is_read_without_its_log_probability(
+    tiny_chat_folder: Path, pairs: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_folder)
+    torch.manual_seed(0)
+    config = GPTJConfig(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64)
+    GPTJForCausalLM(config).save_pretrained(tmp_path / "gptj")
+    tokenizer.save_pretrained(tmp_path / "gptj")
+    sets = ["features=auto", "mode=head", "stage=bt"]
+    run_train(_config(tmp_path / "gptj", pairs, tmp_path / "run", *sets), progress=False)
+    assert EnsembleRewardModel.from_pretrained(tmp_path / "run" / "model").config.taps == ["last:2", "mean:1"]
 
 
 def test_by_default_a_trained_trunk_or_an_encoder_is_read_at_one_token(
