@@ -69,7 +69,11 @@ def _lm_head(model: Any) -> nn.Linear | None:
     tied, head = ties_head(model.base_model.config), model.get_output_embeddings()
     if tied and head is None:
         return None
-    checked_head(model)
+    try:
+        checked_head(model)
+    except ValueError as error:
+        reason = str(error).removeprefix("model: ")
+        raise ValueError(f"from_trunk: taps: {reason}, so that it cannot give logprob") from None
     if not tied:
         return head  # type: ignore[no-any-return]
     embedded = model.get_input_embeddings().weight

@@ -147,7 +147,7 @@ class Run:
             try:
                 return reading(taps)
             except ValueError as error:
-                logger.info("features: not %s: %s", ", ".join(taps), error)
+                logger.warning("features: not %s: %s", ", ".join(taps), error)
         return reading("last")
 
     def placed(self, model: Any) -> EnsembleRewardModel:

@@ -162,7 +162,7 @@ def untied_in_spite_of_its_configuration():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (ctrl, "expected a language-model head without a bias, got one in CTRLLMHeadModel"),
+        (ctrl, "from_trunk: taps: expected a language-model head without a bias, got one in CTRLLMHeadModel"),
         (
             scaled_for_each_token,
             "expected logits that are the last hidden states times .* got others",

@@ -83,7 +83,7 @@ def test_on_a_frozen_decoder_heads_and_distance_read_the_response_by_default(
 
 
 def test_by_default_a_decoder_whose_head_has_a_bias_is_read_without_its_log_probability(
-    tiny_chat_folder: Path, pairs: Path, tmp_path: Path
+    tiny_chat_folder: Path, pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat_folder)
     torch.manual_seed(0)
@@ -93,6 +93,8 @@ def test_by_default_a_decoder_whose_head_has_a_bias_is_read_without_its_log_prob
     sets = ["features=auto", "mode=head", "stage=bt"]
     run_train(_config(tmp_path / "gptj", pairs, tmp_path / "run", *sets), progress=False)
     assert EnsembleRewardModel.from_pretrained(tmp_path / "run" / "model").config.taps == ["last:2", "mean:1"]
+    assert "features: not last:-1, mean:2/3, logprob: " in caplog.text
+    assert "expected a language-model head without a bias, got one in GPTJForCausalLM" in caplog.text
 
 
 def test_by_default_a_trained_trunk_or_an_encoder_is_read_at_one_token(
