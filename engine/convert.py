@@ -85,6 +85,18 @@ def _lm_head(model: Any) -> nn.Linear | None:
     return None
 
 
+def check_lm_head(lm_head: nn.Linear | None, config: Any) -> None:
+    """Refuse a given language-model head that does not fit the trunk of this configuration, or that nothing reads."""
+    if lm_head is None:
+        return
+    if ties_head(config):
+        raise ValueError("from_trunk: lm_head: expected none, because the trunk's embeddings are its head, got one")
+    if lm_head.weight.shape[1] != config.hidden_size:
+        raise ValueError(
+            f"from_trunk: lm_head: expected weight [V, {config.hidden_size}], got {list(lm_head.weight.shape)}"
+        )
+
+
 def check_head(head: EnsembleHead, hidden_size: int, num_heads: int | None, std_floor: float | None) -> None:
     """Refuse a given head of another width, K or std_floor than was asked for; None: any."""
     for name, wanted, got in (

@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..kernels import STD_FLOOR, Aggregation
 from .config import EnsembleRewardConfig, max_positions, padding_id
-from .convert import check_head, load_trunk, model_of_sequence_classifier
+from .convert import check_head, check_lm_head, load_trunk, model_of_sequence_classifier
 from .families import follows_length, length_classes, reset_frequencies
 from .head import EnsembleHead
 from .likelihood import LanguageHead, LogitRule, response_logprob, ties_head
@@ -193,6 +193,7 @@ class EnsembleRewardModel(PreTrainedModel):
         names_logprob = not isinstance(taps, str) and "logprob" in map(str, taps or ())
         need_lm_head = names_logprob and lm_head is None
         body, own_lm_head = load_trunk(trunk, kwargs, need_pooler=pooling == "pooler", need_lm_head=need_lm_head)
+        check_lm_head(lm_head, body.config)
         config = EnsembleRewardConfig(
             text_config=body.config,
             num_heads=head.num_heads if head is not None else 5 if num_heads is None else num_heads,

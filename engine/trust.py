@@ -256,7 +256,7 @@ def _fit(features: Tensor, moments: _Moments | None, shape: _Shape) -> _Fitted:
 def _floored(sd: Tensor, mean: Tensor, n: int, shape: _Shape) -> Tensor:
     varying = sd[sd > 1e-9 * mean.abs()]
     if not len(varying):
-        raise ValueError(f"fit_trust: features: expected rows that differ, got {n} that are the same")
+        raise ValueError(f"fit_trust: features: expected rows that differ in every block, got {n} that are the same")
     return torch.maximum(sd, mean.abs() * shape.rounding).clamp_min(float(varying.median()) / n**0.5)
 
 

@@ -184,6 +184,14 @@ def test_a_configuration_that_does_not_say_whether_the_head_is_tied_has_one_of_i
     torch.testing.assert_close(EnsembleRewardModel.from_trunk(lm, taps=["logprob"]).features(ids, None, start), want)
 
 
+def test_a_given_head_that_does_not_fit_or_that_nothing_reads_is_refused():
+    base, taps = language_model(tied=False).base_model, ["logprob"]
+    with pytest.raises(ValueError, match=r"lm_head: expected weight \[V, 32\], got \[9, 7\]"):
+        EnsembleRewardModel.from_trunk(base, taps=taps, lm_head=torch.nn.Linear(7, 9))
+    with pytest.raises(ValueError, match=r"lm_head: expected none, because the trunk's embeddings are its head"):
+        EnsembleRewardModel.from_trunk(language_model().base_model, taps=taps, lm_head=torch.nn.Linear(D, V))
+
+
 def test_special_and_added_tokens_are_skipped():
     class Tokenizer:
         all_special_ids = (2, 0)

@@ -211,7 +211,10 @@ def test_blocks_of_features_weigh_the_same_however_many_features_they_have():
         ({"features": torch.zeros(30, 4, dtype=torch.int64)}, "features: expected .* got .* torch.int64"),
         ({"features": torch.randn(19, 4)}, "features: expected at least 20 rows, .* got 19"),
         ({"features": torch.full((30, 4), torch.inf)}, "features: expected finite values, got 30 of 30 rows"),
-        ({"features": torch.ones(30, 4)}, "features: expected rows that differ, got 30 that are the same"),
+        (
+            {"features": torch.ones(30, 4)},
+            "features: expected rows that differ in every block, got 30 that are the same",
+        ),
         ({"features": torch.randn(30, 4) * 1e-25}, "features: expected a range that fp32 holds"),
         ({"directions": -1}, "directions: expected a whole number, 0 or above, got -1"),
         ({"directions": True}, "directions: expected a whole number, 0 or above, got True"),

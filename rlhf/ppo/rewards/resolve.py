@@ -114,8 +114,9 @@ def _resolved(config: RewardConfig, policy: Any, device: torch.device | str) -> 
     if difference is None:
         loaded = _load(config)
         differs = _first_difference(loaded.model.model.state_dict(), trunk.state_dict())
-        if differs is None and loaded.model.lm_head is not None:
-            ours, theirs = loaded.model.lm_head, causal_lm(policy).get_output_embeddings()
+        if differs is None and loaded.model.config.reads_logprob:
+            ours = loaded.model.lm_head or loaded.model.get_input_embeddings()
+            theirs = causal_lm(policy).get_output_embeddings()
             differs = _first_difference({"lm_head": ours.weight}, {"lm_head": theirs.weight})
         if differs is None:
             head = _aggregated(loaded.model.score, config.aggregation)

@@ -125,7 +125,7 @@ def test_a_classifier_becomes_a_model_with_a_region_in_another_folder(model, tin
     ("rows", "given", "message"),
     [
         (ROWS[:19], {}, "data: .*jsonl: expected at least 20 rows, .* got 19"),
-        ([ROWS[0]] * 30, {}, "data: .*jsonl: expected rows that differ, got 30 that are the same"),
+        ([ROWS[0]] * 30, {}, "data: .*jsonl: expected rows that differ in every block, got 30"),
         (ROWS[:1], {"limit": 1, "skip_bad_rows": True}, "expected at least 20 rows"),
         (["{"], {"skip_bad_rows": True}, "data: .*jsonl: expected responses, got none .1 broken rows"),
         (ROWS, {"aggregation": "head:7"}, "expected a head below 3"),
