@@ -227,7 +227,7 @@ def test_the_page_says_what_the_intervals_say() -> None:
         arms = {"single, tuned": _numbers(zero, down), "single, shipped before": _numbers(down, zero)}
         chosen = {f"{kind} {grid[0]:g}": _numbers(zero, zero) for kind, grid in GRIDS.items()}
         reference, mixture = {**arms, **chosen}, {**arms, **chosen}
-        mixture["trust hinge 0.3"] = mixture["trust quad 0.1"] = _numbers(mixed, zero)
+        mixture["trust hinge 1"] = mixture["trust quad 0.1"] = _numbers(mixed, zero)
         return {"reference": reference, "10% foreign": mixture}
 
     numbers = {
@@ -240,7 +240,7 @@ def test_the_page_says_what_the_intervals_say() -> None:
     assert "less gold (lexicon -0.50 [-0.80, -0.20])" in lines[1]
     assert "gold falls over the last factor 4 of n for single, tuned (careful), single, tuned (lexicon)" in lines[3]
     assert lines[-1] == (
-        "When to use trust hinge 0.3: where a policy can leave the reference's text and the true reward is like "
+        "When to use trust hinge 1: where a policy can leave the reference's text and the true reward is like "
         "careful; not where it is like lexicon, which keeps paying there; on the reference's own candidates no loss is "
         "shown."
     )
