@@ -34,7 +34,7 @@ from ..rlhf.report.words import markdown_table, signed
 from ..rlhf.reward.convex import fit_ridge
 from ..rlhf.reward.run import AUTO_TAPS
 from . import machine
-from .fit import add_up, drawn, interval, options, run, scored
+from .fit import add_up, drawn, interval, options, pooled, run, scored
 from .nominal_head import Study, answer_lengths
 
 PARTS = ("last", "wide", "mean", "auto")
@@ -85,12 +85,9 @@ def measure(study: Study, pairs: int, seed: int) -> Measured | None:
 
 def summarise(runs: Sequence[Measured]) -> dict[str, Any]:
     """Each part's means over all seeds' held-out pairs, and minus those of its base with the paired interval."""
-    prompts = group_labels(prompt for run in runs for prompt in run.prompts)
-    seeds = torch.cat([torch.full((len(run.prompts),), i) for i, run in enumerate(runs)])
+    seeds, prompts, counts = pooled([run.prompts for run in runs])
     result: dict[str, Any] = {
-        "seeds": len(runs),
-        "held_out_pairs": len(prompts),
-        "held_out_prompts": len(prompts.unique()),
+        **counts,
         "longer": float(torch.cat([run.longer for run in runs]).mean()),
         "l2": {name: [run.l2[name] for run in runs] for name in PARTS},
         "fit_seconds": {name: statistics.mean(run.seconds[name] for run in runs) for name in PARTS},
@@ -129,7 +126,7 @@ def forward(model_name: str, file: str, args: argparse.Namespace) -> dict[str, A
 
 
 def verdict(results: Sequence[dict[str, Any]], name: str) -> str:
-    """One sentence: in how many settings a head on part `name` is better than one on `last`."""
+    """One sentence: in how many settings a head on part `name` is better than one on its base (`BASES`)."""
     said, worse = [], 0
     for noun, key, word, sign in (("log-loss", "loss", "lower", -1), ("accuracy", "correct", "higher", 1)):
         gaps = [row[key]["minus_base"][name] for row in results]

@@ -97,16 +97,18 @@ def interval(values: Tensor, seeds: Tensor, prompts: Tensor) -> Interval:
     return Interval(float(values.mean()), low, high)
 
 
+def pooled(prompts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Of the prompts of each seed's held-out pairs: the labels [P] of seeds and of prompts over all, and the counts."""
+    labels = group_labels(prompt for one in prompts for prompt in one)
+    seeds = torch.cat([torch.full((len(one),), i) for i, one in enumerate(prompts)])
+    counts = {"seeds": len(prompts), "held_out_pairs": len(labels), "held_out_prompts": len(labels.unique())}
+    return seeds, labels, counts
+
+
 def summarise(runs: Sequence[Measured]) -> dict[str, Any]:
     """Both heads' means over all seeds' held-out pairs, and exact minus AdamW with its interval."""
-    prompts = group_labels(prompt for run in runs for prompt in run.prompts)
-    seeds = torch.cat([torch.full((len(run.prompts),), i) for i, run in enumerate(runs)])
-    result: dict[str, Any] = {
-        "seeds": len(runs),
-        "held_out_pairs": len(prompts),
-        "held_out_prompts": len(prompts.unique()),
-        "l2": [run.l2 for run in runs],
-    }
+    seeds, prompts, counts = pooled([run.prompts for run in runs])
+    result: dict[str, Any] = {**counts, "l2": [run.l2 for run in runs]}
     for name in ("loss", "correct"):
         shipped, exact = (torch.cat([getattr(run, name)[i] for run in runs]) for i in (0, 1))
         result[name] = {

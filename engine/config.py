@@ -110,7 +110,7 @@ class EnsembleRewardConfig(PreTrainedConfig):
         self.trust_directions = trust_directions
         if taps not in (None, "last"):
             self._set_taps(taps, text_config)
-        if self.taps is not None and "logprob" in self.taps:
+        if self.reads_logprob:
             self.logprob_skips = [] if logprob_skips is None else [*logprob_skips]
         kwargs.setdefault("num_labels", 1)  # transformers' own default is 2
         super().__init__(**kwargs)

@@ -77,9 +77,7 @@ def fit_trust(
     parts, unseen = [], torch.zeros(n, dtype=torch.float64, device=features.device)
     for place, count in zip(columns, _shares(directions, [len(place) for place in columns]), strict=True):
         place = place.to(features.device)
-        part, far = _fit_unseen(
-            features if len(columns) == 1 and blocks is None else features[:, place], fold, count, shrinkage
-        )
+        part, far = _fit_unseen(features if blocks is None else features[:, place], fold, count, shrinkage)
         edge = _edge(far)
         unseen += far / edge
         parts.append((place, part, edge))

@@ -145,9 +145,12 @@ class Run:
         # without logprob for a head with a bias, the last state alone for a trunk whose layers cannot be read
         for taps in (AUTO_TAPS, AUTO_TAPS[:-1]) if self.mode == "head" and not is_encoder(known) else ():
             try:
-                return reading(taps)
+                model = reading(taps)
+                _probe(model)
             except ValueError as error:
                 logger.warning("features: not %s: %s", ", ".join(taps), error)
+            else:
+                return model
         return reading("last")
 
     def placed(self, model: Any) -> EnsembleRewardModel:
@@ -221,6 +224,13 @@ class Run:
             self.tokenizers[name].save_pretrained(folder)
             if fit is not None:
                 atomic_write_json(folder / FIT_FILE, fit)
+
+
+@torch.no_grad()
+def _probe(model: EnsembleRewardModel) -> None:
+    """Read two tokens. Raises ValueError if the trunk's layers pass on states that the taps cannot read."""
+    ids = torch.ones(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+    model.features(ids, None, ids[:, 0])
 
 
 def with_head(model: EnsembleRewardModel, head: EnsembleHead, trunk: Any = None) -> EnsembleRewardModel:

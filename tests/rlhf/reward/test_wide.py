@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, GPTJConfig, GPTJForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from prudent.engine import EnsembleRewardModel, Scorer
 from prudent.rlhf.data.pairs import load_pairs, split_by_prompt
@@ -95,6 +96,27 @@ def test_by_default_a_decoder_whose_head_has_a_bias_is_read_without_its_log_prob
     assert EnsembleRewardModel.from_pretrained(tmp_path / "run" / "model").config.taps == ["last:2", "mean:1"]
     assert "features: not last:-1, mean:2/3, logprob: " in caplog.text
     assert "expected a language-model head without a bias, got one in GPTJForCausalLM" in caplog.text
+
+
+def test_by_default_a_trunk_whose_layers_pass_on_other_states_is_read_at_one_token(
+    tiny_chat_folder: Path,
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    usual = LlamaDecoderLayer.forward
+
+    def widened(layer: Any, hidden: torch.Tensor, **options: Any) -> Any:
+        halves = hidden.view(*hidden.shape[:2], -1, 32).sum(dim=2)
+        out = usual(layer, halves, **options)
+        return torch.cat([out, torch.zeros_like(out)], dim=-1) if layer.self_attn.layer_idx == 0 else out
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", widened)
+    sets = ["features=auto", "mode=head", "stage=bt"]
+    run_train(_config(tiny_chat_folder, pairs, tmp_path / "run", *sets), progress=False)
+    assert EnsembleRewardModel.from_pretrained(tmp_path / "run" / "model").config.taps is None
+    assert "taps: expected a trunk whose layers pass on states of its output's shape" in caplog.text
 
 
 def test_by_default_a_trained_trunk_or_an_encoder_is_read_at_one_token(
