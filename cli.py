@@ -89,14 +89,20 @@ def _add_flag(sub: argparse.ArgumentParser, config: type[JobConfig], key: str) -
 
 
 def _explained_keys(config: type[JobConfig], keys: Sequence[str]) -> str:
-    """Return aligned lines: key=default, then what the key means, wrapped to the terminal."""
+    """Return aligned lines: key=default, then what the key means, wrapped to the terminal.
+
+    The meaning of a key whose default fills more than half a line stands below it.
+    """
     width = max(60, shutil.get_terminal_size().columns - 2)
     shown = {f"  {key}={config_default(config, key)}": config_field(config, key).description or "" for key in keys}
-    column = max(map(len, shown)) + 2
-    lines = [
-        textwrap.fill(meaning, width, initial_indent=key.ljust(column), subsequent_indent=" " * column)
-        for key, meaning in shown.items()
-    ]
+    column = max((len(key) for key in shown if len(key) <= width // 2), default=4) + 2
+    lines = []
+    for key, meaning in shown.items():
+        first = key.ljust(column)
+        if len(key) > width // 2:
+            lines.append(key)
+            first = " " * column
+        lines.append(textwrap.fill(meaning, width, initial_indent=first, subsequent_indent=" " * column))
     return "\n".join(lines)
 
 

@@ -62,6 +62,19 @@ def test_help_teaches_by_example_and_key_without_loading_a_model_library(
     assert len(set(job.keys)) == min(10, len(others))
 
 
+@pytest.mark.parametrize("name", sorted(EVERY_JOB))
+def test_help_of_keys_fits_a_narrow_terminal(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main([*(["study", name] if name in STUDIES else [name]), "--help"])
+    lines = capsys.readouterr().out.split(" explains all keys):\n")[1].splitlines()
+    keys = [f"  {key}={config_default(_config_class(name), key)}" for key in EVERY_JOB[name].keys]
+    assert [line for line in lines if len(line) > 80] == [key for key in keys if len(key) > 80]
+    assert len(lines) <= 6 * len(keys)
+
+
 def test_the_version_is_the_packages() -> None:
     done = prudent("--version")
     assert (done.returncode, done.stdout.split()[0]) == (0, "prudent")
