@@ -154,6 +154,38 @@ examples:
         ),
         "the same command starts over (with --set feature_cache=FOLDER it keeps the features)",
     ),
+    "sample": Job(
+        "sampling.sample",
+        "SampleConfig",
+        "run_sample",
+        "write a language model's responses to prompts",
+        """Sample the policy that you are about to optimise, before you optimise it: `prudent calibrate` then fits the
+trust region of a reward model to its responses, and `prudent score` says what the reward thinks of them. A line of the
+output has the prompt, the response, and whether it ended by itself.
+
+Use the prompts, temperature and length of the run to come: the distance knows no others.
+
+examples:
+  prudent sample --model Qwen/Qwen2.5-0.5B-Instruct --prompts prompts.txt --output policy_samples.jsonl
+  prudent sample --model my/policy --prompts prompts.jsonl --output policy_samples.jsonl --resume \\
+      --set rollout.samples_per_prompt=4 --set rollout.max_new_tokens=256 --set rollout.temperature=1.0
+  prudent calibrate --model runs/reward/model --data policy_samples.jsonl""",
+        ("model", "prompts", "output", "limit", "seed", "skip_bad_rows"),
+        (
+            "rollout.samples_per_prompt",
+            "rollout.max_new_tokens",
+            "rollout.max_prompt_tokens",
+            "rollout.temperature",
+            "rollout.top_k",
+            "rollout.top_p",
+            "rollout.prompts_per_step",
+            "rollout.batch_rows",
+            "rollout.engine",
+            "dtype",
+        ),
+        "the same command with --resume continues",
+        ("resume", "overwrite"),
+    ),
     "calibrate": Job(
         "reward.calibrate",
         "CalibrateConfig",

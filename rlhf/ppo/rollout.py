@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
+from ..sampling.draw import draw_responses
 from ..sampling.prompts import Prompt
-from ..sampling.sampler import Sampler, rows_at_once
-from ..sampling.tokens import keyed_uniforms
+from ..sampling.sampler import Sampler
 from .batch import Samples
 from .config import PPOConfig
 
@@ -38,22 +35,10 @@ def draw(
         step: of the loop.
         progress: show a progress bar on stderr if it takes more than a second.
     """
-    rollout = config.rollout
-    count = rollout.samples_per_prompt
+    count = config.rollout.samples_per_prompt
     rows = [(index, sample) for index in indices for sample in range(count)]
-    # prompts of similar length share a batch, because padding is computed too; equal lengths are ordered by number
-    order = sorted(range(len(rows)), key=lambda i: (len(prompts[rows[i][0]].ids), rows[i]))
-    step_size = rows_at_once(rollout, len(indices))  # a prompt's samples stay together
-    responses: list[list[int]] = [[]] * len(rows)
-    stopped = [False] * len(rows)
-    bar = tqdm(total=len(rows), desc="rollout", unit="resp", delay=1, disable=not progress, leave=False)
-    with bar, policy.sampling():
-        for start in range(0, len(order), step_size):
-            batch = order[start : start + step_size]
-            ids = [prompts[rows[i][0]].ids for i in batch]
-            keys = [f"{config.seed}/{step}/{rows[i][0]}/{rows[i][1]}" for i in batch]
-            uniform = torch.stack([keyed_uniforms(key, rollout.max_new_tokens) for key in keys])
-            for i, response, ended in zip(batch, *sampler(policy.model, ids, uniform), strict=True):
-                responses[i], stopped[i] = response, ended
-            bar.update(len(batch))
-    return Samples([prompts[i].ids for i, _ in rows], responses, stopped, [i for i, _ in rows])
+    ids = [prompts[index].ids for index, _ in rows]
+    keys = [f"{config.seed}/{step}/{index}/{sample}" for index, sample in rows]
+    with policy.sampling():
+        responses, stopped = draw_responses(sampler, policy.model, ids, keys, config.rollout, progress)
+    return Samples(ids, responses, stopped, [index for index, _ in rows])

@@ -1,7 +1,8 @@
-"""The config of a rollout: number, length and sampling of responses."""
+"""The configs of a rollout (number, length and sampling of responses) and of `prudent sample`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -37,3 +38,24 @@ class RolloutConfig(JobConfig):
         description="Engine that samples the responses; auto: the fastest that suits device, model and keys.",
     )
     batch_rows: int = Field(default=256, ge=1, description="Number of responses sampled in one batch.")
+
+
+class SampleConfig(JobConfig):
+    """The config of `prudent sample`."""
+
+    model: str = Field(description="Causal language model to sample from: folder or hub name.")
+    prompts: str = Field(
+        description="Prompts: a .txt file with one a line, JSON lines, Parquet, or a data set name (NAME:SPLIT)."
+    )
+    output: Path = Field(description="JSON lines to write: prompt, response, and whether it ended by itself (stopped).")
+    rollout: RolloutConfig = Field(
+        default=RolloutConfig(), description="How responses are sampled; a step's are written at once."
+    )
+    limit: int | None = Field(default=None, ge=1, description="Number of prompts to sample, the first; null: all.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Number type of the model; auto: the one of its weights."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the responses.")
+    skip_bad_rows: bool = Field(
+        default=False, description="Count broken rows of prompts and continue instead of stopping at the first."
+    )

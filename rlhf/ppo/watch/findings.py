@@ -246,7 +246,7 @@ def faults(rows: Rows, steps: int | None = None) -> str:
     strange = f"Before any update, {100 * unknown:.0f} % of the policy's own responses lie beyond distance 1"
     found = {
         f"{strange}: the reward's trust region is that of other responses. Fit it to these with "
-        "`prudent calibrate`.": unknown > FOREIGN_AT_START,
+        "`prudent sample` and `prudent calibrate`.": unknown > FOREIGN_AT_START,
         f"{count(dropped, 'sample')} without a finite reward left out.": dropped,
         f"{count(starved, 'update')} skipped because no sample was left.": starved,
         f"{count(skipped - starved, 'update')} skipped for a loss that was not finite.": skipped - starved,
