@@ -107,7 +107,10 @@ def _ppo(config: OveroptimisationConfig, folder: Path, run: Run) -> PPOConfig:
             prompts_per_step=given.prompts_per_step,
             samples_per_prompt=given.samples_per_prompt,
             max_new_tokens=config.samples.max_new_tokens,
-            temperature=config.samples.temperature,  # the distance knows responses of this temperature
+            # the distance knows responses that were drawn in this way
+            temperature=config.samples.temperature,
+            top_k=config.samples.top_k,
+            top_p=config.samples.top_p,
         ),
         kl=KLConfig(coef=run.kl),
         update=UpdateConfig(estimator="rloo", epochs=1, minibatches=1, lr=given.lr),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from prudent.rlhf.evaluation.best_of_n import best_of_n_curve
 from prudent.rlhf.evaluation.crossed import crossed_interval
@@ -281,6 +282,9 @@ def test_policy_gradient_is_judged_by_the_gold_and_its_signals_are_kept(tiny_cha
         assert len(rows) == 2
         assert all(row["reward/distance"] > 0 and 0 <= row["text/foreign"] <= 1 for row in rows)
         assert all(row["reward/head_std"] > 0 and row["reward/disagreement"] > 0 for row in rows)
+    drawn = yaml.safe_load((written[0].parent / "config.yaml").read_text())["rollout"]
+    keys = ("temperature", "top_k", "top_p")  # of the responses that the distance knows
+    assert {key: drawn[key] for key in keys} == config.samples.model_dump(include={*keys})
     assert "### Gold: sentiment, KL coefficient 0.1" in (tmp_path / "study" / "overoptimisation.md").read_text()
     # what PPO maximises and what judges it are the study's own numbers
     world, view, fit = World(config), View.parse("last:-1 | mean:1/2"), folder.parent / "sentiment-0"
