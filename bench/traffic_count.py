@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .interpreter import accept_new_numpy
+
 # method of the interpreter's builder -> (index of the pointers, index of the mask, whether it reads, whether it writes)
 _COUNTED: dict[str, tuple[int, int | None, bool, bool]] = {
     "create_masked_load": (0, 1, True, False),
@@ -61,6 +63,7 @@ def counting() -> Iterator[list[Access]]:
     """Inside the block, count every interpreted launch: append one Access for each of its tensors to the list."""
     from triton.runtime import interpreter
 
+    accept_new_numpy()
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     missing = [name for name in _COUNTED if not hasattr(builder, name)]
     if missing:

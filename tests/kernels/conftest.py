@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from prudent.bench.interpreter import accept_new_numpy
 from prudent.kernels import native
 
 
@@ -30,11 +31,13 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def hardware_exp(monkeypatch: pytest.MonkeyPatch) -> None:
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under Triton's interpreter, e^x of fp32 is 2^(x log2 e) with the roundings of a GPU, which has only 2^x."""
     if "triton" not in sys.modules or not sys.modules["triton"].knobs.runtime.interpret:
         return
     from triton.runtime.interpreter import InterpreterBuilder
+
+    accept_new_numpy()
 
     def exponential(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return np.exp2(x * np.float32(np.log2(np.e))) if x.dtype == np.float32 else np.exp(x)
