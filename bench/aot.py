@@ -125,7 +125,7 @@ def ops() -> list[str]:
 
 
 def _shipped(op: str) -> Any:
-    return importlib.import_module(f"...kernels.{op}.shipped", __name__)
+    return importlib.import_module(f"..kernels.{op}.shipped", __package__)
 
 
 def entries(op: str, target: str, full: bool) -> list[Entry]:

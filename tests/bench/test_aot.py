@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -120,6 +121,13 @@ def test_the_table_is_printed_and_a_breach_ends_with_1(
     monkeypatch.setattr(aot, "STACK_BUDGET", -1)
     assert aot.main(arguments) == 1
     assert "out of budget: scaled_copy, sm_90, copy and 1 more: 0 bytes of stack" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "prudent.bench.aot", "--op", "advantages", "--target", "sm_90"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "advantage" in done.stdout
 
 
 def test_without_triton_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,9 +162,12 @@ def sanitized(
     check.dry, check.cases = False, [("ensemble_reward", "forward"), ("advantages", "GAE")]
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: "/bin/compute-sanitizer")
     monkeypatch.setattr(check, "call", lambda command, limit: (canary, "Device not supported"))
-    monkeypatch.setattr(
-        check, "child", lambda stage, limit, before: (found[before[-1]], {"notes": ["said"], "failed": [], "rows": []})
-    )
+
+    def child(stage: str, limit: float, before: list[str]) -> tuple[int, Any]:
+        assert before[before.index("--report-api-errors") + 1] == "no"
+        return found[before[-1]], {"notes": ["said"], "failed": [], "rows": []}
+
+    monkeypatch.setattr(check, "child", child)
     return check.stage_sanitizer(10)
 
 
