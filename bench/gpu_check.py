@@ -217,7 +217,8 @@ class Check:
             absent = "dry: without compute-sanitizer" if self.dry else "no compute-sanitizer: run without it"
             return status, [absent, *notes]
         # torch probes the driver with calls that may fail; only what a kernel does is an error here
-        watched = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
+        options = ["--report-api-errors", "no", "--error-exitcode", "9"]
+        watched = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, *options]
         canary = [*watched, sys.executable, "-c", "import torch; torch.zeros(8, device='cuda').cpu()"]
         code, text = self.call(canary, limit / 3)
         if code != 0:

@@ -125,8 +125,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     if report["rows"]:
         lines += [
             "",
-            "| case | ours | share of read | others' time over ours | extra memory |",
-            "| --- | --- | --- | --- | --- |",
+            "| case | ours, device | host | graph replay | share of read | others over ours | extra memory |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         lines += [_case_line(row) for row in report["rows"]]
     return "\n".join(lines) + "\n"
@@ -137,12 +137,13 @@ def _case_line(row: Row) -> str:
     if timing is None:
         check = row.get("check")
         failed = check is not None and not check["passed"]
-        return f"| {row['name']} | {'check failed' if failed else NOT_MEASURED} | | {'; '.join(row['notes'])} | |"
+        return f"| {row['name']} | {'check failed' if failed else NOT_MEASURED} | | | | {'; '.join(row['notes'])} | |"
     share, memory = row.get("bandwidth_share"), row.get("memory", {}).get("ours")
     others = ", ".join(f"{name} {value:.2f}" for name, value in row["ratio"].items() if value is not None)
     cells = (
         row["name"],
         f"{1e6 * timing['median']:.1f} µs",
+        *(f"{1e6 * of['ours']:.1f} µs" if "ours" in of else "" for of in (row.get("host", {}), row.get("graph", {}))),
         NOT_MEASURED if share is None else f"{100 * share:.1f} %",
         others,
         "" if memory is None else f"{memory / 2**20:.1f} MiB",

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cases, machine, measure, report
+from . import cases, gpu_time, machine, measure, report
 from .case import Case, Check, Work, compare, generator, num_sets
 from .gpu_goals import GOALS, LAST
 from .ops import ensemble_reward
@@ -297,17 +297,16 @@ def _without_tuning(case: Case) -> Case:
 
 def launches(case: Case, device: torch.device, calls: int = 20) -> dict[str, Any]:
     """kernels: the number of kernels that one call of ours launches; device_us: their device time, the median over
-    calls, each after a write that empties the L2 cache.
+    calls, each from a cold cache.
     """
-    work = case.make(device)
-    flush = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    work, gpu = case.make(device), gpu_time.Gpu()
     ours = work.variants["ours"]
     totals, counts = [], []
     with torch.no_grad():
         ours(*work.inputs[0])
         for i in range(calls):
-            flush.zero_()
-            torch.cuda.synchronize()
+            gpu.read()
+            gpu.synchronize()
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
                 ours(*work.inputs[i % len(work.inputs)])
                 torch.cuda.synchronize()

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels import native
+from . import gpu_time
 from .case import DTYPES
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -103,17 +104,17 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, width: int) -> float:
 
 
 def _least_time(function: Callable[[], Any], device: torch.device, rounds: int = 5) -> float:
-    def sample() -> float:
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+    if device.type == "cuda":
+        gpu = gpu_time.Gpu()
+
+        def sample() -> float:
+            return gpu_time.device_seconds(function, gpu, 0.0)
+    else:
+
+        def sample() -> float:
+            began = time.perf_counter()
             function()
-            end.record()
-            end.synchronize()
-            return float(start.elapsed_time(end)) / 1e3
-        began = time.perf_counter()
-        function()
-        return time.perf_counter() - began
+            return time.perf_counter() - began
 
     with torch.no_grad():
         sample()

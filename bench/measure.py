@@ -1,9 +1,8 @@
 """Measure time and memory of a case's variants side by side: `run(cases, device, size)` gives one Row a case.
 
 Every round calls each variant once, in a rotating order, so that a change of clock or of the machine's load affects all
-of them alike. Results are the median over the rounds with the quantiles 0.2 and 0.8. On a GPU, events time a call after
-a write of a buffer far larger than the L2 cache; the host queues the call during that write, so the events measure only
-the device.
+of them alike. Results are the median over the rounds with the quantiles 0.2 and 0.8. On a GPU this is the device's time
+from a cold cache (gpu_time.py); the host's time of a call and the time of a CUDA graph's replay are beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from . import gpu_time
 from .case import Case, Check, Work
 from .machine import read_bandwidth
 
@@ -29,7 +29,8 @@ SECONDS = {"smoke": 0.05, "small": 3.0, "full": 3.0}  # of measuring, per case
 ROUNDS = (5, 400)  # at least, at most
 _SAMPLE = 5e-4  # seconds: a faster call is repeated within one sample, so that the clock's cost is below 0.1 %
 _READ = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes of the buffer that measures a row's read bandwidth
-_FLUSH = 1 << 30  # bytes: far beyond any L2 cache, and its write takes long enough for the host to queue a call
+_REPLAYED = ("ours", "eager", "compiled")  # variants that are also timed as CUDA graphs
+_REPLAY_BELOW = 5e-3  # seconds on the device: beyond it the host's part no longer shows
 
 
 @dataclass
@@ -54,7 +55,8 @@ class Row:
 
     bandwidth: read bandwidth in bytes a second, the higher of two measurements just before and after the case, because
     a shared machine's changes within minutes. memory: a variant's peak bytes beyond its inputs and outputs. notes: why
-    something is missing. samples: each variant's seconds per call, by round; not written to the results.
+    something is missing. samples: each variant's seconds per call, by round; not written to the results. On a GPU only,
+    in seconds: host, until a variant's call returns; graph, its replay as a CUDA graph on the device from a cold cache.
     """
 
     name: str
@@ -70,6 +72,8 @@ class Row:
     timings: dict[str, Timing] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    host: dict[str, float] = field(default_factory=dict)
+    graph: dict[str, float] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -115,8 +119,8 @@ def measure(case: Case, device: torch.device, seconds: float) -> Row:
         _measure(case.make(device), row, device, seconds)
     except (RuntimeError, ValueError, ImportError) as error:  # a case that runs out of memory must not end the run
         row.notes.append(f"not measured: {_first_line(error)}")
-        row.timings.clear()
-        row.memory.clear()
+        for found in (row.timings, row.memory, row.host, row.graph):
+            found.clear()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -132,8 +136,11 @@ def _measure(work: Work, row: Row, device: torch.device, seconds: float) -> None
     with torch.set_grad_enabled(work.grad):
         calls = _ready(work, row)
         row.memory = {name: extra_memory(call, device) for name, call in calls.items()}
-        row.samples, iterations = (_cuda_rounds if device.type == "cuda" else _cpu_rounds)(calls, seconds)
-    row.timings = {name: Timing.of(samples, iterations[name]) for name, samples in row.samples.items()}
+        if device.type == "cuda":
+            cuda_times(row, calls, gpu_time.Gpu(), seconds)
+        else:
+            row.samples, iterations = _cpu_rounds(calls, seconds)
+            row.timings = {name: Timing.of(samples, iterations[name]) for name, samples in row.samples.items()}
 
 
 def _ready(work: Work, row: Row) -> dict[str, _Call]:
@@ -184,25 +191,31 @@ def _wall(call: Callable[[], Any], iterations: int) -> float:
     return (time.perf_counter() - start) / iterations
 
 
-def _cuda_rounds(calls: dict[str, _Call], seconds: float) -> tuple[Samples, dict[str, int]]:
-    flush = torch.empty(_FLUSH, dtype=torch.uint8, device="cuda")
+def cuda_times(row: Row, calls: Mapping[str, Callable[[], Any]], gpu: Any, seconds: float) -> None:
+    """Fill in the row's host, samples and timings, then graph, which comes last because a capture that fails can leave
+    the device's context broken.
+    """
+    row.host = {name: gpu_time.host_seconds(call, gpu) for name, call in calls.items()}
+    row.samples = _rounds(calls, lambda name: gpu_time.device_seconds(calls[name], gpu, row.host[name]), seconds)
+    row.timings = {name: Timing.of(samples, 1) for name, samples in row.samples.items()}
+    replays = {}
+    for name in _REPLAYED:
+        if name in calls and row.timings[name].median < _REPLAY_BELOW:
+            try:
+                replays[name] = gpu.capture(calls[name])
+            except Exception as error:
+                row.notes.append(f"{name} as a CUDA graph: {_first_line(error)}")
+    hosts = {name: gpu_time.host_seconds(replay, gpu) for name, replay in replays.items()}
+    found = _rounds(replays, lambda name: gpu_time.device_seconds(replays[name], gpu, hosts[name]), seconds / 4)
+    row.graph = {name: statistics.median(samples) for name, samples in found.items()}
 
-    def sample(name: str) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        start.record()
-        calls[name]()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
 
-    return _rounds(calls, sample, seconds), dict.fromkeys(calls, 1)
-
-
-def _rounds(calls: dict[str, _Call], sample: Callable[[str], float], seconds: float) -> Samples:
+def _rounds(calls: Mapping[str, Callable[[], Any]], sample: Callable[[str], float], seconds: float) -> Samples:
     """Run rounds of one sample each for `seconds`, within the limits of ROUNDS, with the garbage collector off."""
     names = list(calls)
     samples: Samples = {name: [] for name in names}
+    if not names:
+        return samples
     collecting = gc.isenabled()
     gc.disable()
     try:

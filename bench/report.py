@@ -21,8 +21,8 @@ SCHEMA = 1
 _COLUMNS = ("shape", "dtype", "time", "±", "bytes", "read", "roof", "eager", "compile", "memory", "eager's", "beside")
 _CSV = (
     "op", "mode", "shape", "dtype", "device", "variant", "check", "seconds", "q20", "q80", "rounds", "iterations",
-    "bytes_moved", "flops", "bandwidth_share", "times_ours", "extra_peak_bytes", "commit", "dirty", "machine",
-    "threads", "date", "torch",
+    "bytes_moved", "flops", "bandwidth_share", "times_ours", "extra_peak_bytes", "host_seconds",
+    "graph_seconds", "commit", "dirty", "machine", "threads", "date", "torch",
 )  # fmt: skip
 _DERIVED = ("ratio", "bandwidth_share", "roof_share")  # of a row's JSON
 _OWN_COLUMN = ("ours", "eager", "compiled")
@@ -30,7 +30,8 @@ CAPTION = (
     "time: median of ours, ± half the distance between its quantiles 0.2 and 0.8. bytes: the minimum, every input of a "
     "pass read once and every output written once. read: the time of that minimum at the measured read bandwidth, as a "
     "share of ours. roof: the same, with the operations at the measured matrix rate if that takes longer. eager, "
-    "compile, beside: their time as a multiple of ours. memory: extra peak of one call."
+    "compile, beside: their time as a multiple of ours. memory: extra peak of one call. On a GPU, time is the "
+    "device's; host: until our call returns, graph: the replay of our call as a CUDA graph."
 )
 
 
@@ -135,6 +136,7 @@ def to_csv(rows: Sequence[Row], machine: Machine) -> str:
             times = [t.median, t.q20, t.q80, t.rounds, t.iterations] if t else [""] * 5
             share = row.share() if name == "ours" else None
             derived = [row.bytes_moved, row.flops, share, row.ratio(name), row.memory.get(name)]
+            derived += [row.host.get(name), row.graph.get(name)]
             out.writerow([*head, name, state(row), *times, *derived, *tail])
     return text.getvalue()
 
@@ -175,7 +177,10 @@ def _cells(row: Row, machine: Machine) -> list[str]:
     if "ours" not in row.timings:
         return [row.shape, row.dtype, state(row)]
     ours = row.timings["ours"]
-    beside = (f"{name} {_times(row.ratio(name))}" for name in row.timings if name not in _OWN_COLUMN)
+    beside = [f"{name} {_times(row.ratio(name))}" for name in row.timings if name not in _OWN_COLUMN]
+    beside += [
+        f"{name} {seconds(of['ours'])}" for name, of in (("host", row.host), ("graph", row.graph)) if "ours" in of
+    ]
     return [
         row.shape,
         row.dtype,

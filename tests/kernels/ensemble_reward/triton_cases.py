@@ -229,8 +229,8 @@ def softplus_kernel(x, out, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def
 
 def test_softplus_is_accurate_over_its_whole_range_and_has_torchs_threshold() -> None:
     """Its e^x is 2^(x log2 e) on a GPU: log2 e in fp32 and the product with it are off by 0.23 and 1 times 2^-24 of the
-    exponent, so e^x by 1.23 |x| 2^-24. The rest is at most 16 * 2^-24: 2 ulp each of 2^x and of a division, 1 ulp of the
-    logarithm, the roundings of log1p. Below the least normal number a GPU may return 0.
+    exponent, so e^x by 1.23 |x| 2^-24. The rest is at most 16 * 2^-24: 2 ulp each of 2^x and of a division, 1 ulp of
+    the logarithm, the roundings of log1p. Below the least normal number a GPU may return 0.
     """
     x = torch.linspace(-100, 30, 1024, device=DEVICE)
     x[:6] = torch.tensor([19.9999, 20.0, 20.0001, float("inf"), float("-inf"), float("nan")])
