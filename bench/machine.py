@@ -23,7 +23,7 @@ from .case import DTYPES
 _ROOT = Path(__file__).resolve().parents[1]
 _READ = {"cpu": 1 << 30, "cuda": 8 << 30}  # bytes, far more than any last-level cache
 _MATRIX = {"cpu": 2048, "cuda": 8192}
-_PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy")
+_PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl")
 
 
 @dataclass

@@ -1,11 +1,16 @@
-"""Cases of `linear_logprob`: against logits, log-softmax and entropy in plain torch and, on a GPU, the fused losses of
-liger-kernel and cut-cross-entropy if installed, which give the target's log-probability but no entropy."""
+"""Cases of `linear_logprob`: against logits, log-softmax and entropy in plain torch and, on a GPU, the fused ops of
+liger-kernel, cut-cross-entropy, QuACK and verl, each if it is installed and imports.
+
+verl's op gives log-probability and entropy, as ours does; the others give the summed loss alone, without entropy.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,10 +21,10 @@ from ...kernels.linear_logprob import linear_logprob, reference
 from ...kernels.linear_logprob.contract import Inputs, Needs, OutputGrads
 from ..case import DTYPES, Case, Check, Work, compare, compiled_variants, generator, num_sets
 
-SHAPES = {  # [T, D] against [V, D]; the full one is 50 TFLOP forward and backward, too much for a CPU
+SHAPES = {  # [T, D] against [V, D]; the first full one is 50 TFLOP forward and backward, too much for a CPU
     "smoke": ((32, 64, 500),),
     "small": ((512, 1024, 32000),),
-    "full": ((16384, 4096, 128256),),
+    "full": ((16384, 4096, 128256), (4096, 4096, 128256)),
 }
 _CHUNK = 1024  # rows of the fp64 reference at a time
 _OUTPUTS = ("logprob", "entropy", "lse")
@@ -51,22 +56,74 @@ def _gradients(
     return dhidden, dweight
 
 
-def peers(device: torch.device, grad: bool) -> dict[str, Callable[..., Any]]:
-    """Other libraries' fused losses, on a GPU, with sum reduction, so that the upstream gradient is one number. The
-    gradient filter of cut-cross-entropy is off: it skips small gradients, and on random inputs nearly all are small.
+def _liger() -> Callable[..., Any]:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return partial(liger_fused_linear_cross_entropy, reduction="sum")
+
+
+def _cce(**options: Any) -> Callable[..., Any]:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return partial(linear_cross_entropy, reduction="sum", **options)
+
+
+def _quack() -> Callable[..., Any]:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return partial(chunked_linear_cross_entropy, reduction="sum")
+
+
+def _verl() -> Callable[..., Any]:
+    """verl's op. `import verl` needs ray and tensordict, which the op does not: enter its packages without their
+    __init__.
     """
-    if device.type != "cuda":
-        return {}
-    losses: dict[str, Callable[..., Tensor]] = {}
-    if find_spec("liger_kernel"):
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    found = find_spec("verl")
+    if found is None or found.submodule_search_locations is None:
+        raise ModuleNotFoundError("No module named 'verl'", name="verl")
+    roots = list(found.submodule_search_locations)
+    for name in ("verl", "verl.utils", "verl.utils.kernel"):
+        if name not in sys.modules:
+            package = ModuleType(name)
+            package.__path__ = ["/".join([root, *name.split(".")[1:]]) for root in roots]
+            sys.modules[name] = package
+    from verl.utils.kernel import kernels  # noqa: F401  (its op imports them only in a call)
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
-        losses["liger"] = partial(liger_fused_linear_cross_entropy, reduction="sum")
-    if find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy
+    return lambda hidden, weight, target: (*linear_cross_entropy(hidden, weight, target, 1.0, "none"), None)
 
-        losses["cce"] = partial(linear_cross_entropy, reduction="sum", filter_eps=None)
-    return {name: partial(_loss_gradients, loss) if grad else loss for name, loss in losses.items()}
+
+# name -> (package, what imports it). Of a scalar loss the upstream gradient is one number. cut-cross-entropy's filter
+# skips small gradients, and on random inputs nearly all are small: "cce" is without it, "cce filtered" as it comes
+PEERS: dict[str, tuple[str, Callable[[], Callable[..., Any]]]] = {
+    "liger": ("liger_kernel", _liger),
+    "cce": ("cut_cross_entropy", partial(_cce, filter_eps=None)),
+    "cce filtered": ("cut_cross_entropy", _cce),
+    "quack": ("quack", _quack),
+    "verl": ("verl", _verl),
+}
+_WITH_ENTROPY = ("verl",)
+
+
+def peers(device: torch.device, upstream: tuple[Tensor, Tensor] | None) -> tuple[dict[str, Any], list[str]]:
+    """(the peers that import, as functions of (hidden, weight, target); why others are missing), on a GPU only.
+
+    upstream: of the log-probabilities and entropies [T], to time forward + backward; None: the forward alone.
+    """
+    found: dict[str, Any] = {}
+    notes = []
+    for name, (package, load) in PEERS.items() if device.type == "cuda" else ():
+        try:
+            function = load()
+        except Exception as error:  # a package of another torch's or CUDA's time may fail in any way at import
+            absent = isinstance(error, ModuleNotFoundError) and error.name == package
+            notes.append(f"{name}: {'not installed' if absent else f'{type(error).__name__}: {error}'[:200]}")
+            continue
+        if upstream is not None:
+            both = name in _WITH_ENTROPY
+            function = partial(_gradients, function, upstream) if both else partial(_loss_gradients, function)
+        found[name] = function
+    return found, notes
 
 
 def _loss_gradients(loss: Callable[..., Tensor], hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
@@ -85,14 +142,16 @@ def _make(rows: int, dim: int, vocabulary: int, dtype: str, grad: bool, device: 
     ]
     functions: dict[str, Any] = {"ours": fused, "eager": composed, **compiled_variants(composed, device)}
     if not grad:
-        return Work(sets, functions | peers(device, False), lambda: _check_forward(sets[0]))
+        others, notes = peers(device, None)
+        return Work(sets, functions | others, lambda: _check_forward(sets[0]), notes=notes)
     for hidden, weight, _ in sets:
         hidden.requires_grad_()
         weight.requires_grad_()
     g = generator(device, 99)
     upstream = torch.randn(rows, generator=g, device=device), torch.randn(rows, generator=g, device=device)
     variants = {name: partial(_gradients, function, upstream) for name, function in functions.items()}
-    return Work(sets, variants | peers(device, True), lambda: _check_gradients(sets[0], upstream), grad=True)
+    others, notes = peers(device, upstream)
+    return Work(sets, variants | others, lambda: _check_gradients(sets[0], upstream), grad=True, notes=notes)
 
 
 def _chunks(tensors: tuple[Any, ...]) -> Iterator[tuple[slice, Inputs]]:
