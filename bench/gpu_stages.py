@@ -8,23 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import cases, gpu_time, machine, measure, report
-from .case import Case, Check, Work, compare, generator, num_sets
-from .gpu_goals import GOALS, LAST
-from .ops import ensemble_reward
+from . import gpu_time, gpu_timing
 
 Call = Callable[[], list[Tensor]]
 
@@ -38,7 +31,9 @@ class Result:
 
     def save(self, **fields: Any) -> None:
         self.content.update(fields)
-        self.path.write_text(json.dumps(self.content), encoding="utf-8")
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.content), encoding="utf-8")
+        part.replace(self.path)  # whoever reads it meanwhile, or after a kill, finds a whole file
 
     def note(self, text: str, failed: str | None = None) -> None:
         """Add a sentence to the report; `failed` names an op that must not be timed."""
@@ -160,22 +155,14 @@ def _captured(call: Call, device: torch.device) -> Call:
     """`call` captured and replayed as a CUDA graph; on a CPU, the call itself."""
     if device.type != "cuda":
         return call
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = call()
+    replay = gpu_time.capture(call)
 
-    def replay() -> list[Tensor]:
-        graph.replay()
+    def synchronised() -> list[Tensor]:
+        outputs: list[Tensor] = replay()
         torch.cuda.synchronize()
         return outputs
 
-    return replay
+    return synchronised
 
 
 def graphs(result: Result, device: torch.device, dry: bool) -> None:
@@ -211,128 +198,23 @@ def small(result: Result, device: torch.device, dry: bool) -> None:
     _each(result, device, check)
 
 
-def describe(result: Result, device: torch.device, dry: bool) -> None:
-    """Report the machine with its measured rates, missing packages of later stages, and the cases to time."""
-    for name, why in (("triton", "no kernel runs"), ("liger_kernel", "no comparison"), ("cut_cross_entropy", "none")):
-        if find_spec(name) is None:
-            result.note(f"{name} is not installed: {why}")
-    result.save(cases=[(case.op, case.name) for case in timed_cases(dry)])
-    result.save(machine=asdict(machine.describe(device, quick=dry)))
-
-
-def timed_cases(dry: bool) -> list[Case]:
-    """The goals' cases first, then all others of the device's size; in a dry run the smallest case of each op."""
-    size = "smoke" if dry else "full"
-    rows, dim = ensemble_reward.ROWS[size][0]
-    found = [*cases.select("cpu" if dry else "cuda", size), _backward_case(rows, dim, size)]
-    if dry:
-        found = [*{case.op: case for case in reversed(found[:-1])}.values(), found[-1]]
-    goals = [goal.case for goal in GOALS]
-    return sorted(found, key=lambda case: goals.index(case.name) if case.name in goals else len(goals))
-
-
-def _backward_case(rows: int, dim: int, size: str) -> Case:
-    """A case that times the backward alone, on one retained graph."""
-    moved = ensemble_reward.backward_bytes(rows, dim, "bf16", True)
-    make = partial(_backward_work, rows, dim)
-    flops = 2 * 2 * rows * dim * 2 * ensemble_reward.HEADS
-    return Case("ensemble_reward", "backward, norm", f"{rows} x {dim}", "bf16", size, moved, flops, make)
-
-
-def _backward_work(rows: int, dim: int, device: torch.device) -> Work:
-    g = generator(device, 5)
-    new = partial(torch.randn, generator=g, device=device)
-    columns = 2 * ensemble_reward.HEADS
-    upstream = [new(rows, ensemble_reward.HEADS) for _ in range(2)]
-    weight = (new(columns, dim) / dim**0.5).bfloat16().requires_grad_()
-    bias, norm = new(columns).requires_grad_(), (1 + 0.1 * new(dim)).bfloat16().requires_grad_()
-    score = {"ours": ensemble_reward.fused, "eager": ensemble_reward.composed}
-    sets: list[tuple[Any, ...]] = []
-    for _ in range(num_sets(device)):
-        leaves = (new(rows, dim).bfloat16().requires_grad_(), weight, bias, norm)
-        sets.append((leaves, {name: function(*leaves)[1:3] for name, function in score.items()}))
-
-    def gradients(name: str, leaves: tuple[Tensor, ...], outputs: dict[str, Any]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(outputs[name], leaves, upstream, retain_graph=True)
-
-    def check() -> Check:
-        leaves, outputs = sets[0]
-        wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-        x = wide[0] * torch.rsqrt(wide[0].square().mean(-1, keepdim=True) + ensemble_reward.EPS) * wide[3]
-        mean, raw = (x @ wide[1].T + wide[2]).chunk(2, dim=-1)
-        exact = torch.autograd.grad((mean, F.softplus(raw)), wide, [u.double() for u in upstream])
-        names = ("hidden", "weight", "bias", "norm_weight")
-        ours, eager = (gradients(name, leaves, outputs) for name in ("ours", "eager"))
-        return compare(*(dict(zip(names, found, strict=True)) for found in (ours, eager, exact)))
-
-    return Work(sets, {name: partial(gradients, name) for name in score}, check, grad=True)
-
-
-def timing(result: Result, device: torch.device, dry: bool, names: list[str], ceilings: Path, seconds: float) -> None:
-    """Measure the cases one by one; write each name to the file before the case runs, which may kill the process."""
-    known = {case.name: case for case in timed_cases(dry)}
-    here = machine.Machine(**json.loads(ceilings.read_text(encoding="utf-8")))
-    for name in names:
-        result.save(running=name)
-        row = measure.measure(_without_tuning(known[name]), device, seconds)
-        fields = report.to_json([row], here)["rows"][0]
-        if row.timings and device.type == "cuda" and name == LAST:
-            fields.update(launches(known[name], device))
-        result.content["rows"].append(fields)
-        result.save(running=None)
-
-
-def _without_tuning(case: Case) -> Case:
-    """linear_logprob without max-autotune: at [16384, 128256] it takes minutes and serves no goal."""
-    if case.op != "linear_logprob":
-        return case
-
-    def make(device: torch.device) -> Work:
-        work = case.make(device)
-        work.variants.pop("autotuned", None)
-        return work
-
-    return replace(case, make=make)
-
-
-def launches(case: Case, device: torch.device, calls: int = 20) -> dict[str, Any]:
-    """kernels: the number of kernels that one call of ours launches; device_us: their device time, the median over
-    calls, each from a cold cache.
-    """
-    work, gpu = case.make(device), gpu_time.Gpu()
-    ours = work.variants["ours"]
-    totals, counts = [], []
-    with torch.no_grad():
-        ours(*work.inputs[0])
-        for i in range(calls):
-            gpu.read()
-            gpu.synchronize()
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-                ours(*work.inputs[i % len(work.inputs)])
-                torch.cuda.synchronize()
-            kernels = [e for e in profiler.events() or [] if str(e.device_type).endswith("CUDA")]
-            totals.append(sum(e.device_time_total for e in kernels))
-            counts.append(len(kernels))
-    return {"kernels": max(counts), "device_us": statistics.median(totals)} if max(counts) else {}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one stage. The file has its findings; the exit code only says whether it finished."""
     flags = argparse.ArgumentParser(prog="python -m prudent.bench.gpu_stages", description=__doc__)
-    flags.add_argument("stage", choices=["describe", "determinism", "graphs", "small", "timing"])
+    flags.add_argument("stage", choices=["determinism", "graphs", "small", "goals", "timing"])
     flags.add_argument("result", type=Path)
     flags.add_argument("--dry", action="store_true")
-    flags.add_argument("--cases", nargs="*", default=[])
-    flags.add_argument("--machine", type=Path, help="JSON of the machine's ceilings, for timing")
-    flags.add_argument("--seconds", type=float, default=3.0, help="of measuring, for each timed case")
+    flags.add_argument("--skip", nargs="*", default=[], help="keys of timed cases that are done or ended a process")
+    flags.add_argument("--without", nargs="*", default=[], help="ops that timing leaves out")
     given = flags.parse_args(argv)
     device, result = torch.device("cpu" if given.dry else "cuda"), Result(given.result)
     result.save()
-    if given.stage == "timing":
-        timing(result, device, given.dry, given.cases, given.machine, given.seconds)
+    if given.stage in ("goals", "timing"):
+        found = gpu_timing.plan(given.dry, goals=given.stage == "goals")
+        left = [t for t in found if t.key not in given.skip and t.case.op not in given.without]
+        gpu_timing.timing(result, device, given.dry, left)
     else:
-        stages = {"describe": describe, "determinism": determinism, "graphs": graphs, "small": small}
-        stages[given.stage](result, device, given.dry)
+        {"determinism": determinism, "graphs": graphs, "small": small}[given.stage](result, device, given.dry)
     return 0
 
 

@@ -49,22 +49,26 @@ class Gpu:
         self.buffer.amax()
 
     def capture(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """A function that replays one call as a CUDA graph."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = call()
+        return capture(call)
 
-        def replay() -> Any:
-            graph.replay()
-            return outputs
 
-        return replay
+def capture(call: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that replays one call as a CUDA graph and returns the captured outputs."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return outputs
+
+    return replay
 
 
 def host_seconds(call: Callable[[], Any], gpu: Any) -> float:

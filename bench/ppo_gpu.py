@@ -30,8 +30,8 @@ from typing import Any
 import torch
 
 from . import machine
-from .gpu_check import last_line
 from .gpu_goals import Goal, Row, goals_table, verdicts
+from .gpu_process import last_line
 from .ppo_sides import OurLoop, Sides
 from .ppo_trl import SMALL, compare
 

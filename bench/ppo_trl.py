@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ..rlhf.report.words import count
 from . import machine
-from .gpu_check import last_line
+from .gpu_process import last_line
 from .ppo_sides import Sides
 
 MODES = ("lora", "full")
