@@ -299,11 +299,11 @@ after it, --help too.
 
   --aot        compile every shipped Triton launch ahead of time, without a GPU: registers, spills, shared memory
   --traffic    count the bytes that the Triton kernels ask for, under the interpreter, against the minimum
-  --gpu-check  on a GPU machine: build, test correctness, then time against the goals, and write one report
+  --gpu-check  on a GPU machine: time against the goals, test correctness, and write one report (see bench/gpu.sh)
 
 examples:
   prudent bench --op ensemble_reward --size small
   prudent bench --list
   prudent bench --aot --target sm_90 --op ensemble_reward
   prudent bench --traffic
-  prudent bench --gpu-check --minutes 9 --out runs/gpu"""
+  prudent bench --gpu-check --goals-only --minutes 5 --out runs/gpu"""

@@ -58,7 +58,8 @@ from . import gpu_process, gpu_tests  # noqa: E402
 from .gpu_goals import goals_table, markdown, verdicts  # noqa: E402
 from .gpu_process import commit, last_line  # noqa: E402
 
-# time limit of a stage in seconds, at most the time left
+# time limit of a stage in seconds, at most the time left, or this share of it
+SHARES = {"tests": 0.4, "ppo": 0.6}
 STAGES = {
     "build": 180, "goals": 3600, "determinism": 60, "graphs": 60, "tests": 240, "sanitizer": 120, "ppo": 900,
     "timing": 3600,
@@ -93,12 +94,15 @@ class Check:
     def left(self) -> float:
         return self.end - time.monotonic()
 
+    def limit(self, stage: str) -> float:
+        return min(STAGES[stage], SHARES.get(stage, 1.0) * (self.left() - 5))
+
     def run(self, stage: str) -> None:
         """Run one stage and add its result (passed, failed or skipped) and notes to the report."""
         began = time.monotonic()
         print(f"{stage} ...", flush=True)
         try:
-            status, notes = getattr(self, f"stage_{stage}")(min(STAGES[stage], self.left() - 5))
+            status, notes = getattr(self, f"stage_{stage}")(self.limit(stage))
         except Exception as error:  # a fault of this script must not stop the other stages
             status, notes = "failed", [f"{type(error).__name__}: {error}"]
         seconds = time.monotonic() - began
@@ -255,10 +259,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     which = flags.add_mutually_exclusive_group()
     which.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="only these (default: all)")
     which.add_argument("--goals-only", action="store_true", help="only the goals: no build, no tests")
+    which.add_argument(
+        "--readme", action="store_true", help="measure nothing: fill the README's tables from bench/results/gpu_*.json"
+    )
     flags.add_argument("--dry", action="store_true", help="on a CPU, end to end, with no GPU numbers")
     given = flags.parse_args(argv)
     if not given.minutes > 0:
         raise ValueError(f"gpu_check: minutes: expected a positive number, got {given.minutes}")
+    if given.readme:
+        from .gpu_readme import write  # it needs torch
+
+        print(write())
+        return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the children too
     check = Check(given.out.resolve(), given.dry, given.minutes)
     for stage in STAGES:

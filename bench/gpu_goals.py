@@ -151,6 +151,8 @@ def markdown(report: Mapping[str, Any]) -> str:
             "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         lines += [_case_line(row) for row in report["rows"]]
+        notes = [f"- {row['name']}: {note}" for row in report["rows"] if row["timings"] for note in row["notes"]]
+        lines += ["", *notes] if notes else []
     return "\n".join(lines) + "\n"
 
 
