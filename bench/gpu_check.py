@@ -61,7 +61,7 @@ from .gpu_process import commit, last_line  # noqa: E402
 # time limit of a stage in seconds, at most the time left, or this share of it
 SHARES = {"tests": 0.4, "ppo": 0.6}
 STAGES = {
-    "build": 180, "goals": 3600, "determinism": 60, "graphs": 60, "tests": 240, "sanitizer": 120, "ppo": 900,
+    "build": 180, "goals": 3600, "determinism": 60, "graphs": 60, "tests": 600, "sanitizer": 120, "ppo": 900,
     "timing": 3600,
 }  # fmt: skip
 

@@ -7,15 +7,20 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parent.parent
 _LOOK = 0.5  # seconds between two looks at a child's progress
 
 
 def call(
-    command: Sequence[str], limit: float, log: Path, look: Callable[[], None] = lambda: None, **environment: str
+    command: Sequence[str],
+    limit: float,
+    log: Path,
+    look: Callable[[], None] = lambda: None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[int | None, str]:
     """Run a command in the checkout: (exit code, or None if the time limit ended it; output).
 

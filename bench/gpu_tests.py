@@ -40,7 +40,7 @@ def _pytest(wanted: Sequence[str], limit: float, log: Path, dry: bool) -> tuple[
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "junit.xml"
         environment = {"TRITON_INTERPRET": "1"} if dry else {}
-        code, text = call([*_PYTEST, *many, f"--junitxml={file}", *wanted], limit, log, **environment)
+        code, text = call([*_PYTEST, *many, f"--junitxml={file}", *wanted], limit, log, environment=environment)
         if code is None:
             return "out of time", False
         if not file.exists():

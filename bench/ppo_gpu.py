@@ -3,9 +3,11 @@
     python -m prudent.bench.ppo_gpu --out runs/ppo_gpu --trl-path FOLDER
     python -m prudent.bench.ppo_gpu --dry        the same on a CPU: tiny shapes, no GPU numbers
 
-FOLDER has TRL 1.12: pip install --no-deps --target FOLDER trl==1.12.0. The weights are random with the true shapes, so
-nothing is downloaded. Each part runs in its own process, limited to its memory goal by set_per_process_memory_fraction;
-the next part runs even if one fails. ppo_gpu.json and .md are rewritten after each part.
+FOLDER has TRL 1.12: pip install --no-deps --target FOLDER trl==1.12.0. It is not needed where TRL 1.12 can be imported;
+`bench/gpu.sh carry` collects it, and what else a machine without a network may lack. The weights are random with the
+true shapes, so nothing is downloaded. Each part runs in its own process, limited to its memory goal by
+set_per_process_memory_fraction; the next part runs even if one fails. ppo_gpu.json and .md are rewritten after each
+part.
 
 Rollout step: the time from one token of all rows to the next, over the time of reading the weights once at the measured
 bandwidth. Update: the share of the measured bf16 matrix rate, counting 4 operations per weight and token (forward, and
