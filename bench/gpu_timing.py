@@ -98,7 +98,10 @@ def timing(result: Results, device: torch.device, dry: bool, todo: list[Timed]) 
         result.content["rows"].append(fields)
         result.save(done=[*result.content.get("done", []), timed.key])
         if row.timings and device.type == "cuda" and timed.case.name == LAST:
-            fields.update(launches(timed.case, device))
+            try:
+                fields.update(launches(timed.case, device))
+            except RuntimeError as error:  # a machine may refuse its profiler
+                fields["notes"].append(f"launches: {error}")
         result.save(running=None)
 
 

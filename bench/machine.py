@@ -156,8 +156,10 @@ def _git(*arguments: str) -> str:
 
 
 def _commit() -> tuple[str, bool]:
-    """The commit, and whether a tracked file (results excepted) differs from it; ("unknown", True) outside git."""
-    commit = _git("rev-parse", "HEAD")
+    """The commit, and whether a tracked file (results excepted) differs from it. Outside git, PRUDENT_COMMIT names the
+    commit of a copied checkout; else ("unknown", True).
+    """
+    commit = _git("rev-parse", "HEAD") or os.environ.get("PRUDENT_COMMIT", "")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
     return (commit, bool(changed)) if commit else ("unknown", True)
 
