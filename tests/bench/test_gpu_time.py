@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from prudent.bench import gpu_time, measure
+from prudent.bench import gpu_goals, gpu_time, machine, measure, report
 
 
 class Event:
@@ -112,3 +114,19 @@ def test_a_call_so_long_that_its_host_part_does_not_show_is_not_captured() -> No
     measure.cuda_times(row, {"ours": lambda: gpu.queue("call", 6e-3)}, gpu, seconds=0.0)
     assert row.graph == {}
     assert "replay" not in gpu.queued
+
+
+def test_host_and_replay_are_in_the_table_the_csv_the_json_and_the_report() -> None:
+    gpu, row = Recorder(), empty_row()
+    measure.cuda_times(row, {"ours": gpu.call, "eager": gpu.call}, gpu, seconds=0.0)
+    row.host, row.bandwidth = {"ours": 1.2e-4, "eager": 3e-4}, 1e9
+    here = machine.Machine("cuda", "some GPU", 132, 16, 0, "", 1e9, {"fp32": 1e9}, "a" * 40, False, "today", {})
+    shown = report.table([row], here)
+    assert "host 120 us" in shown
+    assert "graph 1.00 ms" in shown
+    lines = list(csv.DictReader(report.to_csv([row], here).splitlines()))
+    assert [(line["variant"], float(line["host_seconds"])) for line in lines] == [("ours", 1.2e-4), ("eager", 3e-4)]
+    assert [float(line["graph_seconds"]) for line in lines] == pytest.approx([1e-3, 1e-3])
+    fields = json.loads(json.dumps(report.to_json([row], here)))["rows"][0]
+    assert report._row(fields).host == row.host
+    assert "| 2000.0 µs | 120.0 µs | 1000.0 µs |" in gpu_goals._case_line(fields)
