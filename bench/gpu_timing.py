@@ -48,8 +48,8 @@ def plan(dry: bool, goals: bool) -> list[Timed]:
     known = [*cases.select(device, size), _backward_case(rows, dim, size)]
     wanted = goal_cases()
     if dry:  # the same ops, modes and dtypes
-        kinds = {_kind(name): case for case in reversed(known) for name in [case.name]}
-        chosen = list(dict.fromkeys(kinds[_kind(name)].name for name in wanted))
+        kinds = {_kind(case.name): case.name for case in reversed(known)}
+        chosen = list(dict.fromkeys(kinds[_kind(name)] for name in wanted))
     else:
         chosen = wanted
     by_name = {case.name: case for case in known}
