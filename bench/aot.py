@@ -180,9 +180,7 @@ def compile_launch(launch: Launch, target: str) -> Any:
     to = TARGETS[target]
     signature, constants, attributes = specialise(launch)
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
-    config = launch.config
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget(to.backend, to.arch, to.warp), options=options)
+    return triton.compile(source, target=GPUTarget(to.backend, to.arch, to.warp), options=launch.config.options())
 
 
 def inspect(entry: Entry) -> Compiled:

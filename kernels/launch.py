@@ -10,12 +10,24 @@ import torch
 
 
 class Config(NamedTuple):
-    """One kernel's tile and launch shape. The op's configs.py says what `block_rows` and `block_dim` count."""
+    """One kernel's tile and launch shape. The op's configs.py says what `block_rows` and `block_dim` count.
+
+    `maxnreg`: the most registers a thread, on NVIDIA; None: the compiler's choice.
+    """
 
     block_rows: int
     block_dim: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """The compiler's options. `maxnreg` only if it is set: Triton's AMD backend has no such option.
+
+        `enable_fp_fusion` is passed because Triton's default differs between versions, and with it the last bits.
+        """
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
 
 
 class Launch(NamedTuple):
@@ -31,16 +43,13 @@ _recorders: list[list[Launch]] = []
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.device, **arguments: Any) -> None:
-    """Run `kernel` on `device` over `grid`.
-
-    `enable_fp_fusion` is passed because Triton's default differs between versions, and with it the last bits.
-    """
+    """Run `kernel` on `device` over `grid`."""
     if _recorders:
         _recorders[-1].append(Launch(kernel, grid, config, arguments))
         return
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
-        kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+        kernel[grid](**arguments, **config.options())
 
 
 @contextlib.contextmanager
