@@ -1,8 +1,12 @@
-"""Arrival counters: a launch's programs count themselves, so that the last one can finish the work."""
+"""Arrival counters: a launch's programs count themselves, so that the last one can finish the work.
+
+triton_arrivals.py has the device's side.
+"""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,8 +14,39 @@ from torch import Tensor
 COUNTERS = 320  # in a row: 1280 bytes, so that every row has the 16-byte alignment that kernels are compiled for
 ROWS = 64  # allocated at once
 
+# By AMD family, the instruction that waits until a wave's own stores have reached the L2. A barrier does not wait for
+# stores in flight, and a release waits only for those of the wave that executes it, but every wave stores results. So
+# each wave waits for its own before the barrier; the release after it then writes the L2 back.
+_STORES_DONE = {
+    "gfx9": "s_waitcnt vmcnt(0)",
+    "gfx11": "s_waitcnt_vscnt null, 0x0",
+    "gfx12": "s_wait_storecnt 0x0",
+}
+
 _free: dict[torch.device, list[Tensor]] = {}
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The AMD architecture of `device`, as "gfx942"; "" for any other device."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return ""
+    return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+
+
+@cache
+def stores_done(arch: str) -> str:
+    """What a wave of an AMD GPU executes to wait for its own stores; "" on any other device.
+
+    ValueError for an AMD family whose instruction is not known.
+    """
+    if not arch.startswith("gfx"):
+        return ""
+    for family, instruction in _STORES_DONE.items():
+        if arch.startswith(family):
+            return instruction
+    raise ValueError(f"arrivals: device: expected an AMD GPU of {', '.join(_STORES_DONE)}, got {arch}")
 
 
 def arrivals(device: torch.device, count: int = 1) -> Tensor:

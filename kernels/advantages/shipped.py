@@ -18,23 +18,25 @@ def shipped(target: str, full: bool = True) -> Iterable[tuple[str, Callable[[], 
 
     `run` launches the op on tensors without data, to be called under `recording()`.
     """
-    del target  # the table is the same for every target
     for length in (512, 4096):
-        yield f"fp32-T{length}", _run(torch.float32, length, "k3", "after", True)
+        yield f"fp32-T{length}", _run(target, torch.float32, length, "k3", "after", True)
     if full:
-        yield "bf16-T4096", _run(torch.bfloat16, 4096, "k3", "after", True)
-        yield "fp64-T4096", _run(torch.float64, 4096, "k3", "after", True)
-        yield "no-critic-k1-T4096", _run(torch.float32, 4096, "k1", "last", False)
+        yield "bf16-T4096", _run(target, torch.bfloat16, 4096, "k3", "after", True)
+        yield "fp64-T4096", _run(target, torch.float64, 4096, "k3", "after", True)
+        yield "no-critic-k1-T4096", _run(target, torch.float32, 4096, "k1", "last", False)
 
 
-def _run(dtype: torch.dtype, length: int, estimator: str, score_at: str, critic: bool) -> Callable[[], None]:
+def _run(
+    target: str, dtype: torch.dtype, length: int, estimator: str, score_at: str, critic: bool
+) -> Callable[[], None]:
     def run() -> None:
         tokens = torch.empty(64, length, dtype=dtype, device="meta")
         score, mask = tokens[:, 0], torch.empty(64, length, dtype=torch.bool, device="meta")
         value = tokens if critic else None
-        triton.forward(Inputs(
+        inputs = Inputs(
             score=score, logprob=tokens, ref_logprob=tokens, value=value, mask=mask, gamma=1.0, lam=0.95, kl_coef=0.05,
             kl_estimator=estimator, kl_clip=10.0, holes="skip", score_at=score_at, whiten="sample",
-        ))  # fmt: skip
+        )  # fmt: skip
+        triton.forward(inputs, target)
 
     return run

@@ -1,4 +1,4 @@
-"""Launch `advantages` on CUDA and ROCm: one kernel for rewards, advantages and statistics, one for whitening.
+"""Launch `advantages` on CUDA, compiled for ROCm: one kernel for rewards, advantages and statistics, one for whitening.
 
 The first has one program per sequence; the last program to finish writes the statistics. Whitening is a second launch
 because it needs the statistics of all sequences, and one program that rewrites B T numbers would take longer than a
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arrivals import arrivals
+from ..arrivals import architecture, arrivals, stores_done
 from ..launch import launch
 from .configs import SWEEP, config
 from .contract import VARIANCE_EPS, Inputs, Outputs
@@ -30,8 +30,8 @@ def _rows(name: str, stride: str, tensor: Tensor | None) -> dict[str, Any]:
     return {name: tensor.view(torch.int8) if tensor.dtype == torch.bool else tensor, stride: tensor.stride(0)}
 
 
-def forward(inputs: Inputs) -> Outputs:
-    """(advantage, returns, reward [B, T], dropped [B], stats [6])."""
+def forward(inputs: Inputs, arch: str | None = None) -> Outputs:
+    """(advantage, returns, reward [B, T], dropped [B], stats [6]). `arch`: to compile for, if not the device's own."""
     (batch, length), device, dtype = inputs.mask.shape, inputs.mask.device, inputs.output_dtype
     advantage, returns, reward = (torch.empty(batch, length, dtype=dtype, device=device) for _ in range(3))
     dropped = torch.empty(batch, dtype=torch.bool, device=device)
@@ -51,6 +51,7 @@ def forward(inputs: Inputs) -> Outputs:
         kl_clip=float(inputs.kl_clip), ESTIMATOR=inputs.kl_estimator, PER_TOKEN=inputs.score.dim() == 2,
         AFTER=inputs.score_at == "after", DDOF=0 if inputs.whiten == "population" else 1,
         BLOCK=tile.block_dim, SWEEP=SWEEP, ACC=acc,
+        STORES_DONE=stores_done(architecture(device) if arch is None else arch),
     )  # fmt: skip
     if inputs.whiten != "none":
         launch(

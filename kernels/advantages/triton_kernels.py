@@ -14,6 +14,8 @@ input is.
 import triton
 import triton.language as tl
 
+from ..triton_arrivals import arrive, stored
+
 
 @triton.jit
 def after(factor, term, next_factor, next_term):
@@ -132,7 +134,7 @@ def advantage_kernel(
     advantage, returns, reward, dropped, stats, partials, counter, batch, length,
     decay: tl.float64, value_share: tl.float64, hole: tl.float64, kl_coef: tl.float64, kl_clip: tl.float64,
     ESTIMATOR: tl.constexpr, PER_TOKEN: tl.constexpr, AFTER: tl.constexpr, DDOF: tl.constexpr,
-    BLOCK: tl.constexpr, SWEEP: tl.constexpr, ACC: tl.constexpr,
+    BLOCK: tl.constexpr, SWEEP: tl.constexpr, ACC: tl.constexpr, STORES_DONE: tl.constexpr,
 ):  # fmt: skip
     """Program b handles sequence b and its share of the statistics: count, mean, squares about the mean, KL, dropped.
     The last program to arrive adds them up over the batch.
@@ -194,7 +196,7 @@ def advantage_kernel(
         bad += tl.sum((token & ~(tl.abs(a) < float("inf"))).to(tl.int32), axis=0)
 
     if bad > 0:
-        tl.debug_barrier()  # this thread overwrites values that other threads stored
+        stored(STORES_DONE)  # this thread overwrites values that other threads stored
         for start in range(0, length, BLOCK):
             t = start + lane
             nothing = tl.zeros((BLOCK,), ACC)
@@ -212,11 +214,7 @@ def advantage_kernel(
     tl.store(partials + 3 * batch + row, kl_sum)
     tl.store(partials + 4 * batch + row, (bad > 0).to(ACC))
 
-    # Barrier, then release at gpu scope: a program that reads `counter` after this add sees every store above. The
-    # reads in `total` bypass L1 (.cg), which may hold older lines.
-    tl.debug_barrier()
-    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-    if arrived == batch - 1:
+    if arrive(counter, STORES_DONE) == batch - 1:
         total(partials, stats, batch, DDOF, SWEEP)
         tl.store(counter, 0)
 

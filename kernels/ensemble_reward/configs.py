@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..arrivals import architecture, stores_done
 from ..launch import Config
 from .contract import Inputs
 
@@ -60,19 +61,22 @@ class Platform(NamedTuple):
 
     `fp32_dot`: the precision for fp32 operands that come from 16-bit storage. `multiprocessors`: the number on the
     architecture's usual device, not on this one, so that all devices of one architecture give equal bits.
+    `stores_done`: of arrivals.py.
     """
 
     name: str
     bf16_halves: bool
     fp32_dot: str
     multiprocessors: int
+    stores_done: str = ""
 
 
 _TARGETS = {
     "sm_80": Platform("sm_80", True, "tf32x3", 108),
     "sm_90": Platform("sm_90", True, "tf32x3", 132),
     "sm_100": Platform("sm_100", True, "tf32x3", 148),
-    "gfx942": Platform("gfx942", True, "ieee", 304),  # fp32 matrix instructions and no tf32x3
+    # fp32 matrix instructions and no tf32x3
+    "gfx942": Platform("gfx942", True, "ieee", 304, stores_done("gfx942")),
 }
 _INTERPRETER = Platform("interpreter", True, "ieee", 4)
 _assumed: list[str] = []
@@ -100,7 +104,7 @@ def _platform_of(device: torch.device) -> Platform:
     if device.type != "cuda":
         return _INTERPRETER
     if torch.version.hip is not None:
-        return _TARGETS["gfx942"]
+        return _TARGETS["gfx942"]._replace(stores_done=stores_done(architecture(device)))
     major, _ = torch.cuda.get_device_capability(device)
     if major < 8:
         return Platform("sm_70", False, "ieee", 80)

@@ -1,4 +1,4 @@
-"""Launch `ensemble_reward` on CUDA and ROCm: the kernels of triton_forward.py and triton_backward.py.
+"""Launch `ensemble_reward` on CUDA, compiled for ROCm: the kernels of triton_forward.py and triton_backward.py.
 
 Forward: one launch, and a second one to centre more than MAX_LABELLED_ROWS rows by label. Backward: three launches, for
 the product's gradient from the forward's saved values, for both outer products from one read of hidden, and for the sum
@@ -77,6 +77,7 @@ def _common(inputs: Inputs) -> dict[str, Any]:
         # for fp32 operands: exact products with fp32 and fp64 hidden, three tf32 products with 16-bit hidden
         "PRECISION": target.fp32_dot if hidden.element_size() == 2 else "ieee",
         "UPCAST": triton.knobs.runtime.interpret,
+        "STORES_DONE": target.stores_done,
     }
 
 
@@ -87,7 +88,7 @@ _HEADS_ARGUMENTS = (
 )  # fmt: skip
 _PRODUCT_ARGUMENTS = (
     "hidden", "row_stride", "weight", "rows", "norm_weight", "norm_eps", "centre", "precision", "directions", "rms",
-    "HALVES", "EXACT", "PRECISION", "UPCAST",
+    "HALVES", "EXACT", "PRECISION", "UPCAST", "STORES_DONE",
 )  # fmt: skip
 _OUTER_ARGUMENTS = (
     "hidden", "row_stride", "weight", "rows", "norm_weight", "centre", "precision", "directions", "num_rows", "d", "K",

@@ -6,6 +6,7 @@ by label, which the backward uses too.
 import triton
 import triton.language as tl
 
+from ..triton_arrivals import stored
 from .triton_math import least, noise_at, scalar
 
 
@@ -13,7 +14,7 @@ from .triton_math import least, noise_at, scalar
 def add_batch_worst(
     reward, mean_out, std_out, saved, seed, head_sums, programs, num_rows, coefficient,
     K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr, KIND: tl.constexpr, FROM_SAMPLE: tl.constexpr,
-    WIDTH: tl.constexpr, ACC: tl.constexpr,
+    WIDTH: tl.constexpr, ACC: tl.constexpr, STORES_DONE: tl.constexpr,
 ):  # fmt: skip
     """Choose the batch's worst head k* = argmin_k mean_n value_nk (BRME eq. 6) from `head_sums` [programs, KP] fp64,
     and add its share of every row to reward [N], in place; returns the sum of the rewards.
@@ -45,7 +46,7 @@ def add_batch_worst(
         total += tl.where(inside, value, 0.0)
         if saved is not None:
             tl.store(saved + n * S + (S - 1), worst.to(ACC), mask=inside)
-    tl.debug_barrier()  # centring reads the rewards in other threads
+    stored(STORES_DONE)  # centring reads the rewards in other threads
     return tl.sum(total, axis=0)
 
 
@@ -83,7 +84,7 @@ def centre_by_size(reward, num_rows, size, SPAN: tl.constexpr, SWEEP: tl.constex
 
 
 @triton.jit
-def centre_by_label(reward, labels, table, num_rows, SWEEP: tl.constexpr, ACC: tl.constexpr):
+def centre_by_label(reward, labels, table, num_rows, SWEEP: tl.constexpr, ACC: tl.constexpr, STORES_DONE: tl.constexpr):
     """Subtract from reward [N <= SWEEP] the mean of its label, in place.
 
     Registers hold all rewards and labels, which are compared with 8 labels at a time up to the largest: N (largest + 1)
@@ -99,7 +100,7 @@ def centre_by_label(reward, labels, table, num_rows, SWEEP: tl.constexpr, ACC: t
         sums = tl.sum(tl.where(same, value[None, :], 0.0), axis=1)
         count = tl.sum(same.to(tl.int32), axis=1)
         tl.store(table + which, sums / tl.maximum(count, 1), mask=which < SWEEP)
-    tl.debug_barrier()
+    stored(STORES_DONE)
     known = inside & (label >= 0) & (label < num_rows)
     average = tl.load(table + label, mask=known, other=0.0, cache_modifier=".cg")
     tl.store(reward + lane, value - average, mask=inside)

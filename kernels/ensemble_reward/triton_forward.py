@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from ..triton_arrivals import arrive
 from .triton_centre import add_batch_worst, centre_batch, centre_by_label, centre_by_size
 from .triton_math import aggregate, column_rows, folded_weight, halves, noise, operand, positions, scalar, split_heads
 from .triton_trust import (
@@ -16,10 +17,6 @@ from .triton_trust import (
     root,
     store_region,
 )
-
-# How programs hand results to the last one: plain stores, a barrier, then an atomic add with acquire and release at gpu
-# scope. The program whose add completes the count sees all stores; it reads past its L1 (.cg), which may hold older
-# lines.
 
 
 @triton.jit(do_not_specialize=["num_rows", "blocks_each", "size", "head_or_count"])
@@ -35,6 +32,7 @@ def forward_kernel(
     CENTRE: tl.constexpr, SPAN: tl.constexpr, SWEEP: tl.constexpr, SPLITS: tl.constexpr,
     M: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RN: tl.constexpr,
     ACC: tl.constexpr, HALVES: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    STORES_DONE: tl.constexpr,
 ):  # fmt: skip
     """Program (p, s): rows p M .. p M + M - 1, blocks s blocks_each .. of BD columns of D; SPLITS = 1: whole rows.
 
@@ -63,7 +61,7 @@ def forward_kernel(
             labels=labels, size=size, reward=reward, mean_out=mean_out, std_out=std_out, reward_sum=reward_sum,
             distance=distance, saved=saved, partials=partials, head_sums=head_sums, table=table, counters=counters,
             K=K, R=R, S=S, KIND=KIND, NOMINAL=NOMINAL, OF_BATCH=OF_BATCH, POWER=POWER, FROM_SAMPLE=FROM_SAMPLE,
-            CENTRE=CENTRE, SPAN=SPAN, SWEEP=SWEEP, M=M, BN=BN, RN=RN, ACC=ACC,
+            CENTRE=CENTRE, SPAN=SPAN, SWEEP=SWEEP, M=M, BN=BN, RN=RN, ACC=ACC, STORES_DONE=STORES_DONE,
         )  # fmt: skip
     else:
         split = tl.program_id(1)
@@ -85,9 +83,7 @@ def forward_kernel(
                 shares=region_shares, split=split, n=n, lengths=lengths, crosses=crosses, spread=spread, along=along,
                 pull=pull, norm_weight=norm_weight, SPLITS=SPLITS, R=R, RN=RN, M=M,
             )  # fmt: skip
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters + 1 + block, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLITS - 1:
+        if arrive(counters + 1 + block, STORES_DONE) == SPLITS - 1:
             whole = tl.zeros((M, BN), ACC)
             whole_squares = tl.zeros((M,), ACC)
             for s in tl.static_range(SPLITS):  # unrolled: the loads do not wait for one another
@@ -108,7 +104,7 @@ def forward_kernel(
                 reward_sum=reward_sum, distance=distance, saved=saved, partials=partials, head_sums=head_sums,
                 table=table, counters=counters,
                 K=K, R=R, S=S, KIND=KIND, NOMINAL=NOMINAL, OF_BATCH=OF_BATCH, POWER=POWER, FROM_SAMPLE=FROM_SAMPLE,
-                CENTRE=CENTRE, SPAN=SPAN, SWEEP=SWEEP, M=M, BN=BN, RN=RN, ACC=ACC,
+                CENTRE=CENTRE, SPAN=SPAN, SWEEP=SWEEP, M=M, BN=BN, RN=RN, ACC=ACC, STORES_DONE=STORES_DONE,
             )  # fmt: skip
 
 
@@ -179,7 +175,7 @@ def finish_rows(
     K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr,
     OF_BATCH: tl.constexpr, POWER: tl.constexpr, FROM_SAMPLE: tl.constexpr,
     CENTRE: tl.constexpr, SPAN: tl.constexpr, SWEEP: tl.constexpr,
-    M: tl.constexpr, BN: tl.constexpr, RN: tl.constexpr, ACC: tl.constexpr,
+    M: tl.constexpr, BN: tl.constexpr, RN: tl.constexpr, ACC: tl.constexpr, STORES_DONE: tl.constexpr,
 ):  # fmt: skip
     """Compute a row block's outputs from its sums; the last row block to arrive also totals and centres."""
     KP: tl.constexpr = BN // 2
@@ -225,14 +221,12 @@ def finish_rows(
         tl.store(partials + block, tl.sum(tl.where(inside, total, 0.0), axis=0))
 
     programs = tl.num_programs(0)
-    tl.debug_barrier()
-    arrived = tl.atomic_add(counters, 1, sem="acq_rel", scope="gpu")
-    if arrived == programs - 1:
+    if arrive(counters, STORES_DONE) == programs - 1:
         if OF_BATCH:
             batch = add_batch_worst(
                 reward=reward, mean_out=mean_out, std_out=std_out, saved=saved, seed=seed, head_sums=head_sums,
                 programs=programs, num_rows=num_rows, coefficient=coefficient, K=K, KP=KP, S=S, KIND=KIND,
-                FROM_SAMPLE=FROM_SAMPLE, WIDTH=SWEEP if SWEEP < 1024 else 1024, ACC=ACC,
+                FROM_SAMPLE=FROM_SAMPLE, WIDTH=SWEEP if SWEEP < 1024 else 1024, ACC=ACC, STORES_DONE=STORES_DONE,
             )  # fmt: skip
         else:
             lane = tl.arange(0, 1024)
@@ -246,5 +240,5 @@ def finish_rows(
         elif CENTRE == "size":
             centre_by_size(reward, num_rows, size, SPAN, SWEEP, ACC)
         elif CENTRE == "label":
-            centre_by_label(reward, labels, table, num_rows, SWEEP, ACC)
+            centre_by_label(reward, labels, table, num_rows, SWEEP, ACC, STORES_DONE)
         tl.store(counters, 0)

@@ -1,4 +1,4 @@
-"""Run `linear_logprob` on CUDA and ROCm: the vendor's matrix products, and two Triton kernels over their tiles.
+"""Run `linear_logprob` on CUDA, compiled for ROCm: library products, and two Triton kernels over their tiles.
 
 The vendor's library multiplies at the hardware's rate, with fp32 results from 16-bit operands. The kernels read a tile
 once in the forward, and read and write it once in the backward. CPU tensors work only under Triton's interpreter, which

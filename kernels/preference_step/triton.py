@@ -1,4 +1,4 @@
-"""Launch `preference_step` on CUDA and ROCm: the kernels of triton_kernels.py.
+"""Launch `preference_step` on CUDA, compiled for ROCm: the kernels of triton_kernels.py.
 
 There are two launches, and for eq. 8 a sort of the pairs by head before them. The split of the pairs among programs
 depends only on shapes, so equal calls have equal bits. CPU tensors work only under Triton's interpreter, which the

@@ -61,3 +61,20 @@ def test_what_lasts_is_allocated_outside_the_calling_thread(monkeypatch: pytest.
         row = arrivals._row(CPU, 1)
     assert threads[0] is not threading.current_thread()
     assert not row.is_inference()
+
+
+def test_only_amd_waits_for_its_stores() -> None:
+    assert arrivals.stores_done(arrivals.architecture(CPU)) == arrivals.stores_done("sm_90") == ""
+    assert arrivals.stores_done("gfx942") == "s_waitcnt vmcnt(0)"
+
+
+def test_the_architecture_of_an_amd_device_is_read_without_its_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = mock.Mock(gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert arrivals.architecture.__wrapped__(torch.device("cuda", 0)) == "gfx942"
+
+
+def test_an_unknown_amd_family_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"arrivals: device: expected an AMD GPU of gfx9, gfx11, gfx12, got gfx1310"):
+        arrivals.stores_done("gfx1310")
