@@ -112,10 +112,15 @@ def _platform_of(device: torch.device) -> Platform:
 
 
 class Row(NamedTuple):
-    """The tile, block_rows of N by block_dim of D, for calls of at most `rows` scored rows."""
+    """The tile, block_rows of N by block_dim of D, for calls of at most `rows` scored rows.
+
+    `limits`: for sm_90, the most registers a thread, chosen such that Triton 3.6 and 3.9 spill nothing; the first is
+    the default, the others are candidates of PRUDENT_AUTOTUNE=1.
+    """
 
     rows: float
     config: Config
+    limits: tuple[int, ...] = ()
 
 
 _ANY = float("inf")
@@ -126,15 +131,17 @@ _FORWARD: dict[tuple[torch.dtype, int], tuple[Row, ...]] = {
     (_BF16, 16): (
         # 256 last tokens of 4096 features: 16 blocks x 16 parts = 256 programs, each with all its 8 KB (4 tiles) in
         # flight at once. In all that is 2 MB, half of what 132 multiprocessors could have in flight: latency dominates.
-        Row(1024, Config(16, 64, 4, 5)),
-        # 24 KB a program; a multiprocessor of sm_90 holds 4 programs (Triton 3.9: 125 registers) or 3 (Triton 3.6:
-        # 139), two to three times what Little's law asks. Weight traffic is 0.31 of the features. With fewer row blocks
-        # than multiprocessors D is split: 4096 rows are 64 blocks x 4 parts.
-        Row(32768, Config(64, 64, 4, 4)),
-        # 32 KB a program; a multiprocessor of sm_90 holds 4 programs (Triton 3.9: 64 registers) or 2 (Triton 3.6: 87).
-        # Weight traffic is 0.16 of the features. 65536 rows are 512 programs, one wave of 528 or two of 264; in the
-        # tail, one program a multiprocessor is still enough.
-        Row(_ANY, Config(128, 64, 8, 3)),
+        # Two programs a multiprocessor are all that there are, so registers are free; unasked, Triton 3.6 stops at 72
+        # and spills two words. 128: 4 programs fit; 96: 5.
+        Row(1024, Config(16, 64, 4, 5), (128, 96)),
+        # 24 KB a program, at 128 registers 4 programs a multiprocessor of sm_90: three times what Little's law asks
+        # (unasked, 125 by Triton 3.9, but 139 and 3 programs by 3.6). Weight traffic is 0.31 of the features. With
+        # fewer row blocks than multiprocessors D is split: 4096 rows are 64 blocks x 4 parts.
+        Row(32768, Config(64, 64, 4, 4), (128, 112)),
+        # 32 KB a program, at 64 registers 4 programs a multiprocessor of sm_90, at 80 3. Unasked, Triton 3.6 takes 87:
+        # a warp gets registers by 256, so a program of 8 warps takes 22528 of 65536, and 2 fit (threads would allow 8,
+        # shared memory 4). Weight traffic is 0.16 of the features. 65536 rows are 512 programs, one wave of 528.
+        Row(_ANY, Config(128, 64, 8, 3), (64, 80)),
     ),
     # the weight of 12 heads is 0.75 of the features at 64 rows; with 128 rows a multiprocessor would hold 2 programs
     (_BF16, 32): (Row(1024, Config(16, 64, 4, 4)), Row(_ANY, Config(64, 64, 4, 3))),
@@ -184,8 +191,7 @@ _DIRECTED: dict[tuple[torch.dtype, int], tuple[Row, ...]] = {
 # The outer products of the backward: a program keeps the weight of block_dim columns and the sum of its gradient in
 # registers, and reads block_rows rows at a time.
 _OUTER: dict[tuple[torch.dtype, int], Config] = {
-    # 256 contiguous bytes a row; 108 registers: 4 programs a multiprocessor, 3 tiles of 4 KB each: 48 KB in flight.
-    # 32 rows a tile take 174 registers: 2 programs, 32 KB
+    # 256 contiguous bytes a row; 106 registers: 4 programs a multiprocessor, 3 tiles of 4 KB each: 48 KB in flight
     (_BF16, 16): Config(16, 128, 4, 4),
     (_BF16, 32): Config(16, 64, 4, 4),
     (_BF16, 64): Config(16, 32, 4, 4),
@@ -204,6 +210,10 @@ _OUTER: dict[tuple[torch.dtype, int], Config] = {
     (_FP64, 64): Config(16, 16, 4, 2),
     (_FP64, 128): Config(16, 16, 8, 2),
 }
+
+# The same on sm_90, without the distance's gradient: 32 rows a step halve its waits and barriers. Unasked they take 174
+# registers, 2 programs a multiprocessor; at 168, without spills by Triton 3.6 and 3.9, 3 programs: 72 KB in flight.
+_OUTER_SM_90: dict[tuple[torch.dtype, int], Config] = {(_BF16, 16): Config(32, 128, 4, 4, 168)}
 
 # The same with the distance's gradient, where the table above by all columns is not the best: 64 columns of D and
 # not 32 halve how often each row's 2K + R numbers come from L2, in fewer registers on gfx942.
@@ -230,11 +240,13 @@ def padded_directions(directions: int) -> int:
 
 class Columns(NamedTuple):
     """The columns by which the tables choose a tile: `heads`, padded 2K, and with `directions`, padded R (0 without
-    any) all of them, padded again.
+    any) all of them, padded again. `limited`: whether the table's limits of registers hold; with a trust region, or
+    groups to centre, the forward would spill.
     """
 
     heads: int
     directions: int = 0
+    limited: bool = True
 
     @property
     def all(self) -> int:
@@ -247,7 +259,8 @@ class Columns(NamedTuple):
 
 def columns_of(inputs: Inputs) -> Columns:
     directions = num_directions(inputs)
-    return Columns(padded_columns(inputs.num_heads), padded_directions(directions) if directions else 0)
+    limited = inputs.trust is None and inputs.spec.centre != "group"
+    return Columns(padded_columns(inputs.num_heads), padded_directions(directions) if directions else 0, limited)
 
 
 def fits(inputs: Inputs) -> bool:
@@ -257,7 +270,13 @@ def fits(inputs: Inputs) -> bool:
 
 def forward_config(num_rows: int, columns: Columns, dtype: torch.dtype, target: str) -> Config:
     """The forward's tile for N rows on the platform named `target`."""
-    return _compilable(next(row.config for row in columns.forward(dtype) if num_rows <= row.rows), target)
+    row = next(row for row in columns.forward(dtype) if num_rows <= row.rows)
+    return _compilable(row.config, target)._replace(maxnreg=next(iter(_limits(row, columns, target)), None))
+
+
+def _limits(row: Row, columns: Columns, target: str) -> tuple[int, ...]:
+    """The limits of registers among which to choose; none on other targets, for which none was compiled."""
+    return row.limits if target == "sm_90" and columns.limited else ()
 
 
 def _compilable(config: Config, target: str) -> Config:
@@ -283,16 +302,24 @@ def _triton_version() -> tuple[int, int]:
 
 @cache
 def forward_candidates(columns: Columns, dtype: torch.dtype, target: str) -> tuple[Config, ...]:
-    """The candidates of PRUDENT_AUTOTUNE=1: the tiles of every row bucket, with their stages and with fewer."""
-    tiles = dict.fromkeys(_compilable(row.config, target) for row in columns.forward(dtype))
-    return tuple(tile._replace(num_stages=stages) for tile in tiles for stages in range(2, tile.num_stages + 1))
+    """The candidates of PRUDENT_AUTOTUNE=1: the tiles of every row bucket, with their stages and with fewer, and with
+    each limit of registers and without any.
+    """
+    found: list[Config] = []
+    for row in columns.forward(dtype):
+        tile, limits = _compilable(row.config, target), _limits(row, columns, target)
+        first = tile._replace(maxnreg=next(iter(limits), None))
+        found += [first._replace(num_stages=stages) for stages in range(2, tile.num_stages + 1)]
+        found += [tile._replace(maxnreg=limit) for limit in (*limits[1:], None)]
+    return tuple(dict.fromkeys(found))
 
 
 def bucket(num_rows: int, columns: Columns, d: int, dtype: torch.dtype) -> tuple[str, ...]:
     """The key of a PRUDENT_AUTOTUNE=1 choice: the table's bucket of rows, and the shapes that a model fixes."""
     rows = next(row.rows for row in columns.forward(dtype) if num_rows <= row.rows)
     directions = (f"directions={columns.directions}",) if columns.directions else ()
-    return f"rows<={rows}", f"columns={columns.heads}", *directions, f"D={d}", str(dtype)
+    limited = () if columns.limited else ("unlimited",)
+    return f"rows<={rows}", f"columns={columns.heads}", *directions, *limited, f"D={d}", str(dtype)
 
 
 def splits(programs: int, d: int, config: Config, device: torch.device) -> tuple[int, int]:
@@ -313,27 +340,33 @@ def sweep(num_rows: int) -> int:
     return int(min(SWEEP, max(1024, 1 << (num_rows - 1).bit_length())))
 
 
-def outer_config(columns: Columns, dtype: torch.dtype, measured: bool = False) -> Config:
-    """The tile of the backward's outer products; `measured`: with the distance's gradient, for which 16 columns are too
-    few to choose by.
+def outer_config(columns: Columns, dtype: torch.dtype, target: str, measured: bool = False) -> Config:
+    """The tile of the backward's outer products on the platform named `target`; `measured`: with the distance's
+    gradient, for which 16 columns are too few to choose by.
     """
     if not measured:
-        return _OUTER[dtype, columns.heads]
+        table = _OUTER_SM_90 if target == "sm_90" else {}
+        return table.get((dtype, columns.heads), _OUTER[dtype, columns.heads])
     return _OUTER_MEASURED.get((dtype, columns.all), _OUTER[dtype, max(32, columns.all)])
 
 
 @cache
-def outer_candidates(columns: Columns, dtype: torch.dtype, measured: bool = False) -> tuple[Config, ...]:
-    """The candidates of PRUDENT_AUTOTUNE=1: the table's tile and half its columns, with its stages and with fewer."""
-    tile = outer_config(columns, dtype, measured)
-    widths = sorted({tile.block_dim, max(16, tile.block_dim // 2)})
-    return tuple(tile._replace(block_dim=w, num_stages=s) for w in widths for s in range(2, tile.num_stages + 1))
+def outer_candidates(columns: Columns, dtype: torch.dtype, target: str, measured: bool = False) -> tuple[Config, ...]:
+    """The candidates of PRUDENT_AUTOTUNE=1: the table's tile, the other architectures', and half of its columns, with
+    its stages and with fewer.
+    """
+    tiles = [outer_config(columns, dtype, name, measured) for name in (target, "")]
+    narrow = tiles[1]._replace(block_dim=max(16, tiles[1].block_dim // 2))
+    return tuple(dict.fromkeys(t._replace(num_stages=s) for t in (*tiles, narrow) for s in range(2, t.num_stages + 1)))
 
 
 def row_shares(num_rows: int, d: int, config: Config, device: torch.device) -> tuple[int, int]:
-    """(row blocks in a share, number of shares): four programs a multiprocessor, one wave."""
+    """(row blocks in a share, number of shares): one wave, of as many programs a multiprocessor as the limit of
+    registers lets in; four without a limit.
+    """
     blocks = -(-num_rows // config.block_rows)
-    wanted = max(1, min(MAX_SHARES, 4 * platform(device).multiprocessors // -(-d // config.block_dim)))
+    programs = 65536 // (32 * config.num_warps * config.maxnreg) if config.maxnreg else 4
+    wanted = max(1, min(MAX_SHARES, programs * platform(device).multiprocessors // -(-d // config.block_dim)))
     each = -(-blocks // wanted)
     return each, -(-blocks // each)
 

@@ -283,7 +283,7 @@ def _outer_products(
         out = inputs.hidden.new_zeros(inputs.hidden.shape)
         rows, arguments["rows"] = _combined(rows, inputs, common)
     new, dtype, columns = inputs.hidden.new_empty, inputs.output_dtype, configs.columns_of(inputs)
-    measured = rows.slopes is not None
+    measured, target = rows.slopes is not None, configs.platform(inputs.hidden.device).name
 
     def run(config: Config) -> tuple[Tensor | None, Tensor | None]:
         blocks_each, shares = configs.row_shares(n, d, config, inputs.hidden.device)
@@ -297,8 +297,8 @@ def _outer_products(
         return partials, gain
 
     config = tuning.choose(
-        configs.outer_config(columns, inputs.hidden.dtype, measured),
-        configs.outer_candidates(columns, inputs.hidden.dtype, measured),
+        configs.outer_config(columns, inputs.hidden.dtype, target, measured),
+        configs.outer_candidates(columns, inputs.hidden.dtype, target, measured),
         ("ensemble_reward.outer", need_hidden, need_folded, *(("distance",) if measured else ()),
          *configs.bucket(n, columns, d, inputs.hidden.dtype)),
         run, inputs.hidden.device,

@@ -160,6 +160,21 @@ def combine_kernel(
     tl.store(targets + position, tl.where(opens, row, -1), mask=inside)
 
 
+@triton.jit
+def row_factors(scaled, along, block, num_rows, M: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+    """[M, BN] and [M] a row block's `scaled` and `along` (zeros without it).
+
+    The kernel loads them a block ahead: Triton copies x into shared memory several blocks ahead, but not these, whose
+    latency every block would wait for. Rows to skip hold zeros, so nothing here waits for the index of a row.
+    """
+    n, _, inside = positions(block, num_rows, None, M)
+    c = tl.load(scaled + n[:, None] * BN + tl.arange(0, BN)[None, :], mask=inside[:, None], other=0.0)
+    along_x = tl.zeros((M,), ACC)
+    if along is not None:
+        along_x = tl.load(along + n, mask=inside, other=0.0)
+    return c, along_x
+
+
 @triton.jit(do_not_specialize=["num_rows", "blocks_each"])
 def outer_kernel(
     hidden, row_stride, weight, rows, norm_weight, centre, precision, directions,
@@ -179,7 +194,6 @@ def outer_kernel(
     """
     columns = tl.program_id(0) * BD + tl.arange(0, BD)
     share = tl.program_id(1)
-    column = tl.arange(0, BN)
     acc = tl.zeros((BN, BD), ACC)
     gain = tl.zeros((BD,), ACC)
     if slopes is not None:
@@ -197,10 +211,12 @@ def outer_kernel(
         w = tl.trans(folded_weight(weight, norm_weight, columns, d, K, BN, ACC))
         if HALVES:
             w_hi, w_lo = halves(w, UPCAST)
+    next_c, next_along = row_factors(scaled, along, share * blocks_each, num_rows, M, BN, ACC)
     for block in range(share * blocks_each, (share + 1) * blocks_each):
+        c, along_x = next_c, next_along
+        next_c, next_along = row_factors(scaled, along, block + 1, num_rows, M, BN, ACC)
         n, row, inside = positions(block, num_rows, rows, M)
         inside = inside & (row >= 0)
-        c = tl.load(scaled + n[:, None] * BN + column[None, :], mask=inside[:, None], other=0.0)
         here = inside[:, None] & (columns < d)[None, :]
         if weight_partials is not None or along is not None or slopes is not None:
             at = hidden + (row * row_stride)[:, None] + columns[None, :]
@@ -232,7 +248,7 @@ def outer_kernel(
             if slopes is not None:
                 dx += e * g[None, :]
             if along is not None:
-                dx -= x.to(ACC) * tl.load(along + n, mask=inside, other=0.0)[:, None]
+                dx -= x.to(ACC) * along_x[:, None]
             at = grad_hidden + (row * d)[:, None] + columns[None, :]
             tl.store(at, dx.to(grad_hidden.dtype.element_ty), mask=here)
         if weight_partials is not None:
