@@ -145,7 +145,8 @@ def entries(op: str, target: str, full: bool) -> list[Entry]:
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
     """(signature, constants, attributes) as in Triton's launcher: the integer 1 is a constant; an integer divisible by
-    16 is marked so, and so is every pointer (the package's tensors are aligned to 16 bytes).
+    16 is marked so, and so is every pointer (the package's tensors are aligned to 16 bytes) of which the kernel does
+    not say that any address will do.
     """
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -158,7 +159,8 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], An
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
-            attributes[(i,)] = aligned
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[(i,)] = aligned
         elif isinstance(value, bool):
             signature[parameter.name] = "u1"
         elif isinstance(value, float):

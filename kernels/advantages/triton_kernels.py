@@ -126,9 +126,10 @@ def total(partials, stats, batch, DDOF: tl.constexpr, SWEEP: tl.constexpr):
 
 
 _ANY_NUMBER = ["score_stride", "logprob_stride", "ref_stride", "value_stride", "mask_stride", "batch", "length"]
+_ANY_ADDRESS = ["score", "logprob", "ref_logprob", "value", "mask"]  # views, whose rows start anywhere in any case
 
 
-@triton.jit(do_not_specialize=_ANY_NUMBER)
+@triton.jit(do_not_specialize=_ANY_NUMBER, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def advantage_kernel(
     score, score_stride, logprob, logprob_stride, ref_logprob, ref_stride, value, value_stride, mask, mask_stride,
     advantage, returns, reward, dropped, stats, partials, counter, batch, length,
@@ -219,7 +220,7 @@ def advantage_kernel(
         tl.store(counter, 0)
 
 
-@triton.jit(do_not_specialize=["mask_stride", "length"])
+@triton.jit(do_not_specialize=["mask_stride", "length"], do_not_specialize_on_alignment=["mask"])
 def whiten_kernel(
     advantage, mask, mask_stride, dropped, stats, length, eps: tl.float64,
     WHITEN: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,

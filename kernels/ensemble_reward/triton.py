@@ -162,6 +162,9 @@ def _centring(inputs: Inputs, config: Config) -> dict[str, Any]:
         centre, span = "block", size
     elif centre == "group":
         centre, span = "size", min(sweep, triton.next_power_of_2(size))
+    if centre in ("none", "block", "later"):
+        # the last program does not centre: N must not reach a constexpr, or the kernel is compiled again for some N
+        sweep = min(configs.SWEEP, 1024)
     return {"CENTRE": centre, "SPAN": span, "SWEEP": sweep, "labels": labels, "size": size}
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .triton_math import (
+    ANY_ADDRESS,
     aggregate_gradient,
     column_rows,
     folded_weight,
@@ -20,7 +21,10 @@ from .triton_math import (
 from .triton_trust import direction_tile, price_slope, root
 
 
-@triton.jit(do_not_specialize=["num_rows", "size", "head_or_count"])
+@triton.jit(
+    do_not_specialize=["num_rows", "size", "head_or_count"],
+    do_not_specialize_on_alignment=[*ANY_ADDRESS, "grad_reward", "grad_mean", "grad_std", "grad_sum", "grad_distance"],
+)
 def product_gradient_kernel(
     saved, bias, seed, shift, scale, std_ref, weights, unit,
     grad_reward, reward_stride, averages, grad_mean, mean_row, mean_column, grad_std, std_row, std_column, grad_sum,
@@ -175,7 +179,7 @@ def row_factors(scaled, along, block, num_rows, M: tl.constexpr, BN: tl.constexp
     return c, along_x
 
 
-@triton.jit(do_not_specialize=["num_rows", "blocks_each"])
+@triton.jit(do_not_specialize=["num_rows", "blocks_each"], do_not_specialize_on_alignment=["rows"])
 def outer_kernel(
     hidden, row_stride, weight, rows, norm_weight, centre, precision, directions,
     scaled, along, pulls, slopes, grad_hidden, weight_partials, gain_partials,

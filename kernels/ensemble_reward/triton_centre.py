@@ -106,7 +106,7 @@ def centre_by_label(reward, labels, table, num_rows, SWEEP: tl.constexpr, ACC: t
     tl.store(reward + lane, value - average, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["values"])
 def centre_kernel(values, value_stride, out, labels, order, num_rows, SWEEP: tl.constexpr, ACC: tl.constexpr):
     """out = values minus the mean of their label, [N]; in place if out is values.
 

@@ -6,7 +6,18 @@ import triton.language as tl
 
 from ..triton_arrivals import arrive
 from .triton_centre import add_batch_worst, centre_batch, centre_by_label, centre_by_size
-from .triton_math import aggregate, column_rows, folded_weight, halves, noise, operand, positions, scalar, split_heads
+from .triton_math import (
+    ANY_ADDRESS,
+    aggregate,
+    column_rows,
+    folded_weight,
+    halves,
+    noise,
+    operand,
+    positions,
+    scalar,
+    split_heads,
+)
 from .triton_trust import (
     add_lengths,
     add_projections,
@@ -19,7 +30,9 @@ from .triton_trust import (
 )
 
 
-@triton.jit(do_not_specialize=["num_rows", "blocks_each", "size", "head_or_count"])
+@triton.jit(
+    do_not_specialize=["num_rows", "blocks_each", "size", "head_or_count"], do_not_specialize_on_alignment=ANY_ADDRESS
+)
 def forward_kernel(
     hidden, row_stride, weight, bias, rows, norm_weight, seed, shift, scale, std_ref, labels,
     centre, precision, directions, weights, unit, rms,

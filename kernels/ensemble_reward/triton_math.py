@@ -16,6 +16,12 @@ import triton.language as tl
 
 PHILOX_ROUNDS = tl.constexpr(7)
 
+# Arguments of few bytes that may be views at any address: a seed that is one element of a tensor, rows[1:]. Triton
+# compiles a kernel again for a pointer that is not a multiple of 16, unless the kernel says that it assumes nothing.
+ANY_ADDRESS = [
+    "rows", "seed", "labels", "bias", "shift", "scale", "std_ref", "weights", "unit", "rms",
+]  # fmt: skip
+
 
 @triton.jit
 def scalar(value, ACC: tl.constexpr):

@@ -54,7 +54,7 @@ def add_rows(coefficient, x):
     return tl.sum(coefficient[:, None] * x, axis=0)
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["bias", "rows", "p_hat", "margin", "seed"])
 def step_kernel(
     features, row_stride, weight, reward_weight, bias, rows, order, starts, p_hat, margin, seed, partials, sums,
     pairs, d, alpha: tl.float64, centre: tl.float64, std_floor: tl.float64,
