@@ -42,14 +42,19 @@ class Launch(NamedTuple):
 _recorders: list[list[Launch]] = []
 
 
-def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.device, **arguments: Any) -> None:
-    """Run `kernel` on `device` over `grid`."""
+def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.device, **arguments: Any) -> Any:
+    """Run `kernel` on `device` over `grid`. Returns the compiled kernel; None under the interpreter and `recording`."""
     if _recorders:
         _recorders[-1].append(Launch(kernel, grid, config, arguments))
-        return
+        return None
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
-        kernel[grid](**arguments, **config.options())
+        return kernel[grid](**arguments, **config.options())
+
+
+def is_recording() -> bool:
+    """Whether launches are appended to a list instead of run."""
+    return bool(_recorders)
 
 
 @contextlib.contextmanager

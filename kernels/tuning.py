@@ -22,6 +22,11 @@ from .launch import Config
 _chosen: dict[str, Config] = {}
 
 
+def enabled() -> bool:
+    """Whether tiles are chosen by timing."""
+    return os.environ.get("PRUDENT_AUTOTUNE") == "1"
+
+
 def choose(
     table_config: Config,
     candidates: Sequence[Config],
@@ -35,7 +40,7 @@ def choose(
     `run` launches the kernel on `device` with a config, any number of times, into outputs that the real launch
     overwrites.
     """
-    if os.environ.get("PRUDENT_AUTOTUNE") != "1" or not _can_time(device):
+    if not enabled() or not _can_time(device):
         return table_config
     with torch.cuda.device(device):  # time and name this device, which may not be the current one
         return _fastest(table_config, candidates, key, run)

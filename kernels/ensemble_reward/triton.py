@@ -9,6 +9,7 @@ under Triton's interpreter (TRITON_INTERPRET=1 before triton is imported), which
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from .. import tuning
 from ..arrivals import arrivals
-from ..launch import Config, launch
+from ..launch import Config, Launch, is_recording, launch
+from ..replay import Replays, describe, of_launch
 from . import configs, reference
 from .contract import Grads, Inputs, Needs, OutputGrads, Outputs
 from .reference import cvar_tail
@@ -116,13 +118,57 @@ def forward(inputs: Inputs, keep: bool = False) -> Outputs:
         lambda config: _launch_forward(inputs, common, outputs, config),
         inputs.hidden.device,
     )
-    _launch_forward(inputs, common, outputs, config)
-    if _centring(inputs, config)["CENTRE"] == "later":
+    started, compiled = _launch_forward(inputs, common, outputs, config)
+    if started.arguments["CENTRE"] == "later":
         _centre_by_label(reward, reward, inputs)
+    else:
+        _keep(started, compiled, inputs, outputs, keep)
     return outputs
 
 
-def _launch_forward(inputs: Inputs, common: dict[str, Any], outputs: Outputs, config: Config) -> None:
+_FIELDS = {"group": "labels", "trust_mean": "centre"}  # of `Inputs`, where the kernel's name is another
+_TENSORS = tuple(_FIELDS.get(name, name.removeprefix("trust_")) for name in Inputs._fields[:10] + Inputs._fields[14:])
+_OUTPUTS = ("reward", "mean_out", "std_out", "reward_sum", "distance", "saved")
+_SCRATCH = ("partials", "head_sums", "shares", "region_shares", "table")
+_replays = Replays()
+
+
+def _keep(started: Launch, compiled: Any, inputs: Inputs, outputs: Outputs, keep: bool) -> None:
+    """Keep the forward's launch for `again`, if it can be repeated. With autotuning it cannot: every call chooses."""
+    described = None if compiled is None or tuning.enabled() else describe(inputs.tensors, (keep, *inputs.options))
+    if described is None:
+        return
+    replay = of_launch(
+        started, compiled, dict(zip(_TENSORS, inputs.tensors, strict=True)),
+        dict(zip(_OUTPUTS, outputs, strict=True)), _SCRATCH,
+    )  # fmt: skip
+    if replay is not None:
+        _replays.keep(described[0], replay)
+
+
+def again(inputs: Inputs, keep: bool) -> Outputs | None:
+    """`forward` for a call of a class that was launched before, whose arguments were checked then: the compiled kernel
+    is started at once. None for any other call, and where each call is checked or chooses a tile.
+    """
+    described = describe(inputs.tensors, (keep, *inputs.options))
+    if described is None or is_recording() or tuning.enabled() or os.environ.get("PRUDENT_DEBUG") == "1":
+        return None
+    key, addresses = described
+    replay = _replays.find(key)
+    return None if replay is None else tuple(replay(addresses, _counters))  # type: ignore[return-value]
+
+
+def forget() -> None:
+    """Forget the launches that `again` repeats."""
+    _replays.clear()
+
+
+def _counters(device: torch.device) -> Tensor:
+    return arrivals(device, 1 + configs.MAX_SPLIT_BLOCKS)
+
+
+def _launch_forward(inputs: Inputs, common: dict[str, Any], outputs: Outputs, config: Config) -> tuple[Launch, Any]:
+    """The launch, and what `launch` returned."""
     reward, mean, std, reward_sum, distance, saved = outputs
     n, d, device, dtype = inputs.num_rows, common["d"], inputs.hidden.device, reward.dtype
     programs = triton.cdiv(n, config.block_rows)
@@ -135,15 +181,16 @@ def _launch_forward(inputs: Inputs, common: dict[str, Any], outputs: Outputs, co
         region_shares = new(splits * programs * _share_columns(common, config.block_rows), dtype=dtype)
     head_sums = new(programs, common["BN"] // 2, dtype=torch.float64) if common["OF_BATCH"] else None
     table = new(centring["SWEEP"], dtype=dtype) if centring["CENTRE"] == "label" else None
-    launch(
-        forward_kernel, (programs, splits) if splits > 1 else (programs,), config, device,
+    grid = (programs, splits) if splits > 1 else (programs,)
+    arguments = dict(
         **{name: common[name] for name in (*_HEADS_ARGUMENTS, *_PRODUCT_ARGUMENTS)}, **centring,
         reward=reward, mean_out=mean, std_out=std, reward_sum=reward_sum, distance=distance,
         saved=saved if saved.shape[0] else None, partials=None if common["OF_BATCH"] else new(programs, dtype=dtype),
         head_sums=head_sums, shares=shares, region_shares=region_shares, table=table,
-        counters=arrivals(device, 1 + configs.MAX_SPLIT_BLOCKS), blocks_each=blocks_each, SPLITS=splits,
-        M=config.block_rows, BD=config.block_dim,
+        counters=_counters(device), blocks_each=blocks_each, SPLITS=splits, M=config.block_rows, BD=config.block_dim,
     )  # fmt: skip
+    compiled = launch(forward_kernel, grid, config, device, **arguments)
+    return Launch(forward_kernel, grid, config, arguments), compiled
 
 
 def _share_columns(common: dict[str, Any], block_rows: int) -> int:
