@@ -46,7 +46,7 @@ class Compiled:
     def __init__(self, driver: Driver, kernel: Any, compilation: int) -> None:
         self._driver, self._kernel, self.function = driver, kernel, compilation
         self.packed_metadata = ("metadata", compilation)
-        self.run = self._start if driver.noting else _nothing
+        self.run = self._start
 
     def launch_metadata(self, *arguments: Any) -> None:
         """None: no hook asks for it."""
@@ -63,15 +63,10 @@ class Compiled:
         self._driver.starts.append(Start(self._kernel.__name__, function, (x, y, z), stream, arguments))
 
 
-def _nothing(*arguments: Any) -> None:
-    """A start that is not noted, for timing."""
-
-
 class Driver:
     """The stand-in. `stream`, `device` and `capturing` are what it answers; `compilations` and `starts` what it saw."""
 
-    def __init__(self, noting: bool) -> None:
-        self.noting = noting
+    def __init__(self) -> None:
         self.stream, self.device, self.capturing = 0, 0, False
         self.compilations: list[Compilation] = []
         self.starts: list[Start] = []
@@ -97,9 +92,9 @@ class Driver:
 
 
 @contextlib.contextmanager
-def fake_gpu(noting: bool = True) -> Iterator[Driver]:
-    """Inside the block, run `ensemble_reward` as on an H100 that computes nothing. With `noting` off, starts are
-    dropped: a call's time is then that of the host. ValueError under Triton's interpreter, which launches nothing.
+def fake_gpu(driver: Driver | None = None) -> Iterator[Driver]:
+    """Inside the block, run `ensemble_reward` as on an H100 that computes nothing, with `driver` or a new `Driver`.
+    ValueError under Triton's interpreter, which launches nothing.
     """
     import triton
 
@@ -109,7 +104,7 @@ def fake_gpu(noting: bool = True) -> Iterator[Driver]:
 
     if triton.knobs.runtime.interpret:
         raise ValueError("fake_gpu: expected Triton without its interpreter, got TRITON_INTERPRET=1")
-    driver, active = Driver(noting), triton.runtime.driver
+    driver, active = driver or Driver(), triton.runtime.driver
 
     def counters(device: torch.device, count: int = 1) -> torch.Tensor:
         return arrivals._row(device, None if driver.capturing else driver.stream)
