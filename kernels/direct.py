@@ -2,8 +2,9 @@
 
 All that depends on Triton's private interface is here: how a compiled kernel is started, which settings make Triton
 compile another one or call something around a launch, and which driver tells the stream. The interface is that of
-Triton 3.4 to 3.9 on CUDA and ROCm. Where anything differs there is no `Direct`, and the caller launches by
-`kernel[grid](...)` as always.
+Triton 3.4 to 3.9 on CUDA. Elsewhere there is no `Direct`, and the caller launches by `kernel[grid](...)` as always. So
+it does on ROCm, where Triton compiles another kernel for a tensor in more than 2 GB of storage too, which callers here
+do not tell apart.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from triton import knobs
 OLDEST, NEWEST = (3, 4), (3, 9)  # of Triton, whose `CompiledKernel.run` takes the arguments that `start` passes
 
 
-def _known_version() -> bool:
+def _known_interface() -> bool:
+    if torch.version.hip is not None:
+        return False
     major, minor = triton.__version__.split(".")[:2]
     return OLDEST <= (int(major), int(minor)) <= NEWEST
 
@@ -51,7 +54,7 @@ class Direct(NamedTuple):
     @classmethod
     def of(cls, kernel: Any, compiled: Any) -> Direct | None:
         """From what `kernel[grid](...)` returned after its launch; None if Triton's interface is not the known one."""
-        if not _known_version():
+        if not _known_interface():
             return None
         run, function, metadata = (getattr(compiled, name, None) for name in ("run", "function", "packed_metadata"))
         if not callable(run) or function is None or metadata is None:

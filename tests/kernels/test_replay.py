@@ -313,6 +313,14 @@ def test_an_unknown_triton_launches_every_call(
     assert direct.Direct.of(forward_kernel, object()) is None  # a compiled kernel of another shape
 
 
+def test_rocm_launches_every_call(gpu: Driver, launched: mock.Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, a tensor's storage decides too which kernel Triton takes."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for _ in range(2):
+        call(arguments())
+    assert launched.call_count == 2
+
+
 def test_no_more_classes_are_kept_than_the_limit(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "CLASSES", 3)
     for n in range(1, 9):

@@ -359,3 +359,34 @@ def test_a_captured_graph_replays_beside_eager_calls_with_the_seed_it_finds(
         if last is not None and given["aggregation"].startswith("tradeoff"):
             assert torch.equal(last, captured[0]) == (seed == 11)
         last = captured[0].clone()
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("given", LARGE.values(), ids=LARGE)
+def test_a_repeated_call_has_the_bits_of_one_through_tritons_launcher(
+    given: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """On the default stream, on another one, and captured in a graph."""
+    first = make(**given, dtype=dtype)
+    other = first._replace(hidden=-first.hidden, rows=None if first.rows is None else first.rows.flip(0))
+    execution.forget()
+    assert execution.again(first, False) is None
+    execution.forward(first)
+    expected = execution.forward(other)
+    repeated = execution.again(other, False)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        elsewhere = execution.again(other, False)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = execution.again(other, False)
+    graph.replay()
+    torch.cuda.synchronize()
+    for found in (repeated, elsewhere, captured):
+        assert found is not None
+        for a, b in zip(found, expected, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or (b is not None and torch.equal(a, b))
