@@ -1,7 +1,8 @@
 """`ensemble_reward` in plain torch: the oracle of the other executions, and the execution on a CPU without `_C.so`.
 
 It follows the formulas in README.md line by line and is not meant to be fast. Arithmetic is in fp32, or fp64 when
-`hidden` is fp64. The backward is written out, because a registered op runs below autograd.
+`hidden` is fp64; matrix products sum in fp64 always (../exact.py). The backward is written out, because a registered op
+runs below autograd.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..exact import times, transposed_times
 from .contract import Grads, Inputs, Needs, OutputGrads, Outputs
 from .spec import Aggregation
 from .trust import Measured, features_gradient, measure, price, price_gradient
@@ -77,7 +79,7 @@ def heads(inputs: Inputs) -> Heads:
     if inputs.norm_weight is not None:
         folded = folded * inputs.norm_weight.to(dtype)
         rstd = torch.rsqrt(x.square().mean(dim=1, keepdim=True) + inputs.norm_eps)
-    product = x @ folded.T
+    product = times(x, folded.T)
     if rstd is not None:
         product = product * rstd
     z = product if inputs.bias is None else product + inputs.bias.to(dtype)
@@ -278,7 +280,7 @@ def backward(grads: OutputGrads, inputs: Inputs, saved: Tensor, needs: Needs) ->
     scaled = d_product if h.rstd is None else d_product * h.rstd
     hidden = weight = norm_weight = None
     if need_hidden:
-        dx = scaled @ h.folded
+        dx = times(scaled, h.folded)
         if d_features is not None:
             dx = dx + _to_hidden(d_features, h, inputs)
         if h.rstd is not None:
@@ -287,7 +289,7 @@ def backward(grads: OutputGrads, inputs: Inputs, saved: Tensor, needs: Needs) ->
         hidden = dx if inputs.rows is None else add_rows(dx.new_zeros(inputs.hidden.shape), inputs.rows, dx)
         hidden = hidden.to(inputs.hidden.dtype)
     if need_weight or need_norm:
-        d_folded = scaled.T @ h.x
+        d_folded = transposed_times(scaled, h.x)
         if inputs.norm_weight is not None:
             norm_weight = (d_folded * inputs.weight.to(d_folded.dtype)).sum(dim=0)
             if d_features is not None and h.rstd is not None:

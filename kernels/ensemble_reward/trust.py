@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..exact import times
 from .spec import Aggregation
 
 TRUST_DIRECTIONS = 32  # R of a fitted region, unless another is asked for
@@ -62,11 +63,11 @@ def measure(features: Tensor, trust: TrustRegion) -> Measured:
     """Features f [N, D], after the norm -> the distance's parts, in the features' dtype."""
     region = trust.to_dtype(features.dtype)
     gap = features - region.mean
-    projections = gap @ region.directions.T
+    projections = times(gap, region.directions.T)
     pull = region.weights * projections  # [N, R]
     weighted = region.precision * gap
     squared = (weighted * gap).sum(dim=1) + (pull * projections).sum(dim=1)
-    along = weighted @ region.mean + pull @ (region.directions @ region.mean)
+    along = (weighted * region.mean).sum(dim=1) + (pull * (region.directions * region.mean).sum(dim=1)).sum(dim=1)
     return Measured(gap, projections, squared, along)
 
 
@@ -90,5 +91,5 @@ def features_gradient(d_distance: Tensor, measured: Measured, trust: TrustRegion
     region = trust.to_dtype(measured.gap.dtype)
     distance = measured.distance
     scale = torch.where(distance == 0, torch.zeros_like(distance), d_distance / distance)[:, None]
-    pulled = (region.weights * measured.projections) @ region.directions
+    pulled = times(region.weights * measured.projections, region.directions)
     return scale * (region.precision * measured.gap + pulled)

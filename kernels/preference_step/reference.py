@@ -1,7 +1,8 @@
 """`preference_step` in plain torch with its gradient written out: the oracle of the other executions.
 
 It follows the formulas in README.md line by line and is not meant to be fast: it computes every column of every head,
-and one matrix holds the coefficients of all of them. Arithmetic is in fp32, or fp64 when `features` is fp64.
+and one matrix holds the coefficients of all of them. Arithmetic is in fp32, or fp64 when `features` is fp64; matrix
+products sum in fp64 always (../exact.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ensemble_reward.reference import philox_normal
+from ..exact import times, transposed_times
 from .contract import Inputs, Outputs
 
 
@@ -19,7 +21,7 @@ def step(inputs: Inputs) -> Outputs:
     dtype, heads, pairs = inputs.output_dtype, inputs.num_heads, inputs.num_pairs
     x = inputs.features if inputs.rows is None else inputs.features.index_select(0, inputs.rows)
     x = x.to(dtype)
-    z = x @ inputs.weight.to(dtype).T + inputs.bias.to(dtype)
+    z = times(x, inputs.weight.to(dtype).T) + inputs.bias.to(dtype)
     reward = z[:, :heads].mean(dim=1)
     coefficient = torch.zeros_like(z)  # d loss / d z
     if inputs.loss == "bt":
@@ -38,7 +40,7 @@ def step(inputs: Inputs) -> Outputs:
         d_reward = d_reward + 2 * inputs.centre / pairs * both.repeat(2)
     coefficient[:, :heads] += d_reward[:, None] / heads
     accuracy = (judged[:pairs] > judged[pairs:]).to(dtype).mean()
-    dweight, dbias = coefficient.T @ x, coefficient.sum(dim=0)
+    dweight, dbias = transposed_times(coefficient, x), coefficient.sum(dim=0)
     return loss, dweight.to(inputs.weight.dtype), dbias.to(inputs.bias.dtype), accuracy, std
 
 
