@@ -25,10 +25,20 @@ SUMS = tl.constexpr(8)
 
 
 @triton.jit
-def read_block(features, row_stride, rows, order, start, end, pairs, d, MP: tl.constexpr, DP: tl.constexpr):
-    """[2 MP] pair, position n in the batch, whether it exists; [2 MP, DP] its features, in their own dtype."""
+def share_of(starts, pairs, head, share, shares, MP: tl.constexpr):
+    """begin, end: the share's positions among the pairs of `head`, or among all pairs without `starts`."""
+    low, high = tl.cast(0, tl.int64), tl.cast(pairs, tl.int64)
+    if starts is not None:
+        low, high = tl.load(starts + head), tl.load(starts + head + 1)
+    each = tl.cdiv(tl.cdiv(high - low, shares), MP) * MP
+    begin = low + share * each
+    return begin, tl.minimum(begin + each, high)
+
+
+@triton.jit
+def places(rows, order, start, end, pairs, MP: tl.constexpr):
+    """[2 MP] pair, row of the batch, row of the features, and whether it exists."""
     lane = tl.arange(0, 2 * MP)
-    columns = tl.arange(0, DP)
     position = tl.cast(start, tl.int64) + lane // 2
     rejected = (lane % 2) * tl.cast(pairs, tl.int64)
     inside = position < end
@@ -38,8 +48,14 @@ def read_block(features, row_stride, rows, order, start, end, pairs, d, MP: tl.c
     row = pair + rejected
     if rows is not None:
         row = tl.load(rows + position + rejected, mask=inside, other=0)
+    return pair, pair + rejected, row, inside
+
+
+@triton.jit
+def read_rows(features, row_stride, row, inside, columns, d):
+    """[2 MP, columns] of the features, in their own dtype; zeros outside."""
     at = features + (row * row_stride)[:, None] + columns[None, :]
-    return pair, pair + rejected, inside, tl.load(at, mask=inside[:, None] & (columns < d)[None, :], other=0.0)
+    return tl.load(at, mask=inside[:, None] & (columns < d)[None, :], other=0.0)
 
 
 @triton.jit
@@ -52,6 +68,71 @@ def mean_bias(bias, K: tl.constexpr, KP: tl.constexpr, ACC: tl.constexpr):
 def add_rows(coefficient, x):
     """[DP]: the sum of the rows of x [M, DP], each times its coefficient [M]."""
     return tl.sum(coefficient[:, None] * x, axis=0)
+
+
+@triton.jit
+def added(line, which: tl.constexpr, values):
+    """line [8] with the sum of `values` added to its number `which`."""
+    return line + tl.where(tl.arange(0, SUMS) == which, tl.sum(values, axis=0), 0.0)
+
+
+@triton.jit
+def differentiate(
+    line, mean, raw, reward, pair, n, inside, p_hat, margin, seed, start, end, pairs, head, alpha, centre, std_floor,
+    K: tl.constexpr, BRME: tl.constexpr, CENTRE: tl.constexpr, BSR: tl.constexpr, MP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The losses of a block of pairs from its products [2 MP]: the coefficients of eq. 8's mean and raw std and of the
+    direction that all heads share, [2 MP] each, and `line` with the block's sums added. What is not trained is 0.
+    """
+    sign = tl.where(tl.arange(0, 2 * MP) % 2 == 0, 1.0, -1.0).to(ACC)
+    per_pair = 1.0 / tl.full((1,), pairs, ACC)
+    c_mean, c_raw, c_shared = tl.zeros_like(sign), tl.zeros_like(sign), tl.zeros_like(sign)
+    if BRME:
+        std = softplus(raw) + scalar(std_floor, ACC)
+        p = tl.load(p_hat + pair, mask=inside, other=0.5).to(ACC)
+        residual = mean - sign * scalar(alpha, ACC) * (p - 0.5)
+        to_std = std
+        if seed is not None:
+            own = tl.zeros((1,), tl.int32) + head
+            a = tl.reshape(noise(seed, n, own, K, ACC), (2 * MP,))
+            residual += std * a
+            to_std = residual * a
+            line = added(line, LOSS, tl.where(inside, residual * residual, 0.0))
+        else:
+            line = added(line, LOSS, tl.where(inside, residual * residual + std * std, 0.0))
+        c_mean = tl.where(inside, 2.0 * per_pair * residual, 0.0)
+        c_raw = tl.where(inside, 2.0 * per_pair * to_std / (1.0 + tl.exp(-raw)), 0.0)
+        line = added(line, MEAN_BIAS, c_mean)
+        line = added(line, RAW_BIAS, c_raw)
+        line = added(line, STD, tl.where(inside, std, 0.0))
+        judged = mean
+    if CENTRE or BSR or not BRME:
+        chosen, rejected = tl.split(tl.reshape(reward, (MP, 2)))
+        exists, _ = tl.split(tl.reshape(inside.to(ACC), (MP, 2)))
+        both = chosen + rejected
+        line = added(line, REWARD, tl.where(exists != 0.0, both, 0.0))
+        line = added(line, SQUARE, tl.where(exists != 0.0, both * both, 0.0))
+        to_chosen = tl.zeros_like(chosen)
+        to_rejected = tl.zeros_like(chosen)
+        if CENTRE:
+            to_chosen += 2.0 * scalar(centre, ACC) * per_pair * both
+            to_rejected += to_chosen
+        if not BRME:
+            behind = rejected - chosen
+            if margin is not None:
+                position = start + tl.arange(0, MP)
+                behind += tl.load(margin + position, mask=position < end, other=0.0).to(ACC)
+            line = added(line, LOSS, tl.where(exists != 0.0, softplus(behind), 0.0))
+            # as in torch, softplus is the identity above 20, so its slope is 1 there
+            slope = per_pair * tl.where(behind > 20.0, 1.0, 1.0 / (1.0 + tl.exp(-behind)))
+            to_chosen -= slope
+            to_rejected += slope
+            judged = reward
+        if CENTRE or not BRME:
+            c_shared = tl.where(inside, tl.reshape(tl.join(to_chosen, to_rejected), (2 * MP,)), 0.0)
+            line = added(line, SHARED_BIAS, c_shared)
+    first, second = tl.split(tl.reshape(tl.where(inside, judged, 0.0), (MP, 2)))
+    return c_mean, c_raw, c_shared, added(line, CORRECT, (first > second).to(ACC))
 
 
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["bias", "rows", "p_hat", "margin", "seed"])
@@ -70,94 +151,44 @@ def step_kernel(
     x, whose coefficient is known only after all rewards.
     """
     G: tl.constexpr = (2 if BRME else 0) + (1 if CENTRE or not BRME else 0) + (1 if BSR else 0)
-    PENALTY: tl.constexpr = CENTRE or BSR
+    REWARDED: tl.constexpr = CENTRE or BSR or not BRME
     share, shares, head = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     columns = tl.arange(0, DP)
     here = columns < d
-    low, high = tl.cast(0, tl.int64), tl.cast(pairs, tl.int64)
     if BRME:
-        low, high = tl.load(starts + head), tl.load(starts + head + 1)
         w_mean = vector(weight + head.to(tl.int64) * d, columns, here, 0.0, ACC)
         w_raw = vector(weight + (head.to(tl.int64) + K) * d, columns, here, 0.0, ACC)
         b_mean, b_raw = tl.load(bias + head).to(ACC), tl.load(bias + K + head).to(ACC)
         g_mean = tl.zeros((DP,), ACC)
         g_raw = tl.zeros((DP,), ACC)
-    if PENALTY or not BRME:
+    if REWARDED:
         w_reward = vector(reward_weight, columns, here, 0.0, ACC)
         b_reward = mean_bias(bias, K, KP, ACC)
         g_reward = tl.zeros((DP,), ACC)
         g_sum = tl.zeros((DP,), ACC)
-    each = tl.cdiv(tl.cdiv(high - low, shares), MP) * MP
-    begin = low + share * each
-    end = tl.minimum(begin + each, high)
-
-    zero = tl.sum(tl.zeros((2 * MP,), ACC), axis=0)
-    loss, reward_sum, square_sum, std_sum, correct = zero, zero, zero, zero, zero
-    mean_bias_sum, raw_bias_sum, shared_bias_sum = zero, zero, zero
-    lane = tl.arange(0, 2 * MP)
-    sign = tl.where(lane % 2 == 0, 1.0, -1.0).to(ACC)
-    per_pair = 1.0 / tl.full((1,), pairs, ACC)
+    begin, end = share_of(starts, pairs, head, share, shares, MP)
+    line = tl.zeros((SUMS,), ACC)
     for start in tl.range(begin, end, MP, num_stages=STAGES):
-        pair, n, inside, x = read_block(
-            features=features, row_stride=row_stride, rows=rows, order=order, start=start, end=end, pairs=pairs, d=d,
-            MP=MP, DP=DP,
-        )  # fmt: skip
-        wide = x.to(ACC)
-        real = inside.to(ACC)
+        pair, n, row, inside = places(rows, order, start, end, pairs, MP)
+        wide = read_rows(features, row_stride, row, inside, columns, d).to(ACC)
+        mean, raw, reward = tl.zeros((2 * MP,), ACC), tl.zeros((2 * MP,), ACC), tl.zeros((2 * MP,), ACC)
         if BRME:
             mean = tl.sum(wide * w_mean[None, :], axis=1) + b_mean
             raw = tl.sum(wide * w_raw[None, :], axis=1) + b_raw
-            std = softplus(raw) + scalar(std_floor, ACC)
-            p = tl.load(p_hat + pair, mask=inside, other=0.5).to(ACC)
-            residual = mean - sign * scalar(alpha, ACC) * (p - 0.5)
-            to_std = std
-            if seed is not None:
-                own = tl.zeros((1,), tl.int32) + head
-                a = tl.reshape(noise(seed, n, own, K, ACC), (2 * MP,))
-                residual += std * a
-                to_std = residual * a
-                loss += tl.sum(tl.where(inside, residual * residual, 0.0), axis=0)
-            else:
-                loss += tl.sum(tl.where(inside, residual * residual + std * std, 0.0), axis=0)
-            c_mean = tl.where(inside, 2.0 * per_pair * residual, 0.0)
-            c_raw = tl.where(inside, 2.0 * per_pair * to_std / (1.0 + tl.exp(-raw)), 0.0)
+        if REWARDED:
+            reward = tl.sum(wide * w_reward[None, :], axis=1) + b_reward
+        c_mean, c_raw, c_shared, line = differentiate(
+            line=line, mean=mean, raw=raw, reward=reward, pair=pair, n=n, inside=inside, p_hat=p_hat, margin=margin,
+            seed=seed, start=start, end=end, pairs=pairs, head=head, alpha=alpha, centre=centre, std_floor=std_floor,
+            K=K, BRME=BRME, CENTRE=CENTRE, BSR=BSR, MP=MP, ACC=ACC,
+        )  # fmt: skip
+        if BRME:
             g_mean += add_rows(c_mean, wide)
             g_raw += add_rows(c_raw, wide)
-            mean_bias_sum += tl.sum(c_mean, axis=0)
-            raw_bias_sum += tl.sum(c_raw, axis=0)
-            std_sum += tl.sum(tl.where(inside, std, 0.0), axis=0)
-            judged = mean
-        if PENALTY or not BRME:
-            reward = tl.sum(wide * w_reward[None, :], axis=1) + b_reward
-            chosen, rejected = tl.split(tl.reshape(reward, (MP, 2)))
-            exists, _ = tl.split(tl.reshape(real, (MP, 2)))
-            both = chosen + rejected
-            reward_sum += tl.sum(tl.where(exists != 0.0, both, 0.0), axis=0)
-            square_sum += tl.sum(tl.where(exists != 0.0, both * both, 0.0), axis=0)
-            to_chosen = tl.zeros_like(chosen)
-            to_rejected = tl.zeros_like(chosen)
-            if CENTRE:
-                to_chosen += 2.0 * scalar(centre, ACC) * per_pair * both
-                to_rejected += to_chosen
-            if not BRME:
-                behind = rejected - chosen
-                if margin is not None:
-                    position = start + tl.arange(0, MP)
-                    behind += tl.load(margin + position, mask=position < end, other=0.0).to(ACC)
-                loss += tl.sum(tl.where(exists != 0.0, softplus(behind), 0.0), axis=0)
-                # as in torch, softplus is the identity above 20, so its slope is 1 there
-                slope = per_pair * tl.where(behind > 20.0, 1.0, 1.0 / (1.0 + tl.exp(-behind)))
-                to_chosen -= slope
-                to_rejected += slope
-                judged = reward
-            if CENTRE or not BRME:
-                c = tl.where(inside, tl.reshape(tl.join(to_chosen, to_rejected), (2 * MP,)), 0.0)
-                g_reward += add_rows(c, wide)
-                shared_bias_sum += tl.sum(c, axis=0)
-            if BSR:
-                g_sum += tl.sum(wide, axis=0)
-        first, second = tl.split(tl.reshape(tl.where(inside, judged, 0.0), (MP, 2)))
-        correct += tl.sum((first > second).to(ACC), axis=0)
+        if CENTRE or not BRME:
+            g_reward += add_rows(c_shared, wide)
+        if BSR:
+            g_sum += tl.sum(wide, axis=0)
 
     program = head.to(tl.int64) * shares + share
     out = partials + program * (G * d) + columns
@@ -170,15 +201,7 @@ def step_kernel(
         out += d
     if BSR:
         tl.store(out, g_sum, mask=here)
-    line = sums + program * SUMS
-    tl.store(line + LOSS, loss)
-    tl.store(line + REWARD, reward_sum)
-    tl.store(line + SQUARE, square_sum)
-    tl.store(line + STD, std_sum)
-    tl.store(line + CORRECT, correct)
-    tl.store(line + MEAN_BIAS, mean_bias_sum)
-    tl.store(line + RAW_BIAS, raw_bias_sum)
-    tl.store(line + SHARED_BIAS, shared_bias_sum)
+    tl.store(sums + program * SUMS + tl.arange(0, SUMS), line)
 
 
 @triton.jit
