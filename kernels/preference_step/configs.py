@@ -7,12 +7,13 @@ preference_step` with Triton 3.9 prints the numbers of registers and shared memo
 to its share of the gradient, so features are read from memory once, and not a second time from a cache. That works
 because a program holds only the directions that its pairs train, at most four vectors of D (sums of the gradient) and
 at most three (weights), instead of [2K, D]: at D = 4096 in fp32, 16 KiB each instead of 160 KiB for K = 5. Each program
-reads the weights once.
+reads the weights once. Wider features are read twice, in column blocks: for the products, then for the gradient. The
+second read comes from the second-level cache where that holds the batch: 512 pairs at D = 8192 in 16 bits are 16 MiB.
 
 **Bytes in flight.** At 4.8 TB/s and 0.8 us of latency, each of an H200's 132 multiprocessors needs 29 KB in flight.
 A program has (stages - 1) blocks in flight while it works on another. In 16 bits a block is 4 MP D bytes, 16 KiB at D =
-4096, so with 4 stages a resident program has 48 KiB in flight. A multiprocessor holds one program for eq. 8 (112
-registers a thread and more) and on sm_90 two for Bradley-Terry (64 registers; by Triton 3.6 90, and one program).
+4096, so with 4 stages a resident program has 48 KiB in flight. A multiprocessor holds one program for eq. 8 (109
+registers a thread and more) and on sm_90 two for Bradley-Terry (64 registers, by Triton 3.6 too).
 """
 
 from __future__ import annotations
@@ -22,18 +23,31 @@ import torch
 from ..launch import Config
 
 # The widest D whose vectors fit a program's registers, by loss. Eq. 8 holds twice the vectors, which spill at 8192.
-_MAX_DIM = {"bt": 8192, "brme": 4096}
+_ONE_READ = {"bt": 8192, "brme": 4096}
 
 LEAST_PAIRS = 4  # per program: its partial sum, 4 D bytes a direction, is at most a quarter of its 8 rows of 2 D bytes
 
 
-def max_dim(loss: str, dtype: torch.dtype, lanes: int) -> int:
-    """The widest D that the kernels take; wider features run the reference on the device. So does fp64 on AMD, where
-    the loop runs out of scalar registers.
+def one_read(loss: str, dtype: torch.dtype, lanes: int) -> int:
+    """The widest D whose whole rows a program holds; wider features are read twice. In fp64 on AMD all are, where the
+    loop over whole rows runs out of scalar registers.
     """
     if dtype == torch.float64:
-        return 0 if lanes == 64 else _MAX_DIM[loss] // 4
-    return _MAX_DIM[loss]
+        return 0 if lanes == 64 else _ONE_READ[loss] // 4
+    return _ONE_READ[loss]
+
+
+def wide_config(dtype: torch.dtype, lanes: int) -> Config:
+    """(pairs, columns of D, warps, stages) of the two kernels that read wide features.
+
+    A thread holds 16 features (8 of 2 rows; fp64: 8) and as many sums for each of up to four directions. In 16 bits a
+    block of 4 pairs is 4 KiB, and a weight's columns, which come from the second-level cache, are 1 KiB of fp32: a
+    program reads at most 3 KiB of weights with 4 KiB of features. Stages: 8 KiB in flight a program, of which by
+    registers four fit a multiprocessor; with a fourth stage Triton 3.6 spills.
+    """
+    if dtype == torch.float64:
+        return Config(2, 128, 2 if lanes == 64 else 4, 1 if lanes == 64 else 2)
+    return Config(4, 256, 4 if lanes == 32 else 2, 3 if lanes == 32 else 2)
 
 
 def finish_config(dtype: torch.dtype) -> Config:

@@ -12,8 +12,11 @@ import pytest
 import torch
 import triton
 
+from prudent.kernels.launch import recording
 from prudent.kernels.preference_step import configs, op, preference_step, reference
 from prudent.kernels.preference_step import triton as execution
+from prudent.kernels.preference_step.triton_kernels import finish_kernel
+from prudent.kernels.preference_step.triton_wide import coefficient_kernel, direction_kernel
 
 from .cases import LOSSES, as_exact_as_plain_torch, equal, make
 
@@ -93,12 +96,56 @@ def test_the_same_call_has_the_same_bits() -> None:
     equal(execution.step(inputs), execution.step(inputs), 0.0)
 
 
-@pytest.mark.parametrize("name", ["bt", "closed"])
-def test_features_wider_than_a_program_holds_are_served_by_the_reference_and_it_says_so(name: str) -> None:
-    widest = configs.max_dim(LOSSES[name]["loss"], torch.float64, execution.LANES)
-    inputs = make(LOSSES[name], pairs=2, d=widest + 1, k=1, device=DEVICE)
-    with pytest.warns(UserWarning, match=f"at most {widest} columns for loss .*, got {widest + 1}: the reference runs"):
-        equal(execution.step(inputs), reference.step(inputs), 0.0)
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every width is too wide for a program: several blocks of columns, of pairs and of shares."""
+    monkeypatch.setattr(execution, "one_read", lambda loss, dtype, lanes: 0)
+    tile = configs.wide_config(torch.float64, execution.LANES)._replace(block_rows=2, block_dim=16)
+    monkeypatch.setattr(execution, "wide_config", lambda dtype, lanes: tile)
+    monkeypatch.setattr(execution, "shares_of", lambda pairs, groups, dim: 2)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_features_wider_than_a_program_holds_are_the_reference_in_fp64(name: str, narrow: None) -> None:
+    agrees_in_fp64(name, pairs=31, k=3, d=33, gathered=True)
+
+
+@pytest.mark.parametrize("shape", [
+    {"pairs": 1, "d": 1, "k": 1}, {"pairs": 5, "d": 16, "k": 9}, {"pairs": 40, "d": 48, "k": 2},
+], ids=lambda shape: "x".join(str(v) for v in shape.values()))  # fmt: skip
+@pytest.mark.parametrize("name", ["bt-all", "sampled-all"])
+def test_wide_features_of_any_number_of_pairs_and_heads(name: str, shape: dict[str, Any], narrow: None) -> None:
+    agrees_in_fp64(name, **shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["bt-all", "sampled-all"])
+def test_wide_features_are_no_less_exact_than_plain_torch_with_the_same_bits_every_time(
+    name: str, dtype: torch.dtype, narrow: None
+) -> None:
+    inputs = make(LOSSES[name], d=129, dtype=dtype, device=DEVICE)
+    got = execution.step(inputs)
+    as_exact_as_plain_torch(got, inputs)
+    equal(execution.step(inputs), got, 0.0)
+
+
+@pytest.mark.parametrize(("name", "d"), [("closed-all", 5120), ("sampled-all", 8192), ("bt-all", 8193)])
+def test_as_shipped_past_what_a_program_holds(name: str, d: int) -> None:
+    inputs = make(LOSSES[name], pairs=5, d=d, k=2, dtype=torch.bfloat16, device=DEVICE)
+    with recording() as launches:
+        execution.step(inputs)
+    assert [launch.kernel for launch in launches] == [coefficient_kernel, direction_kernel, finish_kernel]
+    as_exact_as_plain_torch(execution.step(inputs), inputs)
+
+
+def test_wide_features_with_a_nan_strides_and_one_head_for_all_pairs(narrow: None) -> None:
+    inputs = make(LOSSES["sampled-all"], pairs=6, device=DEVICE)
+    base = torch.randn(30, 40, dtype=torch.float64, device=DEVICE)
+    for features in (base[:12, 3:36], base[:24:2, :33], base[:1, :33].expand(12, 33)):
+        strided = inputs._replace(features=features, head_id=torch.full_like(inputs.head_id, 4))  # type: ignore[arg-type]
+        equal(execution.step(strided), reference.step(strided), 1e-11)
+    inputs.features[3, 20] = float("nan")
+    assert execution.step(inputs)[0].isnan()
 
 
 def test_the_public_op_reaches_triton(monkeypatch: pytest.MonkeyPatch) -> None:
