@@ -2,10 +2,12 @@
 
     python -m prudent.bench.cpu_ensemble [--shapes 8192x4096 65536x1024 16x4096] [--dtypes bf16 fp32] [--out FILE]
     python -m prudent.bench.cpu_ensemble --distance --shapes 8192x4096 65536x1024 --out FILE    of these, the distance
+    python -m prudent.bench.cpu_ensemble --gradients --shapes 8192x4096 --out FILE              of these, the gradients
 
 All candidates of a case run in turns in one process on the same tensors; the tables show medians over the turns. Times
 are the wall's; with `--cpu-time` they are the process's CPU time, the only steady one on a machine that others use too.
-It counts threads that wait, so set OMP_NUM_THREADS=1.
+It counts threads that wait, so set OMP_NUM_THREADS=1. Where memory comes from matters to every side's gradients: the
+variables in ALLOCATOR, of torch and of glibc, are part of a case's name if they are set.
 
     linear     F.linear(hidden, weight) alone, weight [2K, D] in hidden's dtype: one read of the features
     ours       prudent.ensemble_reward: with the trunk's RMSNorm, without it, with the norm and sampling
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -53,6 +56,7 @@ RANK, SPEC = 32, f"tradeoff:{LAM}"
 PRICED = f"{SPEC},trust=1"
 FEW_ROWS = 64  # up to this number of rows, the call's overhead dominates, and a turn times CALLS calls
 CALLS = 200
+ALLOCATOR = ("THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 Score = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Times = dict[str, list[float]]
@@ -107,6 +111,7 @@ RATES = (
     Goal("eager / ours, head gradients", "eager head gradients", "ours head gradients", 10, "at least"),
     Goal("compiled / ours, head gradients", "compiled head gradients", "ours head gradients", 4, "at least"),
 )
+GRADIENTS = tuple(goal for goal in RATES if goal.what.endswith("gradients"))
 OVERHEADS = (
     Goal("ours, norm, less linear", "ours norm", "linear", 15, "above"),
     Goal("ours, norm and sampling, less linear", "ours sampled", "linear", 15, "above"),
@@ -299,7 +304,19 @@ def _here() -> dict[str, Any]:
         "isa": native.isa() if native.load() else "none: the reference",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "huge_pages": _huge_pages(),
     }
+
+
+def _huge_pages() -> str:
+    """The kernel's mode of transparent huge pages: always, madvise, never, or none if it has none."""
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return path.read_text().partition("[")[2].partition("]")[0] if path.is_file() else "none"
+
+
+def _name(rows: int, dim: int, dtype: str) -> str:
+    """A case's name: shape, dtype, and the allocator's variables that are set."""
+    return ", ".join([f"[{rows}, {dim}] {dtype}", *(f"{v}={os.environ[v]}" for v in ALLOCATOR if v in os.environ)])
 
 
 def _git(*arguments: str) -> str:
@@ -313,6 +330,8 @@ def table(name: str, record: dict[str, Any]) -> str:
     few = record["rows"] <= FEW_ROWS
     where = "{machine}, {threads} threads, {isa}, torch {torch}, commit {commit}, {date}."
     where += f" {record.get('clock', 'Wall time')}."
+    if "huge_pages" in record:
+        where += f" Transparent huge pages: {record['huge_pages']}."
     lines = [f"## {name}", "", where.format(**record), ""]
     if record["failed"]:
         return "\n".join([*lines, f"NOT TIMED, the check failed: {record['failed']}.", ""])
@@ -332,20 +351,23 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["8192x4096", "65536x1024", "16x4096"], metavar="ROWSxDIM")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--seconds", type=float, default=20.0, help="of measuring, for each case (default %(default)s)")
-    parser.add_argument("--distance", action="store_true", help="time only what the goals of the distance compare")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--distance", action="store_true", help="time only what the goals of the distance compare")
+    only.add_argument("--gradients", action="store_true", help="time only the gradients, and `fresh`")
     parser.add_argument("--cpu-time", action="store_true", help="measure CPU time instead of wall time")
     parser.add_argument("--out", type=Path, help="FILE: writes FILE.json and FILE.md")
     given = parser.parse_args()
-    wanted = {name for goal in DISTANCE for name in (goal.first, goal.second)} if given.distance else None
+    goals = DISTANCE if given.distance else GRADIENTS if given.gradients else ()
+    wanted = {name for goal in goals for name in (goal.first, goal.second)} | ({"fresh"} if given.gradients else set())
     clock = time.process_time if given.cpu_time else time.perf_counter
     path = given.out and given.out.with_suffix(".json")
     records: dict[str, Any] = json.loads(path.read_text()) if path and path.is_file() else {}
     for shape in given.shapes:
         rows, dim = (int(number) for number in shape.split("x"))
         for dtype in given.dtypes:
-            record = run_case(rows, dim, dtype, given.seconds, wanted, clock)
-            records[f"[{rows}, {dim}] {dtype}"] = record
-            print(table(f"[{rows}, {dim}] {dtype}", record), flush=True)
+            record = run_case(rows, dim, dtype, given.seconds, wanted if goals else None, clock)
+            records[_name(rows, dim, dtype)] = record
+            print(table(_name(rows, dim, dtype), record), flush=True)
     if path:
         path.write_text(json.dumps(records, indent=2) + "\n")
         text = [HEADER, *(table(name, record) for name, record in records.items())]

@@ -51,6 +51,23 @@ def test_the_distance_alone_can_be_timed(tmp_path: Path, monkeypatch: pytest.Mon
     assert set(record["times"]) == {name for goal in cpu_ensemble.DISTANCE for name in (goal.first, goal.second)}
 
 
+def test_the_gradients_alone_can_be_timed_and_the_allocators_settings_name_the_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in cpu_ensemble.ALLOCATOR:
+        monkeypatch.delenv(variable, raising=False)
+    run(tmp_path / "times", "70x64", monkeypatch, "--gradients")
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    text = run(tmp_path / "times", "70x64", monkeypatch, "--gradients")
+    assert text.count("| at least") == 2 * len(cpu_ensemble.GRADIENTS) == 8
+    found = json.loads((tmp_path / "times.json").read_text())
+    assert list(found) == ["[70, 64] fp32", "[70, 64] fp32, THP_MEM_ALLOC_ENABLE=1"]
+    for record in found.values():
+        names = {name for goal in cpu_ensemble.GRADIENTS for name in (goal.first, goal.second)}
+        assert set(record["times"]) == {"fresh", *names}
+        assert record["huge_pages"] in ("always", "madvise", "never", "none")
+
+
 def test_a_distance_that_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = cpu_ensemble.ensemble_reward
 
