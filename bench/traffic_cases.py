@@ -18,6 +18,7 @@ from ..kernels.linear_logprob import triton as logprob  # type: ignore[attr-defi
 from ..kernels.linear_logprob.contract import Inputs as LogprobInputs
 from ..kernels.linear_logprob.contract import Needs as LogprobNeeds
 from ..kernels.linear_logprob.contract import OutputGrads as LogprobGrads
+from ..kernels.linear_logprob.contract import Saved as LogprobSaved
 from ..kernels.preference_step import triton as preference  # type: ignore[attr-defined]
 from ..kernels.preference_step.contract import Inputs as PreferenceInputs
 from .traffic_count import Report, counting
@@ -111,14 +112,14 @@ def _logprob(op: str, mode: str) -> Report:
     logits = torch.empty(ROWS, VOCABULARY)
     if mode == "forward, tiles":
         return _report(op, mode, lambda: logprob.forward(inputs, None), [logits, inputs.target], (ROWS,))
-    _, entropy, lse = logprob.forward(inputs, None)
+    saved = LogprobSaved(*logprob.forward(inputs, None)[1:])
     grads = LogprobGrads(torch.ones(ROWS), torch.ones(ROWS), lse=None)
 
     def call() -> list[Tensor]:
-        logprob.backward(grads, inputs, None, entropy, lse, LogprobNeeds(hidden=True, weight=True))
-        return [logits]  # the derivative overwrites the logits
+        logprob.backward(grads, inputs, None, saved, LogprobNeeds(hidden=True, weight=True))
+        return [logits]  # the derivative: as many numbers
 
-    return _report(op, mode, call, [logits, inputs.target, entropy, lse, *grads], (ROWS,))
+    return _report(op, mode, call, [logits, inputs.target, saved.entropy, saved.lse, *grads], (ROWS,))
 
 
 CASES: dict[tuple[str, str], Callable[[str, str], Report]] = {

@@ -1,10 +1,13 @@
 """Inputs, outputs and argument checks of `linear_logprob`.
 
-The fields of `Inputs` are the registered op's schema, in order. `rows` [R] int64 are the positions of the flattened
-target that are not ignored, or None if none is. Each backend offers
-    forward(inputs, rows) -> (logprob, entropy, lse), each of target's shape
-    backward(grads, inputs, rows, entropy, lse, needs) -> (grad_hidden, grad_weight)
-with grads = OutputGrads and needs = Needs; a gradient that is not needed is None.
+The fields of `Inputs` are the registered op's schema, in order. Each backend offers
+    scored_rows(inputs) -> rows: the positions [R] of the flattened target that are computed, or None for all
+    forward(inputs, rows, keep, group) -> Results
+    backward(grads, inputs, rows, saved, needs, group) -> (grad_hidden, grad_weight, grad_bias)
+with grads = OutputGrads, saved = Saved and needs = Needs; a gradient that is not needed is None.
+
+On a CPU ignored rows are dropped: `rows` are the others, None if none is ignored. On a GPU, where the host would have
+to wait for their number, `rows` is always None and ignored rows are masked.
 """
 
 from __future__ import annotations
@@ -50,9 +53,39 @@ class Needs(NamedTuple):
 
     hidden: bool
     weight: bool
+    bias: bool = False
 
 
-Grads = tuple[Tensor | None, Tensor | None]  # of the inputs, in the order of `Needs`
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]  # of the inputs, in the order of `Needs`
+
+# What the forward keeps for the backward: n >= 0 is a budget in bytes for numerators of the softmax; this is the
+# derivative of logprob by hidden.
+DERIVATIVE = -1
+
+
+class Results(NamedTuple):
+    """What a forward returns: the three outputs, and what it keeps for the backward.
+
+    kept   DERIVATIVE: d logprob / d hidden [T, D] in hidden's dtype. A budget: exp(x - peak) [K, V] of the first K rows
+           in the operands' dtype. Nothing kept: [0]. Rows are counted without those that are dropped.
+    peaks  a budget: [tiles + 1, K], the peak of each tile and row, and last the logprobs; else [0]
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+    lse: Tensor
+    kept: Tensor
+    peaks: Tensor
+
+
+class Saved(NamedTuple):
+    """What a backward reads of the forward's results; `keep` is the forward's argument."""
+
+    entropy: Tensor
+    lse: Tensor
+    kept: Tensor | None = None
+    peaks: Tensor | None = None
+    keep: int = 0
 
 
 class Inputs(NamedTuple):
@@ -64,6 +97,7 @@ class Inputs(NamedTuple):
     temperature: float
     softcap: float | None
     ignore_index: int | None
+    bias: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,8 +106,8 @@ class Inputs(NamedTuple):
 
     @property
     def options(self) -> tuple[float, float | None, int | None]:
-        """The fields after the tensors."""
-        return self[3:]
+        """temperature, softcap and ignore_index."""
+        return self[3:6]
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -110,6 +144,8 @@ def check_inputs(inputs: Inputs) -> None:
     )
     checks.device(weight, "weight", hidden)
     checks.device(target, "target", hidden)
+    checks.vector(inputs.bias, "bias", weight.shape[0], hidden, storage=True)
+    checks.device(inputs.bias, "bias", hidden)
     _check_options(inputs)
 
 
@@ -130,12 +166,12 @@ def _check_options(inputs: Inputs) -> None:
     require(whole, "ignore_index", "an integer or None", index)
 
 
-def check_values(inputs: Inputs) -> None:
-    """Raise ValueError for a target that is not a token, if `values_are_read`."""
+def check_values(inputs: Inputs, shards: int = 1) -> None:
+    """Raise ValueError for a target that is no token of a vocabulary of `shards` times V, if `values_are_read`."""
     target = inputs.target
     if not values_are_read(target):
         return
-    vocabulary = inputs.weight.shape[0]
+    vocabulary = inputs.weight.shape[0] * shards
     wrong = (target < 0) | (target >= vocabulary)
     if inputs.ignore_index is not None:
         wrong &= target != inputs.ignore_index
@@ -144,9 +180,7 @@ def check_values(inputs: Inputs) -> None:
         checks.refuse("target", f"values in [0, {vocabulary}){besides}", int(target[wrong][0]))
 
 
-def kept_rows(target: Tensor, ignore_index: int | None) -> Tensor | None:
-    """Positions of the flattened target that are not ignored; None: all. On a GPU the host waits for their number."""
-    if ignore_index is None:
-        return None
-    rows = torch.nonzero(target.reshape(-1) != ignore_index).squeeze(1)
-    return None if rows.shape[0] == target.numel() else rows
+def check_keep_bytes(value: object) -> None:
+    """Raise ValueError unless `value` is None or a whole number of bytes."""
+    whole = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+    require(whole, "keep_bytes", "a whole number of bytes or None", value)

@@ -1,8 +1,9 @@
 """The public `linear_logprob` and its registration as `prudent::linear_logprob`.
 
 Under torch.compile and torch.export the registered op is called (schema, fake, autograd). A plain eager call goes
-straight to the backend, with gradients through a `torch.autograd.Function`, and searches for ignored targets once, not
-once in the forward and once in the backward as the registered op does.
+straight to the backend, with gradients through a `torch.autograd.Function`, and on a CPU searches for ignored targets
+once, not once in the forward and once in the backward as the registered op does. So does a call with a process group,
+which a registered op cannot take.
 """
 
 from __future__ import annotations
@@ -14,14 +15,32 @@ from torch import Tensor
 
 from ..arguments import split
 from ..eager import is_plain
-from .contract import Grads, Inputs, LogprobOutput, Needs, OutputGrads, Outputs, check_inputs, check_values, kept_rows
+from .call import empty_numerators
+from .contract import (
+    DERIVATIVE,
+    Grads,
+    Inputs,
+    LogprobOutput,
+    Needs,
+    OutputGrads,
+    Results,
+    Saved,
+    check_inputs,
+    check_keep_bytes,
+    check_values,
+    checks,
+)
+from .parallel import check_group
 
-_SCHEMA = "Tensor hidden, Tensor weight, Tensor target, float temperature, float? softcap, int? ignore_index"
+_SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor target, float temperature, float? softcap, int? ignore_index, Tensor? bias"
+)
 _library = torch.library.Library("prudent", "FRAGMENT")
-_library.define(f"linear_logprob({_SCHEMA}) -> (Tensor, Tensor, Tensor)")
+_library.define(f"linear_logprob({_SCHEMA}, int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     "linear_logprob_backward(Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_lse, "
-    f"{_SCHEMA}, Tensor entropy, Tensor lse, bool need_hidden, bool need_weight) -> (Tensor, Tensor)"
+    f"{_SCHEMA}, Tensor entropy, Tensor lse, Tensor? kept, Tensor? peaks, int keep, "
+    "bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -36,40 +55,50 @@ def _backend(inputs: Inputs) -> Any:
     return chunked
 
 
-def _run(inputs: Inputs) -> tuple[Outputs, Tensor | None]:
-    """The outputs, and the rows that are not ignored (None: all)."""
+def _run(inputs: Inputs, keep: int, group: Any = None) -> tuple[Results, Tensor | None]:
+    """The results, and the rows that are computed (None: all)."""
     check_inputs(inputs)
-    check_values(inputs)
-    rows = kept_rows(inputs.target, inputs.ignore_index)
-    return _backend(inputs).forward(inputs, rows), rows
+    if group is not None:
+        check_group(inputs, group)
+    check_values(inputs, 1 if group is None else group.size())
+    backend = _backend(inputs)
+    rows = backend.scored_rows(inputs)
+    return backend.forward(inputs, rows, keep, group), rows
 
 
-def _forward(*arguments: Any) -> Outputs:
-    outputs, _ = _run(Inputs(*arguments))
-    return outputs
+def _forward(*arguments: Any) -> Results:
+    *given, keep = arguments
+    results, _ = _run(Inputs(*given), keep)
+    return results
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    grads, inputs, entropy, lse, needs = split(arguments, OutputGrads, Inputs, Tensor, Tensor, Needs)
-    rows = kept_rows(inputs.target, inputs.ignore_index)
-    found: Grads = _backend(inputs).backward(grads, inputs, rows, entropy, lse, needs)
-    empty = inputs.hidden.new_empty(0)
-    return tuple(empty if g is None else g for g in found)  # type: ignore[return-value]
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grads, inputs, saved, needs = split(arguments, OutputGrads, Inputs, Saved, Needs)
+    backend = _backend(inputs)
+    found: Grads = backend.backward(grads, inputs, backend.scored_rows(inputs), saved, needs)
+    return tuple(inputs.hidden.new_empty(0) if g is None else g for g in found)  # type: ignore[return-value]
 
 
-def _fake_forward(*arguments: Any) -> Outputs:
-    inputs = Inputs(*arguments)
+def _fake_forward(*arguments: Any) -> Results:
+    *given, keep = arguments
+    inputs = Inputs(*given)
     check_inputs(inputs)
-    shape, dtype = inputs.target.shape, inputs.accumulator
-    return tuple(inputs.hidden.new_empty(shape, dtype=dtype) for _ in range(3))  # type: ignore[return-value]
+    shape, dtype, new = inputs.target.shape, inputs.accumulator, inputs.hidden.new_empty
+    kept, peaks = new(0), new(0)
+    if keep == DERIVATIVE:
+        kept = new(inputs.target.numel(), inputs.hidden.shape[-1])
+    elif keep > 0:
+        kept, peaks = empty_numerators(inputs, keep, "gpu" if inputs.hidden.device.type == "cuda" else "cpu")
+    logprob, entropy, lse = (new(shape, dtype=dtype) for _ in range(3))
+    return Results(logprob, entropy, lse, kept, peaks)
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    _, inputs, _, _, needs = split(arguments, OutputGrads, Inputs, Tensor, Tensor, Needs)
-    hidden, weight, _ = inputs.tensors
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, inputs, _, needs = split(arguments, OutputGrads, Inputs, Saved, Needs)
+    likes = (inputs.hidden, inputs.weight, inputs.bias)
     return tuple(  # type: ignore[return-value]
-        like.new_empty(like.shape) if need else hidden.new_empty(0)
-        for like, need in zip((hidden, weight), needs, strict=True)
+        inputs.hidden.new_empty(0) if like is None or not need else like.new_empty(like.shape)
+        for like, need in zip(likes, needs, strict=True)
     )
 
 
@@ -80,31 +109,45 @@ torch.library.register_fake("prudent::linear_logprob", _fake_forward, lib=_libra
 torch.library.register_fake("prudent::linear_logprob_backward", _fake_backward, lib=_library)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    given = Inputs(*inputs)
-    _, entropy, lse = output
+def _save(ctx: Any, inputs: Inputs, results: Results, keep: int, *more: Any) -> None:
+    """Save for the backward: hidden, weight, target, bias, the four tensors of Saved, and `more` tensors."""
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*given.tensors, entropy, lse)
-    ctx.options = given.options
+    ctx.mark_non_differentiable(results.kept, results.peaks)
+    ctx.save_for_backward(*inputs.tensors, inputs.bias, *results[1:], *more)
+    ctx.options, ctx.keep = inputs.options, keep
+
+
+def _saved(ctx: Any) -> tuple[Inputs, Saved, list[Any]]:
+    hidden, weight, target, bias, entropy, lse, kept, peaks, *more = ctx.saved_tensors
+    inputs = Inputs(hidden, weight, target, *ctx.options, bias)
+    return inputs, Saved(entropy, lse, kept, peaks, ctx.keep), more
 
 
 def _needs(ctx: Any) -> Needs:
-    hidden, weight, *_ = ctx.needs_input_grad
-    return Needs(hidden, weight)
+    hidden, weight, _, _, _, _, bias, *_ = ctx.needs_input_grad
+    return Needs(hidden, weight, bias)
 
 
-def _of_every_input(hidden: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, ...]:
+def _of_every_input(found: Grads, ctx: Any) -> tuple[Tensor | None, ...]:
     """A gradient or None for each argument of the forward, as autograd requires."""
-    return hidden, weight, None, None, None, None
+    hidden, weight, bias = found
+    return hidden, weight, None, None, None, None, bias, *(None,) * (len(ctx.needs_input_grad) - 7)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *given, keep = inputs
+    _save(ctx, Inputs(*given), Results(*output), keep)  # type: ignore[call-arg]
 
 
 def _library_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    if all(g is None for g in grads):
-        return _of_every_input(None, None)
-    *tensors, entropy, lse = ctx.saved_tensors
+    outer = OutputGrads(*grads[:3])
+    if all(g is None for g in outer):
+        return _of_every_input((None, None, None), ctx)
+    inputs, saved, _ = _saved(ctx)
     needs = _needs(ctx)
-    hidden, weight = torch.ops.prudent.linear_logprob_backward(*grads, *tensors, *ctx.options, entropy, lse, *needs)
-    return _of_every_input(hidden if needs.hidden else None, weight if needs.weight else None)
+    found = torch.ops.prudent.linear_logprob_backward(*outer, *inputs, *saved, *needs)
+    wanted = (g if need else None for g, need in zip(found, needs, strict=True))
+    return _of_every_input(tuple(wanted), ctx)  # type: ignore[arg-type]
 
 
 torch.library.register_autograd(
@@ -113,27 +156,45 @@ torch.library.register_autograd(
 
 
 class _EagerLinearLogprob(torch.autograd.Function):
-    """The registered op's autograd with less host time per call and without a second search for ignored targets."""
+    """The registered op's autograd with less host time per call, without a second search for ignored targets, and with
+    a process group.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Outputs:
-        inputs = Inputs(*arguments)
-        output, rows = _run(inputs)
-        _, entropy, lse = output
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs.tensors, entropy, lse, rows)
-        ctx.options = inputs.options
-        return output
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        *given, keep, ctx.group = arguments
+        inputs = Inputs(*given)
+        results, rows = _run(inputs, keep, ctx.group)
+        _save(ctx, inputs, results, keep, rows)
+        return results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if all(g is None for g in grads):
-            return _of_every_input(None, None)
-        *tensors, entropy, lse, rows = ctx.saved_tensors
-        inputs = Inputs(*tensors, *ctx.options)
-        found: Grads = _backend(inputs).backward(OutputGrads(*grads), inputs, rows, entropy, lse, _needs(ctx))
-        return _of_every_input(*found)
+        outer = OutputGrads(*grads[:3])
+        if all(g is None for g in outer):
+            return _of_every_input((None, None, None), ctx)
+        inputs, saved, (rows,) = _saved(ctx)
+        return _of_every_input(_backend(inputs).backward(outer, inputs, rows, saved, _needs(ctx), ctx.group), ctx)
+
+
+def _keep(inputs: Inputs, keep_bytes: int | None) -> int:
+    """The registered op's `keep`: see contract.py. Reads only whether gradients are needed."""
+    hidden, weight, bias = (isinstance(t, Tensor) and t.requires_grad for t in (inputs[0], inputs[1], inputs.bias))
+    if not torch.is_grad_enabled() or not (hidden or weight or bias):
+        return 0
+    if keep_bytes is None:
+        return DERIVATIVE if hidden and not weight and not bias else 0
+    return keep_bytes
+
+
+@torch.compiler.disable(reason="linear_logprob: a process group is not supported under torch.compile; call it outside")  # type: ignore[untyped-decorator]
+def _parallel(inputs: Inputs, keep: int, group: Any) -> LogprobOutput:
+    """A call with the vocabulary split over `group`, which is eager: a registered op cannot take a process group."""
+    plain = isinstance(inputs.hidden, Tensor) and not inputs.hidden.is_meta and is_plain((*inputs.tensors, inputs.bias))
+    if not plain:
+        checks.refuse("group", "None unless hidden, weight and target are plain tensors with values", "a group")
+    return LogprobOutput(*_EagerLinearLogprob.apply(*inputs, keep, group)[:3])  # type: ignore[no-untyped-call]
 
 
 def linear_logprob(
@@ -141,39 +202,60 @@ def linear_logprob(
     weight: Tensor,
     target: Tensor,
     *,
+    bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int | None = -100,
+    keep_bytes: int | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> LogprobOutput:
-    """Log-probabilities of targets and entropies under softmax(hidden @ weight.T), with no [T, V] tensor.
+    """Log-probabilities of targets and entropies under softmax(hidden @ weight.T + bias), with no [T, V] tensor.
 
-        x       = softcap * tanh(hidden @ weight.T / softcap) / temperature     fp32 (no cap: the product itself)
+        z       = hidden @ weight.T + bias                                      fp32 sums
+        x       = softcap * tanh(z / softcap) / temperature                     (no cap: z / temperature)
         lse     = log sum_j exp x_j        logprob = x_target - lse        entropy = lse - sum_j softmax(x)_j x_j
 
     Args:
         hidden: [..., D] bfloat16, float16, float32 or float64; last dimension contiguous, any strides before it.
-        weight: [V, D], any of these dtypes (float64 only with float64 hidden); may be the tied embedding. There is no
-            bias. If the two dtypes differ, the product is in fp32.
+        weight: [V, D], any of these dtypes (float64 only with float64 hidden); may be the tied embedding. If the two
+            dtypes differ, the product is in fp32.
         target: [...] int64, in [0, V) or ignore_index.
+        bias: [V], any of these dtypes, or None.
         temperature: > 0; divides the capped logits.
         softcap: > 0 or None, Gemma 2's final logit cap (arXiv 2408.00118, section 2).
-        ignore_index: the value of targets to ignore: their outputs and gradients are 0, and their rows are dropped
-            before the product; on a GPU the host waits once for their number. None: no target is ignored, and the host
-            does not wait.
+        ignore_index: the value of targets to ignore: their outputs and gradients are 0, whatever their hidden states
+            are. A CPU drops their rows before the product. A GPU computes and masks them, so that the host never waits:
+            if many are ignored, pass the other rows alone. None: no target is ignored.
+        keep_bytes: what the forward keeps for the backward, if gradients are needed. None: if only hidden needs a
+            gradient, d logprob / d hidden [T, D], which makes forward and backward two products instead of three, or
+            four if the loss also depends on entropy or lse; otherwise nothing. 0: nothing. n > 0: at most n bytes of
+            softmax numerators [K, V], in the products' dtype, which save K rows one product of three or four, whatever
+            the loss.
+        group: the vocabulary is split over this process group, as in Megatron-LM: rank r of p has rows
+            [r V, (r + 1) V) of the whole weight and bias, the same number on every rank; hidden and target are the same
+            on every rank, target in [0, p V). All ranks must call, forward and backward. Outputs and hidden's gradient
+            are equal on all ranks; the gradients of weight and bias are this rank's rows'. Not under torch.compile,
+            where the call breaks the graph.
 
     Returns:
         LogprobOutput(logprob, entropy, lse), each of target's shape, in nats; fp32 (fp64 from fp64). Gradients of all
-        three flow to hidden and weight, once differentiable.
+        three flow to hidden, weight and bias, once differentiable.
 
     Raises:
-        ValueError: for a wrong argument, before anything is computed. Target values are checked on a CPU, elsewhere
-            only with PRUDENT_DEBUG=1; an unchecked target outside [0, V) has logprob NaN.
+        ValueError: for a wrong argument, before anything is computed. Target values, and the number of rows on the
+            ranks of a group, are checked on a CPU, elsewhere only with PRUDENT_DEBUG=1; an unchecked target that is no
+            token has logprob NaN.
     """
-    inputs = Inputs(hidden, weight, target, temperature=temperature, softcap=softcap, ignore_index=ignore_index)
+    inputs = Inputs(hidden, weight, target, temperature, softcap, ignore_index, bias)
+    check_keep_bytes(keep_bytes)
+    keep = _keep(inputs, keep_bytes)
+    if group is not None:
+        found: LogprobOutput = _parallel(inputs, keep, group)
+        return found
     meta = isinstance(hidden, Tensor) and hidden.is_meta  # without values: the registered fake gives the shapes
-    if meta or not is_plain(inputs.tensors):
-        return LogprobOutput(*torch.ops.prudent.linear_logprob(*inputs))
-    differentiable = (t for t in (hidden, weight) if isinstance(t, Tensor))
+    if meta or not is_plain((*inputs.tensors, bias)):
+        return LogprobOutput(*torch.ops.prudent.linear_logprob(*inputs, keep)[:3])
+    differentiable = (t for t in (hidden, weight, bias) if isinstance(t, Tensor))
     if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
-        return LogprobOutput(*_EagerLinearLogprob.apply(*inputs))  # type: ignore[no-untyped-call]
-    return LogprobOutput(*_forward(*inputs))
+        return LogprobOutput(*_EagerLinearLogprob.apply(*inputs, keep, None)[:3])  # type: ignore[no-untyped-call]
+    return LogprobOutput(*_forward(*inputs, keep)[:3])

@@ -12,6 +12,8 @@ def _logits(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
     """Capped, tempered logits [T, V], and tanh(raw / softcap), None without a cap."""
     dtype = inputs.accumulator
     raw = inputs.hidden.reshape(-1, inputs.hidden.shape[-1]).to(dtype) @ inputs.weight.to(dtype).T
+    if inputs.bias is not None:
+        raw = raw + inputs.bias.to(dtype)
     if inputs.softcap is None:
         return raw / inputs.temperature, None
     tanh = torch.tanh(raw / inputs.softcap)
@@ -41,8 +43,9 @@ def forward(inputs: Inputs, rows: Tensor | None = None) -> Outputs:
 def backward(
     grads: OutputGrads, inputs: Inputs, rows: Tensor | None, entropy: Tensor, lse: Tensor, needs: Needs
 ) -> Grads:
-    """(grad_hidden, grad_weight) by the explicit formula; recomputes the forward."""
-    need_hidden, need_weight = needs
+    """(grad_hidden, grad_weight, grad_bias) by the explicit formula; recomputes the forward."""
+    need_hidden, need_weight, need_bias = Needs(*needs)
+    of_bias = None if inputs.bias is None or not need_bias else inputs.bias.dtype
     logits, tanh = _logits(inputs)
     target, counts = _target(inputs)
     logprobs = torch.log_softmax(logits, dim=1)
@@ -60,4 +63,5 @@ def backward(
     return (
         (g @ inputs.weight.to(g.dtype)).to(hidden.dtype).view(inputs.hidden.shape) if need_hidden else None,
         (g.T @ hidden.to(g.dtype)).to(inputs.weight.dtype) if need_weight else None,
+        g.sum(dim=0).to(of_bias) if of_bias is not None else None,
     )

@@ -13,6 +13,7 @@ import torch
 from . import triton  # type: ignore[attr-defined]
 from .configs import MAX_ROW_BYTES, WIDTHS
 from .contract import Inputs
+from .torch_tiles import Emit, Kept, RowTerms
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -21,8 +22,8 @@ def shipped(target: str, full: bool = True) -> Iterable[tuple[str, Callable[[], 
     """Yield (label, run) for every configuration, the same for every `target`; unless `full`, only for the width of a
     full row chunk in each dtype and the widest of bf16.
 
-    `run` launches the kernels of a first, a middle and a last tile on tensors without data, to be called under
-    `recording()`.
+    `run` launches the kernels of a call that keeps nothing, then of one that keeps the derivative and of one that keeps
+    numerators, on tensors without data, to be called under `recording()`.
     """
     for dtype, columns, softcap in itertools.product(_DTYPES, WIDTHS, (None, 30.0)):
         short = softcap is None and (columns == 2048 or (dtype, columns) == (torch.bfloat16, 8192))
@@ -38,12 +39,15 @@ def _run(dtype: torch.dtype, columns: int, softcap: float | None) -> Callable[[]
             return torch.empty(shape, dtype=like, device="meta")
 
         rows, vocabulary = 4096, 128256
-        inputs = Inputs(empty(rows, 4096), empty(vocabulary, 4096), empty(rows, like=torch.int64), 1.0, softcap, None)
-        tiles = triton.TritonTiles(inputs, None)
-        tile, state = empty(rows, columns, like=inputs.accumulator), empty(4, rows, like=inputs.accumulator)
-        found = (empty(rows, like=inputs.accumulator),) * 3
-        for start in (0, columns, vocabulary - columns):
-            tiles.statistics(tile, inputs.target, start, state, found)
-        tiles.gradient(tile, inputs.target, 0, found[0], found[0], found, dtype)
+        inputs = Inputs(empty(rows, 4096), empty(vocabulary, 4096), empty(rows, like=torch.int64), 1.0, softcap, -100)
+        tiles, acc = triton.TritonTiles(inputs, None), inputs.accumulator
+        tile, state, of_rows = empty(rows, columns, like=acc), empty(4, rows, like=acc), empty(rows, like=acc)
+        powers = empty(rows, columns)
+        for column in (0, columns):
+            for emit in (None, Emit(powers, of_rows, derivative=True), Emit(powers, of_rows, derivative=False)):
+                tiles.statistics(tile, inputs.target, column, 0, state, emit)
+        terms = RowTerms(of_rows, of_rows, of_rows, of_rows, of_rows)
+        for source in (tile, Kept(powers, of_rows, of_rows)):
+            tiles.gradient(source, inputs.target, 0, 0, terms, powers)
 
     return run

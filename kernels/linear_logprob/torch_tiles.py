@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .contract import Inputs
 from .products import Workspace
+
+
+class Emit(NamedTuple):
+    """Where `statistics` also writes the powers exp(x - m) of a tile; m is the row's greatest logit so far.
+
+    values      [rows, columns], contiguous last dimension. `derivative`: times the cap's slope, and 0 at the target.
+    scale       [rows]: m; `derivative`: the factor exp(old m - m) that makes sums of earlier tiles relative to m.
+    """
+
+    values: Tensor
+    scale: Tensor
+    derivative: bool
+
+
+class Kept(NamedTuple):
+    """A tile's numerators, in place of its logits: values [rows, columns] = exp(x - peak), peak and logprob [rows]."""
+
+    values: Tensor
+    peak: Tensor
+    logprob: Tensor
+
+
+class RowTerms(NamedTuple):
+    """What a tile's derivative needs of each row [rows]: the saved outputs, and the gradients of the loss by the three
+    outputs, divided by the temperature; None stands for zero.
+    """
+
+    entropy: Tensor
+    lse: Tensor
+    d_logprob: Tensor | None
+    d_entropy: Tensor | None
+    d_lse: Tensor | None
+
+    def part(self, start: int, end: int) -> RowTerms:
+        """The terms of rows start .. end - 1."""
+        return RowTerms(*(None if t is None else t[start:end] for t in self))  # type: ignore[arg-type]
 
 
 class TorchTiles:
@@ -15,25 +53,28 @@ class TorchTiles:
     device_kind = "cpu"
 
     def __init__(self, inputs: Inputs, work: Workspace) -> None:
-        self._vocabulary, self._work = inputs.weight.shape[0], work
+        self._work, self._bias = work, inputs.bias
         self._temperature, self._softcap = inputs.temperature, inputs.softcap
 
-    def statistics(self, tile: Tensor, target: Tensor, column: int, state: Tensor, found: tuple[Tensor, ...]) -> None:
-        """Add a tile of raw logits to `state` [4, rows], and write `found` after the last one. Overwrites the tile.
+    def statistics(
+        self, tile: Tensor, target: Tensor, column: int, offset: int, state: Tensor, emit: Emit | None
+    ) -> None:
+        """Add a tile of raw logits to `state` [4, rows]. Overwrites the tile. Its first column is row `column` of the
+        weight and vocabulary entry `offset + column`.
 
-        State: greatest logit m, sum of exp(x - m), sum of exp(x - m) (x - m), the target's logit. The third is relative
-        to m, so that the entropy of a peaked distribution is not a difference of large numbers.
+        State: greatest logit m, sum of exp(x - m), sum of exp(x - m) (x - m), the target's logit (NaN: not found yet).
         """
         greatest, total, weighted, chosen = state
-        self._cap_and_temper(tile)
+        self._cap_and_temper(tile, column)
         top = tile.amax(dim=1)
         if column == 0:
             greatest.copy_(top)
             total.zero_()
             weighted.zero_()
-            chosen.fill_(float("nan"))  # remains if the target is not a token
-        here, index = _target_in_tile(target, column, tile.shape[1])
+            chosen.fill_(float("nan"))
+        here, index = _target_in_tile(target, offset + column, tile.shape[1])
         torch.where(here, tile.gather(1, index).squeeze(1), chosen, out=chosen)
+        cap_slope = self._cap_slope(tile) if emit is not None and emit.derivative else None
         new = torch.maximum(greatest, top)
         drop = greatest - new
         greatest.copy_(new)
@@ -42,54 +83,62 @@ class TorchTiles:
         fade = drop.exp()
         weighted.add_(total * drop).mul_(fade).add_(tile.mul_(powers).sum(dim=1))
         total.mul_(fade).add_(powers.sum(dim=1))
-        if column + tile.shape[1] == self._vocabulary:
-            log_total = total.log()
-            torch.sub(chosen - greatest, log_total, out=found[0])
-            torch.sub(log_total, weighted / total, out=found[1])
-            torch.add(greatest, log_total, out=found[2])
+        if emit is None:
+            return
+        emit.scale.copy_(fade if emit.derivative else new)
+        if emit.derivative:
+            if cap_slope is not None:
+                powers.mul_(cap_slope)
+            powers.scatter_(1, index, torch.where(here, 0, powers.gather(1, index).squeeze(1))[:, None])
+        emit.values.copy_(powers)
 
     def gradient(
-        self,
-        tile: Tensor,
-        target: Tensor,
-        column: int,
-        entropy: Tensor,
-        lse: Tensor,
-        grads: tuple[Tensor | None, ...],
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """The loss's derivative by a tile of raw logits, [rows, columns] of `dtype`; overwrites the tile.
-
-        `grads`: of logprob, entropy and lse, each [rows] and divided by the temperature, or None.
-        """
-        d_logprob, d_entropy, d_lse = grads
-        cap_slope = None
-        self._cap_and_temper(tile)
-        if self._softcap is not None:
-            cap_slope = torch.square(tile, out=self._work("cap", tile.shape, tile.dtype))
-            cap_slope.mul_(-((self._temperature / self._softcap) ** 2)).add_(1)
-        tile.sub_(lse[:, None])
-        slope = torch.exp(tile, out=self._work("powers", tile.shape, tile.dtype))
-        factor = torch.zeros_like(lse) if d_lse is None else d_lse
-        if d_logprob is not None:
-            factor = factor - d_logprob
-        if d_entropy is None:
+        self, source: Tensor | Kept, target: Tensor, column: int, offset: int, terms: RowTerms, out: Tensor
+    ) -> None:
+        """Write the loss's derivative by a tile's logits to `out` [rows, columns]. Raw logits are overwritten."""
+        lse = terms.lse
+        here, index = _target_in_tile(target, offset + column, out.shape[1])
+        if isinstance(source, Kept):
+            below = self._work("tile", out.shape, lse.dtype).copy_(source.values)
+            below.log_().clamp_(min=-1e4)  # the logarithm of 0: any finite number will do, because p = 0
+            below.add_((source.peak - lse)[:, None])
+            exact = torch.where(here, source.logprob, below.gather(1, index).squeeze(1))
+            below.scatter_(1, index, exact[:, None])
+            cap_slope = self._cap_slope(below + lse[:, None])
+        else:
+            below = source
+            self._cap_and_temper(below, column)
+            cap_slope = self._cap_slope(below)
+            below.sub_(lse[:, None])
+        slope = torch.exp(below, out=self._work("powers", below.shape, below.dtype))
+        factor = torch.zeros_like(lse) if terms.d_lse is None else terms.d_lse
+        if terms.d_logprob is not None:
+            factor = factor - terms.d_logprob
+        if terms.d_entropy is None:
             slope.mul_(factor[:, None])
         else:
-            factor = factor - d_entropy * entropy
-            slope.mul_(tile.mul_(-d_entropy[:, None]).add_(factor[:, None]))
-        if d_logprob is not None:
-            here, index = _target_in_tile(target, column, tile.shape[1])
-            slope.scatter_add_(1, index, torch.where(here, d_logprob, 0)[:, None])
+            factor = factor - terms.d_entropy * terms.entropy
+            slope.mul_(below.mul_(-terms.d_entropy[:, None]).add_(factor[:, None]))
+        if terms.d_logprob is not None:
+            slope.scatter_add_(1, index, torch.where(here, terms.d_logprob, 0)[:, None])
         if cap_slope is not None:
             slope.mul_(cap_slope)
-        return slope if dtype == slope.dtype else self._work("slope", slope.shape, dtype).copy_(slope)
+        out.copy_(slope)
 
-    def _cap_and_temper(self, tile: Tensor) -> None:
+    def _cap_and_temper(self, tile: Tensor, column: int) -> None:
+        if self._bias is not None:
+            tile.add_(self._bias[column : column + tile.shape[1]])
         if self._softcap is not None:
             tile.div_(self._softcap).tanh_().mul_(self._softcap / self._temperature)
         elif self._temperature != 1:
             tile.div_(self._temperature)
+
+    def _cap_slope(self, tile: Tensor) -> Tensor | None:
+        """1 - tanh^2 from capped, tempered logits, in scratch memory; None without a cap."""
+        if self._softcap is None:
+            return None
+        square = torch.square(tile, out=self._work("cap", tile.shape, tile.dtype))
+        return square.mul_(-((self._temperature / self._softcap) ** 2)).add_(1)
 
 
 def _target_in_tile(target: Tensor, column: int, columns: int) -> tuple[Tensor, Tensor]:

@@ -30,20 +30,28 @@ def _capped(raw, inverse_temperature, softcap, SOFTCAP: tl.constexpr, ACC: tl.co
     return tempered, slope
 
 
+@triton.jit
+def _raw(tile, bias, row, lane, inside, columns, ACC: tl.constexpr):
+    """A row of a tile of logits, with the bias. `bias` points to the tile's first column."""
+    raw = tl.load(tile + row * columns + lane, mask=inside, other=0.0).to(ACC)
+    if bias is not None:
+        raw += tl.load(bias + lane, mask=inside, other=0.0).to(ACC)
+    return raw
+
+
 @triton.jit(do_not_specialize=["column", "rows"])
 def statistics_kernel(
-    tile, target, state, logprob, entropy, lse, columns, column, rows,
+    tile, bias, target, state, powers, scale, columns, powers_stride, column, rows,
     inverse_temperature: tl.float64, softcap: tl.float64,
-    FIRST: tl.constexpr, LAST: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    FIRST: tl.constexpr, DERIVATIVE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Add a tile [rows, columns] of raw logits, from vocabulary entry `column` on, to `state` [4, rows]: greatest logit
-    m, sum exp(x - m), sum exp(x - m) (x - m), the target's logit. The last tile writes the outputs instead.
+    m, sum exp(x - m), sum exp(x - m) (x - m), the target's logit. `powers` and `scale`: Emit in torch_tiles.py.
     """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < columns
-    raw = tl.load(tile + row * columns + lane, mask=inside, other=0.0).to(ACC)
-    x, _ = _capped(raw, inverse_temperature, softcap, SOFTCAP, ACC)
+    x, cap = _capped(_raw(tile, bias, row, lane, inside, columns, ACC), inverse_temperature, softcap, SOFTCAP, ACC)
     greatest = tl.max(tl.where(inside, x, float("-inf")), axis=0)
     power = tl.where(inside, tl.exp(x - greatest), 0.0)
     total = tl.sum(power, axis=0)
@@ -51,7 +59,8 @@ def statistics_kernel(
     wanted = tl.load(target + row) - column
     chosen = tl.sum(tl.where(lane == wanted, x, 0.0), axis=0)
     here = (wanted >= 0) & (wanted < columns)
-    if FIRST:  # NaN remains if the target is not a token, which is unchecked on a GPU
+    fade, old_fade = tl.full((), 1.0, ACC), tl.full((), 1.0, ACC)
+    if FIRST:  # NaN remains if the target is in no tile
         chosen = tl.where(here, chosen, float("nan"))
     else:
         old = tl.load(state + row)
@@ -63,33 +72,50 @@ def statistics_kernel(
         weighted = fade * (weighted + total * (greatest - new)) + old_fade * (old_weighted + old_total * (old - new))
         total = fade * total + old_fade * old_total
         greatest = new
-    if LAST:
-        log_total = tl.log(total)
-        tl.store(logprob + row, chosen - greatest - log_total)
-        tl.store(entropy + row, log_total - weighted / total)
-        tl.store(lse + row, greatest + log_total)
-    else:
-        tl.store(state + row, greatest)
-        tl.store(state + rows + row, total)
-        tl.store(state + 2 * rows + row, weighted)
-        tl.store(state + 3 * rows + row, chosen)
+    tl.store(state + row, greatest)
+    tl.store(state + rows + row, total)
+    tl.store(state + 2 * rows + row, weighted)
+    tl.store(state + 3 * rows + row, chosen)
+    if powers is not None:
+        power *= fade
+        if DERIVATIVE:
+            power = tl.where(lane == wanted, 0.0, power * cap)
+            tl.store(scale + row, old_fade)
+        else:
+            tl.store(scale + row, greatest)
+        tl.store(powers + row * powers_stride + lane, power.to(powers.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["column"])
+@triton.jit(do_not_specialize=["column", "ignore_index"])
 def gradient_kernel(
-    tile, slope, target, entropy, lse, d_logprob, d_entropy, d_lse, columns, slope_stride, column,
-    inverse_temperature: tl.float64, softcap: tl.float64,
-    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    source, bias, peak, logprob, slopes, target, entropy, lse, d_logprob, d_entropy, d_lse, columns, source_stride,
+    slopes_stride, column, ignore_index, inverse_temperature: tl.float64, softcap: tl.float64,
+    IGNORE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The loss's derivative by a tile of raw logits, in the storage dtype. `slope` is the tile's own memory: each row
-    is written over the start of the tile's row. The d_ vectors are divided by the temperature already.
+    """The loss's derivative by the logits of a tile, in the slopes' dtype; 0 in rows whose target is `ignore_index`.
+
+    `source`: raw logits, or the numerators exp(x - peak), if `peak` is given. The d_ vectors are divided by the
+    temperature already.
     """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < columns
-    raw = tl.load(tile + row * columns + lane, mask=inside, other=0.0).to(ACC)
-    x, cap = _capped(raw, inverse_temperature, softcap, SOFTCAP, ACC)
-    below = x - tl.load(lse + row)
+    token = tl.load(target + row)
+    wanted = token - column
+    log_sum = tl.load(lse + row)
+    if peak is not None:
+        kept = tl.load(source + row * source_stride + lane, mask=inside, other=0.0).to(ACC)
+        positive = kept > 0.0  # else p = 0, and any finite number will do as its logarithm
+        below = tl.where(positive, tl.log(tl.where(positive, kept, 1.0)), -1.0e4) + (tl.load(peak + row) - log_sum)
+        below = tl.where(lane == wanted, tl.load(logprob + row), below)
+        cap = tl.full((BLOCK,), 1.0, ACC)
+        if SOFTCAP:
+            tanh = (below + log_sum) / tl.full((1,), softcap * inverse_temperature, ACC)
+            cap = 1.0 - tanh * tanh
+    else:
+        raw = _raw(source, bias, row, lane, inside, source_stride, ACC)
+        x, cap = _capped(raw, inverse_temperature, softcap, SOFTCAP, ACC)
+        below = x - log_sum
     factor = tl.zeros((), ACC)
     if d_lse is not None:
         factor += tl.load(d_lse + row)
@@ -101,8 +127,8 @@ def gradient_kernel(
     else:
         g = tl.exp(below) * factor
     if d_logprob is not None:
-        wanted = tl.load(target + row) - column
         g += tl.where(lane == wanted, tl.load(d_logprob + row), 0.0)
     g *= cap
-    tl.debug_barrier()  # every thread has read its logits before any of them is overwritten
-    tl.store(slope + row * slope_stride + lane, g.to(slope.dtype.element_ty), mask=inside)
+    if IGNORE:  # not a product with 0: the row's hidden states may hold a NaN
+        g = tl.where(token == ignore_index, 0.0, g)
+    tl.store(slopes + row * slopes_stride + lane, g.to(slopes.dtype.element_ty), mask=inside)

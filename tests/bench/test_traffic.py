@@ -101,13 +101,13 @@ def test_a_training_step_reads_the_features_once_and_nothing_else_that_grows_wit
     assert report.asked() <= report.floor + 8  # beyond it: the order of the pairs, sorted by head
 
 
-def test_logprobs_kernels_read_a_tile_of_logits_once_and_leave_its_derivative_in_its_place(reports: Any) -> None:
+def test_logprobs_kernels_read_a_tile_of_logits_once_and_write_its_derivative_once(reports: Any) -> None:
     tiles = ROWS * VOCABULARY * FP32
     forward, backward = (reports["linear_logprob", f"{way}, tiles"] for way in ("forward", "backward"))
     assert read_once(forward, "tile", tiles)
     assert not sum(access.written for access in forward.of("tile"))
-    assert read_once(backward, "tile", tiles)
-    assert written_once(backward, "tile", tiles)
+    assert read_once(backward, "source", tiles)
+    assert written_once(backward, "slopes", tiles)
 
 
 @pytest.mark.parametrize("mode", ["GAE", "GAE, whitened"])

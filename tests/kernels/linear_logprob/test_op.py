@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.library import opcheck
 
 from prudent.kernels.linear_logprob import linear_logprob
+from prudent.kernels.linear_logprob.contract import DERIVATIVE
 
-from .cases import DEVICE, DTYPES, OPTIONS, D, T, V, call, gradients, make, some_grads
+from .cases import DEVICE, DTYPES, OPTIONS, D, T, V, call, gradients, make, registered, some_grads
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -47,7 +48,7 @@ def test_autocast_does_not_reach_inside() -> None:
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         inside = call(inputs)
         assert torch.equal(inside.logprob, expected.logprob)
-        assert torch.equal(torch.ops.prudent.linear_logprob(*inputs)[0], expected.logprob)
+        assert torch.equal(registered(inputs)[0], expected.logprob)
         assert torch.equal(torch.autograd.grad(inside.logprob.sum(), inputs.hidden)[0], gradient)
 
 
@@ -56,32 +57,37 @@ def test_gradcheck_in_fp64_by_both_roads(options: str, small_tiles: None) -> Non
     inputs = make(11, 3, 20, **OPTIONS[options])
     leaves = [x.requires_grad_() for x in inputs[:2]]
     assert torch.autograd.gradcheck(lambda h, w: tuple(call(inputs._replace(hidden=h, weight=w))), leaves)
-    assert torch.autograd.gradcheck(lambda h, w: torch.ops.prudent.linear_logprob(h, w, *inputs[2:]), leaves)
+    assert torch.autograd.gradcheck(lambda h, w: registered(inputs._replace(hidden=h, weight=w)), leaves)
 
 
-@pytest.mark.parametrize("options", ["plain", "both", "some ignored", "all kept, none looked for"])
-def test_the_registered_op_passes_opcheck(options: str) -> None:
+@pytest.mark.parametrize("options", ["plain", "both", "biased", "some ignored", "all kept, none looked for"])
+@pytest.mark.parametrize("keep", [DERIVATIVE, 0, 4 * 3 * V, 10**6])
+def test_the_registered_op_passes_opcheck(options: str, keep: int) -> None:
     inputs = make(dtype=torch.float32, **OPTIONS[options])
-    opcheck(torch.ops.prudent.linear_logprob.default, (*(x.requires_grad_() for x in inputs[:2]), *inputs[2:]))
+    trained = ("hidden",) if keep == DERIVATIVE else ("hidden", "weight", "bias")
+    given = {name: x.detach().requires_grad_() for name in trained if (x := getattr(inputs, name)) is not None}
+    opcheck(torch.ops.prudent.linear_logprob.default, (*inputs._replace(**given), keep))
 
 
-@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
-def test_the_registered_backward_passes_opcheck(needs: tuple[bool, bool]) -> None:
-    inputs = make(dtype=torch.float32, ignored=(2,))
-    outputs = call(inputs)
+@pytest.mark.parametrize(
+    "needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+@pytest.mark.parametrize("keep", [0, 4 * 3 * V])
+def test_the_registered_backward_passes_opcheck(needs: tuple[int, int, int], keep: int) -> None:
+    inputs = make(dtype=torch.float32, **OPTIONS["biased"], ignored=(2,))
+    saved = torch.ops.prudent.linear_logprob(*inputs, keep)[1:]
     grads = (torch.randn((), device=DEVICE).expand(T), None, torch.randn(T, device=DEVICE))
-    opcheck(torch.ops.prudent.linear_logprob_backward.default, (*grads, *inputs, *outputs[1:], *needs))
+    opcheck(torch.ops.prudent.linear_logprob_backward.default, (*grads, *inputs, *saved, keep, *map(bool, needs)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_eager_and_registered_roads_give_the_same_bits(dtype: torch.dtype) -> None:
     inputs = make(dtype=dtype, ignored=(0,))
     grads = some_grads(inputs)
-    for a, b in zip(call(inputs), torch.ops.prudent.linear_logprob(*inputs), strict=True):
+    for a, b in zip(call(inputs), registered(inputs), strict=True):
         assert torch.equal(a, b)
         assert a.dtype == inputs.accumulator
-    registered = gradients(inputs, grads, lambda i: torch.ops.prudent.linear_logprob(*i))
-    for a, b in zip(gradients(inputs, grads), registered, strict=True):
+    for a, b in zip(gradients(inputs, grads), gradients(inputs, grads, registered), strict=True):
         assert torch.equal(a, b)
         assert a.dtype == dtype
 
@@ -152,6 +158,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"softcap": -1.0}, "softcap: expected a finite number above 0 or None, got -1.0"),
     ({"softcap": 0.0}, "softcap: expected a finite number above 0 or None"),
     ({"ignore_index": 1.5}, "ignore_index: expected an integer or None, got 1.5"),
+    ({"bias": [0.0]}, "bias: expected a tensor or None, got list"),
+    ({"bias": torch.zeros(V - 1)}, r"bias: expected shape \[37\], got \[36\]"),
+    ({"bias": torch.zeros(V, dtype=torch.int64)}, "bias: expected a floating dtype, got torch.int64"),
+    ({"bias": torch.zeros(V, dtype=torch.float64)}, "bias: expected float64 only with float64 hidden"),
+    ({"bias": torch.zeros(V, device="meta")}, r"bias: expected device .* \(hidden's\), got meta"),
+    ({"keep_bytes": -1}, "keep_bytes: expected a whole number of bytes or None, got -1"),
+    ({"keep_bytes": 1e9}, "keep_bytes: expected a whole number of bytes or None, got 1000000000.0"),
+    ({"group": "all"}, "group: expected a torch.distributed.ProcessGroup or None, got str"),
 ]  # fmt: skip
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from prudent.kernels.linear_logprob import call as call_module
 from prudent.kernels.linear_logprob import chunked, linear_logprob, reference
 from prudent.kernels.linear_logprob.configs import Plan
+from prudent.kernels.linear_logprob.contract import Needs, OutputGrads, Saved
 
 from .cases import DEVICE, DTYPES, OPTIONS, T, V, agrees_in_fp64, call, exact, gradients, make, some_grads, unfused
 
@@ -63,7 +65,7 @@ def test_our_error_is_at_most_that_of_plain_torch_in_the_storage_type(
     which ours makes at most three times here (three chunks of rows) and plain torch once.
     """
     if many_tiles:
-        monkeypatch.setattr(chunked, "plan", lambda *shapes: Plan(32, 48))
+        monkeypatch.setattr(call_module, "plan", lambda *shapes: Plan(32, 48))
     inputs = make(96, 64, 400, dtype, **OPTIONS[options])
     grads = some_grads(inputs)
     truth = exact(inputs, grads)
@@ -86,7 +88,7 @@ def test_more_row_chunks_round_a_16_bit_weights_gradient_more_often_and_no_worse
     truth = exact(inputs, grads)[4]
     errors = []
     for rows in (256, 256 // chunks):
-        monkeypatch.setattr(chunked, "plan", lambda *shapes, rows=rows: Plan(rows, 128))
+        monkeypatch.setattr(call_module, "plan", lambda *shapes, rows=rows: Plan(rows, 128))
         errors.append((gradients(inputs, grads)[1].double() - truth).square().mean().sqrt())
     plain = (gradients(inputs, grads, unfused)[1].double() - truth).square().mean().sqrt()
     assert errors[1] <= min(plain, 1.05 * errors[0] * ((chunks + 1) / 2) ** 0.5)
@@ -136,13 +138,19 @@ def test_only_wanted_gradients_are_made(needs: tuple[bool, bool], small_tiles: N
 def test_unwanted_gradients_cost_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = chunked.product
-    monkeypatch.setattr(chunked, "product", lambda *args: (calls.append(1), real(*args))[1])
-    inputs = make()
-    outputs = chunked.forward(inputs, None)
+    count = lambda *args: (calls.append(1), real(*args))[1]  # noqa: E731
+    for module in (chunked, call_module):
+        monkeypatch.setattr(module, "product", count)
+    inputs = make(**OPTIONS["biased"])
+    results = chunked.forward(inputs, None)
     assert len(calls) == 1
-    for needs, products in (((True, True), 3), ((True, False), 2), ((False, True), 2), ((False, False), 0)):
+    for needs, products in (
+        ((True, True, True), 3), ((True, False, False), 2), ((False, True, False), 2), ((False, False, True), 1),
+        ((False, False, False), 0),
+    ):  # fmt: skip
         calls.clear()
-        chunked.backward(some_grads(inputs), inputs, None, *outputs[1:], needs)
+        grads, saved = OutputGrads(*some_grads(inputs)), Saved(*results[1:])
+        chunked.backward(grads, inputs, None, saved, Needs(*needs))
         assert len(calls) == products
 
 

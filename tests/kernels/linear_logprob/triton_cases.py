@@ -15,10 +15,11 @@ import triton
 from torch import Tensor
 
 from prudent.kernels.launch import recording
+from prudent.kernels.linear_logprob import call as call_module
 from prudent.kernels.linear_logprob import chunked, configs, linear_logprob, op, reference, shipped
 from prudent.kernels.linear_logprob import triton as execution
 from prudent.kernels.linear_logprob.configs import Plan
-from prudent.kernels.linear_logprob.contract import Inputs, kept_rows
+from prudent.kernels.linear_logprob.contract import DERIVATIVE, Inputs, Needs, OutputGrads, Results, Saved
 
 DEVICE = torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -30,7 +31,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 @pytest.fixture(autouse=True)
 def _route(monkeypatch: pytest.MonkeyPatch) -> None:
     """Route CPU tensors of the public op to Triton too, under the interpreter, with tiles of [4, 16]."""
-    monkeypatch.setattr(chunked, "plan", lambda *shapes: Plan(4, 16))
+    monkeypatch.setattr(call_module, "plan", lambda *shapes: Plan(4, 16, 2))
+    monkeypatch.setattr(call_module, "kept_columns", lambda *shapes: 16)
     if DEVICE.type == "cpu":
         monkeypatch.setattr(op, "_backend", lambda inputs: execution)
 
@@ -57,24 +59,61 @@ def some_grads(inputs: Inputs) -> tuple[Tensor, ...]:
     )
 
 
-def both_ways(inputs: Inputs, module: Any, grads: Any, needs: Any = (True, True)) -> tuple[Tensor | None, ...]:
-    rows = kept_rows(inputs.target, inputs.ignore_index)
-    outputs = module.forward(inputs, rows)
-    return *outputs, *module.backward(grads, inputs, rows, *outputs[1:], needs)
+def both_ways(
+    inputs: Inputs, module: Any, grads: Any, needs: Any = (True, True, True), keep: int = 0
+) -> tuple[Tensor | None, ...]:
+    """Outputs and gradients. torch_tiles.py drops ignored rows, the Triton execution masks them."""
+    biased, grads = inputs.bias is not None, OutputGrads(*grads)
+    needs = Needs(*needs[:2], bias=biased and needs[-1])
+    if module is reference:
+        outputs = reference.forward(inputs)
+        found = reference.backward(grads, inputs, None, *outputs[1:], needs)
+    else:
+        rows = module.scored_rows(inputs)
+        results: Results = module.forward(inputs, rows, keep)
+        outputs, found = results[:3], module.backward(grads, inputs, rows, Saved(*results[1:], keep), needs)
+    return *outputs, *(found if biased else found[:2])
 
 
-def agrees_in_fp64(inputs: Inputs, grads: Any = None) -> None:
+def agrees_in_fp64(inputs: Inputs, grads: Any = None, needs: Any = (True, True, True), keep: int = 0) -> None:
     grads = grads or some_grads(inputs)
-    for a, b in zip(both_ways(inputs, execution, grads), both_ways(inputs, reference, grads), strict=True):
+    ours, expected = both_ways(inputs, execution, grads, needs, keep), both_ways(inputs, reference, grads, needs)
+    for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("options", [
     {}, {"temperature": 0.6}, {"softcap": 1.5}, {"temperature": 1.7, "softcap": 4.0}, {"ignore_index": None},
     {"ignore_index": 0, "target": torch.tensor([0, 1, 0, 36, 5, 0])},
-], ids=["plain", "tempered", "capped", "both", "all kept", "ignored token inside the vocabulary"])  # fmt: skip
-def test_every_option_is_the_reference_in_fp64(options: dict[str, Any]) -> None:
-    agrees_in_fp64(make(**options))
+    {"bias": torch.linspace(-1, 2, V, dtype=torch.float64), "softcap": 3.0, "temperature": 0.7},
+], ids=["plain", "tempered", "capped", "both", "all kept", "ignored token in the vocabulary", "biased"])  # fmt: skip
+@pytest.mark.parametrize("keep", [0, DERIVATIVE, 8 * V * 3, 8 * V * T], ids=["0", "derivative", "3 rows", "all rows"])
+def test_every_option_is_the_reference_in_fp64(options: dict[str, Any], keep: int) -> None:
+    inputs = make(**options)
+    if keep == DERIVATIVE:
+        agrees_in_fp64(inputs, (some_grads(inputs)[0], None, None), (True, False, False), keep)
+    agrees_in_fp64(inputs, keep=keep)
+
+
+@pytest.mark.parametrize("keep", [0, DERIVATIVE, 8 * V * 3], ids=["0", "derivative", "3 rows"])
+def test_a_nan_in_an_ignored_row_reaches_nothing(keep: int) -> None:
+    """The row is computed and masked: neither its outputs, nor its gradient, nor the weight's or the bias's."""
+    inputs = make(bias=torch.linspace(-1, 2, V, dtype=torch.float64))
+    inputs.target[[1, 4]] = -100
+    grads = some_grads(inputs)
+    needs = (True, keep != DERIVATIVE, keep != DERIVATIVE)
+    chosen = (grads[0], None, None) if keep == DERIVATIVE else grads
+    clean = both_ways(inputs, execution, chosen, needs, keep)
+    inputs.hidden[[1, 4]] = torch.tensor([[float("nan")], [float("inf")]], dtype=torch.float64, device=DEVICE)
+    for g in grads:
+        g[[1, 4]] = float("nan")
+    for a, b in zip(both_ways(inputs, execution, chosen, needs, keep), clean, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert torch.equal(a, b)
+    for values in clean[:4]:
+        assert values is not None
+        assert values[[1, 4]].eq(0).all()
 
 
 @pytest.mark.parametrize(("t", "d", "v"), [(1, 1, 1), (1, 3, 16), (4, 5, 17), (5, 2, 31), (9, 4, 32), (3, 1, 48)])
@@ -93,7 +132,7 @@ def test_targets_of_any_stride(kind: str) -> None:
 
 @pytest.mark.parametrize("v", [1023, 1024, 1025, 4097])
 def test_tiles_as_wide_as_the_table_has_them(v: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "plan", lambda *shapes: Plan(4, 2048))
+    monkeypatch.setattr(call_module, "plan", lambda *shapes: Plan(4, 2048))
     agrees_in_fp64(make(t=3, d=2, v=v))
 
 
@@ -130,25 +169,6 @@ def test_it_is_as_exact_as_torchs_own_operations(dtype: torch.dtype, softcap: fl
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [1, 15, 16])
-def test_the_derivative_overwrites_its_tile_row_by_row(dtype: torch.dtype, columns: int) -> None:
-    """In the storage type over the start of each row: the same kernel's answer but for the narrowing (which Triton's
-    interpreter does to bf16 by truncation).
-    """
-    inputs = make(dtype, v=columns)
-    wide = torch.randn(T, columns, dtype=inputs.accumulator, device=DEVICE)
-    vectors = torch.rand(5, T, dtype=inputs.accumulator, device=DEVICE)
-    target = torch.randint(0, columns, (T,), device=DEVICE)
-    tiles = execution.TritonTiles(inputs, None)
-    arguments = (target, 0, vectors[0], vectors[1] + 5, tuple(vectors[2:]))
-    narrow = tiles.gradient(wide.clone(), *arguments, dtype)
-    full = tiles.gradient(wide.clone(), *arguments, inputs.accumulator)
-    assert narrow.dtype == dtype
-    tolerance = torch.finfo(dtype).eps if dtype == torch.bfloat16 and DEVICE.type == "cpu" else 0.0
-    torch.testing.assert_close(narrow, full.to(dtype), rtol=tolerance, atol=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_caps_tanh_is_torchs(dtype: torch.dtype) -> None:
     """Through lse alone: a lone column's is its capped logit. To a few roundings of the value; in fp64, which
@@ -158,17 +178,17 @@ def test_the_caps_tanh_is_torchs(dtype: torch.dtype) -> None:
     raw = raw.to(DEVICE, dtype)
     inputs = make(dtype, t=raw.numel(), d=1, v=1, hidden=raw[:, None], softcap=2.5)
     inputs = inputs._replace(weight=torch.ones(1, 1, dtype=dtype, device=DEVICE))
-    lse = execution.forward(inputs, None)[2]
+    lse = execution.forward(inputs, None).lse
     few = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(lse, 2.5 * torch.tanh(raw / 2.5), rtol=few, atol=0 if dtype == torch.float32 else few)
 
 
 def test_a_nan_stays_in_its_own_row() -> None:
     inputs = make(torch.float32)
-    clean = execution.forward(inputs, None)
+    clean = execution.forward(inputs, None)[:3]
     for bad in (float("nan"), float("inf"), float("-inf")):
         inputs.hidden[3] = bad
-        for dirty, expected in zip(execution.forward(inputs, None), clean, strict=True):
+        for dirty, expected in zip(execution.forward(inputs, None)[:3], clean, strict=True):
             assert not dirty[3].isfinite()
             torch.testing.assert_close(dirty[[0, 1, 2, 4, 5]], expected[[0, 1, 2, 4, 5]])
 
@@ -177,7 +197,7 @@ def test_a_target_that_is_no_token_gets_nan_if_values_are_not_checked() -> None:
     inputs = make(torch.float32)
     inputs.target[2] = V
     inputs.target[4] = -1
-    logprob, entropy, lse = execution.forward(inputs, None)
+    logprob, entropy, lse, *_ = execution.forward(inputs, None)
     assert logprob.isnan().tolist() == [False, False, True, False, True, False]
     assert entropy.isfinite().all()
     assert lse.isfinite().all()
@@ -209,16 +229,16 @@ def test_what_is_shipped_for_a_target_launches_every_kernel() -> None:
                 run()
             labels.add(label)
             names = [launch.kernel.__name__ for launch in launches]
-            assert names == ["statistics_kernel"] * 3 + ["gradient_kernel"]
-            flags = [(entry.arguments["FIRST"], entry.arguments["LAST"]) for entry in launches[:3]]
-            assert flags == [(True, False), (False, False), (False, True)]
+            assert names == ["statistics_kernel"] * 6 + ["gradient_kernel"] * 2
+            flags = [(e.arguments["FIRST"], e.arguments["powers"] is not None) for e in launches[:6]]
+            assert flags == [(first, kept) for first in (True, False) for kept in (False, True, True)]
         assert len(labels) > 4
 
 
 @needs_gpu
 def test_extra_memory_on_a_gpu_is_the_stated_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     """T = 8192, D = 1024, V = 65536 in bf16, a third ignored: under 2 % of the [T, V] fp32 logits (2 GiB)."""
-    monkeypatch.setattr(chunked, "plan", configs.plan)
+    monkeypatch.setattr(call_module, "plan", configs.plan)
     t, d, v = 8192, 1024, 65536
     hidden = torch.randn(t, d, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
     weight = (torch.randn(v, d, device=DEVICE, dtype=torch.bfloat16) / 32).requires_grad_()
