@@ -53,7 +53,7 @@ class _Counter(TorchDispatchMode):
     """Adds up the steps of a call. Views and allocations cost nothing."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations, self.moved, self.seconds = 0, 0, 0.0
 
     def step(self, operations: int, moved: int) -> None:

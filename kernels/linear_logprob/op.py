@@ -119,7 +119,8 @@ def _save(ctx: Any, inputs: Inputs, results: Results, keep: int, *more: Any) -> 
 
 def _saved(ctx: Any) -> tuple[Inputs, Saved, list[Any]]:
     hidden, weight, target, bias, entropy, lse, kept, peaks, *more = ctx.saved_tensors
-    inputs = Inputs(hidden, weight, target, *ctx.options, bias)
+    temperature, softcap, ignore_index = ctx.options
+    inputs = Inputs(hidden, weight, target, temperature, softcap, ignore_index, bias)
     return inputs, Saved(entropy, lse, kept, peaks, ctx.keep), more
 
 
@@ -134,9 +135,9 @@ def _of_every_input(found: Grads, ctx: Any) -> tuple[Tensor | None, ...]:
     return hidden, weight, None, None, None, None, bias, *(None,) * (len(ctx.needs_input_grad) - 7)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     *given, keep = inputs
-    _save(ctx, Inputs(*given), Results(*output), keep)  # type: ignore[call-arg]
+    _save(ctx, Inputs(*given), Results(*output), keep)
 
 
 def _library_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
