@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from ...engine import EnsembleHead
 from ...engine.taps import features_size, layers_of, parse_taps
+from ...kernels.linear_logprob.contract import DERIVATIVE
 from ..ppo import batch
 from ..ppo.batch import Experience, Samples, Scored
 from ..ppo.budget import logprob_workspace
@@ -100,8 +101,10 @@ class _Scratch(TorchDispatchMode):
         scratch = None
         if func.namespace == "prudent" and "linear_logprob" in func.name():
             backward = "backward" in func.name()
-            hidden, weight, target = args[3:6] if backward else args[:3]
-            size = logprob_workspace(target.numel(), hidden.shape[-1], weight.shape[0], hidden.dtype, backward, "gpu")
+            hidden, weight, target, *rest = args[3:] if backward else args
+            sizes = target.numel(), hidden.shape[-1], weight.shape[0], hidden.dtype
+            keep, frozen = (rest[8], not rest[10]) if backward else (rest[4], False)
+            size = logprob_workspace(*sizes, backward, "gpu", frozen, keep == DERIVATIVE)
             scratch = torch.empty(size, dtype=torch.uint8)
         result = func(*args, **(kwargs or {}))
         del scratch

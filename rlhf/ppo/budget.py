@@ -47,19 +47,35 @@ def parse_size(text: str | int) -> int:
 
 
 def logprob_workspace(
-    rows: int, dim: int, vocabulary: int, dtype: torch.dtype, backward: bool, device: str = "gpu"
+    rows: int,
+    dim: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    backward: bool,
+    device: str = "gpu",
+    frozen: bool = False,
+    derivative: bool = False,
 ) -> int:
-    """Scratch bytes of `linear_logprob` on `rows` hidden states; device "gpu" or "cpu".
+    """Scratch bytes of `linear_logprob` on `rows` hidden states; device "gpu" or "cpu"; see Memory in
+    kernels/linear_logprob/README.md. Beyond it a forward that computes the derivative returns that, [rows, dim].
 
-    It holds a tile of logits, the rows' vectors, and in the backward pass the hidden gradient of a chunk of rows; see
-    Memory in kernels/linear_logprob/README.md. On a CPU the exponentials take a second tile, and fp32 sums of 16-bit
-    operands up to two and a half more.
+    backward: the slopes of some tiles, and the hidden gradient of a chunk of rows, beside the forward's tile of logits
+    and the rows' vectors. frozen: the head is. derivative: the forward computes d logprob / d hidden, and the backward
+    only scales it. On a CPU the exponentials take a second tile, and fp32 sums of 16-bit operands two more.
     """
-    tile = logprob_plan(rows, dim, vocabulary, dtype, torch.float32, device)
+    narrow = derivative or (backward and frozen)
+    tile = logprob_plan(rows, dim, vocabulary, dtype, torch.float32, device, narrow)
     chunk, wide = min(tile.rows, rows), dtype == torch.float32
-    tiles = 1.0 if device == "gpu" else 2.0 if wide else 4.5 if backward else 4.0
-    size = int(4 * chunk * min(tile.columns, vocabulary) * tiles) + 100 * rows
-    return size + (0 if wide or not backward else 4 * chunk * dim)
+    sums, vectors = 4 * chunk * dim, 100 * rows
+    if derivative and backward:
+        return sums + vectors
+    logits = chunk * min(tile.columns, vocabulary)
+    tiles = 1 if device == "gpu" else 2 if wide else 4
+    size = 4 * logits * tiles + vectors
+    if derivative:  # powers, their products with the weight, the targets' rows of the weight and these in fp32
+        return size + dtype.itemsize * logits + 2 * sums + (0 if wide else dtype.itemsize * chunk * dim)
+    slopes = dtype.itemsize * chunk * min(tile.columns * tile.tiles, vocabulary)
+    return size + (slopes + (0 if wide else sums) if backward else 0)
 
 
 class ModelShape(NamedTuple):
@@ -340,12 +356,18 @@ def _scoring(shape: ModelShape, job: JobShape, layer: Layer, micro_tokens: int) 
 def _update(shape: ModelShape, job: JobShape, layer: Layer, micro_tokens: int) -> Terms:
     tokens, responses = _micro(job, micro_tokens, -1)
     width, hidden = job.dtype.itemsize, shape.hidden
-    workspace = logprob_workspace(responses, hidden, shape.vocabulary, job.dtype, True, job.device)
+    frozen = job.mode == "lora"  # then the forward keeps the derivative of logprob by hidden
+    sizes = responses, hidden, shape.vocabulary, job.dtype
+    workspace = logprob_workspace(*sizes, True, job.device, frozen, frozen)
     saved = layer.saved(tokens, job.tokens)
     gradients = _trained(shape, job)[1]
     # rows taken from the final hidden states, for the head and for the critic, and its fp32 copy; then their gradients
     rows = responses * hidden * (width + (width * (width < 4) + 4 if job.critic == "shared" else 0))
     head = tokens * hidden * width + rows + 2 * responses * hidden * width
+    if frozen:
+        forward = logprob_workspace(*sizes, False, job.device, derivative=True)
+        head += responses * hidden * width
+        workspace = max(workspace, forward - 2 * responses * hidden * width)  # before the rows' gradients
     norm, inside, bottom = layer.last_norm(tokens), layer.backward(tokens, job.tokens), 0
     if job.mode == "full":  # the head's gradient of this micro-batch, beside the sum of earlier ones
         table = shape.vocabulary * hidden

@@ -263,6 +263,8 @@ class Policy(nn.Module):
             temperature=temperature / self.logit_rule.scale,
             softcap=self.logit_rule.softcap,
             ignore_index=None,
+            # a frozen head's derivative of logprob is kept, which an entropy bonus cannot use
+            keep_bytes=0 if self.config.update.entropy_coef > 0 else None,
         )
 
     def values(self, hidden_rows: Tensor) -> Tensor:
