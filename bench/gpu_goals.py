@@ -31,6 +31,16 @@ def _over(variant: str) -> Callable[[Row], float | None]:
     return read
 
 
+def _kept_over(variant: str) -> Callable[[Row], float | None]:
+    """Our time with all numerators kept over the variant's."""
+
+    def read(row: Row) -> float | None:
+        kept, other = _ratio("ours kept")(row), _ratio(variant)(row)
+        return kept / other if kept and other else None
+
+    return read
+
+
 def _memory(row: Row) -> float | None:
     extra = row.get("memory", {}).get("ours")
     return None if extra is None else extra / _LOGITS
@@ -67,6 +77,7 @@ BACKWARD = "ensemble_reward, backward, norm, 65536 x 4096, bf16"
 LAST = "ensemble_reward, last tokens, norm, 256 x 1024 x 4096, bf16"
 _LOGPROB = "linear_logprob, forward + backward, 16384 x 4096 x 128256, bf16"
 _SHORT = "linear_logprob, forward + backward, 4096 x 4096 x 128256, bf16"
+_FROZEN = "linear_logprob, forward + backward, frozen head, 4096 x 4096 x 128256, bf16"
 
 
 def _slower(claim: str, case: str, variant: str, limit: float) -> Goal:
@@ -96,6 +107,11 @@ GOALS = (
     _no_slower("linear_logprob: our time over cut-cross-entropy without its filter", _LOGPROB, "cce", 1),
     _no_slower("linear_logprob: our time over verl's op, which has the entropy too", _LOGPROB, "verl", 1),
     _no_slower("linear_logprob, T = 4096: our time over QuACK", _SHORT, "quack", 1),
+    Goal(
+        "linear_logprob, T = 4096, numerators kept: our time over QuACK",
+        _SHORT, _kept_over("quack"), False, 1, "x", "quack",
+    ),
+    _no_slower("linear_logprob, T = 4096, frozen head: our time over QuACK", _FROZEN, "quack", 1),
 )  # fmt: skip
 
 
