@@ -125,6 +125,8 @@ def model_of_sequence_classifier(
                 source, output_loading_info=True, **without_own_code(kwargs)
             )
         refuse_missing(where, source, info["missing_keys"])
+    note = getattr(original.config, "prudent", None)  # of `prudent export`, which knows what a classifier cannot say
+    note = note if isinstance(note, dict) else {}
     trunk: Any = original.base_model
     linear = _linear_head(original, trunk.config.hidden_size)
     head = EnsembleHead(trunk.config.hidden_size, 1, aggregation="mean")
@@ -137,12 +139,15 @@ def model_of_sequence_classifier(
         trunk,
         head=head,
         pooling="pooler" if pooled else None,
-        append_eos=append_eos,
+        append_eos=note.get("append_eos") if append_eos is None else append_eos,
+        max_score_length=note.get("max_score_length"),
         skip_token_id=_padding_token(original),
     )
     if model.config.pooling != "last":
         model.config.skip_token_id = None
     _check_same_rewards(original, model, linear)
+    with torch.no_grad():
+        head.bias[0] += note.get("constant", 0.0)
     return model
 
 
@@ -212,21 +217,21 @@ def _check_labels(config: Any) -> None:
         )
 
 
+def head_of(classifier: PreTrainedModel) -> tuple[str, nn.Module | None]:
+    """The name and the head of a sequence classifier; ("score", None) if it has neither of the usual names."""
+    found = ((name, getattr(classifier, name, None)) for name in ("score", "classifier"))
+    return next(((name, head) for name, head in found if head is not None), ("score", None))
+
+
 def _linear_head(model: PreTrainedModel, hidden_size: int) -> nn.Linear:
-    for name in ("score", "classifier"):
-        head = getattr(model, name, None)
-        if head is None:
-            continue
-        if not isinstance(head, nn.Linear):
-            break
+    name, head = head_of(model)
+    if isinstance(head, nn.Linear):
         if tuple(head.weight.shape) != (1, hidden_size):
             raise ValueError(
                 f"from_sequence_classifier: {name}.weight: expected shape [1, {hidden_size}], "
                 f"got {list(head.weight.shape)}"
             )
         return head
-    else:
-        name, head = "score", None
     raise ValueError(
         f"from_sequence_classifier: {name}: expected one linear layer as the head of {type(model).__name__}, "
         f"got {'none' if head is None else type(head).__name__}"

@@ -35,9 +35,14 @@ def check_family(config: PreTrainedConfig) -> None:
         )
 
 
+def is_unpadded(config: PreTrainedConfig) -> bool:
+    """Whether padding changes the hidden states of other tokens, so that every row needs a batch without any."""
+    return config.model_type in _UNPADDED
+
+
 def follows_length(config: PreTrainedConfig) -> bool:
     """Whether a row's output depends on the length of its batch, so that `length_classes` must split the batch."""
-    return config.model_type in _UNPADDED or any(_scales(rope) for rope in _ropes(config))
+    return is_unpadded(config) or any(_scales(rope) for rope in _ropes(config))
 
 
 def switch_length(config: PreTrainedConfig) -> int | None:
@@ -54,7 +59,7 @@ def length_classes(config: PreTrainedConfig, lengths: Sequence[int]) -> list[lis
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, length in enumerate(lengths):
-        key = [length] if config.model_type in _UNPADDED else []
+        key = [length] if is_unpadded(config) else []
         for rope in _ropes(config):
             if _scales(rope):
                 beyond = length > _switch(config, rope)

@@ -230,7 +230,8 @@ class EnsembleRewardModel(PreTrainedModel):
         on BERT's pooler. A decoder's head reads the last token that is not `config.pad_token_id`, and so does this
         model: it matters if the padding token is the EOS token too. Before it returns, the method compares the two
         models' rewards on short random sequences with that token inside and at their end. The std is a constant,
-        0.5 + std_floor, and means nothing.
+        0.5 + std_floor, and means nothing. Of a model that `prudent export` wrote (`linear`), the constant that a
+        classifier cannot carry, append_eos and max_score_length are restored.
 
         Args:
             classifier: a folder, a hub name, or a `...ForSequenceClassification` instance (its trunk is used by

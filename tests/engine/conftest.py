@@ -28,6 +28,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                             "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
     "bert": ("BertConfig", _ENCODER),
     "roberta": ("RobertaConfig", {**_ENCODER, "pad_token_id": 1, "bos_token_id": 0}),
+    "deberta": ("DebertaV2Config", {**_ENCODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
     "modernbert": ("ModernBertConfig", {**_ENCODER, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 4}),
 }  # fmt: skip
 CHAT_TEMPLATE = (
@@ -36,7 +37,7 @@ CHAT_TEMPLATE = (
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., Any]:
     """family, **changes -> configuration of a tiny trunk."""
 
@@ -47,7 +48,7 @@ def tiny_config() -> Callable[..., Any]:
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_trunk(tiny_config: Callable[..., Any]) -> Callable[..., Any]:
     """family, seed, **changes -> a tiny trunk in eval mode."""
 
