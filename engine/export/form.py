@@ -31,7 +31,7 @@ class Prepared:
     rows        of the embeddings, more than the model's where the tokeniser got a token of its own for padding
     padded      whether the tokeniser got another padding token
     constant    what must be added to a `linear` reward to get `Scorer`'s; 0 where the layer's bias carries it
-    note        the key `prudent` of a classifier's config.json: how texts are read, and the constant
+    note        how texts are read and heads combined, and the constant; a classifier's config.json has it as `prudent`
     files       name -> content of the files beside the weights
     """
 
@@ -66,7 +66,7 @@ def prepare(
     """Put a reward model into a form, and compare it with the model on a few tokens.
 
     Args:
-        reward: its trunk is used by reference and does not change; `aggregation`, if given, becomes its head's.
+        reward: its trunk is used by reference and does not change; `aggregation`, if given, becomes its own.
         tokenizer: the model's; it is copied.
         form: stock, linear or remote-code; the room's README.md says what each carries.
         aggregation: how the heads become one reward; None: the head's own.
@@ -83,13 +83,19 @@ def prepare(
         raise ValueError(
             f"model: expected a trunk of transformers, got {type(reward.model).__name__} with its own code"
         )
-    head.aggregation = spec
+    head.aggregation, reward.config.aggregation = spec, str(spec)
     tokenizer = _reading(copy.deepcopy(tokenizer), reward.config)
     if form == "remote-code":
         check_remote(reward)
         files = {MODELLING: (_HERE / MODELLING).read_bytes()}
-        return Prepared(reward, tokenizer, form, 0, False, 0.0, {}, files)
+        return Prepared(reward, tokenizer, form, 0, False, 0.0, _note(reward, form), files)
     return _classifier(reward, tokenizer, form)
+
+
+def _note(reward: Any, form: Form) -> dict[str, Any]:
+    config = reward.config
+    kept = {name: getattr(config, name) for name in ("aggregation", "append_eos", "max_score_length")}
+    return {"form": form, **kept}
 
 
 def _reading(tokenizer: Any, config: Any) -> Any:
@@ -113,12 +119,7 @@ def _classifier(reward: Any, tokenizer: Any, form: Form) -> Prepared:
     model, carries = classifier(reward, folded, padding, rows)
     check_logits(reward, model, folded, config.skip_token_id)
     constant = 0.0 if carries or form == "stock" else float(folded.constant[0])
-    note = {
-        "form": form,
-        "aggregation": str(head.aggregation),
-        "append_eos": config.append_eos,
-        "max_score_length": config.max_score_length,
-    }
+    note = _note(reward, form)
     names = ["reward"]
     files: dict[str, bytes] = {}
     if form == "linear":

@@ -23,6 +23,7 @@ class EnsembleRewardConfig(PreTrainedConfig):
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  as transformers reads it
     has_no_defaults_at_init = True
     taps: list[str] | None = None
+    logprob_skips: list[int] | None = None
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class EnsembleRewardConfig(PreTrainedConfig):
         skip_token_id: int | None = None,
         trust_directions: int | None = None,
         taps: list[str] | None = None,
+        logprob_skips: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -46,6 +48,8 @@ class EnsembleRewardConfig(PreTrainedConfig):
         self.trust_directions = trust_directions
         if taps is not None:
             self.taps = taps
+        if logprob_skips is not None:
+            self.logprob_skips = logprob_skips
         kwargs.setdefault("num_labels", 1)
         super().__init__(**kwargs)
         self.text_config: Any = text_config
@@ -80,11 +84,14 @@ class EnsembleRewardModel(PreTrainedModel):
     def __init__(self, config: EnsembleRewardConfig) -> None:
         super().__init__(config)
         self.model: Any = AutoModel.from_config(config.text_config)
-        layers, width = config.text_config.num_hidden_layers, config.text_config.hidden_size
-        named = [tap.split(":") for tap in config.taps or [f"last:{layers}"]]
-        self.taps = [(kind, int(layer)) for kind, layer in named]
-        self.reads_response = any(kind == "mean" for kind, _ in self.taps)
-        self.score = Heads(width * len(self.taps), config)
+        text = config.text_config
+        self.taps = [tap.partition(":")[::2] for tap in config.taps or [f"last:{text.num_hidden_layers}"]]
+        kinds = [kind for kind, _ in self.taps]
+        self.reads_response = kinds.count("last") < len(kinds)
+        self.lm_head: nn.Linear | None = None
+        if "logprob" in kinds and not getattr(text, "tie_word_embeddings", False):
+            self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.score = Heads(sum(2 if kind == "logprob" else text.hidden_size for kind in kinds), config)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> Any:
@@ -99,7 +106,7 @@ class EnsembleRewardModel(PreTrainedModel):
         **_: Any,
     ) -> EnsembleRewardOutput | tuple[Tensor, ...]:
         """input_ids, attention_mask [B, T]; response_start [B] int64: the place of each response's first token among
-        the attended ones, needed by a model with a tap `mean:LAYER`. Other keywords of trainers are ignored."""
+        the attended ones, needed by a model with a tap `mean:LAYER` or `logprob`. Other keywords are ignored."""
         if self.reads_response and response_start is None:
             raise ValueError(f"response_start: expected where each response begins, for {self.config.taps}, got None")
         attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.ne(0)
@@ -134,15 +141,47 @@ class EnsembleRewardModel(PreTrainedModel):
             return self.model.pooler(hidden[row, token][:, None])
         parts = []
         for kind, layer in self.taps:
-            state = hidden if layer == self.config.text_config.num_hidden_layers else output.hidden_states[layer]
+            inner = layer and int(layer) < self.config.text_config.num_hidden_layers
+            state = output.hidden_states[int(layer)] if inner else hidden
             if kind == "last":
                 parts.append(state[row, token])
                 continue
             assert start is not None
             response = (place >= torch.minimum(start, last)[:, None]) & (place <= last[:, None])
+            if kind == "logprob":
+                parts.append(self._logprob(hidden, ids, response))
+                continue
             share = response.float() / response.sum(dim=1, keepdim=True)
-            parts.append(torch.einsum("bt,btd->bd", share, state.float()).to(hidden.dtype))
-        return torch.cat(parts, dim=1)
+            parts.append(torch.einsum("bt,btd->bd", share, state.float()))
+        return torch.cat([part.to(hidden.dtype) for part in parts], dim=1)
+
+    def _logprob(self, hidden: Tensor, ids: Tensor, response: Tensor) -> Tensor:
+        """[B, 2]: the mean and the least log-probability of the response's tokens under the language model, in nats."""
+        skipped = torch.tensor(self.config.logprob_skips or [], dtype=ids.dtype, device=ids.device)
+        read = response & ~torch.isin(ids, skipped)
+        read[:, 0] = False  # nothing predicts the first token
+        row, place = read.nonzero(as_tuple=True)
+        before, weight = hidden[row, place - 1].float(), self._head_weight()
+        total = before.new_full((len(row),), float("-inf"))
+        for part in weight.split(8192):  # bounds the memory: never all logits at once
+            total = torch.logaddexp(total, self._logits(before @ part.float().T).logsumexp(1))
+        target = self._logits((before * weight[ids[row, place]].float()).sum(1))
+        found = torch.zeros_like(read, dtype=torch.float32)
+        found[row, place] = target - total
+        counts = read.sum(1)
+        least = torch.where(read, found, float("inf")).amin(1)
+        return torch.stack([found.sum(1) / counts.clamp_min(1), torch.where(counts > 0, least, 0.0)], dim=1)
+
+    def _head_weight(self) -> Any:
+        return (self.model.get_input_embeddings() if self.lm_head is None else self.lm_head).weight
+
+    def _logits(self, z: Tensor) -> Tensor:
+        """The scale or the cap of the language model's logits, under every name that configurations use."""
+        text = self.config.text_config
+        cap = getattr(text, "final_logit_softcapping", None)
+        scale = (getattr(text, "logit_scale", None) or 1.0) * (getattr(text, "lm_head_multiplier", None) or 1.0)
+        z = z * (scale / (getattr(text, "logits_scaling", None) or 1.0))
+        return z if cap is None else cap * torch.tanh(z / cap)
 
 
 class Heads(nn.Module):

@@ -40,18 +40,10 @@ def check_form(config: EnsembleRewardConfig, form: Form, spec: Aggregation) -> N
 
 
 def _check_taps(config: EnsembleRewardConfig, form: Form) -> None:
-    if config.taps is None:
-        return
-    taps = ", ".join(config.taps)
-    if form != "remote-code":
+    if config.taps is not None and form != "remote-code":
         raise ValueError(
-            f"as: expected remote-code, because the heads read {taps} and a {form} classifier reads the last layer's "
-            f"state alone, got {form}"
-        )
-    if config.reads_logprob:
-        raise ValueError(
-            f"model: expected heads that read hidden states alone, got {taps}: the log-probability of a response needs "
-            "prudent's own loader"
+            f"as: expected remote-code, because the heads read {', '.join(config.taps)}, and a classifier of "
+            f"transformers the last layer's state alone, got {form}: train with --set features=last for the others"
         )
 
 

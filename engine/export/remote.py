@@ -23,7 +23,7 @@ AUTO_MAP = {
 def check_remote(reward: Any) -> None:
     """Refuse a family on which the file's code computes something else: two random sequences of one batch must get the
     same means, stds and distances, padded on either side."""
-    names = ("num_heads", "std_floor", "pooling", "skip_token_id", "taps")
+    names = ("num_heads", "std_floor", "pooling", "skip_token_id", "taps", "logprob_skips")
     fields = {name: getattr(reward.config, name) for name in names} | {"aggregation": str(reward.score.aggregation)}
     region = reward.score.trust
     config = modeling_prudent.EnsembleRewardConfig(
@@ -33,7 +33,7 @@ def check_remote(reward: Any) -> None:
     )
     with torch.device("meta"):
         remote: Any = modeling_prudent.EnsembleRewardModel(config)
-    remote.model = reward.model
+    remote.model, remote.lm_head = reward.model, reward.lm_head
     remote.score = modeling_prudent.Heads(reward.score.hidden_size, config)
     remote.score.load_state_dict(reward.score.state_dict())
     remote.score.to(reward.score.weight.device)
@@ -46,7 +46,7 @@ def check_remote(reward: Any) -> None:
             want = reward(batch, mask, response_start=start)
             got = remote(batch, mask, response_start=start)
         for name in ("mean", "std", "distance", "logits"):
-            ours, theirs = want[name], got[name]
+            ours, theirs = getattr(want, name), getattr(got, name)
             if ours is None:
                 continue
             tolerance = probe_tolerance(reward.model.dtype) * ours.abs().amax().clamp_min(1.0)

@@ -26,6 +26,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXConfig", _ENCODER),
     "gpt2": ("GPT2Config", {**{k: _COMMON[k] for k in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")},
                             "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+    "cohere": ("CohereConfig", {**_DECODER, "logit_scale": 0.25}),
     "bert": ("BertConfig", _ENCODER),
     "roberta": ("RobertaConfig", {**_ENCODER, "pad_token_id": 1, "bos_token_id": 0}),
     "deberta": ("DebertaV2Config", {**_ENCODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
@@ -48,7 +49,7 @@ def tiny_config() -> Callable[..., Any]:
     return build
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tiny_trunk(tiny_config: Callable[..., Any]) -> Callable[..., Any]:
     """family, seed, **changes -> a tiny trunk in eval mode."""
 

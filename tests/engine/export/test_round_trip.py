@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from prudent.engine import EnsembleRewardModel, Scorer, fit_trust
 from prudent.engine.export import Form, Prepared, prepare
@@ -37,6 +38,7 @@ class Case:
 
 FAMILIES = ("llama", "qwen2", "gpt_neox", "gemma2", "gpt2")
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LOGPROB = ["last:-1", "mean:1", "logprob"]
 POOLER = {"pooling": "pooler"}
 CASES = {
     **{f"{form}-{family}": Case(form, family, "mean" if form == "linear" else Case.aggregation)
@@ -56,6 +58,9 @@ CASES = {
     "remote-code-sharded": Case("remote-code", shards="20KB"),
     "remote-code-skips": Case("remote-code", options={"skip_token_id": 2}),
     "remote-code-wide": Case("remote-code", options={"taps": "wide"}),
+    "remote-code-logprob": Case("remote-code", "gemma2", options={"taps": LOGPROB, "logprob_skips": [1, 2]}),
+    "remote-code-logprob-scaled": Case("remote-code", "cohere", options={"taps": LOGPROB, "logprob_skips": [1, 2]}),
+    "remote-code-logprob-untied": Case("remote-code", options={"taps": ["logprob", "last:1"]}),
     "remote-code-wide-bf16": Case("remote-code", "qwen2", dtype=torch.bfloat16, options={"taps": ["mean:1", "last:0"]}),
 }  # fmt: skip
 
@@ -72,8 +77,11 @@ class Outcome:
     found: dict[str, Any]
 
 
-def model_of(case: Case, tiny_trunk: Any) -> EnsembleRewardModel:
-    trunk = tiny_trunk(case.family, vocab_size=case.rows)
+def model_of(case: Case, tiny_config: Any) -> EnsembleRewardModel:
+    torch.manual_seed(0)
+    lm = "logprob" in case.options.get("taps", ())
+    build = transformers.AutoModelForCausalLM if lm else transformers.AutoModel
+    trunk = build.from_config(tiny_config(case.family, vocab_size=case.rows))
     with torch.no_grad():
         for parameter in trunk.parameters():  # initial weights are so small that many a wrong reward would look right
             if parameter.dim() > 1:
@@ -93,12 +101,12 @@ def model_of(case: Case, tiny_trunk: Any) -> EnsembleRewardModel:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory, tiny_trunk: Any, make_tokenizer: Any) -> dict[str, Outcome]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory, tiny_config: Any, make_tokenizer: Any) -> dict[str, Outcome]:
     """Every case, written here and loaded in one other process, whose start is most of the time."""
     root = tmp_path_factory.mktemp("exported")
     asked, known = [], []
     for name, case in CASES.items():
-        model, tokenizer = model_of(case, tiny_trunk), make_tokenizer(chat=True, pad_token=case.pad)
+        model, tokenizer = model_of(case, tiny_config), make_tokenizer(chat=True, pad_token=case.pad)
         prepared, scorer = prepare(model, tokenizer, case.form), Scorer(model, tokenizer, progress=False)
         (root / name).mkdir()
         prepared.write(root / name, case.shards)
