@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from . import __version__
 from .commands import BENCH_ABOUT, BENCHES, JOBS, OPTIONS, Job
-from .rlhf.job.config import JobConfig, config_default, config_field, config_template, load_config
+from .rlhf.job.config import JobConfig, config_default, config_field, config_template, flag_name, load_config
 from .rlhf.job.files import explain_os_error
 from .study_commands import STUDIES, STUDY_ABOUT
 
@@ -85,7 +85,7 @@ def _add_flag(sub: argparse.ArgumentParser, config: type[JobConfig], key: str) -
         options["type"] = int if kind is int else str
         values = get_args(kind) if get_origin(kind) is Literal else ()
         options["metavar"] = f"{{{','.join(values)}}}" if values else key.rpartition(".")[2].upper()
-    sub.add_argument("--" + key.partition(".")[0].replace("_", "-"), **options)
+    sub.add_argument("--" + flag_name(key), **options)
 
 
 def _explained_keys(config: type[JobConfig], keys: Sequence[str]) -> str:

@@ -210,6 +210,31 @@ examples:
         ("directions", "shrinkage", "limit", "feature_cache", "max_length", "batch_tokens", "append_eos"),
         "the same command starts over (with --set feature_cache=FOLDER it keeps the features)",
     ),
+    "export": Job(
+        "export.export",
+        "ExportConfig",
+        "run_export",
+        "write a reward model for loaders that do not know prudent",
+        """Write a folder that AutoModelForSequenceClassification loads where prudent is not installed, and with it TRL,
+vLLM, OpenRLHF or verl. Its README.md says how to load it in each, what the numbers mean, and how the model was made.
+
+  --as linear       an ordinary one-label reward model, for an aggregation that is a weighted sum of the heads' means
+                    (mean, head:0). Exact; a constant that no weight can carry is stated in config.json and README.md.
+  --as stock        the family's own classifier with 2K labels, means and raw stds, and a short client that makes the
+                    reward of them, under any aggregation. The distance needs the last hidden state beside the logits.
+  --as remote-code  the whole model with one file of code (trust_remote_code): reward, means, stds and distance.
+
+What a form cannot carry is refused by name before anything is written. Of heads that read more than the last state
+(features=wide and the like), remote-code is the only form.
+
+examples:
+  prudent export --model runs/reward --to exported/reward --as remote-code
+  prudent export --model runs/reward --to exported/linear --as linear --aggregation mean
+  prudent export --model runs/reward --to exported/stock --as stock --set max_shard_size=2GB""",
+        ("model", "to", "as_", "aggregation"),
+        ("append_eos", "max_shard_size"),
+        "the same command starts over",
+    ),
     "plan": Job(
         "plan.plan",
         "PlanConfig",

@@ -87,6 +87,8 @@ def prepare(
     tokenizer = _reading(copy.deepcopy(tokenizer), reward.config)
     if form == "remote-code":
         check_remote(reward)
+        if tokenizer.pad_token is None:  # any token may pad: the mask says where
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         files = {MODELLING: (_HERE / MODELLING).read_bytes()}
         return Prepared(reward, tokenizer, form, 0, False, 0.0, _note(reward, form), files)
     return _classifier(reward, tokenizer, form)

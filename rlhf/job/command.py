@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
-from .config import JobConfig, config_field, config_keys, read_value
+from .config import JobConfig, config_field, config_keys, flag_name, read_value
 
 
 def command_of(name: str, config: JobConfig, flags: Sequence[str]) -> str:
@@ -23,7 +23,7 @@ def command_of(name: str, config: JobConfig, flags: Sequence[str]) -> str:
         if not field.is_required() and reduce(getattr, key.split("."), config) == field.default:
             continue
         if key in flags:
-            given.append(f"--{key.replace('_', '-')} {shlex.quote(str(value))}")
+            given.append(f"--{flag_name(key)} {shlex.quote(str(value))}")
         else:
             sets.append(f"--set {shlex.quote(f'{key}={_as_yaml(value)}')}")
     return " \\\n    ".join([f"prudent {name}", *given, *sets])

@@ -129,6 +129,12 @@ def config_keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
+def flag_name(key: str) -> str:
+    """The flag of a key, without its hyphens: reward.source -> reward, stop_when -> stop-when. A key that would be a
+    word of Python's has an underscore behind it, its flag none: as_ -> as."""
+    return key.partition(".")[0].rstrip("_").replace("_", "-")
+
+
 def config_field(cls: type[BaseModel], key: str) -> FieldInfo:
     """Return the field of a dotted key."""
     name, _, rest = key.partition(".")

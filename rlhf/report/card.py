@@ -54,6 +54,19 @@ def with_sections(text: str, sections: Mapping[str, str]) -> str:
     return _sealed(start.strip(), dict(zip(parts[::2], parts[1::2], strict=True)) | dict(sections))
 
 
+def parts_of(text: str) -> tuple[dict[str, Any], str, dict[str, str]]:
+    """(metadata, title, heading -> Markdown) of a card, whoever wrote it; {} or "" for what it lacks."""
+    found = re.match(r"---\n(.*?)^---\n", text, re.DOTALL | re.MULTILINE)
+    try:
+        metadata = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        metadata = None
+    start, *parts = re.split(r"^## (.*)\n", _SEALED.sub("", text), flags=re.MULTILINE)
+    title = re.search(r"^# (.*)", start, re.MULTILINE)
+    sections = {heading.strip(): inner.strip() for heading, inner in zip(parts[::2], parts[1::2], strict=True)}
+    return metadata if isinstance(metadata, dict) else {}, title[1].strip() if title else "", sections
+
+
 def _sealed(start: str, sections: Mapping[str, str]) -> str:
     body = "\n\n".join([start, *(f"## {heading}\n\n{inner.strip()}" for heading, inner in sections.items())]) + "\n\n"
     return body + _SEAL.format(_digest(body))

@@ -29,7 +29,7 @@ def update_card(
     data = numbers["data"]
     region = Region(data["responses"], data["prompts"], command_of("calibrate", config, _FLAGS))
     sections = {REWARD: reward_section(model), DISTANCE: distance_section(model, region)}
-    scale = UNKNOWN.format(config.model)
+    scale = UNKNOWN.format("calibrate", config.model)
     if numbers["scale_data"] is not None:
         found = numbers["scale_data"]
         scale = (
@@ -39,7 +39,7 @@ def update_card(
         sections[SCALE] = f"{scale} The numbers on held-out pairs, if there are any, are of the scale before."
     card = read_card(folder)
     if card is None:
-        unknown = UNKNOWN.format(config.model)
+        unknown = UNKNOWN.format("calibrate", config.model)
         write_card(folder, reward_card(Facts(config.model, model, scale, region, unknown, unknown)))
     elif is_untouched(card):
         write_card(folder, with_sections(card, sections))

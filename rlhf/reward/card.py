@@ -15,7 +15,7 @@ from ..report.card import card_text
 from ..report.words import count
 
 REWARD, SCALE, STD, DISTANCE = "Reward", "What a reward's size means", "std", "Distance"
-MADE, NUMBERS = "How it was made", "Held-out numbers"
+MADE, NUMBERS, LICENCE = "How it was made", "Held-out numbers", "Licence"
 LOGITS = (
     "The difference of two rewards of one prompt is a log-odds: its sigmoid is the predicted probability that the "
     "response with the first is preferred."
@@ -23,7 +23,7 @@ LOGITS = (
 CALIBRATED = "Each head has mean 0 and standard deviation 1 on the training responses."
 BEFORE_PET = "Each head had mean 0 and standard deviation 1 on the training responses before PET."
 KEPT = "The scale of the heads is that of the reward model that training started from."
-UNKNOWN = "Not known to `prudent calibrate`, which got the model from `{}`, without a card."
+UNKNOWN = "Not known to `prudent {}`, which got the model from `{}`, without a card."
 
 
 class Region(NamedTuple):
@@ -64,7 +64,6 @@ class Facts(NamedTuple):
 def reward_card(facts: Facts) -> str:
     """The card of a reward model's folder; the same facts give the same text."""
     config = facts.config
-    heads = "one head" if config.num_heads == 1 else f"{config.num_heads} heads"
     return card_text(
         {
             "library_name": "peft" if facts.adapter else "prudent",
@@ -72,18 +71,24 @@ def reward_card(facts: Facts) -> str:
             "datasets": [name for name in map(_data_name, facts.data) if name],
             "tags": ["prudent", "reward-model", "rlhf", "uncertainty"],
         },
-        f"A reward model with {heads} on {Path(facts.base).name}" + ", as an adapter" * facts.adapter,
+        title(config, facts.base) + ", as an adapter" * facts.adapter,
         _ADAPTER if facts.adapter else _OPENING,
         {
             REWARD: reward_section(config),
             SCALE: facts.scale,
-            STD: _std_section(config.num_heads),
+            STD: std_section(config.num_heads),
             DISTANCE: distance_section(config, facts.region),
             MADE: facts.made,
             NUMBERS: facts.numbers,
-            "Licence": _LICENCE,
+            LICENCE: NO_LICENCE,
         },
     )
+
+
+def title(config: EnsembleRewardConfig, base: str) -> str:
+    """What the model is, in one line."""
+    heads = "one head" if config.num_heads == 1 else f"{config.num_heads} heads"
+    return f"A reward model with {heads} on {Path(base).name}"
 
 
 _OPENING = """\
@@ -103,7 +108,7 @@ _ADAPTER = """\
 It says how good a response to a prompt is, and with it how far that can be trusted. This folder holds the LoRA and the
 heads without the language model; `prudent ppo --reward FOLDER` puts them on the policy's own."""
 
-_LICENCE = """\
+NO_LICENCE = """\
 Not stated here. It is yours to choose, within the licences of the language model and of the data: add `license:` to the
 metadata at the top. prudent then takes the card for yours, and leaves it as it is."""
 
@@ -171,7 +176,8 @@ def _price(spec: Aggregation) -> str:
     return f", less a price: {spec.trust:g} times the reward's usual spread within a prompt times {power}{far}"
 
 
-def _std_section(heads: int) -> str:
+def std_section(heads: int) -> str:
+    """What a head's std means, and what it protects from."""
     if heads == 1:
         return """\
 The scores have one, but it means nothing: to learn which of two responses is better, one head needs none.

@@ -262,3 +262,11 @@ def test_prudent_reads_its_own_remote_code_export_without_running_it(
     (tmp_path / "modeling_prudent.py").write_text("raise RuntimeError")
     again = EnsembleRewardModel.from_pretrained(tmp_path)
     assert again.score.weight.equal(reward.score.weight)
+
+
+def test_a_tokeniser_without_padding_gets_some(
+    reward: EnsembleRewardModel, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    prepared = prepare(reward, make_tokenizer(pad_token="", eos_token="</s>"), "remote-code")
+    assert (prepared.tokenizer.pad_token, prepared.padded) == ("</s>", False)
+    assert prepare(reward, make_tokenizer(pad_token="", eos_token=""), "remote-code").tokenizer.pad_token == "<pad>"
