@@ -1,4 +1,4 @@
-"""Finish the rewards of the classifier in this folder, which ends at its 2K logits. Needs numpy alone.
+"""Finish the rewards of an exported classifier, which ends at its 2K logits. Needs numpy alone.
 
 logits[:, :K] are the heads' means without their constant; logits[:, K:] their raw stds, before softplus.
 """
@@ -12,21 +12,23 @@ from typing import Any
 
 import numpy as np
 
-_FOLDER = Path(__file__).resolve().parent
 
-
-def finish(logits: Any, features: Any = None, aggregation: str | None = None) -> dict[str, Any]:
+def finish(folder: str | Path, logits: Any, features: Any = None, aggregation: str | None = None) -> dict[str, Any]:
     """logits [B, 2K] -> {"reward": [B], "mean": [B, K], "std": [B, K], "distance": [B] or None}, fp64.
 
+    folder: the classifier's, with prudent_head.json.
+    logits: an array, or a tensor on the CPU that needs no gradient.
     features: [B, D], the last hidden state that the logits were computed from (outputs.hidden_states[-1] at the last
         token). The distance is quadratic in them, so logits alone do not give it.
     aggregation: another than the model's own, such as "lcb:1" or "min".
     """
-    head = json.loads((_FOLDER / "prudent_head.json").read_text(encoding="utf-8"))
+    head = json.loads((Path(folder) / "prudent_head.json").read_text(encoding="utf-8"))
     k = head["num_heads"]
     z = np.asarray(logits, dtype=np.float64) + np.array(head["offset"])
     mean, std = z[:, :k], (np.logaddexp(0.0, z[:, k:]) + head["std_floor"]) / np.array(head["scale"])
-    distance = None if features is None or head["unit"] is None else _distance(np.asarray(features, dtype=np.float64))
+    distance = None
+    if features is not None and head["unit"] is not None:
+        distance = _distance(np.load(Path(folder) / "prudent_trust.npz"), np.asarray(features, dtype=np.float64))
     kind, number, options = _parsed(aggregation or head["aggregation"])
     nominal = _nominal(options.get("nominal", "least_std"), mean, std, np.array(head["std_ref"]))
     reward, price = _combined(kind, number, mean, nominal), float(options.get("trust", 0))
@@ -77,8 +79,7 @@ def _nominal(which: str, mean: Any, std: Any, std_ref: Any) -> Any:
     return mean[np.arange(len(mean)), surest]
 
 
-def _distance(features: Any) -> Any:
-    region = np.load(_FOLDER / "prudent_trust.npz")
+def _distance(region: Any, features: Any) -> Any:
     gap = features - region["mean"]
     along = gap @ region["directions"].T
     return np.sqrt(np.maximum(gap**2 @ region["precision"] + along**2 @ region["weights"], 0))

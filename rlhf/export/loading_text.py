@@ -14,7 +14,7 @@ _CHATS = """\
 chats = [[{"role": "user", "content": "How was it?"}, {"role": "assistant", "content": "Lovely."}]]
 """
 _PLAIN = """\
-texts = ["How was it? Lovely."]  # prompt and response{}
+texts = ["How was it? Lovely."{}]  # prompt and response
 batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True)"""
 _START = """
 opened = [tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True) for chat in chats]
@@ -30,13 +30,13 @@ print(outputs.logits[:, 0], outputs.std, outputs.distance)""",
 
 
 _FINISH = """\
-scores = finish(model(**batch).logits.float())
+scores = finish(folder, model(**batch).logits.float())
 print(scores["reward"], scores["std"])"""
 _FINISH_WITH_DISTANCE = """\
 outputs = model(**batch, output_hidden_states=True)
 last = batch["attention_mask"].sum(1) - 1
 features = outputs.hidden_states[-1][torch.arange(len(last)), last].float()
-scores = finish(outputs.logits.float(), features)  # without features, the distance is None
+scores = finish(folder, outputs.logits.float(), features)  # without features, the distance is None
 print(scores["reward"], scores["std"], scores["distance"])"""
 
 
@@ -48,7 +48,20 @@ def loading_section(done: Prepared, reward: EnsembleRewardModel) -> str:
     parts = [_transformers(done, reward), *(f"**{name}.** {text}" for name, text in _PLACES[done.form].items())]
     if done.form == "remote-code" and reward.config.reads_response:
         parts[1] = f"**TRL.** {_TRL_RESPONSE}"
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, f"**How a text ends.** {_end(done, reward)}"])
+
+
+def _end(done: Prepared, reward: EnsembleRewardModel) -> str:
+    if done.tokenizer.chat_template:
+        template = "The chat template ends each turn, so that its output gets no other token"
+    else:
+        template = "There is no chat template, so that prompt and response are one plain text"
+    if not reward.config.append_eos:
+        return f"{template}. The heads were taught on plain texts without an end-of-sequence token: add none."
+    return (
+        f"{template}. The heads were taught on plain texts that end with `{done.tokenizer.eos_token}` if they are "
+        "complete: add it, because no tokeniser or engine does. TRL's GRPO and RLOO strip it from plain texts."
+    )
 
 
 def _transformers(done: Prepared, reward: EnsembleRewardModel) -> str:
@@ -64,8 +77,7 @@ def _transformers(done: Prepared, reward: EnsembleRewardModel) -> str:
     trust = ", trust_remote_code=True" * (done.form == "remote-code")
     lines.append(f"model = AutoModelForSequenceClassification.from_pretrained(folder{trust}).eval()\n")
     lines.append(f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})\n")
-    eos = ", then its end: texts = [text + tokenizer.eos_token for text in texts]" if reward.config.append_eos else ""
-    lines.append(_CHATS + _TEXTS if chat else _PLAIN.format(eos))
+    lines.append(_CHATS + _TEXTS if chat else _PLAIN.format(" + tokenizer.eos_token" * reward.config.append_eos))
     if reads:
         lines.append((_START if chat else _PLAIN_START) + "\n")
     code = "".join(lines) + "\nwith torch.no_grad():\n" + textwrap.indent(_call(done, reward), "    ")
@@ -90,8 +102,8 @@ _PLACES = {
     "stock": {
         "TRL": "It reads the first label alone, which is one head's mean: do not give it this folder as a path. Give "
         "`reward_funcs` a function that calls the model and `finish` as above.",
-        "vLLM": f"{_VLLM} the 2K logits as `probs`, unchanged (`problem_type` is regression); `finish([probs])` makes "
-        "them a reward. A price on the distance needs the features, which this does not answer.",
+        "vLLM": f"{_VLLM} the 2K logits as `probs`, unchanged (`problem_type` is regression); `finish(FOLDER, "
+        "[probs])` makes them a reward. A price on the distance needs the features, which this does not answer.",
         "OpenRLHF and verl": "They read one label. Export `--as linear` for them, or call vLLM and `finish` in a "
         "reward function of your own.",
         "prudent": "`prudent score --model MODEL` takes the model that this folder was made from, not this folder.",

@@ -60,7 +60,7 @@ def scored(case):
             features = None
             if hidden:
                 features = output.hidden_states[-1][torch.arange(len(rows)), mask.sum(1) - 1].float()
-            found = client_of(folder).finish(output.logits.float(), features)
+            found = client_of(folder).finish(folder, output.logits.float(), features)
         elif case["form"] == "linear":
             found = {"reward": output.logits[:, 0].float() + case["constant"]}
         else:

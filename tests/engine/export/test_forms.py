@@ -56,7 +56,7 @@ def test_the_files_beside_the_weights_combine_the_heads_as_the_op_does(
     prepared = prepare(reward, make_tokenizer(), "stock")
     for name, content in prepared.files.items():
         (tmp_path / name).write_bytes(content)
-    finished = client(tmp_path).finish(prepared.model.score(features).numpy(), features.numpy())
+    finished = client(tmp_path).finish(tmp_path, prepared.model.score(features).numpy(), features.numpy())
     torch.testing.assert_close(torch.from_numpy(finished["reward"]).float(), wanted.reward, rtol=1e-5, atol=1e-5)
     assert finished["distance"] == pytest.approx(wanted.distance.numpy(), abs=1e-4)
 
@@ -234,10 +234,10 @@ def test_a_client_that_lacks_the_features_says_so(
     with pytest.raises(
         ValueError, match=r"^features: expected the last hidden states \[B, D\], because the reward pric"
     ):
-        finish(logits)
-    assert finish(logits, aggregation="mean")["distance"] is None
+        finish(tmp_path, logits)
+    assert finish(tmp_path, logits, aggregation="mean")["distance"] is None
     with pytest.raises(ValueError, match="scores each row by itself, got 'batch_worst'"):
-        finish(logits, aggregation="batch_worst")
+        finish(tmp_path, logits, aggregation="batch_worst")
     assert len((tmp_path / "prudent_client.py").read_text().splitlines()) < 100
 
 

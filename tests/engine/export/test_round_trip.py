@@ -61,6 +61,7 @@ CASES = {
     "remote-code-logprob": Case("remote-code", "gemma2", options={"taps": LOGPROB, "logprob_skips": [1, 2]}),
     "remote-code-logprob-scaled": Case("remote-code", "cohere", options={"taps": LOGPROB, "logprob_skips": [1, 2]}),
     "remote-code-logprob-untied": Case("remote-code", options={"taps": ["logprob", "last:1"]}),
+    "remote-code-wide-encoder": Case("remote-code", "bert", options={"taps": ["last:-1", "mean:1"]}),
     "remote-code-wide-bf16": Case("remote-code", "qwen2", dtype=torch.bfloat16, options={"taps": ["mean:1", "last:0"]}),
 }  # fmt: skip
 

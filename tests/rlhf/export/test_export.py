@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ from prudent.rlhf.reward.train import TrainConfig, run_train
 from ..sentiment import write_pairs
 
 CHAT = {"prompt": "How was it?", "response": "Lovely."}
+PLAIN = "How was it? Lovely."
+NAMES = ("stock", "linear", "remote-code", "default", "plain")
 HEADINGS = [
     "How to load it", "What this folder carries", "Reward", "What a reward's size means", "std", "Distance",
     "How it was made", "Held-out numbers", "Licence",
@@ -36,7 +39,8 @@ HEADINGS = [
 
 @pytest.fixture(scope="module")
 def runs(tiny_chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """lora: a merged LoRA whose heads read the last state, with an evaluation; head: the default features."""
+    """lora: a merged LoRA whose heads read the last state, with an evaluation; head: the default features; plain: lora
+    without a chat template."""
     folder = tmp_path_factory.mktemp("runs")
     data = write_pairs(folder / "pairs.jsonl", ("very", "not"))
     for mode, sets in {
@@ -50,9 +54,11 @@ def runs(tiny_chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> di
             ),
             progress=False,
         )
+    shutil.copytree(folder / "lora", folder / "plain")
+    (folder / "plain" / "model" / "chat_template.jinja").unlink()
     output, model = folder / "lora" / "eval", str(folder / "lora")
     run_eval(EvalConfig(model=model, data=str(data), output=output, pictures=False, eval_fraction=0.25), progress=False)
-    return {name: folder / name for name in ("lora", "head")}
+    return {name: folder / name for name in ("lora", "head", "plain")}
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +69,11 @@ def exported(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         ("linear", "lora", "linear", ["--aggregation", "mean"]),
         ("remote-code", "lora", "remote-code", []),
         ("default", "head", "remote-code", []),
+        ("plain", "plain", "stock", []),
     ):
         arguments = ["--model", str(runs[run]), "--to", str(folder / name), "--as", form, *more, "--quiet"]
         assert cli.main(["export", *arguments]) == 0
-    return {name: folder / name for name in ("stock", "linear", "remote-code", "default")}
+    return {name: folder / name for name in NAMES}
 
 
 def scorer(run: Path) -> Scorer:
@@ -96,8 +103,10 @@ def test_the_code_on_each_card_prints_the_models_reward_where_prudent_is_not_ins
     )
     assert done.returncode == 0, done.stderr
     printed = dict(zip(exported, json.loads(done.stdout), strict=True))
-    for name, aggregation in {"stock": "lcb:0.5", "linear": "mean", "remote-code": None, "default": None}.items():
-        scores = scorer(runs["head" if name == "default" else "lora"]).score([CHAT], aggregation=aggregation)
+    for name, aggregation in {"stock": "lcb:0.5", "linear": "mean"}.items() | dict.fromkeys(NAMES[2:]).items():
+        run = {"default": "head", "plain": "plain"}.get(name, "lora")
+        item = PLAIN if name == "plain" else CHAT
+        scores = scorer(runs[run]).score([item], aggregation=aggregation)
         wanted = [scores.reward[0]]
         if name != "linear":
             assert scores.distance is not None
@@ -106,7 +115,7 @@ def test_the_code_on_each_card_prints_the_models_reward_where_prudent_is_not_ins
         assert numbers_in(printed[name]) == pytest.approx(wanted, abs=1e-4, rel=1e-3), name
 
 
-@pytest.mark.parametrize("name", ["stock", "linear", "remote-code", "default"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_card_has_every_section_and_says_where_to_load_it(exported: dict[str, Path], name: str) -> None:
     text = card_of(exported[name])
     metadata, heading, sections = parts_of(text)
@@ -119,6 +128,7 @@ def test_a_card_has_every_section_and_says_where_to_load_it(exported: dict[str, 
     assert "pairs trained on, 18 pairs of 3 prompts held out" in sections["How it was made"]
     assert "--as " in sections["How it was made"]
     assert "| accuracy, % |" in sections["Held-out numbers"]
+    assert "that end with `<|end|>` if they are complete: add it" in sections["How to load it"]
     assert ("eq. 8" in sections["std"]) is (name != "linear")
 
 
