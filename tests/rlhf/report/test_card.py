@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prudent.rlhf.report.card import CARD_FILE, card_text, is_untouched, with_sections, write_card
+from prudent.rlhf.report.card import CARD_FILE, card_text, is_untouched, parts_of, with_sections, write_card
 
 CARD = card_text(
     {"library_name": "prudent", "base_model": None, "tags": ["a", "b"]},
@@ -55,3 +55,22 @@ def test_an_untouched_card_is_replaced_and_a_missing_one_written(tmp_path: Path)
     newer = with_sections(CARD, {"One": "other"})
     assert write_card(tmp_path, newer)
     assert (tmp_path / CARD_FILE).read_text(encoding="utf-8") == newer
+
+
+def test_a_cards_parts_are_what_it_was_made_of() -> None:
+    sections = {"One": "1", "Two": "2\n\n    code"}
+    assert parts_of(CARD) == ({"library_name": "prudent", "tags": ["a", "b"]}, "A title", sections)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ({}, "", {})),
+        ("Only words.", ({}, "", {})),
+        ("---\na: [\n---\n# T\n", ({}, "T", {})),
+        ("---\n- a\n---\n\n## S\ntext", ({}, "", {"S": "text"})),
+        ("---\nlicense: mit\n---\n# T\n", ({"license": "mit"}, "T", {})),
+    ],
+)
+def test_a_card_that_someone_else_wrote_may_lack_any_part(text: str, parts: object) -> None:
+    assert parts_of(text) == parts
