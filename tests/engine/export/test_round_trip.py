@@ -17,6 +17,8 @@ import transformers
 from prudent.engine import EnsembleRewardModel, Scorer, fit_trust
 from prudent.engine.export import Form, Prepared, prepare
 
+pytestmark = pytest.mark.slow
+
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 LONG = "abcdefghijklmnopqrst" * 3
 ITEMS = ["one", "a longer text", CHAT, {"prompt": "q", "response": "cut of", "complete": False}]

@@ -28,6 +28,8 @@ from prudent.rlhf.reward.train import TrainConfig, run_train
 
 from ..sentiment import write_pairs
 
+pytestmark = pytest.mark.slow
+
 CHAT = {"prompt": "How was it?", "response": "Lovely."}
 PLAIN = "How was it? Lovely."
 NAMES = ("stock", "linear", "remote-code", "default", "plain")
