@@ -29,9 +29,7 @@ class Openings:
         prompt = _prompt_of(item)
         if prompt is None:
             return 0
-        opened, last = self._opened(prompt), len(ids) - 1
-        shared = (place for place, (one, other) in enumerate(zip(opened, ids[:last], strict=False)) if one != other)
-        return next(shared, min(len(opened), last))
+        return shared_start(self._opened(prompt), ids)
 
     def _opened(self, prompt: dict[str, Any]) -> Sequence[int]:
         key = hashlib.blake2b(repr(prompt).encode(), digest_size=16).digest()
@@ -40,6 +38,13 @@ class Openings:
                 self._ids.clear()
             self._ids[key] = array("i", self._encode(prompt))
         return self._ids[key]
+
+
+def shared_start(opened: Sequence[int], ids: Sequence[int]) -> int:
+    """How many ids `opened` and `ids` share at their beginning, at most all but the last of `ids`."""
+    last = len(ids) - 1
+    shared = (place for place, (one, other) in enumerate(zip(opened, ids[:last], strict=False)) if one != other)
+    return next(shared, min(len(opened), last))
 
 
 def _prompt_of(item: Any) -> dict[str, Any] | None:

@@ -53,6 +53,8 @@ class Scorer:
     - {"prompt", "response"}, each a text or a list of messages: with a chat template, texts become a user and an
       assistant message; without one, two texts are concatenated. A prompt may also be {"messages", "tools"}, or
       {"system", "text"}: a system and a user message, or without a template two texts with a blank line between.
+    - {"rendered", "prompt"}: a text that a chat template has written already, and its beginning up to the response, if
+      it is known; see `rendered.RenderedTexts`.
     - what `read` gave for such an item.
     A mapping may have "tools" for the chat template. A mapping with "complete": False holds a truncated response: its
     turn or text gets no end.

@@ -9,7 +9,9 @@ from numbers import Integral
 from textwrap import shorten
 from typing import Any, NamedTuple, TypeAlias
 
+from .errors import ItemError as ItemError
 from .opening import Openings
+from .rendered import RenderedTexts
 
 Message: TypeAlias = Mapping[str, Any]
 
@@ -49,14 +51,6 @@ _STRFTIME_NOW = "{% macro strftime_now(format) %}{{ format" + "".join(
 ) + " }}{% endmacro %}\n"  # fmt: skip
 
 
-class ItemError(ValueError):
-    """An item cannot be encoded. `reason` is the message without the item's name, for callers with a file and line."""
-
-    def __init__(self, reason: str, name: str = "item") -> None:
-        super().__init__(f"Scorer: {name}: {reason}")
-        self.reason = reason
-
-
 class ItemEncoder:
     """Encode items with one tokeniser and one EOS policy; `Scorer`'s docstring has the forms and rules.
 
@@ -79,6 +73,7 @@ class ItemEncoder:
         self.vocab_size = vocab_size
         self.finds_response = finds_response
         self._openings = Openings(self._opening_ids)
+        self._rendered_texts = RenderedTexts(tokenizer, self._tokens, self._plain, self._rendered)
         self._kept = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
 
     def encode(self, item: Item, name: str = "item") -> tuple[list[int], bool]:
@@ -93,9 +88,12 @@ class ItemEncoder:
         if isinstance(item, Encoded):
             return item
         try:
-            ids = self._ids(item)
+            if isinstance(item, Mapping) and "rendered" in item:
+                ids, start = self._rendered_texts.read(item, finds_response)
+            else:
+                ids = self._ids(item)
+                start = self._openings.response_start(item, ids) if finds_response and ids else 0
             self._check(ids)
-            start = self._openings.response_start(item, ids) if finds_response else 0
         except ItemError as error:
             raise ItemError(error.reason, name) from error.__cause__
         if self.max_length is None or len(ids) <= self.max_length:
