@@ -7,7 +7,7 @@ from .calibration import calibrate
 from .config import EnsembleRewardConfig
 from .head import EnsembleHead
 from .model import EnsembleRewardModel, EnsembleRewardOutput
-from .scorer import Scorer, Scores
+from .scorer import HeadScores, Scorer, Scores
 from .trust import fit_trust
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "EnsembleRewardConfig",
     "EnsembleRewardModel",
     "EnsembleRewardOutput",
+    "HeadScores",
     "Scorer",
     "Scores",
     "calibrate",

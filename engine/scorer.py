@@ -43,6 +43,15 @@ class Scores:
     num_truncated: int
 
 
+class HeadScores(NamedTuple):
+    """What K heads say of N items, on the CPU, in fp32: mean and std [N, K], distance [N] or None, as in `Scores`."""
+
+    mean: Tensor
+    std: Tensor
+    distance: Tensor | None
+    num_truncated: int = 0
+
+
 class Scorer:
     """Score texts, chats or token ids on the model's own device, in eval mode and without gradients.
 
@@ -156,29 +165,35 @@ class Scorer:
         Raises:
             ValueError: also for an aggregation that prices a distance (`trust=`) which the model does not measure.
         """
+        self._spec(aggregation)  # before the forward passes, not after them
+        return self.combine(self.heads(items), aggregation=aggregation, seed=seed)
+
+    def heads(self, items: Sequence[Item]) -> HeadScores:
+        """What the heads say of the items, before any aggregation; see the class for items and errors."""
         head = self.model.score
-        spec = head.aggregation if aggregation is None else Aggregation.parse(aggregation)
-        k = head.num_heads
-        spec.check_heads(k)
-        head.check_price(spec)
-        region = head.trust
-        if spec.centre == "group":
-            raise ValueError(f"Scorer: aggregation: expected centre=none or centre=batch, got {str(spec)!r}")
+        k, measures = head.num_heads, head.trust is not None
         sequences, num_truncated = self._encode_all(items)
 
-        def heads(input_ids: Tensor, attention_mask: Tensor, start: Tensor | None) -> Tensor:
+        def numbers(input_ids: Tensor, attention_mask: Tensor, start: Tensor | None) -> Tensor:
             output = head(self.model.features(input_ids, attention_mask, start), aggregation="mean")
             far = output.mean[:, :0] if output.distance is None else output.distance[:, None]
             return torch.cat([output.mean, output.std, far], dim=1)
 
-        width = 2 * k + (region is not None)
-        mean, std, *far = self._map(sequences, heads, width, torch.float32).tensor_split((k, 2 * k), dim=1)
-        distance = None if region is None else far[0][:, 0].contiguous()
+        mean, std, *far = self._map(sequences, numbers, 2 * k + measures, torch.float32).tensor_split((k, 2 * k), dim=1)
+        distance = far[0][:, 0].contiguous() if measures else None
+        return HeadScores(mean.contiguous(), std.contiguous(), distance, num_truncated)
+
+    def combine(
+        self, heads: HeadScores, *, aggregation: str | Aggregation | None = None, seed: int | None = None
+    ) -> Scores:
+        """Make the rewards of what `heads` found; arguments, result and errors as of `score`."""
+        spec, head = self._spec(aggregation), self.model.score
+        mean, std, distance, num_truncated = heads
         values = mean
         if seed is not None and spec.source == "sample":
-            values = mean + std * philox_normal(torch.tensor([seed]), len(sequences), k)
+            values = mean + std * philox_normal(torch.tensor([seed]), *mean.shape)
         std_ref = head.std_ref.detach().float().cpu()
-        unit = None if region is None else region.unit.cpu()
+        unit = None if head.trust is None else head.trust.unit.cpu()
         finite = (mean.isfinite() & std.isfinite()).all(1)
         reward = torch.full((len(mean),), float("nan"))
         if bool(finite.any()):  # without the others, which would spoil the worst head of the batch
@@ -193,17 +208,26 @@ class Scorer:
 
         num_nonfinite = int((~finite).sum())
         if num_nonfinite:
-            logger.warning("%d of %d items have a reward that is not finite", num_nonfinite, len(sequences))
+            logger.warning("%d of %d items have a reward that is not finite", num_nonfinite, len(mean))
         return Scores(
             reward=listed(reward),
             nominal=listed(nominal_reward(mean, std, spec, std_ref)),
             worst=listed(values.min(dim=1).values),
-            mean=mean.contiguous(),
-            std=std.contiguous(),
+            mean=mean,
+            std=std,
             distance=distance,
             num_nonfinite=num_nonfinite,
             num_truncated=num_truncated,
         )
+
+    def _spec(self, aggregation: str | Aggregation | None) -> Aggregation:
+        head = self.model.score
+        spec: Aggregation = head.aggregation if aggregation is None else Aggregation.parse(aggregation)
+        spec.check_heads(head.num_heads)
+        head.check_price(spec)
+        if spec.centre == "group":
+            raise ValueError(f"Scorer: aggregation: expected centre=none or centre=batch, got {str(spec)!r}")
+        return spec
 
     def _encode_all(self, items: Sequence[Item]) -> tuple[list[_Sequence], int]:
         """Each item as the model reads it, and how many items were truncated here."""

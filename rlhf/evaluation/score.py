@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from ...engine import Aggregation, Scorer, Scores
+from ...engine import Aggregation, Scorer
 from ...engine.text import ItemError
 from ..data.pairs import name_unread
 from ..data.reading import opened, value_of_line
@@ -25,12 +24,12 @@ from ..job.files import atomic_write_json, read_json, writing
 from ..job.log import muted
 from ..models.features import model_fingerprint
 from ..models.loading import load_reward
+from .by_item import ITEM_FIELDS, by_item
 from .config import ScoreConfig
 
 CHUNK_ROWS = 256  # rows read, scored and written at a time; bounds the memory, and the work that a kill loses
 _SIDES = ("chosen", "rejected")
-_FIELDS = ("reward", "nominal", "worst", "mean", "std", "distance")
-_OUTPUT = (*_FIELDS, "scores", "error")  # fields that a row of the input may not have: they would look like results
+_OUTPUT = (*ITEM_FIELDS, "scores", "error")  # fields that a row of the input may not have: they would look like results
 
 
 @dataclass
@@ -273,7 +272,7 @@ def _score(
     result.bad_rows += sum(row.error is not None for row in rows)
     result.nonfinite += scores.num_nonfinite
     result.truncated += scores.num_truncated
-    found = iter(_by_item(scores))
+    found = by_item(scores)
     return [_line(row, [next(found) for _ in row.items]) for row in rows]
 
 
@@ -290,21 +289,6 @@ def _try_encoding(row: _Row, scorer: Scorer) -> None:
             scorer.encode(item)
     except ItemError as error:
         row.error, row.items = error.reason, []
-
-
-def _by_item(scores: Scores) -> Iterator[dict[str, Any]]:
-    distance = [] if scores.distance is None else [scores.distance.tolist()]
-    columns = (scores.reward, scores.nominal, scores.worst, scores.mean.tolist(), scores.std.tolist(), *distance)
-    for values in zip(*columns, strict=True):
-        yield {
-            name: [_number(x) for x in value] if isinstance(value, list) else _number(value)
-            for name, value in zip(_FIELDS, values, strict=False)
-        }
-
-
-def _number(value: float | None) -> float | None:
-    """Nine significant digits, which tell any two fp32 numbers apart; None if not finite."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.9g}")
 
 
 def _line(row: _Row, found: list[dict[str, Any]]) -> bytes:
