@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..data.rows import RowError, items_of_row
-from .wire import Asked, DialectError, Result, messages_of, object_of, shown, texts_of
+from .wire import Asked, DialectError, Result, is_messages, messages_of, object_of, shown, texts_of
 
 _KINDS = ("texts", "chats", "items", "pairs")
 _SIDES = ("chosen", "rejected")
@@ -18,7 +18,7 @@ def read_score(body: Any, query: Mapping[str, str]) -> Asked:
     texts   whole texts, prompt and response, as plain text
     chats   lists of messages; the last turn of role assistant is the response
     items   {"prompt", "response"} or {"messages"}, with the columns that `prudent score` reads; "complete": false for a
-            response that was cut short
+            response that was cut short; or any other form of `Scorer`
     pairs   {"chosen", "rejected"}, with or without a prompt
 
     A score is {"reward", "nominal", "worst", "mean", "std", "distance", "finite"}; that of a pair is {"chosen",
@@ -47,7 +47,9 @@ def read_score(body: Any, query: Mapping[str, str]) -> Asked:
     return Asked(items, reply, model, query.get("aggregation"))
 
 
-def _rows(kind: str, row: Any, field: str) -> list[dict[str, Any]]:
+def _rows(kind: str, row: Any, field: str) -> list[Any]:
+    if kind == "items" and (isinstance(row, (str, list)) or _is_item(row)):
+        return [{"messages": row}] if is_messages(row) else [row]
     try:
         items = items_of_row(object_of(row, field))
     except RowError as error:
@@ -56,6 +58,11 @@ def _rows(kind: str, row: Any, field: str) -> list[dict[str, Any]]:
         wanted = "chosen and rejected" if kind == "pairs" else "one response (a pair belongs into pairs)"
         raise DialectError(field, wanted, f"{len(items)} responses")
     return items
+
+
+def _is_item(row: Any) -> bool:
+    """Whether `row` is an item in a form of `Scorer` that no row of a file has."""
+    return isinstance(row, Mapping) and ("rendered" in row or isinstance(row.get("prompt"), Mapping))
 
 
 def _halves(sentence: str) -> tuple[str, str]:

@@ -212,6 +212,12 @@ class TestScore:
         pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
         assert [item["response"] for item in read("prudent", {"pairs": [pair]}).items] == ["b", "c"]
 
+    def test_items_may_have_every_form_of_scorer(self) -> None:
+        chat = [{"role": "user", "content": "a"}]
+        rendered, system = {"rendered": "a"}, {"prompt": {"system": "a", "text": "b"}, "response": "c"}
+        items = read("prudent", {"items": ["a", [1, 2], chat, rendered, system]}).items
+        assert items == ["a", [1, 2], {"messages": chat}, rendered, system]
+
     def test_a_score_has_everything_and_says_whether_it_is_finite(self) -> None:
         answer = reply("prudent", {"texts": ["a", "b"]}, RESULT, NOTHING)
         assert answer == {"scores": [{**RESULT, "finite": True}, {**NOTHING, "finite": False}]}

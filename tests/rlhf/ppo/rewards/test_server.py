@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from prudent.rlhf.doors import http
 from prudent.rlhf.ppo.batch import Samples
-from prudent.rlhf.ppo.rewards import server
 from prudent.rlhf.ppo.rewards.server import HTTPReward
 from prudent.rlhf.ppo.rewards.sources import Texts
 from prudent.rlhf.sampling.prompts import Prompt
@@ -46,7 +46,7 @@ class _Server(BaseHTTPRequestHandler):
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[str, type[_Server]]]]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(server, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr(http, "WAITS", (0.01, 0.01))
     servers: list[HTTPServer] = []
 
     def start(*answers: tuple[int, bytes]) -> tuple[str, type[_Server]]:
@@ -54,7 +54,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[str, 
         running = HTTPServer(("127.0.0.1", 0), handler)
         servers.append(running)
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{running.server_port}/score", handler
+        return f"http://127.0.0.1:{running.server_port}/reward", handler
 
     yield start
     for running in servers:
@@ -93,6 +93,27 @@ def test_every_failed_try_is_one_warning(
         f"reward.source: {url}: try 1 of 3: 503 Service Unavailable: 'busy'; again in 0.01 s",
         f"reward.source: {url}: try 2 of 3: IncompleteRead(3 bytes read, 97 more expected); again in 0.01 s",
     ]
+
+
+def test_a_url_of_prudent_serve_or_vllm_is_asked_in_its_own_form(
+    tokenizer: Any, prompts: list[Prompt], samples: Samples, serve: Any
+) -> None:
+    scores = [
+        {"reward": r, "nominal": 2, "worst": 1, "mean": [1, 2], "std": [3, 4], "distance": 5} for r in (1, None, 3)
+    ]
+    url, handler = serve((200, json.dumps({"scores": scores}).encode()))
+    rewards = _open(url.replace("/reward", "/score"), tokenizer, prompts)(samples)
+    assert rewards.reward[[0, 2]].tolist() == [1, 3]
+    assert rewards.reward[1].isnan()
+    assert rewards.std is not None
+    assert rewards.std.tolist() == [[3, 4]] * 3
+    assert handler.seen[0]["items"][0] == {"prompt": "my day", "response": "good food"}
+    vector = b'{"data": [{"index": 0, "data": [1, 2, 3, 4, 5, 6]}]}'
+    url, handler = serve((200, vector))
+    rewards = _open(url.replace("/reward", "/pooling"), tokenizer, prompts)(samples)
+    assert rewards.reward.tolist() == [6, 6, 6]
+    assert rewards.distance is not None
+    assert [body["messages"][-1]["content"] for body in handler.seen] == ["good food", "bad hotel", ""]
 
 
 @pytest.mark.parametrize(
@@ -158,11 +179,11 @@ def test_the_proxy_that_the_environment_names_is_used(
     tokenizer: Any, prompts: list[Prompt], samples: Samples, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy, handler = serve((200, b"[1, 2, 3]"))
-    monkeypatch.setenv("http_proxy", proxy.removesuffix("/score").replace("http://", "http://me:secret@"))
-    assert _open("http://no.such.host/score", tokenizer, prompts)(samples).reward.tolist() == [1, 2, 3]
-    assert handler.paths == ["http://no.such.host/score"]
+    monkeypatch.setenv("http_proxy", proxy.removesuffix("/reward").replace("http://", "http://me:secret@"))
+    assert _open("http://no.such.host/reward", tokenizer, prompts)(samples).reward.tolist() == [1, 2, 3]
+    assert handler.paths == ["http://no.such.host/reward"]
     assert handler.authorization == "Basic bWU6c2VjcmV0"
 
 
 def test_a_request_is_sent_again_after_1_4_and_16_seconds() -> None:
-    assert server.WAITS == (1, 4, 16)
+    assert http.WAITS == (1, 4, 16)
