@@ -154,6 +154,48 @@ examples:
         ),
         "the same command starts over (with --set feature_cache=FOLDER it keeps the features)",
     ),
+    "serve": Job(
+        "serve.serve",
+        "ServeConfig",
+        "run_serve",
+        "answer rewards over HTTP, in the dialects of trainers and engines",
+        """Load one or more reward models and answer until SIGTERM or Ctrl-C; requests under way are answered first.
+Items of all requests share forward passes.
+
+  /score                 texts, chats, responses, pairs: reward, each head's mean and std, distance
+  /get_reward            OpenRLHF (--reward.remote_url) and prudent ppo (--reward URL)
+  /slime                 slime (--rm-type remote_rm --rm-url URL --reward-key reward)
+  /v1/score/evaluation   LLaMA-Factory (reward_model_type: api)
+  /verify                NeMo-Gym
+  /classify, /pooling, /v1/embeddings   as vLLM and SGLang answer, the reward last; verl reads them
+  /                      a page: a prompt, two responses, every head, every aggregation
+  /health, /metrics, /openapi.json
+
+Every path takes ?aggregation=lcb:1 and ?model=NAME. Only this machine reaches the server unless --host says
+otherwise; then set a bearer token, best in the environment as PRUDENT_TOKEN.
+
+examples:
+  prudent serve --model runs/reward/model
+  prudent serve --model runs/reward/model --aggregation trust:1 --port 9000
+  prudent serve --model small=runs/a/model --model large=runs/b/model        # ?model=large asks the second
+  PRUDENT_TOKEN=secret prudent serve --model runs/reward/model --host 0.0.0.0
+  curl -s localhost:8000/score -H 'content-type: application/json' \\
+      -d '{"items": [{"prompt": "Name a colour.", "response": "Blue."}]}'""",
+        ("model", "host", "port", "token", "aggregation"),
+        (
+            "batch_tokens",
+            "wait_ms",
+            "timeout",
+            "read_timeout",
+            "max_queue",
+            "max_items",
+            "max_chars",
+            "max_body",
+            "max_length",
+            "append_eos",
+        ),
+        "the same command starts it again",
+    ),
     "sample": Job(
         "sampling.sample",
         "SampleConfig",

@@ -105,7 +105,12 @@ setup(
     package_dir={"prudent": "."},
     packages=["prudent", *("prudent." + p for p in find_packages(include=["kernels*", "engine*", "rlhf*", "bench*"]))],
     include_package_data=False,
-    package_data={"prudent": ["py.typed"], "prudent.rlhf.report": ["*.html"], "prudent.rlhf.sampling": ["*.txt"]},
+    package_data={
+        "prudent": ["py.typed"],
+        "prudent.rlhf.report": ["*.html"],
+        "prudent.rlhf.sampling": ["*.txt"],
+        "prudent.rlhf.serve": ["*.html"],
+    },
     ext_modules=[Extension("prudent._C", sources=[])] if NATIVE else [],
     cmdclass={"build_ext": CMakeBuild, "build_py": Modules, "bdist_wheel": AnyPythonWheel},
 )

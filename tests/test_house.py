@@ -16,7 +16,8 @@ PARTS = ("kernels", "engine", "rlhf", "bench")
 # a room may import the rooms before it, never one after it; rooms of rlhf/ are named by their folder
 ORDER = (
     *("kernels", "engine", ""),  # "": the package's own __init__.py
-    *("job", "data", "models", "report", "sampling", "evaluation", "reward", "export", "doors", "ppo", "plan", "demo", "study"),
+    *("job", "data", "models", "report", "sampling", "evaluation", "reward", "export", "doors", "serve"),
+    *("ppo", "plan", "demo", "study"),
     *("commands", "study_commands", "cli", "bench"),
 )
 

@@ -80,3 +80,5 @@ def _vectors(name: str) -> dict[str, Any]:
 
 
 CLASSIFIED, POOLED, EMBEDDED = _vectors("probs"), _vectors("data"), _vectors("embedding")
+
+COMPARE = _object("prompt responses", prompt=_TEXT, responses={**_list(_TEXT), "minItems": 1}, model=_TEXT)

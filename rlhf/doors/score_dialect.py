@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..data.rows import RowError, items_of_row
-from .wire import Asked, DialectError, Result, is_messages, messages_of, object_of, shown, texts_of
+from .wire import Asked, DialectError, Result, halves, is_messages, messages_of, object_of, shown, texts_of
 
 _KINDS = ("texts", "chats", "items", "pairs")
 _SIDES = ("chosen", "rejected")
@@ -53,7 +53,7 @@ def _rows(kind: str, row: Any, field: str) -> list[Any]:
     try:
         items = items_of_row(object_of(row, field))
     except RowError as error:
-        raise DialectError(field, *_halves(str(error))) from None
+        raise DialectError(field, *halves(str(error))) from None
     if (kind == "pairs") != (len(items) == 2):
         wanted = "chosen and rejected" if kind == "pairs" else "one response (a pair belongs into pairs)"
         raise DialectError(field, wanted, f"{len(items)} responses")
@@ -63,12 +63,6 @@ def _rows(kind: str, row: Any, field: str) -> list[Any]:
 def _is_item(row: Any) -> bool:
     """Whether `row` is an item in a form of `Scorer` that no row of a file has."""
     return isinstance(row, Mapping) and ("rendered" in row or isinstance(row.get("prompt"), Mapping))
-
-
-def _halves(sentence: str) -> tuple[str, str]:
-    """A row's error, "field: expected this, got that", as (this, that)."""
-    expected, _, got = sentence.rpartition(", got ")
-    return (expected.replace("expected ", "", 1), got) if expected else (sentence, "another row")
 
 
 def _scored(result: Result) -> dict[str, Any]:

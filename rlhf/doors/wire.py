@@ -78,6 +78,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def halves(sentence: str) -> tuple[str, str]:
+    """Our errors' "expected this, got that" as (this, that)."""
+    expected, _, got = sentence.rpartition(", got ")
+    return (expected.replace("expected ", "", 1), got) if expected else (sentence, "something else")
+
+
 def object_of(body: Any, field: str = "body") -> Mapping[str, Any]:
     """`body` if it is a JSON object. Raises DialectError."""
     if not isinstance(body, Mapping):

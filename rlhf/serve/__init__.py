@@ -1,0 +1,1 @@
+"""`prudent serve`: rewards over HTTP, in every dialect of `doors.dialects`."""

@@ -1,0 +1,91 @@
+"""The models that a server holds, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...engine import Aggregation, HeadScores, Scorer
+from ...engine.text import Encoded
+from ..doors.wire import DialectError, halves, shown
+from ..evaluation.by_item import by_item
+from ..models.loading import load_reward
+from .config import ServeConfig, check_spec, named
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model under a name; `aggregation` is what a request gets that asks for none."""
+
+    name: str
+    source: str
+    scorer: Scorer
+    aggregation: Aggregation
+
+    @property
+    def num_heads(self) -> int:
+        """K."""
+        return int(self.scorer.model.score.num_heads)
+
+    def spec(self, text: str | None) -> Aggregation:
+        """The aggregation that a request asks for. Raises DialectError."""
+        try:
+            spec = self.aggregation if text is None else Aggregation.parse(text)
+            check_spec(spec)
+            spec.check_heads(self.num_heads)
+            self.scorer.model.score.check_price(spec)
+        except ValueError as error:
+            raise DialectError("aggregation", *halves(str(error).partition(": ")[2])) from None
+        return spec
+
+    def results(self, read: Sequence[Encoded], heads: HeadScores, spec: Aggregation) -> list[dict[str, Any]]:
+        """One dict an item: `by_item`'s, whether it was truncated, and its number of tokens."""
+        found = by_item(self.scorer.combine(heads, aggregation=spec))
+        return [
+            {**result, "truncated": item.truncated, "tokens": len(item.ids)}
+            for item, result in zip(read, found, strict=True)
+        ]
+
+
+class Models:
+    """Served models by name; the first is the default."""
+
+    def __init__(self, models: Iterable[Served]) -> None:
+        self.by_name = {served.name: served for served in models}
+        self.default = next(iter(self.by_name.values()))
+
+    def chosen(self, query: str | None, body: str | None) -> Served:
+        """The model that the query parameter names, or the body; the default if neither does. Raises DialectError.
+
+        A body may also name a model by its folder, as verl does. One model serves any name in a body.
+        """
+        for name in (query, body):
+            if name is None:
+                continue
+            found = self.by_name.get(name) or next((m for m in self.by_name.values() if m.source == name), None)
+            if found is not None:
+                return found
+            if name is query or len(self.by_name) > 1:
+                raise DialectError("model", f"one of {', '.join(self.by_name)}", shown(name), 404)
+        return self.default
+
+
+def load_models(config: ServeConfig) -> Models:
+    """Load every model of the config. ValueError for one that cannot be loaded or scored with its aggregation."""
+    models = []
+    for name, source in map(named, config.model):
+        reward = load_reward("model", source, append_eos=config.append_eos)
+        scorer = reward.scorer(config.batch_tokens, config.max_length)
+        head = scorer.model.score
+        spec = head.aggregation.with_centre("none") if config.aggregation is None else None
+        spec = spec or Aggregation.parse(config.aggregation or "")
+        check_spec(spec)
+        spec.check_heads(head.num_heads)
+        head.check_price(spec)
+        with torch.no_grad():
+            scorer.score([[0]], aggregation=spec)  # a model that cannot run fails here, not at the first request
+        models.append(Served(name, source, scorer, spec))
+    return Models(models)
