@@ -28,6 +28,9 @@ from .queue import Busy, ScoringQueue
 
 T = TypeVar("T")
 _PARAMETERS = ("aggregation", "model", "rendered", "value")
+_POLICY = (
+    "default-src 'none'; img-src data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+)
 _GONE = 499  # nginx's status for a client that closed the connection; nobody reads it
 
 
@@ -85,14 +88,14 @@ class Server:
             return asked.reply(results)
         except DialectError as error:
             fields = {"field": error.field, "expected": error.expected, "got": error.got}
-            raise Refused(error.status, str(error), **fields) from None
+            raise Refused(error.status, str(error), None, **fields) from None
         except ItemError as error:
             name = str(error).removeprefix("Scorer: ").partition(": ")[0]
             expected, got = halves(error.reason)
             raise Refused(422, f"{name}: {error.reason}", field=name, expected=expected, got=got) from None
         except RecursionError:
             fields = {"field": "body", "expected": "JSON of less depth", "got": "a deeper one"}
-            raise Refused(422, "body: expected JSON of less depth", **fields) from None
+            raise Refused(422, "body: expected JSON of less depth", None, **fields) from None
 
     async def _scored(self, request: Request, model: Served, items: Sequence[Any], dialect: Dialect) -> Any:
         limit = self.config.timeout
@@ -177,8 +180,7 @@ def make_app(server: Server) -> FastAPI:
 
     @app.get("/", include_in_schema=False)
     async def look() -> Response:
-        policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
-        headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+        headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
         return Response(page, media_type="text/html; charset=utf-8", headers=headers)
 
     @app.get("/health", summary="Whether the server can score, and its models.", responses=openapi.HEALTH)
