@@ -6,7 +6,8 @@ from typing import Any
 
 _TEXT = {"type": "string"}
 _ANY: dict[str, Any] = {}
-_NUMBER = {"type": ["number", "null"]}
+# not {"type": ["number", "null"]}, which schemathesis 4.32 cannot read
+_NUMBER = {"anyOf": [{"type": "number"}, {"type": "null"}]}
 
 
 def _list(of: Any) -> dict[str, Any]:
@@ -43,7 +44,7 @@ _SCORES = _object(
 )  # fmt: skip
 _PAIR_SCORES = _object(
     "chosen rejected margin preferred",
-    chosen=_SCORES, rejected=_SCORES, margin=_NUMBER, preferred={"type": ["string", "null"]},
+    chosen=_SCORES, rejected=_SCORES, margin=_NUMBER, preferred={"anyOf": [_TEXT, {"type": "null"}]},
 )  # fmt: skip
 SCORED = _object("scores", scores=_list(_either(_SCORES, _PAIR_SCORES)))
 
@@ -82,3 +83,10 @@ def _vectors(name: str) -> dict[str, Any]:
 CLASSIFIED, POOLED, EMBEDDED = _vectors("probs"), _vectors("data"), _vectors("embedding")
 
 COMPARE = _object("prompt responses", prompt=_TEXT, responses={**_list(_TEXT), "minItems": 1}, model=_TEXT)
+_NUMBERS = _list(_NUMBER)
+COMPARED = _object(
+    "model responses aggregations",
+    model=_TEXT,
+    responses=_list(_object("mean std", mean=_NUMBERS, std=_NUMBERS, distance=_NUMBER)),
+    aggregations=_list(_object("aggregation rewards", aggregation=_TEXT, rewards=_NUMBERS)),
+)

@@ -28,9 +28,7 @@ from .queue import Busy, ScoringQueue
 
 T = TypeVar("T")
 _PARAMETERS = ("aggregation", "model", "rendered", "value")
-_POLICY = (
-    "default-src 'none'; img-src data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
-)
+_POLICY = "default-src 'none'; img-src data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
 _GONE = 499  # nginx's status for a client that closed the connection; nobody reads it
 
 

@@ -41,20 +41,7 @@ def comparison(model: Served, own: Aggregation, heads: HeadScores, results: Sequ
     }
 
 
-_NUMBERS = {"type": "array", "items": {"type": ["number", "null"]}}
-_ANSWER = {
-    "type": "object",
-    "required": ["model", "responses", "aggregations"],
-    "properties": {
-        "model": {"type": "string"},
-        "responses": {"type": "array", "items": {"type": "object", "properties": {"mean": _NUMBERS, "std": _NUMBERS}}},
-        "aggregations": {
-            "type": "array",
-            "items": {"type": "object", "properties": {"aggregation": {"type": "string"}, "rewards": _NUMBERS}},
-        },
-    },
-}
 COMPARE = Dialect(
     "compare", "/compare", "Responses to one prompt under every aggregation; the page asks this.",
-    read_comparison, schemas.COMPARE, _ANSWER,
+    read_comparison, schemas.COMPARE, schemas.COMPARED,
 )  # fmt: skip
