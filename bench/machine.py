@@ -65,7 +65,7 @@ def _ceilings(device: torch.device, quick: bool) -> tuple[float, dict[str, float
 def describe(device: str | torch.device, quick: bool = False) -> Machine:
     """Measure the rates (some seconds; `quick` uses a small buffer, for tests) and read the rest from the system."""
     device = torch.device(device)
-    commit, dirty = _commit()
+    commit, dirty = revision()
     bandwidth, matrix = _ceilings(device, quick)
     cuda = device.type == "cuda"
     return Machine(
@@ -155,7 +155,7 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _commit() -> tuple[str, bool]:
+def revision() -> tuple[str, bool]:
     """The commit, and whether a tracked file (results excepted) differs from it. Outside git, PRUDENT_COMMIT names the
     commit of a copied checkout; else ("unknown", True).
     """

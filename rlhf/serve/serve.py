@@ -14,6 +14,7 @@ from typing import Any
 from .config import ServeConfig
 
 logger = logging.getLogger(__name__)
+_BACKLOG = 2048  # connections that wait to be accepted
 _MISSING = "serve: expected {}, which is not installed: pip install 'prudent[serve]'"
 
 
@@ -48,7 +49,7 @@ def run_serve(config: ServeConfig, *, progress: bool = True) -> ServeResult:
         raise ImportError(_MISSING.format(error.name)) from error
     from .models import load_models
 
-    listening = _listen(config.host, config.port)
+    listening = _bind(config.host, config.port)
     with listening:
         token = config.token or os.environ.get("PRUDENT_TOKEN") or None
         server = Server(config, load_models(config), token)
@@ -56,6 +57,7 @@ def run_serve(config: ServeConfig, *, progress: bool = True) -> ServeResult:
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         if token is None and not _is_loopback(host):
             logger.warning("serve: %s can be reached by others and has no token: set PRUDENT_TOKEN", address)
+        listening.listen(_BACKLOG)  # only now: a client must not wait for the models to load
         if progress:
             _announce(server, address)
         running = uvicorn.Server(
@@ -66,7 +68,7 @@ def run_serve(config: ServeConfig, *, progress: bool = True) -> ServeResult:
                 log_level="warning",
                 access_log=False,
                 timeout_graceful_shutdown=int(config.timeout) + 1,
-                backlog=2048,
+                backlog=_BACKLOG,
             )
         )
         if hasattr(signal, "SIGTERM"):
@@ -86,8 +88,8 @@ def _announce(server: Any, address: str) -> None:
     print(f"on {address}: the page is /, the paths are in /openapi.json", file=sys.stderr, flush=True)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket; before the models are loaded, which can take minutes."""
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet. A port that is taken is found before the models are loaded."""
     try:
         family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listening = socket.socket(family, socket.SOCK_STREAM)

@@ -87,13 +87,13 @@ def launch(reward_folder: Path) -> Iterator[Callable[..., Running]]:
     from prudent.rlhf.serve.app import Server, make_app
     from prudent.rlhf.serve.models import load_models
     from prudent.rlhf.serve.protocol import protocol
-    from prudent.rlhf.serve.serve import _listen
+    from prudent.rlhf.serve.serve import _bind
 
     started: list[tuple[Any, threading.Thread]] = []
 
     def start(**given: Any) -> Running:
         config = ServeConfig(**{"model": (str(reward_folder),), "port": 0, **given})
-        listening = _listen(config.host, config.port)
+        listening = _bind(config.host, config.port)
         server = Server(config, load_models(config), config.token)
         options: Any = {"http": protocol(config.read_timeout), "ws": "none", "log_level": "error"}
         running = uvicorn.Server(uvicorn.Config(make_app(server), **options))
