@@ -81,7 +81,7 @@ def measure(server: Process, texts: Texts, clients: int, requests: int, toleranc
     passes = server.metric("batch_items_count") - batches
     return {
         "clients": clients, "requests": requests, "rate": requests / wall, "p50": cuts[49], "p99": cuts[98],
-        "items_a_pass": (server.metric("items_total") - items) / passes,
+        "items_a_batch": (server.metric("items_total") - items) / passes,
         "lost": sum(reply.status != 200 for reply in replies),
         "wrong": sum(tolerance < difference < float("inf") for difference in differences),
         "largest_difference": max((d for d in differences if d < float("inf")), default=float("inf")),
@@ -106,12 +106,12 @@ def table(record: dict[str, Any]) -> str:
     where = f"{record['machine']}, {record['cores']} cores shared with other work, commit {record['commit']}."
     lines = [where, f"Model: {record['model']}.", ""]
     if record["load"]:
-        lines += ["| | clients | requests/s | p50, ms | p99, ms | items a pass | lost | wrong | largest difference |",
+        lines += ["| | clients | requests/s | p50, ms | p99, ms | items a batch | lost | wrong | largest difference |",
                   "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, row in record["load"].items():
         lines.append(
             f"| {name.rpartition(', ')[0]} | {row['clients']} | {row['rate']:.0f} | {row['p50'] * 1e3:.1f} "
-            f"| {row['p99'] * 1e3:.1f} | {row['items_a_pass']:.1f} | {row['lost']} | {row['wrong']} "
+            f"| {row['p99'] * 1e3:.1f} | {row['items_a_batch']:.1f} | {row['lost']} | {row['wrong']} "
             f"| {row['largest_difference']:.1e} |"
         )
     if record["faults"]:

@@ -218,9 +218,7 @@ def _mount(app: FastAPI, server: Server, dialect: Dialect) -> None:
 async def until_gone(request: Request, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled when the client closes its connection. Raises Refused then."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(
-        request.receive()
-    )  # the body is read, so the next message is the end of the connection
+    gone = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -230,6 +228,11 @@ async def until_gone(request: Request, work: Awaitable[T]) -> T:
         for one in (task, gone):
             one.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass  # the end of a body may come as a message of its own
 
 
 def parsed(raw: bytes) -> Any:

@@ -28,7 +28,9 @@ class ServeConfig(JobConfig):
         default=None,
         description="How K heads become one reward, unless a request says otherwise; null: the model's own.",
     )
-    batch_tokens: int = Field(default=4096, ge=1, description="Tokens of a forward pass, from one or more requests.")
+    batch_tokens: int = Field(
+        default=4096, ge=1, description="Tokens taken from the queue at a time; a CPU scores them in passes of 512."
+    )
     wait_ms: float = Field(default=3.0, ge=0, description="Milliseconds that an item waits for others to join it.")
     max_length: int | None = Field(
         default=None, ge=1, description="Tokens kept, from the end, of a longer text; null: the model's limit."

@@ -38,12 +38,12 @@ class Metrics:
             "distance", "Distance from the reference responses.", ("model",), buckets=_DISTANCE, **register
         )
         self.std = Histogram("head_std", "Mean of the heads' stds.", ("model",), buckets=_STD, **register)
-        self.batch_items = Histogram("batch_items", "Items of a forward pass.", buckets=_ITEMS, **register)
-        self.batch_tokens = Histogram("batch_tokens", "Tokens of a forward pass.", buckets=_TOKENS, **register)
-        self.batch_seconds = Histogram("batch_seconds", "Seconds of a forward pass.", buckets=_SECONDS, **register)
+        self.batch_items = Histogram("batch_items", "Items scored together.", buckets=_ITEMS, **register)
+        self.batch_tokens = Histogram("batch_tokens", "Tokens scored together.", buckets=_TOKENS, **register)
+        self.batch_seconds = Histogram("batch_seconds", "Seconds of scoring them.", buckets=_SECONDS, **register)
 
     def batch(self, model: str, lengths: Sequence[int], seconds: float) -> None:
-        """Count a forward pass over sequences of these `lengths`."""
+        """Count a batch of sequences of these `lengths`."""
         self.items.labels(model).inc(len(lengths))
         self.batch_items.observe(len(lengths))
         self.batch_tokens.observe(sum(lengths))

@@ -15,6 +15,10 @@ from ..evaluation.by_item import by_item
 from ..models.loading import load_reward
 from .config import ServeConfig, check_spec, named
 
+# Tokens of a forward pass on a CPU, where more only add padding: of 8 texts of 20 to 260 tokens (a Llama of 4 layers,
+# width 128, one core), an item took 7.2 ms of the core alone, 6.4 ms in passes of 512 tokens and 8.0 ms of 4096.
+_CPU_TOKENS = 512
+
 
 @dataclass(frozen=True)
 class Served:
@@ -78,7 +82,8 @@ def load_models(config: ServeConfig) -> Models:
     models = []
     for name, source in map(named, config.model):
         reward = load_reward("model", source, append_eos=config.append_eos)
-        scorer = reward.scorer(config.batch_tokens, config.max_length)
+        tokens = config.batch_tokens if torch.cuda.is_available() else min(config.batch_tokens, _CPU_TOKENS)
+        scorer = reward.scorer(tokens, config.max_length)
         head = scorer.model.score
         spec = head.aggregation.with_centre("none") if config.aggregation is None else None
         spec = spec or Aggregation.parse(config.aggregation or "")

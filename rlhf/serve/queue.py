@@ -1,4 +1,4 @@
-"""Dynamic batching: items of all requests wait a few milliseconds for each other and share forward passes."""
+"""Dynamic batching: items of all requests wait a few milliseconds for each other and are scored together."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class _Job:
 class ScoringQueue:
     """One thread tokenises, one runs the models; requests wait in the order in which they came.
 
-    A forward pass takes items of the oldest request and of others of its model, up to `batch_tokens`; it begins as soon
-    as they are that many, or when the oldest has waited for `wait` seconds. A request that is cancelled leaves the
+    A batch takes items of the oldest request and of others of its model, up to `batch_tokens`; it begins as soon as
+    they are that many, or when the oldest has waited for `wait` seconds. A request that is cancelled leaves the
     queue; only what is being computed for it at that moment is lost.
     """
 

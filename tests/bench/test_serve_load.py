@@ -39,5 +39,5 @@ def test_a_small_run_writes_rates_and_finds_no_wrong_reply(tmp_path: Path) -> No
     rows = json.loads(out.with_suffix(".json").read_text())["load"]
     assert set(rows) == {"serve, 2", "one a request, 2"}
     assert all((row["lost"], row["wrong"]) == (0, 0) and row["rate"] > 0 for row in rows.values())
-    assert rows["one a request, 2"]["items_a_pass"] == 1
+    assert rows["one a request, 2"]["items_a_batch"] == 1
     assert "| serve | 2 |" in out.with_suffix(".md").read_text()

@@ -110,6 +110,22 @@ def test_requests_of_many_clients_share_forward_passes_and_are_not_mixed_up(runn
     assert running.metric("batch_items_count") - before < len(items) / 2
 
 
+def test_a_body_that_comes_in_pieces_is_answered(running: Running, expected: float) -> None:
+    body = json.dumps({"items": [ITEM]}).encode()
+    pieces = [b"POST /score HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"]
+    pieces += [f"{len(part):x}\r\n".encode() + part + b"\r\n" for part in (body[:9], body[9:])]
+    with socket.create_connection((running.host, running.port), timeout=30) as connection:
+        for piece in (*pieces, b"0\r\n\r\n"):
+            connection.sendall(piece)
+            time.sleep(0.05)
+        answer = b""
+        while b"}" not in answer:
+            answer += connection.recv(1 << 16)
+    head, _, content = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert _close(json.loads(content)["scores"][0]["reward"], expected)
+
+
 def test_no_query_gets_an_empty_answer(running: Running) -> None:
     assert running.post("/get_reward", bodies.OPENRLHF_EMPTY).json["rewards"] == []
 
