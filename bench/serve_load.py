@@ -5,7 +5,7 @@
     python -m prudent.bench.serve_load --model runs/reward/model
 
 Each client keeps one connection and asks for one text a request, as trainers do; the load and the server are two
-processes on this machine and share its cores. Requests per second, p50 and p99 are of
+processes on this machine and share its cores. Requests per second, the server's CPU time, p50 and p99 are of
 
     serve          `prudent serve` with its default token budget and wait
     one a request  the same server with a budget of one token and no wait: one forward pass a request
@@ -72,15 +72,15 @@ def measure(server: Process, texts: Texts, clients: int, requests: int, toleranc
     """Requests a second, quantiles in seconds, and how the replies compare with the direct scores."""
     asyncio.run(load(server.port, texts.body, clients, min(requests, clients)))  # warm
     batches, items = server.metric("batch_items_count"), server.metric("items_total")
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), server.cpu_seconds
     replies = asyncio.run(load(server.port, texts.body, clients, requests))
-    wall = time.perf_counter() - began
+    wall, cpu = time.perf_counter() - began, server.cpu_seconds - cpu
     differences = [texts.difference(index, reply) for index, reply in enumerate(replies)]
     seconds = [reply.seconds for reply in replies]
     cuts = statistics.quantiles(seconds, n=100)
     passes = server.metric("batch_items_count") - batches
     return {
-        "clients": clients, "requests": requests, "rate": requests / wall, "p50": cuts[49], "p99": cuts[98],
+        "clients": clients, "requests": requests, "rate": requests / wall, "cpu": cpu / requests, "p50": cuts[49], "p99": cuts[98],
         "items_a_batch": (server.metric("items_total") - items) / passes,
         "lost": sum(reply.status != 200 for reply in replies),
         "wrong": sum(tolerance < difference < float("inf") for difference in differences),
@@ -106,11 +106,11 @@ def table(record: dict[str, Any]) -> str:
     where = f"{record['machine']}, {record['cores']} cores shared with other work, commit {record['commit']}."
     lines = [where, f"Model: {record['model']}.", ""]
     if record["load"]:
-        lines += ["| | clients | requests/s | p50, ms | p99, ms | items a batch | lost | wrong | largest difference |",
-                  "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        lines += ["| | clients | requests/s | CPU a request, ms | p50, ms | p99, ms | items a batch | lost | wrong | largest difference |",
+                  "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, row in record["load"].items():
         lines.append(
-            f"| {name.rpartition(', ')[0]} | {row['clients']} | {row['rate']:.0f} | {row['p50'] * 1e3:.1f} "
+            f"| {name.rpartition(', ')[0]} | {row['clients']} | {row['rate']:.0f} | {row['cpu'] * 1e3:.1f} | {row['p50'] * 1e3:.1f} "
             f"| {row['p99'] * 1e3:.1f} | {row['items_a_batch']:.1f} | {row['lost']} | {row['wrong']} "
             f"| {row['largest_difference']:.1e} |"
         )
