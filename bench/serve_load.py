@@ -44,6 +44,8 @@ from .serve_faults import run_faults
 from .serve_process import Process, Texts, serving
 
 MODES = {"serve": [], "one a request": ["--set", "batch_tokens=1", "--set", "wait_ms=0"]}
+_COLUMNS = ("", "clients", "requests/s", "CPU a request, ms", "p50, ms", "p99, ms", "items a batch", "lost", "wrong",
+            "largest difference")  # fmt: skip
 HEADER = "# `prudent serve` under load\n\nMade by `python -m prudent.bench.serve_load{flags}`; see its docstring.\n"
 
 
@@ -80,7 +82,8 @@ def measure(server: Process, texts: Texts, clients: int, requests: int, toleranc
     cuts = statistics.quantiles(seconds, n=100)
     passes = server.metric("batch_items_count") - batches
     return {
-        "clients": clients, "requests": requests, "rate": requests / wall, "cpu": cpu / requests, "p50": cuts[49], "p99": cuts[98],
+        "clients": clients, "requests": requests, "rate": requests / wall, "cpu": cpu / requests,
+        "p50": cuts[49], "p99": cuts[98],
         "items_a_batch": (server.metric("items_total") - items) / passes,
         "lost": sum(reply.status != 200 for reply in replies),
         "wrong": sum(tolerance < difference < float("inf") for difference in differences),
@@ -106,14 +109,12 @@ def table(record: dict[str, Any]) -> str:
     where = f"{record['machine']}, {record['cores']} cores shared with other work, commit {record['commit']}."
     lines = [where, f"Model: {record['model']}.", ""]
     if record["load"]:
-        lines += ["| | clients | requests/s | CPU a request, ms | p50, ms | p99, ms | items a batch | lost | wrong | largest difference |",
-                  "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        lines += [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
     for name, row in record["load"].items():
-        lines.append(
-            f"| {name.rpartition(', ')[0]} | {row['clients']} | {row['rate']:.0f} | {row['cpu'] * 1e3:.1f} | {row['p50'] * 1e3:.1f} "
-            f"| {row['p99'] * 1e3:.1f} | {row['items_a_batch']:.1f} | {row['lost']} | {row['wrong']} "
-            f"| {row['largest_difference']:.1e} |"
-        )
+        cells = [name.rpartition(", ")[0], row["clients"], f"{row['rate']:.0f}", f"{row['cpu'] * 1e3:.1f}"]
+        cells += [f"{row[quantile] * 1e3:.1f}" for quantile in ("p50", "p99")] + [f"{row['items_a_batch']:.1f}"]
+        cells += [row["lost"], row["wrong"], f"{row['largest_difference']:.1e}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     if record["faults"]:
         lines += ["| fault | what happened | holds |", "|---|---|---|"]
         lines += [f"| {f['name']} | {f['found']} | {'yes' if f['holds'] else 'NO'} |" for f in record["faults"]]
