@@ -52,8 +52,8 @@ class RewardConfig(JobConfig):
     adapter   the folder adapter/ of `prudent train` with mode lora: its LoRA on the policy's trunk, and its heads
     model     any EnsembleRewardModel or one-head sequence classifier, with its own tokeniser
     callable  MODULE:FUNCTION or FILE.py:FUNCTION, called with prompts and responses (lists of texts) -> numbers
-    http      a URL that answers {"prompts": [...], "responses": [...]} with {"rewards": [...]}, or one of `prudent serve`
-              or vLLM that ends with /score, /classify or /pooling
+    http      a URL that answers {"prompts": [...], "responses": [...]} with {"rewards": [...]}, or one of
+              `prudent serve` or vLLM that ends with /score, /classify or /pooling
     auto      the first of these that fits `source`
     """
 

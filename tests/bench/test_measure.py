@@ -239,9 +239,9 @@ def test_adding_to_another_commits_results_is_refused_before_anything_is_measure
 def test_a_checkout_copied_without_its_history_can_name_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_git", lambda *arguments: "")
     monkeypatch.delenv("PRUDENT_COMMIT", raising=False)
-    assert machine._commit() == ("unknown", True)
+    assert machine.revision() == ("unknown", True)
     monkeypatch.setenv("PRUDENT_COMMIT", "b" * 40)
-    assert machine._commit() == ("b" * 40, False)
+    assert machine.revision() == ("b" * 40, False)
 
 
 def test_an_unknown_op_or_size_is_refused() -> None:
