@@ -19,6 +19,7 @@ from .text import Encoded, Item, ItemEncoder
 
 logger = logging.getLogger(__name__)
 _TOKEN = np.dtype(np.int32)
+_READ_TOGETHER = 512  # items in a call of the tokeniser, which shares them among its threads
 
 
 @dataclass(frozen=True)
@@ -235,11 +236,15 @@ class Scorer:
             raise ValueError(f"Scorer: items: expected a list of items, got {type(items).__name__}")
         sequences: list[_Sequence] = []
         num_truncated = 0
-        for index, item in enumerate(tqdm(items, desc="tokenising", delay=1, disable=not self.progress, leave=False)):
-            ids, truncated, start = self._encoder.read(item, f"item {index}")
-            # a list of Python ints takes nine times as much
-            sequences.append(_Sequence(np.asarray(ids, dtype=_TOKEN).tobytes(), start))
-            num_truncated += truncated and not isinstance(item, Encoded)
+        bar = tqdm(total=len(items), desc="tokenising", delay=1, disable=not self.progress, leave=False)
+        with bar:
+            for first in range(0, len(items), _READ_TOGETHER):
+                part = items[first : first + _READ_TOGETHER]
+                for item, (ids, truncated, start) in zip(part, self._encoder.read_all(part, first), strict=True):
+                    # a list of Python ints takes nine times as much
+                    sequences.append(_Sequence(np.asarray(ids, dtype=_TOKEN).tobytes(), start))
+                    num_truncated += truncated and not isinstance(item, Encoded)
+                bar.update(len(part))
         if num_truncated:
             logger.warning(
                 "%d of %d items are longer than %s tokens and lose their beginning",

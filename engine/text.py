@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from numbers import Integral
 from textwrap import shorten
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 from .errors import ItemError as ItemError
 from .opening import Openings
 from .rendered import RenderedTexts
-
-Message: TypeAlias = Mapping[str, Any]
+from .spellings import REASONING, Message, spellings, with_other_contents, without_each
 
 
 class Encoded(NamedTuple):
@@ -32,12 +30,6 @@ class Encoded(NamedTuple):
 
 Item: TypeAlias = str | Sequence[int] | Sequence[Message] | Mapping[str, Any] | Encoded
 
-REASONING = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)  # keys of a message; templates read the first two
-
 # Chat templates get this date as today's, so that a text has the same tokens on every day: 26 July 2024, the default
 # of Llama's templates.
 _DATE = {
@@ -49,6 +41,14 @@ _DATE = {
 _STRFTIME_NOW = "{% macro strftime_now(format) %}{{ format" + "".join(
     f" | replace('{directive}', '{value}')" for directive, value in _DATE.items()
 ) + " }}{% endmacro %}\n"  # fmt: skip
+
+
+class _Text(NamedTuple):
+    """What a tokeniser gets. from_template: it has its special tokens; closed: EOS follows it if it lacks one."""
+
+    text: str
+    from_template: bool
+    closed: bool
 
 
 class ItemEncoder:
@@ -73,7 +73,7 @@ class ItemEncoder:
         self.vocab_size = vocab_size
         self.finds_response = finds_response
         self._openings = Openings(self._opening_ids)
-        self._rendered_texts = RenderedTexts(tokenizer, self._tokens, self._plain, self._rendered)
+        self._rendered_texts = RenderedTexts(tokenizer, self._tokens, self._plain_ids, self._rendered)
         self._kept = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
 
     def encode(self, item: Item, name: str = "item") -> tuple[list[int], bool]:
@@ -84,14 +84,38 @@ class ItemEncoder:
         """`encode`, and where the response begins if the encoder finds it. Raises an ItemError that has `name`."""
         return self._read(item, name, self.finds_response)
 
-    def _read(self, item: Item, name: str, finds_response: bool) -> Encoded:
+    def read_all(self, items: Sequence[Item], first: int = 0) -> list[Encoded]:
+        """`read` for many items, with one call of the tokeniser for all their texts; the ids are the same.
+
+        Raises the ItemError of the first item that cannot be encoded; it is called item `first` + its place.
+        """
+        ids: list[list[int] | None] = [None] * len(items)
+        if getattr(self.tokenizer, "is_fast", False):  # another may be anybody's code, which takes one text
+            try:
+                written = {
+                    place: self._written(item)
+                    for place, item in enumerate(items)
+                    if not isinstance(item, Encoded) and not _is_rendered(item)
+                }
+                texts = {place: found for place, found in written.items() if isinstance(found, _Text)}
+                for place, row in zip(texts, self._tokens_of(list(texts.values())), strict=True):
+                    ids[place] = row
+            except ItemError:  # reading one by one finds the item
+                ids = [None] * len(items)
+        return [
+            self._read(item, f"item {first + place}", self.finds_response, known)
+            for place, (item, known) in enumerate(zip(items, ids, strict=True))
+        ]
+
+    def _read(self, item: Item, name: str, finds_response: bool, known: list[int] | None = None) -> Encoded:
+        """known: the item's ids, if they have been computed."""
         if isinstance(item, Encoded):
             return item
         try:
-            if isinstance(item, Mapping) and "rendered" in item:
+            if _is_rendered(item):
                 ids, start = self._rendered_texts.read(item, finds_response)
             else:
-                ids = self._ids(item)
+                ids = self._ids(self._written(item)) if known is None else known
                 start = self._openings.response_start(item, ids) if finds_response and ids else 0
             self._check(ids)
         except ItemError as error:
@@ -107,7 +131,7 @@ class ItemEncoder:
         if item.get("prompt") == "" and not self.tokenizer.chat_template:
             return self._tokens("")
         try:
-            return self._mapping(item)
+            return self._ids(self._mapping(item))
         except ItemError as error:
             reason = f"expected a prompt that can be read alone, to find where the response begins: {error.reason}"
             raise ItemError(reason) from error.__cause__
@@ -121,7 +145,11 @@ class ItemEncoder:
                 f"expected token ids in [0, {self.vocab_size}) (the trunk's vocabulary), got {low if low < 0 else high}"
             )
 
-    def _ids(self, item: Item) -> list[int]:
+    def _ids(self, written: _Text | list[int]) -> list[int]:
+        return self._tokens_of([written])[0] if isinstance(written, _Text) else written
+
+    def _written(self, item: Item) -> _Text | list[int]:
+        """The item as the text that the tokeniser gets; token ids as they are."""
         if isinstance(item, str):
             return self._plain(item, True)
         if isinstance(item, Mapping):
@@ -135,7 +163,7 @@ class ItemEncoder:
             f"got {type(item).__name__}"
         )
 
-    def _mapping(self, item: Mapping[str, Any]) -> list[int]:
+    def _mapping(self, item: Mapping[str, Any]) -> _Text:
         complete = item.get("complete", True)
         if not isinstance(complete, bool):
             raise ItemError(f"complete: expected true or false, got {complete!r}")
@@ -157,31 +185,49 @@ class ItemEncoder:
         turns = [*system, *_turns(prompt, "user", "prompt"), *_turns(response, "assistant", "response")]
         return self._chat(turns, tools, complete)
 
-    def _plain(self, text: str, complete: bool) -> list[int]:
+    def _plain(self, text: str, complete: bool) -> _Text:
         if text == "":
             raise ItemError("expected some text, got an empty string, which has no token to score")
-        ids = self._tokens(text)
-        if self.append_eos and complete:
+        return _Text(text, False, self.append_eos and complete)
+
+    def _plain_ids(self, text: str, complete: bool) -> list[int]:
+        return self._ids(self._plain(text, complete))
+
+    def _tokens_of(self, texts: list[_Text]) -> list[list[int]]:
+        """The token ids of each text; with more than one, the tokeniser gets all of a kind at once."""
+        ids: list[list[int]] = [[]] * len(texts)
+        for from_template in dict.fromkeys(text.from_template for text in texts):
+            places = [place for place, text in enumerate(texts) if text.from_template == from_template]
+            # a template writes special tokens itself
+            options = {"add_special_tokens": False} if from_template else {}
+            batch = [texts[place].text for place in places]
+            found = [self._tokens(batch[0], **options)] if len(batch) == 1 else self._tokens(batch, **options)
+            for place, row in zip(places, found, strict=True):
+                ids[place] = row
+        for _, row in (pair for pair in zip(texts, ids, strict=True) if pair[0].closed):
             eos = self.tokenizer.eos_token_id
             if eos is None:
                 raise ValueError(
                     "Scorer: tokenizer: expected an EOS token, because the model's append_eos is true, got none"
                 )
-            if ids[-1:] != [eos]:
-                ids.append(eos)
+            if row[-1:] != [eos]:
+                row.append(eos)
         return ids
 
-    def _tokens(self, text: str, **options: Any) -> list[int]:
+    def _tokens(self, text: str | list[str], **options: Any) -> list[Any]:
+        """The token ids of a text, or a list of them for each of several."""
+        texts = [text] if isinstance(text, str) else text
         try:
-            text.encode()
+            for each in texts:
+                each.encode()
         except UnicodeEncodeError as error:
-            raise ItemError(f"expected text, got half of a surrogate pair, {text[error.start]!a}") from None
+            raise ItemError(f"expected text, got half of a surrogate pair, {each[error.start]!a}") from None
         try:
             return list(self.tokenizer(text, **options)["input_ids"])
         except Exception as error:  # a tokeniser may be anybody's code
             raise ItemError(f"the tokeniser cannot read it: {_sentence(error)}") from error
 
-    def _chat(self, messages: list[Message], tools: Any, complete: bool) -> list[int]:
+    def _chat(self, messages: list[Message], tools: Any, complete: bool) -> _Text:
         if not self.tokenizer.chat_template:
             roles = ", ".join(dict.fromkeys(message["role"] for message in messages)) or "none"
             raise ItemError(
@@ -199,8 +245,7 @@ class ItemEncoder:
             raise ItemError("complete: expected true, because the last message has no content to continue, got false")
         elif not complete:  # nothing to continue: only open the turn
             messages, options = messages[:-1], {"add_generation_prompt": True}
-        text = self._rendered(messages, _tools_of(tools), options)
-        return self._tokens(text, add_special_tokens=False)  # the template writes special tokens itself
+        return _Text(self._rendered(messages, _tools_of(tools), options), True, False)
 
     def _rendered(self, messages: list[Message], tools: list[Any] | None, options: dict[str, bool]) -> str:
         """Render the chat template. ItemError if it fails, or leaves out a part of the messages or the tools."""
@@ -210,8 +255,8 @@ class ItemEncoder:
             given = {"chat_template": _STRFTIME_NOW + template} if "strftime_now" in template else {}
             return str(self.tokenizer.apply_chat_template(messages, tools, tokenize=False, **given, **options))
 
-        spelling, text = _first_that_works(lambda spelled: render(spelled, tools), _spellings(messages))
-        others = chain(_without_each(spelling, tools), _with_other_contents(spelling, tools, text))
+        spelling, text = _first_that_works(lambda spelled: render(spelled, tools), spellings(messages))
+        others = chain(without_each(spelling, tools), with_other_contents(spelling, tools, text))
         for what, other, other_tools in others:
             try:
                 left_out = render(other, other_tools) == text
@@ -220,6 +265,10 @@ class ItemEncoder:
             if left_out:
                 raise ItemError(f"expected a chat template that writes {what}, got one that leaves it out")
         return text
+
+
+def _is_rendered(item: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(item, Mapping) and "rendered" in item
 
 
 def messages_of(value: Any) -> list[Message]:
@@ -257,107 +306,16 @@ def _tools_of(tools: Any) -> list[Any] | None:
 
 
 def _first_that_works(
-    render: Callable[[list[dict[str, Any]]], str], spellings: Iterator[list[dict[str, Any]]]
+    render: Callable[[list[dict[str, Any]]], str], spelled: Iterator[list[dict[str, Any]]]
 ) -> tuple[list[dict[str, Any]], str]:
     first: Exception | None = None
-    for spelling in spellings:
+    for spelling in spelled:
         try:
             return spelling, render(spelling)
         except Exception as error:  # a template may raise anything
             first = first or error
     assert first is not None
     raise ItemError(f"the chat template refuses it: {_sentence(first)}") from first
-
-
-def _spellings(messages: list[Message]) -> Iterator[list[dict[str, Any]]]:
-    """Yield the messages in the forms that chat templates expect; most templates take the first.
-
-    The arguments of a tool call are first an object, then JSON text; a missing content is first missing, then "".
-    """
-    spelled = [_spelled(message) for message in messages]
-    yield spelled
-    called = any("tool_calls" in message for message in spelled)
-    as_text = [{**m, "tool_calls": [_with_arguments(c, _dumped) for c in m["tool_calls"]]} if "tool_calls" in m else m
-               for m in spelled]  # fmt: skip
-    if called:
-        yield as_text
-    if any("content" not in message for message in spelled):
-        yield [{"content": "", **message} for message in spelled]
-        yield [{"content": "", **message} for message in as_text]
-
-
-def _spelled(message: Message) -> dict[str, Any]:
-    spelled = dict(message)
-    if not spelled.get("tool_calls"):
-        spelled.pop("tool_calls", None)
-    else:
-        spelled["tool_calls"] = [_with_arguments(call, _loaded) for call in spelled["tool_calls"]]
-    reasoning = next((spelled[key] for key in REASONING if spelled.get(key)), None)
-    return spelled if reasoning is None else {"reasoning_content": reasoning, "thinking": reasoning, **spelled}
-
-
-def _with_arguments(call: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    changed = dict(call)
-    if isinstance(call.get("function"), Mapping):
-        changed["function"] = _with_arguments(call["function"], change)
-    if "arguments" in call:
-        changed["arguments"] = change(call["arguments"])
-    return changed
-
-
-def _loaded(arguments: Any) -> Any:
-    try:
-        found = json.loads(arguments)
-    except (TypeError, ValueError, RecursionError):
-        return arguments
-    return found if isinstance(found, dict) else arguments
-
-
-def _emptied(arguments: Any) -> Any:
-    return type(arguments)() if isinstance(arguments, (dict, str)) else arguments
-
-
-def _dumped(arguments: Any) -> Any:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-
-
-def _without_each(
-    messages: list[dict[str, Any]], tools: list[Any] | None
-) -> Iterator[tuple[str, list[dict[str, Any]], list[Any] | None]]:
-    """Yield (name, messages, tools) without one part, for each part that a template may leave out silently."""
-    if tools:
-        yield "tools", messages, None
-    if any("tool_calls" in message for message in messages):
-        yield "tool calls", [{"content": "", **_leave_out(message, "tool_calls")} for message in messages], tools
-    if any(len(message.get("tool_calls", ())) > 1 for message in messages):  # some templates read the first call alone
-        first_calls = [{**m, "tool_calls": m["tool_calls"][:1]} if m.get("tool_calls") else m for m in messages]
-        yield "every tool call of a message", first_calls, tools
-    bare = [{**m, "tool_calls": [_with_arguments(c, _emptied) for c in m["tool_calls"]]} if "tool_calls" in m else m
-            for m in messages]  # fmt: skip
-    if bare != messages:
-        yield "the arguments of tool calls", bare, tools
-    if messages and any(messages[-1].get(key) for key in REASONING):  # templates drop earlier turns' on purpose
-        yield "reasoning", [*messages[:-1], _leave_out(messages[-1], *REASONING)], tools
-
-
-def _with_other_contents(
-    messages: list[dict[str, Any]], tools: list[Any] | None, text: str
-) -> Iterator[tuple[str, list[dict[str, Any]], list[Any] | None]]:
-    """(name, messages, tools) with a longer content of each message whose content is not in `text` as it is.
-
-    Templates may drop what an earlier turn says beside its tool calls, on purpose.
-    """
-    for place, message in enumerate(messages):
-        content = message.get("content", "").strip()
-        earlier_call = message.get("tool_calls") and place < len(messages) - 1
-        if content and content not in text and not earlier_call:
-            changed = {**message, "content": f"{message['content']} x"}
-            name = f"the content of message {place + 1} ({message['role']})"
-            yield name, [*messages[:place], changed, *messages[place + 1 :]], tools
-
-
-def _leave_out(message: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in message.items() if key not in keys}
 
 
 def _sentence(error: Exception) -> str:

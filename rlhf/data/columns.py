@@ -20,7 +20,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from ...engine.text import REASONING, ItemError, messages_of
+from ...engine.spellings import REASONING
+from ...engine.text import ItemError, messages_of
 
 Messages: TypeAlias = list[dict[str, Any]]
 Text: TypeAlias = str | Messages

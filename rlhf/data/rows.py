@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
-from ...engine.text import REASONING
+from ...engine.spellings import REASONING
 from .columns import (
     ARRAY,
     PROMPT_COLUMNS,
