@@ -1,6 +1,6 @@
 """prudent: a pessimistic reward engine for RLHF. Names handed on, nothing defined.
 
-The ops need torch alone; the engine and the jobs, which need transformers, are imported when first named.
+The ops need torch alone; the engine and the doors, which need transformers, are imported when first named.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .kernels import (
 
 if TYPE_CHECKING:
     from .engine import EnsembleHead, EnsembleRewardConfig, EnsembleRewardModel, Scorer, fit_trust
+    from .rlhf.doors.trl import trl_reward
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,10 +44,12 @@ __all__ = [
     "fit_trust",
     "linear_logprob",
     "preference_step",
+    "trl_reward",
 ]
+_DOORS = {"trl_reward": ".rlhf.doors.trl"}
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module(".engine", __name__), name)
+        return getattr(import_module(_DOORS.get(name, ".engine"), __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -134,6 +134,11 @@ class Scorer:
         """The longest sequence that is not truncated; None: no limit."""
         return self._encoder.max_length
 
+    @property
+    def tokenizer(self) -> Any:
+        """The tokeniser that reads the items."""
+        return self._encoder.tokenizer
+
     def encode(self, item: Item, name: str = "item") -> list[int]:
         """The token ids that the model reads for this item, truncated to max_length; errors call the item `name`."""
         return self._encoder.encode(item, name)[0]
@@ -141,6 +146,13 @@ class Scorer:
     def read(self, item: Item, name: str = "item") -> Encoded:
         """`encode`, whether the item was truncated, and where the response begins if the model reads it."""
         return self._encoder.read(item, name)
+
+    def read_all(self, items: Sequence[Item], first: int = 0) -> list[Encoded]:
+        """`read` for many items, faster, because the tokeniser gets all their texts at once.
+
+        Raises the error of the first item that cannot be encoded; it is called item `first` + its place.
+        """
+        return self._encoder.read_all(items, first)
 
     def features(self, items: Sequence[Item]) -> Tensor:
         """The hidden states the heads read: [N, F] on the CPU in the trunk's dtype, in the items' order."""
