@@ -1,6 +1,8 @@
 # make demo   the main job, from a bare machine: environment, native library, model, report
 # make test   the same environment, then the tests
 # make compat the tests that use transformers, on the oldest and the newest release that pyproject.toml admits
+# make doors  trainers that exclude each other (verl, OpenRLHF, verifiers), each in a folder of its own, for `make test-doors`
+# make test-doors  the doors into these trainers, with the trainers themselves
 # make bench  the ops against eager and torch.compile on this machine: table, JSON, CSV, picture in runs/bench
 # make check  ruff, the format and mypy over the package
 
@@ -15,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 BUILT_FROM := requirements.txt pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/csrc/*)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test compat compat-oldest compat-newest bench check setup clean help
+.PHONY: demo test compat compat-oldest compat-newest doors test-doors bench check setup clean help
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -56,6 +58,28 @@ compat-oldest compat-newest: compat-%:
 		--no-build-isolation -e '.[test]' '$(RELEASE)'
 	build/compat/$*/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|peft|trl) '
 	OMP_NUM_THREADS=1 build/compat/$*/bin/python -m pytest $(PYTEST_ARGS) -p no:cacheprovider $(COMPAT_TESTS)
+
+# Beside .venv and without their own pins of torch and transformers, which exclude each other. One that cannot be
+# installed is skipped, and says so.
+verl_ALONE := verl==0.9.1 tensordict==0.10.0
+verl_NEEDS := ray==2.55.0 hydra-core==1.3.2 codetiming==1.4.0 aiohttp cachetools pyvers orjson cloudpickle msgpack
+openrlhf_ALONE := openrlhf==0.11.2
+openrlhf_NEEDS := pylatexenc==2.10 aiohttp
+DOOR_PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+verifiers_NEEDS := verifiers==0.4.0
+DOORS ?= verl openrlhf verifiers
+
+doors: $(DOORS:%=build/doors/%/.tried)
+
+build/doors/%/.tried: $(INSTALLED)
+	rm -rf $(@D) && mkdir -p $(@D)
+	{ $(DOOR_PIP) --target $(@D) $($*_NEEDS) && $(if $($*_ALONE),$(DOOR_PIP) --no-deps --target $(@D) $($*_ALONE),true); } \
+		|| { echo "$* cannot be installed here: its door is not tested with it"; rm -rf $(@D); mkdir -p $(@D); }
+	@touch $@
+
+test-doors: doors
+	for door in $(DOORS); do PYTHONPATH=build/doors/$$door:$$PYTHONPATH OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -m doors tests/rlhf/doors/test_$$door.py || exit 1; done
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest --confcutdir=bench/suite bench/suite --benchmark-only --benchmark-quiet $(BENCH_ARGS)

@@ -84,6 +84,14 @@ class ItemEncoder:
         """`encode`, and where the response begins if the encoder finds it. Raises an ItemError that has `name`."""
         return self._read(item, name, self.finds_response)
 
+    def text_of(self, item: Item) -> str:
+        """The text of an item, special tokens of its end and of a chat template included, that a tokeniser reads."""
+        written = self._written(item)
+        if not isinstance(written, _Text):
+            raise ItemError("expected a text or messages, got token ids")
+        eos = self.tokenizer.eos_token if written.closed else None
+        return written.text if eos is None or written.text.endswith(eos) else written.text + eos
+
     def read_all(self, items: Sequence[Item], first: int = 0) -> list[Encoded]:
         """`read` for many items, with one call of the tokeniser for all their texts; the ids are the same.
 

@@ -65,6 +65,18 @@ def test_the_tokeniser_is_called_once_for_all_texts_of_a_kind(make_tokenizer):
     assert [len(batch) for batch in calls] == [2, 2]
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_text_of_an_item_has_its_ids(make_tokenizer, chat):
+    tokenizer = make_tokenizer(chat=chat)
+    encoder = ItemEncoder(tokenizer, append_eos=True, max_length=None, vocab_size=300)
+    items = [{"prompt": "a", "response": "b", "complete": complete} for complete in (True, False)]
+    for item in [*items, {"prompt": "a", "response": "b</s>"}]:
+        ids = tokenizer(encoder.text_of(item), add_special_tokens=not chat)["input_ids"]
+        assert ids == encoder.encode(item)[0]
+    with pytest.raises(ItemError, match="expected a text or messages, got token ids"):
+        encoder.text_of([5, 6])
+
+
 @pytest.mark.parametrize("broken", ["", "\ud800", [], [3, 400], {"prompt": "a"}, [{"role": "user"}]])
 def test_the_error_names_the_first_item_that_cannot_be_read(make_tokenizer, broken):
     encoder = ItemEncoder(make_tokenizer(chat=True), append_eos=True, max_length=None, vocab_size=300)
