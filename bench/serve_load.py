@@ -2,6 +2,7 @@
 
     python -m prudent.bench.serve_load [--clients 1 16 128 512] [--requests 2000] [--out FILE]
     python -m prudent.bench.serve_load --faults [--out FILE]
+    python -m prudent.bench.serve_load --passes
     python -m prudent.bench.serve_load --model runs/reward/model
 
 Each client keeps one connection and asks for one text a request, as trainers do; the load and the server are two
@@ -15,7 +16,9 @@ many replies are lost or wrong (further than --tolerance from their own score).
 
 --faults runs instead: more requests than the queue takes; clients that send half a request; clients that leave; random
 and broken JSON (schemathesis, if it is installed, on the OpenAPI page); kill -9 and a restart while clients wait. After
-each, the server must answer right. The model is a random Llama unless --model names another; the texts are random.
+each, the server must answer right. --passes prints, without a server, the CPU time of a text when 8 random ones are
+scored together in forward passes of so many tokens. The model is a random Llama unless --model names another; the texts
+are random.
 `--out FILE` writes FILE.json and FILE.md.
 """
 
@@ -44,8 +47,7 @@ from .serve_faults import run_faults
 from .serve_process import Process, Texts, serving
 
 MODES = {"serve": [], "one a request": ["--set", "batch_tokens=1", "--set", "wait_ms=0"]}
-_COLUMNS = ("", "clients", "requests/s", "CPU a request, ms", "p50, ms", "p99, ms", "items a batch", "lost", "wrong",
-            "largest difference")  # fmt: skip
+_COLUMNS = "server|clients|requests/s|CPU a request, ms|p50, ms|p99, ms|items a batch|lost|wrong|largest difference"
 HEADER = "# `prudent serve` under load\n\nMade by `python -m prudent.bench.serve_load{flags}`; see its docstring.\n"
 
 
@@ -104,12 +106,26 @@ def run_load(model: str, texts: Texts, given: argparse.Namespace) -> dict[str, A
     return rows
 
 
+def run_passes(model: str, texts: Sequence[str]) -> None:
+    """Print the CPU time of a text in batches of 8, by the tokens of a forward pass."""
+    reward = load_reward("model", model)
+    for tokens in (1, 256, 512, 1024, 4096):
+        scorer, seconds = reward.scorer(tokens), []
+        read = [scorer.read(text) for text in texts]
+        for _ in range(3):
+            began = time.process_time()
+            for start in range(0, len(read), 8):
+                scorer.heads(read[start : start + 8])
+            seconds.append(time.process_time() - began)
+        print(f"passes of {tokens} tokens: {min(seconds) / len(read) * 1e3:.2f} ms of CPU a text", flush=True)
+
+
 def table(record: dict[str, Any]) -> str:
     """The record as markdown."""
     where = f"{record['machine']}, {record['cores']} cores shared with other work, commit {record['commit']}."
     lines = [where, f"Model: {record['model']}.", ""]
     if record["load"]:
-        lines += [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+        lines += [f"| {_COLUMNS.replace('|', ' | ')} |", "|---" * (_COLUMNS.count("|") + 1) + "|"]
     for name, row in record["load"].items():
         cells = [name.rpartition(", ")[0], row["clients"], f"{row['rate']:.0f}", f"{row['cpu'] * 1e3:.1f}"]
         cells += [f"{row[quantile] * 1e3:.1f}" for quantile in ("p50", "p99")] + [f"{row['items_a_batch']:.1f}"]
@@ -130,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--texts", type=int, default=1000, help="different texts (default %(default)s)")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="of a reward (default %(default)s)")
     parser.add_argument("--faults", action="store_true", help="try to break the server instead of timing it")
+    parser.add_argument("--passes", action="store_true", help="time forward passes of several sizes, without a server")
     parser.add_argument("--out", type=Path, help="FILE: writes FILE.json and FILE.md")
     given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
@@ -137,6 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             make_model(Path(temporary))
         model = given.model or temporary
         texts = Texts(load_reward("model", model).scorer(), given.texts)
+        if given.passes:
+            run_passes(model, texts.texts)
+            return 0
         record: dict[str, Any] = {"machine": cpu_name(), "cores": os.cpu_count()}
         record |= {"commit": revision()[0], "model": given.model or "a random Llama of 4 layers, width 128, 5 heads"}
         if given.faults:

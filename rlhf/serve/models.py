@@ -15,8 +15,8 @@ from ..evaluation.by_item import by_item
 from ..models.loading import load_reward
 from .config import ServeConfig, check_spec, named
 
-# Tokens of a forward pass on a CPU, where more only add padding: of 8 texts of 20 to 260 tokens (a Llama of 4 layers,
-# width 128, one core), an item took 7.2 ms of the core alone, 6.4 ms in passes of 512 tokens and 8.0 ms of 4096.
+# Tokens of a forward pass on a CPU, where more only add padding: with 8 texts of a random length at a time, a text took
+# 7.4 ms of a core alone, 6.3 ms in passes of 512 tokens and 7.7 ms of 4096 (`bench.serve_load --passes`).
 _CPU_TOKENS = 512
 
 
