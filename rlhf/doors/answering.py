@@ -9,7 +9,7 @@ from typing import Any
 from ...engine import Aggregation, HeadScores, Scorer
 from ...engine.text import Encoded, ItemError
 from ..evaluation.by_item import by_item
-from .wire import DialectError
+from .wire import DialectError, check_alone, halves
 
 
 def json_of(raw: bytes) -> Any:
@@ -32,24 +32,22 @@ def _finite(text: str) -> float:
     return value
 
 
-def spec_of(scorer: Scorer, text: str | None) -> Aggregation:
-    """The aggregation that a request asks for, the model's own by default. Raises DialectError.
-
-    A request holds the items that a client happened to send together, so none may change another's reward.
-    """
+def served_spec(scorer: Scorer, text: str | None) -> Aggregation:
+    """The aggregation `text` for a server's requests, the model's own by default. ValueError if it cannot be used."""
     head = scorer.model.score
-    try:
-        spec = head.aggregation.with_centre("none") if text is None else Aggregation.parse(text)
-        if spec.centre != "none" or spec.of_batch:
-            raise ValueError(
-                f"aggregation: expected one that scores each item alone (centre=none, worst=row), got {str(spec)!r}"
-            )
-        spec.check_heads(head.num_heads)
-        head.check_price(spec)
-    except ValueError as error:
-        expected, got = _halves(str(error).partition(": ")[2])
-        raise DialectError("aggregation", expected, got) from None
+    spec = head.aggregation.with_centre("none") if text is None else Aggregation.parse(text)
+    check_alone(spec)
+    spec.check_heads(head.num_heads)
+    head.check_price(spec)
     return spec
+
+
+def spec_of(scorer: Scorer, text: str | None) -> Aggregation:
+    """`served_spec` of what a request asks for. Raises DialectError."""
+    try:
+        return served_spec(scorer, text)
+    except ValueError as error:
+        raise DialectError("aggregation", *halves(str(error).partition(": ")[2])) from None
 
 
 def read_items(scorer: Scorer, items: Sequence[Any]) -> list[Encoded]:
@@ -59,7 +57,7 @@ def read_items(scorer: Scorer, items: Sequence[Any]) -> list[Encoded]:
         try:
             found.append(scorer.read(item, f"item {index}"))
         except ItemError as error:
-            raise DialectError(f"item {index}", *_halves(error.reason)) from None
+            raise DialectError(f"item {index}", *halves(error.reason)) from None
     return found
 
 
@@ -70,9 +68,3 @@ def results_of(scorer: Scorer, read: Sequence[Encoded], heads: HeadScores, spec:
         {**result, "truncated": item.truncated, "tokens": len(item.ids)}
         for item, result in zip(read, found, strict=True)
     ]
-
-
-def _halves(sentence: str) -> tuple[str, str]:
-    """Our errors' "expected this, got that" as (this, that)."""
-    expected, _, got = sentence.rpartition(", got ")
-    return (expected.replace("expected ", "", 1), got) if expected else (sentence, "something else")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+from ...kernels import Aggregation
+
 Result: TypeAlias = Mapping[str, Any]
 """An item's scores: reward, nominal, worst (float or None), mean, std (K floats or None each), distance (float or None;
 absent without a trust region). None stands for a number that is not finite. It may have `truncated`."""
@@ -82,6 +84,16 @@ def halves(sentence: str) -> tuple[str, str]:
     """Our errors' "expected this, got that" as (this, that)."""
     expected, _, got = sentence.rpartition(", got ")
     return (expected.replace("expected ", "", 1), got) if expected else (sentence, "something else")
+
+
+def check_alone(spec: Aggregation) -> None:
+    """Raise ValueError for an aggregation that makes an item's reward depend on the other items of a request, which are
+    those that a client happened to send together.
+    """
+    if spec.centre != "none" or spec.of_batch:
+        raise ValueError(
+            f"aggregation: expected one that scores each item alone (centre=none, worst=row), got {str(spec)!r}"
+        )
 
 
 def object_of(body: Any, field: str = "body") -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from ... import __version__
 from ...engine.text import ItemError
+from ..doors.answering import json_of, results_of
 from ..doors.dialects import DIALECTS, Dialect, DialectError
 from ..doors.wire import halves
 from . import openapi
@@ -68,18 +69,18 @@ class Server:
 
     async def _reply(self, request: Request, dialect: Dialect) -> Any:
         self.authorise(request)
-        body = parsed(await self._body(request))
+        raw = await self._body(request)
         query = dict(request.query_params)
         try:
             unknown = next((name for name in query if name not in _PARAMETERS), None)
             if unknown is not None:
                 raise DialectError(unknown, f"a query parameter among {', '.join(_PARAMETERS)}", "another one")
-            asked = dialect.read(body, query)
+            asked = dialect.read(json_of(raw), query)
             model = self.models.chosen(query.get("model"), asked.model)
             spec = model.spec(asked.aggregation)
             self._check_size(asked.items)
             read, heads = await self._scored(request, model, asked.items, dialect) if asked.items else ([], None)
-            results = [] if heads is None else model.results(read, heads, spec)
+            results = [] if heads is None else results_of(model.scorer, read, heads, spec)
             self.metrics.scored(model.name, results)
             if dialect is COMPARE and heads is not None:
                 return comparison(model, spec, heads, results)
@@ -233,26 +234,6 @@ async def until_gone(request: Request, work: Awaitable[T]) -> T:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass  # the end of a body may come as a message of its own
-
-
-def parsed(raw: bytes) -> Any:
-    """The body as JSON without NaN, infinity and numbers beyond them. Raises Refused."""
-    try:
-        return json.loads(raw.decode(), parse_constant=_refuse_constant, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        got = f"{len(raw)} bytes that are none ({' '.join(str(error).split()):.120})"
-        raise Refused(400, f"body: expected JSON, got {got}", field="body", expected="JSON", got=got) from None
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name}, which JSON does not have")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"{text}, which is too large")
-    return value
 
 
 def characters(item: Any) -> int:

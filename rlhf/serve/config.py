@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from ...engine import Aggregation
+from ..doors.wire import check_alone
 from ..job.config import JobConfig
 
 
@@ -52,7 +53,7 @@ class ServeConfig(JobConfig):
     @classmethod
     def _check_aggregation(cls, value: str | None) -> str | None:
         if value is not None:
-            check_spec(Aggregation.parse(value))
+            check_alone(Aggregation.parse(value))
         return value
 
     @field_validator("model")
@@ -73,11 +74,3 @@ def named(text: str) -> tuple[str, str]:
     parts = Path(text).parts
     names = [part for part in parts if part not in ("model", "/", ".", "..")] or list(parts)
     return names[-1] if names else text, text
-
-
-def check_spec(spec: Aggregation) -> None:
-    """Raise ValueError for an aggregation that makes an item's reward depend on the other items of a request."""
-    if spec.centre != "none" or spec.of_batch:
-        raise ValueError(
-            f"aggregation: expected one that scores each item alone (centre=none, worst=row), got {str(spec)!r}"
-        )

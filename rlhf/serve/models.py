@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from ...engine import Aggregation, HeadScores, Scorer
-from ...engine.text import Encoded
-from ..doors.wire import DialectError, halves, shown
-from ..evaluation.by_item import by_item
+from ...engine import Aggregation, Scorer
+from ..doors.answering import served_spec, spec_of
+from ..doors.wire import DialectError, shown
 from ..models.loading import load_reward
-from .config import ServeConfig, check_spec, named
+from .config import ServeConfig, named
 
 # Tokens of a forward pass on a CPU, where more only add padding: with 8 texts of a random length at a time, a text took
 # 7.4 ms of a core alone, 6.3 ms in passes of 512 tokens and 7.7 ms of 4096 (`bench.serve_load --passes`).
@@ -36,22 +34,7 @@ class Served:
 
     def spec(self, text: str | None) -> Aggregation:
         """The aggregation that a request asks for. Raises DialectError."""
-        try:
-            spec = self.aggregation if text is None else Aggregation.parse(text)
-            check_spec(spec)
-            spec.check_heads(self.num_heads)
-            self.scorer.model.score.check_price(spec)
-        except ValueError as error:
-            raise DialectError("aggregation", *halves(str(error).partition(": ")[2])) from None
-        return spec
-
-    def results(self, read: Sequence[Encoded], heads: HeadScores, spec: Aggregation) -> list[dict[str, Any]]:
-        """One dict an item: `by_item`'s, whether it was truncated, and its number of tokens."""
-        found = by_item(self.scorer.combine(heads, aggregation=spec))
-        return [
-            {**result, "truncated": item.truncated, "tokens": len(item.ids)}
-            for item, result in zip(read, found, strict=True)
-        ]
+        return self.aggregation if text is None else spec_of(self.scorer, text)
 
 
 class Models:
@@ -84,12 +67,7 @@ def load_models(config: ServeConfig) -> Models:
         reward = load_reward("model", source, append_eos=config.append_eos)
         tokens = config.batch_tokens if torch.cuda.is_available() else min(config.batch_tokens, _CPU_TOKENS)
         scorer = reward.scorer(tokens, config.max_length)
-        head = scorer.model.score
-        spec = head.aggregation.with_centre("none") if config.aggregation is None else None
-        spec = spec or Aggregation.parse(config.aggregation or "")
-        check_spec(spec)
-        spec.check_heads(head.num_heads)
-        head.check_price(spec)
+        spec = served_spec(scorer, config.aggregation)
         with torch.no_grad():
             scorer.score([[0]], aggregation=spec)  # a model that cannot run fails here, not at the first request
         models.append(Served(name, source, scorer, spec))
