@@ -189,7 +189,6 @@ def _keep(inputs: Inputs, keep_bytes: int | None) -> int:
     return keep_bytes
 
 
-@torch.compiler.disable(reason="linear_logprob: a process group is not supported under torch.compile; call it outside")  # type: ignore[untyped-decorator]
 def _parallel(inputs: Inputs, keep: int, group: Any) -> LogprobOutput:
     """A call with the vocabulary split over `group`, which is eager: a registered op cannot take a process group."""
     plain = isinstance(inputs.hidden, Tensor) and not inputs.hidden.is_meta and is_plain((*inputs.tensors, inputs.bias))
@@ -251,7 +250,9 @@ def linear_logprob(
     check_keep_bytes(keep_bytes)
     keep = _keep(inputs, keep_bytes)
     if group is not None:
-        found: LogprobOutput = _parallel(inputs, keep, group)
+        from .outside_compile import outside_compile
+
+        found: LogprobOutput = outside_compile(_parallel, inputs, keep, group)
         return found
     meta = isinstance(hidden, Tensor) and hidden.is_meta  # without values: the registered fake gives the shapes
     if meta or not is_plain((*inputs.tensors, bias)):
