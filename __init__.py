@@ -24,6 +24,7 @@ from .kernels import (
 
 if TYPE_CHECKING:
     from .engine import EnsembleHead, EnsembleRewardConfig, EnsembleRewardModel, Scorer, fit_trust
+    from .rlhf.doors.client import RewardClient
     from .rlhf.doors.trl import trl_reward
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "EnsembleRewardConfig",
     "EnsembleRewardModel",
     "LogprobOutput",
+    "RewardClient",
     "Scorer",
     "StepOutput",
     "TrustRegion",
@@ -46,7 +48,7 @@ __all__ = [
     "preference_step",
     "trl_reward",
 ]
-_DOORS = {"trl_reward": ".rlhf.doors.trl"}
+_DOORS = {"RewardClient": ".rlhf.doors.client", "trl_reward": ".rlhf.doors.trl"}
 
 
 def __getattr__(name: str) -> Any:
