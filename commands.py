@@ -240,16 +240,18 @@ Refit it, without labels, to responses of the policy that you will optimise, the
 distance 2; trust:3,from=1,power=1 takes nothing inside.
 
 A line of the data holds prompt and response, or messages, or a pair (chosen, rejected), as for `prudent score`; 20 are
-needed, thousands are better, to prompts like those of the policy. --scale-data measures shift, scale and std_ref of the
-heads too: each head then has mean 0 and standard deviation 1 on that file (BRME, arXiv 2409.15360, appendix F). The
-weights stay as they are. The model's folder is exchanged in one step, or written to --output.
+needed, thousands are better, to prompts like those of the policy. `prudent sample` writes such a file. `prudent ppo`
+closes a response that was cut off at its greatest length, other trainers do not: for these, --set cut=open.
+--scale-data measures shift, scale and std_ref of the heads too: each head then has mean 0 and standard deviation 1 on
+that file (BRME, arXiv 2409.15360, appendix F). The weights stay as they are. The model's folder is exchanged in one
+step, or written to --output.
 
 examples:
   prudent calibrate --model runs/reward/model --data policy_samples.jsonl
   prudent calibrate --model runs/reward/model --data policy_samples.jsonl --aggregation trust:1
   prudent calibrate --model my/one-head-reward --data samples.jsonl --scale-data hh.jsonl --output runs/calibrated""",
         ("model", "data", "output", "scale_data", "aggregation", "skip_bad_rows"),
-        ("directions", "shrinkage", "limit", "feature_cache", "max_length", "batch_tokens", "append_eos"),
+        ("cut", "directions", "shrinkage", "limit", "feature_cache", "max_length", "batch_tokens", "append_eos"),
         "the same command starts over (with --set feature_cache=FOLDER it keeps the features)",
     ),
     "export": Job(

@@ -143,6 +143,13 @@ class EnsembleRewardConfig(PreTrainedConfig):
             )
         self.taps = [str(tap) for tap in parsed]
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers writes it, without the folder that the trunk came from: a path of one machine."""
+        found: dict[str, Any] = super().to_dict()
+        if isinstance(found.get("text_config"), dict):
+            found["text_config"].pop("_name_or_path", None)
+        return found
+
     @property
     def hidden_size(self) -> int:
         """D, the trunk's width. Tools that allocate buffers read it here and not in text_config."""

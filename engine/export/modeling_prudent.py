@@ -127,6 +127,17 @@ class EnsembleRewardModel(PreTrainedModel):
         result = EnsembleRewardOutput(logits=reward[:, None], mean=mean, std=std, distance=distance)
         return result.to_tuple() if return_dict is False else result
 
+    @staticmethod
+    def _check_start(start: Tensor, attended: Tensor) -> None:
+        """On the CPU only: to read device memory would stall the stream."""
+        outside = (start < 0) | (start >= attended.sum(1).to(start.device))
+        if start.device.type == "cpu" and bool(outside.any()):
+            row = int(outside.int().argmax())
+            raise ValueError(
+                f"response_start: expected the place of an attended token, counted from 0, got {int(start[row])} in "
+                f"row {row}"
+            )
+
     def _features(self, output: Any, ids: Tensor, attended: Tensor, start: Tensor | None) -> Any:
         """[B, F] tensor: what the heads read of each row."""
         hidden, place = output.last_hidden_state, torch.arange(ids.shape[1], device=ids.device)
@@ -147,6 +158,7 @@ class EnsembleRewardModel(PreTrainedModel):
                 parts.append(state[row, token])
                 continue
             assert start is not None
+            self._check_start(start, attended)
             response = (place >= torch.minimum(start, last)[:, None]) & (place <= last[:, None])
             if kind == "logprob":
                 parts.append(self._logprob(hidden, ids, response))

@@ -150,3 +150,8 @@ def check_url(key: str, url: str) -> None:
         reason = str(error)
     if reason is not None:
         raise ValueError(f"{key}: expected a URL as http://host:8000/path, got {url!r} ({reason})")
+    if "@" in parts.netloc:
+        raise ValueError(
+            f"{key}: expected a URL without user and password, which run folders and reports would show; a bearer "
+            "token comes from PRUDENT_TOKEN"
+        )

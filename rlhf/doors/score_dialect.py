@@ -30,6 +30,11 @@ def read_score(body: Any, query: Mapping[str, str]) -> Asked:
     if len(given) != 1:
         raise DialectError("body", f"exactly one of {', '.join(_KINDS)}", " and ".join(given) or "none of them")
     (kind,) = given
+    unknown = [key for key in body if key not in (kind, "model")]
+    if unknown:
+        raise DialectError(
+            str(unknown[0]), f"no other key than {kind} and model (aggregation is a query parameter)", "it in the body"
+        )
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise DialectError("model", "a text", shown(model))

@@ -30,6 +30,7 @@ from ..reward.card import (
     reward_section,
     std_section,
     title,
+    with_price,
 )
 from .config import ExportConfig
 from .loading_text import loading_section
@@ -123,6 +124,7 @@ def _distance(done: Prepared, reward: EnsembleRewardModel, known: str) -> str:
         return "This form has none."
     if reward.score.trust is None:
         return distance_section(reward.config, None)
+    known = with_price(known, reward.config)
     if done.form == "remote-code":
         return known
     return (

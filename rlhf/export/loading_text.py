@@ -16,11 +16,20 @@ chats = [[{"role": "user", "content": "How was it?"}, {"role": "assistant", "con
 _PLAIN = """\
 texts = ["How was it? Lovely."{}]  # prompt and response
 batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True)"""
-_START = """
-opened = [tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True) for chat in chats]
-begins = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in opened]"""
-_PLAIN_START = """
-begins = [len(tokenizer(text)["input_ids"]) for text in ["How was it?"]]  # the prompts alone"""
+_BEGIN = """
+
+def begin(text, prompt, **options):  # where the response begins among the tokens that are left of `text`
+    whole, opened = (tokenizer(t, **options)["input_ids"] for t in (text, prompt))
+    shared = next((i for i, (a, b) in enumerate(zip(whole[:-1], opened)) if a != b), min(len(whole) - 1, len(opened)))
+    lost = len(whole) - len(tokenizer(text, truncation=True, **options)["input_ids"])
+    return max(shared - lost, int(whole[0] in tokenizer.all_special_ids)) if lost else shared
+
+"""
+_START = f"""{_BEGIN}
+prompts = [tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True) for chat in chats]
+begins = [begin(text, prompt, add_special_tokens=False) for text, prompt in zip(texts, prompts)]"""
+_PLAIN_START = f"""{_BEGIN}
+begins = [begin(text, prompt) for text, prompt in zip(texts, ["How was it?"])]  # the prompts alone"""
 _CALLS = {
     "linear": "print(model(**batch).logits[:, 0]{})",
     "remote-code": """\

@@ -88,6 +88,7 @@ def run_calibrate(config: CalibrateConfig, *, progress: bool = True) -> Calibrat
     """Refit the model's trust region to the responses in `config.data`, and write the model.
 
     A row is one that `prudent score` takes: a prompt with a response, messages, or a pair, both sides of which count.
+    `cut` says how a response ends that `prudent sample` cut off (`"stopped": false`).
     With `scale_data`, the heads' shift, scale and std_ref are measured on those responses first (BRME, arXiv
     2409.15360, appendix F, takes a fixed set for all models); the region's unit follows. The weights stay. The model's
     folder is exchanged for the new one in a single step; it gets calibration.json, and the adapter/ beside it, from
@@ -197,6 +198,8 @@ def _rows(config: CalibrateConfig, key: str, name: str, scorer: Scorer) -> Itera
         try:
             value = object_of_row(row)
             items = items_of_row(value)
+            if config.cut == "open" and value.get("stopped") is False:
+                items = [{"complete": False, **item} for item in items]
             yield _Row(where, [scorer.read(item) for item in items], [*map(_prompt_key, items)], unread_of_items(value))
         except (RowError, ItemError) as error:
             if not config.skip_bad_rows:

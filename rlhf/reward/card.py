@@ -168,6 +168,16 @@ _NOMINALS = {
 }
 
 
+def _pays(config: EnsembleRewardConfig) -> str:
+    priced = Aggregation.parse(config.aggregation).trust
+    return "- **The reward** " + ("pays for it." if priced else "does not pay for it (`trust:1` would).")
+
+
+def with_price(section: str, config: EnsembleRewardConfig) -> str:
+    """A card's section on the distance, with the line on the price that this aggregation has."""
+    return re.sub(r"(?m)^- \*\*The reward\*\* .*$", lambda _: _pays(config), section)
+
+
 def _price(spec: Aggregation) -> str:
     if not spec.trust:
         return ""
@@ -208,14 +218,14 @@ def distance_section(config: EnsembleRewardConfig, region: Region | None) -> str
         refit = f"{source} optimise, run it again on such responses; it needs no labels."
     # docs/trust.md measures what each sees
     also, blind = ("shuffled words, ", "") if config.reads_logprob else ("", "Shuffled words hardly show. ")
-    price = "pays for it" if Aggregation.parse(config.aggregation).trust else "does not pay for it (`trust:1` would)"
+    price = _pays(config)
     return f"""\
 How unlike the reference responses a text is, whatever the heads say of it. 1 is the edge that 5 % of such responses lie
 beyond. It knows nothing of good and bad.
 
 - **Fitted to** {refit}
 - **It reads** {_read_by_distance(config)}.
-- **The reward** {price}.
+{price}
 - **Protects from** text unlike the reference, such as repeated phrases, {also}code or another language, if you price
   it or watch it.
 - **Does not protect from** bad text that looks like the reference's, or from a wrong order of responses within it.

@@ -331,6 +331,11 @@ class CalibrateConfig(JobConfig):
         default=None,
         description="How the saved model combines K heads into one reward, e.g. trust:1 or lcb:1; null: as before.",
     )
+    cut: Literal["closed", "open"] = Field(
+        default="closed",
+        description="How a response with stopped=false, cut off at its greatest length, ends: closed, as in `prudent "
+        "ppo`, or open, as trl_reward and `prudent serve` read it.",
+    )
     directions: int = Field(
         default=TRUST_DIRECTIONS,
         ge=0,

@@ -279,6 +279,9 @@ def test_a_body_that_is_no_object_is_refused(name: str, body: Any) -> None:
         ("prudent", {"texts": [], "items": []},
          "body: expected exactly one of texts, chats, items, pairs, got texts and items"),
         ("prudent", {"items": {}}, "items: expected a list, got an object with no keys"),
+        ("prudent", {"texts": ["a"], "aggregation": "max"},
+         "aggregation: expected no other key than texts and model (aggregation is a query parameter), got it in the "
+         "body"),
         ("prudent", {"items": [{"prompt": "a"}]},
          "items[0]: expected the fields prompt and response, messages, or chosen and rejected, got prompt"),
         ("prudent", {"items": [{"prompt": "a", "chosen": "b", "rejected": "c"}]},

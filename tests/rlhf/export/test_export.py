@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 from prudent import cli
 from prudent.engine import EnsembleRewardModel, Scorer
 from prudent.rlhf.evaluation.evaluate import EvalConfig, run_eval
-from prudent.rlhf.export import export
+from prudent.rlhf.export import export, loading_text
 from prudent.rlhf.export.export import ExportConfig, run_export
 from prudent.rlhf.job.config import load_config
 from prudent.rlhf.report.card import is_untouched, parts_of
@@ -132,6 +132,37 @@ def test_a_card_has_every_section_and_says_where_to_load_it(exported: dict[str, 
     assert "| accuracy, % |" in sections["Held-out numbers"]
     assert "that end with `<|end|>` if they are complete: add it" in sections["How to load it"]
     assert ("eq. 8" in sections["std"]) is (name != "linear")
+
+
+def test_the_stock_card_says_that_a_priced_reward_pays_for_the_distance(runs: dict[str, Path], tmp_path: Path) -> None:
+    plain = ["export", "--model", str(runs["lora"]), "--as", "stock", "--quiet"]
+    for name, more, says in (
+        ("none", [], "does not pay"),
+        ("price", ["--aggregation", "lcb:1,trust=1"], "pays for it"),
+    ):
+        assert cli.main([*plain, "--to", str(tmp_path / name), *more]) == 0
+        assert f"**The reward** {says}" in parts_of(card_of(tmp_path / name))[2]["Distance"]
+
+
+def test_no_file_names_the_folder_that_the_trunk_came_from(exported: dict[str, Path], tiny_chat_folder: Path) -> None:
+    for folder in exported.values():
+        assert str(tiny_chat_folder) not in (folder / "config.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response"),
+    [("How was it? ", "Lovely."), ("Once upon a ti", "me there was"), ("a very long prompt " * 400, "Lovely.")],
+    ids=["blank", "word", "long"],
+)
+def test_the_cards_begin_finds_the_place_that_prudent_finds(exported, runs, prompt: str, response: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported["default"])
+    tokenizer.chat_template = None
+    model = EnsembleRewardModel.from_pretrained(runs["head"] / "model")
+    scorer = Scorer(model, tokenizer, max_length=tokenizer.model_max_length, progress=False)
+    names: dict[str, Any] = {"tokenizer": tokenizer}
+    exec(loading_text._BEGIN, names)
+    read = scorer.read({"prompt": prompt, "response": response})
+    assert names["begin"](prompt + response + tokenizer.eos_token, prompt) == read.start
 
 
 def test_the_card_has_what_prudent_eval_measured(runs: dict[str, Path], exported: dict[str, Path]) -> None:

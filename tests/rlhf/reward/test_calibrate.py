@@ -101,6 +101,18 @@ def test_pairs_messages_and_texts_are_read_and_broken_rows_counted(model):
     assert "broken rows skipped: 2" in str(result)
 
 
+@pytest.mark.parametrize("cut", ["closed", "open"])
+def test_a_response_that_was_cut_off_is_read_as_its_reward_will_be(model, cut):
+    rows = [{**row, "stopped": number % 2 == 0} for number, row in enumerate(ROWS)]
+    before = scorer(model)
+    items = [
+        row if cut == "closed" or number % 2 == 0 else {**row, "complete": False} for number, row in enumerate(ROWS)
+    ]
+    want = fit_trust(before.features(items), prompts=LABELS, head=before.model.score)
+    run_calibrate(config(model, rows, cut=cut), progress=False)
+    assert all(torch.equal(*pair) for pair in zip(scorer(model).model.score.trust, want, strict=True))
+
+
 def test_cached_features_give_the_same_model(model, tmp_path):
     plain, cached = model.parent / "plain", model.parent / "cached"
     run_calibrate(config(model, ROWS, output=plain), progress=False)

@@ -116,6 +116,12 @@ def test_a_url_of_prudent_serve_or_vllm_is_asked_in_its_own_form(
     assert [body["messages"][-1]["content"] for body in handler.seen] == ["good food", "bad hotel", ""]
 
 
+def test_a_password_in_a_url_is_refused_and_not_shown() -> None:
+    with pytest.raises(ValueError, match=r"^reward: expected a URL without user and password") as error:
+        http.check_url("reward", "http://me:secret@localhost:8000/score")
+    assert "secret" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
