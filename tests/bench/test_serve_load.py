@@ -31,6 +31,12 @@ def test_a_reply_is_compared_with_the_score_of_its_own_text() -> None:
     assert texts.difference(7, _reply(200, None)) == float("inf")
 
 
+def test_a_fault_that_could_not_be_tried_does_not_hold() -> None:
+    faults = [{"name": "schemas", "found": "schemathesis is not installed", "holds": None}]
+    text = serve_load.table({"machine": "m", "cores": 2, "commit": "c", "model": "l", "load": {}, "faults": faults})
+    assert "| schemas | schemathesis is not installed | not run |" in text
+
+
 @pytest.mark.slow
 def test_a_small_run_writes_rates_and_finds_no_wrong_reply(tmp_path: Path) -> None:
     pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
