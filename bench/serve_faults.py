@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -125,7 +126,8 @@ def schemas(server: Process, texts: Texts, tolerance: float) -> tuple[str, bool 
     command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run"]
     command += [f"{server.url}/openapi.json", "--checks", checks, "--max-examples", "20", "--seed", "1"]
     command += ["--phases", "coverage,fuzzing", "--no-color", "--generation-database", "none"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:  # for its cache
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     cases = re.search(r"\d+ generated.*", done.stdout)
     return f"schemathesis: {cases[0] if cases else done.stdout[-200:]}", done.returncode == 0
 
