@@ -22,6 +22,7 @@ from ..data.reading import opened, value_of_line
 from ..data.rows import RowError, items_of_row, object_of_row, unread_of_items
 from ..job.files import atomic_write_json, read_json, writing
 from ..job.log import muted
+from ..job.record import record_path, refuse_other_settings, refuse_to_replace
 from ..models.features import model_fingerprint
 from ..models.loading import load_reward
 from .by_item import ITEM_FIELDS, by_item
@@ -143,10 +144,6 @@ def run_score(
     return result
 
 
-def _record(config: ScoreConfig) -> Path:
-    return Path(f"{config.output}.config.json")
-
-
 def _origin(config: ScoreConfig, scorer: Scorer | None = None) -> dict[str, Any]:
     """Settings that a resumed run must share with the run that it continues. batch_tokens may change."""
     origin = config.model_dump(mode="json", exclude={"output", "batch_tokens"})
@@ -162,7 +159,7 @@ def _weights(scorer: Scorer) -> str:
 
 
 def _refuse_another_model(config: ScoreConfig, kept: int, origin: Mapping[str, Any]) -> None:
-    before = read_json(_record(config)) if kept else origin
+    before = read_json(record_path(config.output)) if kept else origin
     if before.get("weights") != origin["weights"]:
         raise ValueError(f"output: {config.output} cannot be resumed: the model {config.model} has changed since")
 
@@ -185,14 +182,8 @@ def _kept(config: ScoreConfig, resume: bool, overwrite: bool) -> tuple[int, int]
     if overwrite:
         return 0, 0
     if not resume:
-        raise ValueError(f"output: {output} exists already; resume it, overwrite it, or choose another output")
-    record = _record(config)
-    if not record.exists():
-        raise ValueError(f"output: {output} cannot be resumed: {record.name}, which says how it was made, is missing")
-    before, origin = read_json(record), _origin(config)
-    changed = [key for key in origin if before.get(key) != origin[key]]
-    if changed:
-        raise ValueError(f"output: {output} cannot be resumed: it was made with another {', '.join(changed)}")
+        refuse_to_replace(output)
+    refuse_other_settings(output, _origin(config))
     lines = kept = position = end = 0
     with output.open("rb") as file:
         for line in file:
@@ -212,7 +203,7 @@ def _begin(config: ScoreConfig, kept_bytes: int, origin: Mapping[str, Any]) -> N
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("ab") as file:
         file.truncate(kept_bytes)
-    atomic_write_json(_record(config), dict(origin))
+    atomic_write_json(record_path(config.output), dict(origin))
 
 
 def _skip(rows: Iterator[_Row], kept: int, config: ScoreConfig) -> int:

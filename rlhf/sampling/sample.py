@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ..job.files import atomic_write_json, read_json, repaired_json_lines, writing
+from ..job.record import record_path, refuse_other_settings, refuse_to_replace
 from ..models.features import model_fingerprint
 from ..models.loading import load_language_model, load_tokenizer
 from .config import SampleConfig
@@ -113,10 +114,6 @@ def _settings(config: SampleConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"output", "limit"})
 
 
-def _record(config: SampleConfig) -> Path:
-    return Path(f"{config.output}.config.json")
-
-
 def _kept(config: SampleConfig, resume: bool, overwrite: bool) -> list[dict[str, Any]]:
     """Check the output against the flags; return the lines that are kept, those of whole steps."""
     output = config.output
@@ -127,15 +124,8 @@ def _kept(config: SampleConfig, resume: bool, overwrite: bool) -> list[dict[str,
     if overwrite or not output.exists() or output.stat().st_size == 0:
         return []
     if not resume:
-        raise ValueError(f"output: {output} exists already; resume it, overwrite it, or choose another output")
-    if not _record(config).exists():
-        raise ValueError(
-            f"output: {output} cannot be resumed: {_record(config).name}, which says how it was made, is missing"
-        )
-    before, settings = read_json(_record(config)), _settings(config)
-    changed = [key for key, value in settings.items() if before.get(key) != value]
-    if changed:
-        raise ValueError(f"output: {output} cannot be resumed: it was made with another {', '.join(changed)}")
+        refuse_to_replace(output)
+    refuse_other_settings(output, _settings(config))
     rows, step = repaired_json_lines(output), config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     return rows[: len(rows) // step * step]
 
@@ -147,7 +137,7 @@ def _refuse_others(
     if not kept:
         return
     where, count = f"output: {config.output} cannot be resumed", config.rollout.samples_per_prompt
-    if read_json(_record(config)).get("weights") != record["weights"]:
+    if read_json(record_path(config.output)).get("weights") != record["weights"]:
         raise ValueError(f"{where}: the model {config.model} has changed since")
     if len(kept) > count * len(prompts):
         raise ValueError(f"{where}: it has responses to {len(kept) // count} prompts, and {len(prompts)} are asked for")
@@ -163,7 +153,7 @@ def _begin(config: SampleConfig, kept: list[dict[str, Any]], record: Mapping[str
     output.parent.mkdir(parents=True, exist_ok=True)
     with writing(output), output.open("ab") as file:
         file.truncate(sum(len(line) for line in _lines(output, len(kept))))
-    atomic_write_json(_record(config), dict(record))
+    atomic_write_json(record_path(config.output), dict(record))
 
 
 def _lines(path: Path, number: int) -> list[bytes]:
