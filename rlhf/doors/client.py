@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeAlias
@@ -78,11 +78,11 @@ class RewardClient:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_threads": None}
 
-    def score(self, items: Sequence[Any]) -> list[Scored]:
+    def score(self, items: Iterable[Any]) -> list[Scored]:
         """Score all items, in requests of at most 256."""
         return [scored for body, count in self._requests(items) for scored in self._ask(body, count)]
 
-    async def score_async(self, items: Sequence[Any]) -> list[Scored]:
+    async def score_async(self, items: Iterable[Any]) -> list[Scored]:
         """`score` without blocking the event loop; the requests run in threads of the client."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.connections, thread_name_prefix="reward-client")
@@ -93,13 +93,14 @@ class RewardClient:
         ]
         return [scored for part in await asyncio.gather(*asked) for scored in part]
 
-    def _requests(self, items: Sequence[Any]) -> list[tuple[dict[str, Any], int]]:
+    def _requests(self, items: Iterable[Any]) -> list[tuple[dict[str, Any], int]]:
         """(body, number of items in it)."""
         if isinstance(items, (str, dict)):
             raise ValueError(f"items: expected a list of items, got {type(items).__name__}")
+        items = list(items)
         if self.form == "score":
             parts = [items[start : start + _ITEMS] for start in range(0, len(items), _ITEMS)]
-            return [({"items": list(part)}, len(part)) for part in parts]
+            return [({"items": part}, len(part)) for part in parts]
         bodies: list[tuple[dict[str, Any], int]] = []
         for index, item in enumerate(items):
             given = _vector_input(item, index)
@@ -141,6 +142,8 @@ def _vector_input(item: Any, index: int) -> str | list[Any]:
     """A text, or messages."""
     if isinstance(item, (str, list)):
         return item
+    if not isinstance(item, dict):
+        raise ValueError(f"items[{index}]: expected a text, messages or an object, got {type(item).__name__}")
     if item.get("complete") is False:
         raise ValueError(f"items[{index}]: expected a complete response, because the form cannot say that it is not")
     prompt, response, tools = item.get("prompt"), item.get("response", []), item.get("tools")

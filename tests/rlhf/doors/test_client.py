@@ -180,6 +180,7 @@ def test_a_refusal_is_an_error_at_once_and_a_missing_server_after_three_tries(se
     ("item", "message"),
     [
         ({"prompt": "a", "response": "b", "complete": False}, r"items\[0\]: expected a complete response"),
+        (None, r"items\[0\]: expected a text, messages or an object, got NoneType"),
         ({"prompt": {"messages": CHAT, "tools": [{}]}, "response": "b"}, r"items\[0\]: expected no tools"),
     ],
 )
